@@ -1,0 +1,25 @@
+"""Train neural networks in few bits: every published method a recipe, with proof of what ran.
+
+>>> report = lowbit.convert_(model, "sbm8")   # in place; print(report)
+>>> with lowbit.verify(model) as proof: ...   # one training step; print(proof)
+"""
+
+from importlib.metadata import version
+
+from lowbit.convert import Report, convert_, load_state_dict, restore_, state_dict
+from lowbit.errors import RunError, UsageError
+from lowbit.recipe import Recipe, recipes
+
+__version__ = version("lowbit")
+
+__all__ = [
+    "Recipe",
+    "Report",
+    "RunError",
+    "UsageError",
+    "convert_",
+    "load_state_dict",
+    "recipes",
+    "restore_",
+    "state_dict",
+]

@@ -1,0 +1,428 @@
+"""Conversion of a model in place, the report of what was converted, and the way back.
+
+A layer is converted by changing its class to its quantised twin's and attaching a site: the object, its name, its
+parameters and its hooks stay. So shared layers, layers used twice and a bare layer as the model need no special care.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import UsageError, unknown
+from lowbit.formats import Integer
+from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS
+from lowbit.nn.layers import QuantLayer
+from lowbit.nn.site import Clock, Site
+from lowbit.products import ENGINES
+from lowbit.recipe import Recipe
+from lowbit.tables import text_table
+
+RecipeLike = Recipe | str
+Matcher = str | re.Pattern[str] | type
+Rule = tuple[Matcher, RecipeLike | None]
+
+PLAIN_TYPES = {twin: plain for plain, twin in (PRODUCT_LAYERS | NORM_LAYERS).items()}
+
+# Layers with products that cannot be converted, and why; the walk does not go inside them.
+_REFUSED: dict[type[nn.Module], str] = {
+    nn.MultiheadAttention: "computes its projections and `out_proj` by a functional call that bypasses its modules",
+    nn.Bilinear: "its product of three operands has no quantised form here",
+    nn.RNN: "only LSTM and GRU have quantised forms",
+    nn.RNNCell: "only LSTM and GRU have quantised forms, cells do not",
+    nn.LSTMCell: "only LSTM and GRU have quantised forms, cells do not",
+    nn.GRUCell: "only LSTM and GRU have quantised forms, cells do not",
+}
+_NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
+_NO_PRODUCT += (nn.modules.instancenorm._InstanceNorm, nn.modules.batchnorm._BatchNorm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What became of one layer.
+
+    Args:
+        name: the layer's name in the model; ``""`` where the model itself is the layer.
+        type: its type before conversion.
+        recipe: name of the recipe it runs; None where it was left as it is.
+        reason: why it was left, or a remark.
+        bits: widths of the operands by product, e.g. ``{"output": "8x8"}``.
+        engines: how each product is executed.
+    """
+
+    name: str
+    type: str
+    recipe: str | None
+    reason: str = ""
+    bits: dict[str, str] = field(default_factory=dict)
+    engines: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def converted(self) -> bool:
+        """Whether the layer runs a recipe."""
+        return self.recipe is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `convert_` did, a row per layer; `print` shows it as a table."""
+
+    recipe: str
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        names = ("output", "grad_input", "grad_weight")
+        table = [
+            [
+                row.name or "(model)",
+                row.type,
+                row.recipe or "left as it is",
+                *(row.bits.get(product, "-") for product in names),
+                ", ".join(dict.fromkeys(row.engines.values())) or "-",
+                row.reason,
+            ]
+            for row in self.rows
+        ]
+        converted = sum(row.converted for row in self.rows)
+        head = f"{self.recipe}: {converted} of {len(self.rows)} layers converted; bits as first operand x second"
+        return head + "\n\n" + text_table(["layer", "type", "recipe", *names, "engine", "remark"], table)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One layer of the walk and what is to become of it."""
+
+    name: str
+    layer: nn.Module
+    twin: type[QuantLayer] | None
+    recipe: Recipe | None
+    reason: str
+
+
+def convert_(
+    model: nn.Module,
+    recipe: RecipeLike,
+    *,
+    rules: Sequence[Rule] = (),
+    strict: bool = True,
+    engine: str = "auto",
+    seed: int = 0,
+) -> Report:
+    """Convert every layer with products in place, so that it trains and evaluates in the formats of a recipe.
+
+    Parameters stay the same objects under the same names; `state_dict()` does not change.
+
+    Args:
+        model: any module, also a single layer.
+        recipe: a recipe or its name.
+        rules: pairs (which layers, recipe or name or None). Which: an exact name, a compiled regular expression that
+            matches a whole name, or an exact type. The first rule that matches a layer decides, also over the
+            recipe's policy for first and last layers; None leaves the layer alone.
+        strict: True raises where a layer should be converted and cannot; False leaves it and says so in the report.
+        engine: ``"auto"`` or one of `lowbit.products.ENGINES`.
+        seed: of all noise in stochastic rounding.
+
+    Returns:
+        The report, a row per layer.
+
+    Raises:
+        UsageError: unknown recipe or engine, a rule that decided no layer, a layer that cannot be converted, a
+            model that is compiled or converted already. The model is then unchanged.
+    """
+    recipe = Recipe.from_name(recipe) if isinstance(recipe, str) else recipe
+    resolved = [(which, Recipe.from_name(r) if isinstance(r, str) else r) for which, r in rules]
+    if engine not in ("auto", *ENGINES):
+        raise unknown("engine", engine, ("auto", *ENGINES))
+    _check_model(model)
+    plans = _plan(model, recipe, resolved, strict)
+
+    clock = Clock(seed)
+    for plan in plans:
+        if plan.twin is not None and plan.recipe is not None:
+            plan.layer.__class__ = plan.twin
+            layer: Any = plan.layer
+            layer.attach(name=plan.name, recipe=plan.recipe, clock=clock, engine="reference")
+            layer.site.train(layer.training)
+    if clock.sites:
+        model.register_forward_pre_hook(clock.advance)
+        for module in model.modules():
+            _forbid_bypass(module)
+    return Report(recipe=recipe.name, rows=tuple(_row(plan) for plan in plans))
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"convert_ got a {type(model).__name__}: give a torch.nn.Module")
+    for name, module in model.named_modules():
+        where = f"{name!r}" if name else "the model"
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+            raise UsageError(f"{where} is compiled: convert the plain model first, then compile it")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UsageError(f"{where} is a TorchScript module: convert the plain model instead")
+        if isinstance(module, QuantLayer):
+            raise UsageError(f"{where} is converted already: call lowbit.restore_ first")
+
+
+def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer, once, in registration order: known types, and whatever owns parameters itself."""
+    if module in seen:
+        return
+    seen.add(module)
+    known = isinstance(module, (*PRODUCT_LAYERS, *NORM_LAYERS, *_REFUSED))
+    if known or any(True for _ in module.parameters(recurse=False)):
+        yield name, module
+    if not isinstance(module, tuple(_REFUSED)):
+        for key, child in module.named_children():
+            yield from _walk(child, f"{name}.{key}" if name else key, seen)
+
+
+def _plan(
+    model: nn.Module, recipe: Recipe, rules: Sequence[tuple[Matcher, Recipe | None]], strict: bool
+) -> list[_Plan]:
+    layers = list(_walk(model, "", set()))
+    with_products = [layer for _, layer in layers if isinstance(layer, (*PRODUCT_LAYERS, *_REFUSED))]
+    ends = {
+        "first": with_products[0] if with_products and recipe.first == "leave" else None,
+        "last": with_products[-1] if with_products and recipe.last == "leave" else None,
+    }
+    plans, used, refusals = [], set(), []
+    for name, layer in layers:
+        rule = next((i for i, (which, _) in enumerate(rules) if _matches(which, name, layer)), None)
+        if rule is not None:
+            used.add(rule)
+        chosen = recipe if rule is None else rules[rule][1]
+        end = next((end for end, which in ends.items() if which is layer), None)
+        twin, reason = None, ""
+        if chosen is None:
+            reason = "a rule leaves it"
+        elif rule is None and end is not None:
+            reason = f"{recipe.name} leaves the {end} layer"
+        else:
+            twin, reason, refused = _twin(layer, chosen)
+            if refused:
+                refusals.append(f"{name or 'the model'} ({_type_name(layer)}): {reason}")
+        plans.append(_Plan(name, layer, twin, chosen if twin else None, reason))
+    _check_rules(model, rules, used)
+    if strict and refusals:
+        raise UsageError(
+            f"cannot convert {'; '.join(refusals)}. Leave such a layer in full precision with a rule, e.g. "
+            f"rules=[({refusals[0].split(' ')[0]!r}, None)], or pass strict=False to leave all of them"
+        )
+    _mark_shared_parameters(plans)
+    return plans
+
+
+def _matches(which: Matcher, name: str, layer: nn.Module) -> bool:
+    if isinstance(which, str):
+        return which == name
+    if isinstance(which, re.Pattern):
+        return which.fullmatch(name) is not None
+    if isinstance(which, type):
+        return type(layer) is which
+    raise UsageError(f"rule for {which!r}: give a name, a compiled regular expression, or a module type")
+
+
+def _check_rules(model: nn.Module, rules: Sequence[tuple[Matcher, Recipe | None]], used: set[int]) -> None:
+    modules = dict(model.named_modules())
+    for i, (which, _) in enumerate(rules):
+        if i in used:
+            continue
+        shown = which.pattern if isinstance(which, re.Pattern) else getattr(which, "__name__", which)
+        hint = "no layer of that name or type is left for it (an earlier rule may have decided it)"
+        if isinstance(which, str) and which in modules:
+            hint = f"{which!r} is no layer but holds some: use re.compile(r'{re.escape(which)}\\..*')"
+        raise UsageError(f"rule {i + 1}, {shown!r}, decided nothing: {hint}")
+
+
+def _twin(layer: nn.Module, recipe: Recipe) -> tuple[type[QuantLayer] | None, str, bool]:
+    """The quantised twin of a layer, or None with the reason, and whether that refuses what was asked for."""
+    kind = type(layer)
+    if kind in PRODUCT_LAYERS:
+        refusal = _unsupported(layer)
+        return (None, refusal, True) if refusal else (PRODUCT_LAYERS[kind], "", False)
+    for refused, why in _REFUSED.items():
+        if isinstance(layer, refused):
+            return None, why, True
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm) and recipe.normalization is not None:
+        if kind in NORM_LAYERS:
+            return NORM_LAYERS[kind], "range normalisation", False
+        return None, f"only {', '.join(t.__name__ for t in NORM_LAYERS)} have a Range BN", True
+    if isinstance(layer, tuple(PRODUCT_LAYERS)):
+        plain = next(t.__name__ for t in PRODUCT_LAYERS if isinstance(layer, t))
+        hint = "run one forward first" if isinstance(layer, nn.modules.lazy.LazyModuleMixin) else "its forward may differ"
+        return None, f"a subclass of {plain}, and types match exactly: {hint}", True
+    if isinstance(layer, _NO_PRODUCT):
+        return None, "has no product", False
+    return None, "unknown type: its products, if any, run as they are", False
+
+
+def _unsupported(layer: nn.Module) -> str:
+    """Why a layer of a known type cannot be converted; empty where it can."""
+    for name, p in layer.named_parameters(recurse=False):
+        if not p.is_floating_point():
+            return f"{name} is {p.dtype}, not floating point"
+    if isinstance(layer, nn.RNNBase):
+        if layer.bidirectional:
+            return "only one direction has a quantised form"
+        if layer.proj_size:
+            return "projections (proj_size) have no quantised form"
+    return ""
+
+
+def _mark_shared_parameters(plans: list[_Plan]) -> None:
+    """Say in the remark of a layer that it shares a parameter with an earlier one."""
+    owner: dict[Tensor, str] = {}
+    for i, plan in enumerate(plans):
+        shared = {owner[p] for p in plan.layer.parameters(recurse=False) if p in owner}
+        for p in plan.layer.parameters(recurse=False):
+            owner.setdefault(p, plan.name)
+        if shared:
+            remark = "; ".join(filter(None, [plan.reason, f"shares a parameter with {', '.join(sorted(shared))}"]))
+            plans[i] = _Plan(plan.name, plan.layer, plan.twin, plan.recipe, remark)
+
+
+def _type_name(layer: nn.Module) -> str:
+    return PLAIN_TYPES.get(type(layer), type(layer)).__name__  # type: ignore[arg-type]
+
+
+def _row(plan: _Plan) -> Row:
+    recipe = plan.recipe
+    if recipe is None:
+        return Row(name=plan.name, type=_type_name(plan.layer), recipe=None, reason=plan.reason)
+    if type(plan.layer) in NORM_LAYERS.values() and recipe.normalization is not None:
+        norm = recipe.normalization
+        tables = {"output": (norm.input,), "grad_input": (norm.grad_output,)}
+    else:
+        tables = {
+            "output": (recipe.output.input, recipe.output.weight),
+            "grad_input": (recipe.grad_input.grad_output, recipe.grad_input.weight),
+            "grad_weight": (recipe.grad_weight.grad_output, recipe.grad_weight.input),
+        }
+    running = any(isinstance(f, Integer) and f.running is not None for f in tables["output"])
+    until = "evaluates with the batch's range until training recorded one" if running else ""
+    layer: Any = plan.layer
+    return Row(
+        name=plan.name,
+        type=_type_name(plan.layer),
+        recipe=recipe.name,
+        reason="; ".join(filter(None, [plan.reason, until])),
+        bits={product: "x".join(str(f.bits) for f in formats) for product, formats in tables.items()},
+        engines=dict.fromkeys(tables, layer.sites()[0].engine),
+    )
+
+
+def _call_my_layers(_module: nn.Module, _args: object) -> None:
+    """A hook that does nothing: torch's fused encoder path is only taken where no module has a hook."""
+
+
+def _forbid_bypass(module: nn.Module) -> None:
+    """Make nn.TransformerEncoderLayer call its converted linear layers in evaluation too."""
+    if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, QuantLayer) for m in module.modules()):
+        module.register_forward_pre_hook(_call_my_layers)
+    if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, QuantLayer) for m in module.modules()):
+        module.__dict__["_lowbit_nested"] = module.use_nested_tensor
+        module.use_nested_tensor = False
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    for key, hook in list(module._forward_pre_hooks.items()):
+        owner = getattr(hook, "__self__", None)
+        if hook is _call_my_layers or (isinstance(owner, Clock) and not owner.sites):
+            del module._forward_pre_hooks[key]
+    if "_lowbit_nested" in module.__dict__:
+        module.use_nested_tensor = module.__dict__.pop("_lowbit_nested")
+
+
+def restore_(model: nn.Module) -> None:
+    """Make every converted layer of a model plain again, in place; parameters stay the same objects.
+
+    Raises:
+        UsageError: nothing in the model is converted.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantLayer)]
+    if not layers:
+        raise UsageError("restore_: nothing in this model is converted")
+    for layer in layers:
+        for site in layer.sites():
+            site.clock.sites.remove(site)
+        del layer.site
+        layer.__dict__.pop("norm", None)
+        plain: Any = layer
+        plain.__class__ = PLAIN_TYPES[type(layer)]
+    for module in model.modules():
+        _remove_hooks(module)
+
+
+def clocks(model: nn.Module) -> list[Clock]:
+    """The clocks of a model's converted layers, each once, in the order of the layers."""
+    found = [site.clock for m in model.modules() if isinstance(m, QuantLayer) for site in m.sites()]
+    return list(dict.fromkeys(found))
+
+
+def state_dict(model: nn.Module) -> dict[str, Any]:
+    """lowbit's own state, apart from `model.state_dict()`: seed, step, recipes, bits, running ranges, engines.
+
+    Returns:
+        Tensors and plain values only, so that it loads with ``torch.load(..., weights_only=True)``.
+
+    Raises:
+        UsageError: nothing in the model is converted.
+    """
+    groups = clocks(model)
+    if not groups:
+        raise UsageError("state_dict: nothing in this model is converted; call lowbit.convert_ first")
+    return {
+        "version": 1,
+        "groups": [
+            {
+                "seed": clock.seed,
+                "step": int(clock.step),
+                "sites": {
+                    site.name: {
+                        "recipe": site.recipe.name,
+                        "engine": site.engine,
+                        "bits": site.bits.detach().cpu().clone(),
+                        "running_range": site.running_range.detach().cpu().clone(),
+                    }
+                    for site in clock.sites
+                },
+            }
+            for clock in groups
+        ],
+    }
+
+
+def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
+    """Give a converted model the state that `state_dict` returned; nothing changes where it does not fit.
+
+    Raises:
+        UsageError: the state is of another version, model or recipe.
+    """
+    if not isinstance(state, dict) or state.get("version") != 1 or not isinstance(state.get("groups"), list):
+        raise UsageError("load_state_dict: this is no state of lowbit.state_dict, version 1")
+    groups = clocks(model)
+    if len(groups) != len(state["groups"]):
+        raise UsageError(f"load_state_dict: {len(state['groups'])} conversions saved, the model has {len(groups)}")
+    for clock, saved in zip(groups, state["groups"], strict=True):
+        here = {site.name: (site.recipe.name, site.engine) for site in clock.sites}
+        there = {name: (entry["recipe"], entry["engine"]) for name, entry in saved["sites"].items()}
+        different = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        if different:
+            name = different[0]
+            raise UsageError(
+                f"load_state_dict: {len(different)} layers differ, first {name!r}: saved (recipe, engine) "
+                f"{there.get(name, 'none')}, here {here.get(name, 'none')}. Convert the same model in the same way first"
+            )
+    for clock, saved in zip(groups, state["groups"], strict=True):
+        clock.seed = int(saved["seed"])
+        clock.set_step(int(saved["step"]))
+        for site in clock.sites:
+            _load_site(site, saved["sites"][site.name])
+
+
+def _load_site(site: Site, entry: dict[str, Any]) -> None:
+    site.bits.copy_(entry["bits"])
+    site.running_range.copy_(entry["running_range"])

@@ -1,0 +1,26 @@
+"""The two errors a person sees, and how an unknown name is reported."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """What was asked for does not exist or does not fit together; the command line exits with 2."""
+
+
+class RunError(RuntimeError):
+    """A correct request failed while it ran; the command line exits with 1."""
+
+
+def unknown(what: str, given: object, allowed: Iterable[str]) -> UsageError:
+    """An error that names what was given, all that is allowed, and the nearest allowed name.
+
+    Args:
+        what: the kind of thing, e.g. ``"recipe"``.
+        given: the name nobody knows.
+        allowed: every legal name.
+    """
+    names = sorted(allowed)
+    nearest = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return UsageError(f"unknown {what} {given!r}.{hint} Known: {', '.join(names)}.")

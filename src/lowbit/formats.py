@@ -1,0 +1,155 @@
+"""Number formats as frozen values: which grid a tensor is put on, and what shares a scale.
+
+Notation: x real value, q integer code, S scale, z integer zero point, b bits. A format says nothing about
+how it is executed.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lowbit.errors import UsageError, unknown
+
+Zero = Literal["symmetric", "integer", "offset"]
+Granularity = Literal["tensor", "sample", "row", "kept-channel", "output-channel", "block"]
+RangeRule = Literal["minmax", "sample-mean"]
+RunningStart = Literal["first", "zero"]
+Rounding = Literal["nearest", "stochastic"]
+FloatName = Literal["fp32", "bf16"]
+
+
+def check_choice(what: str, value: object, allowed: object) -> None:
+    """Raise a UsageError unless `value` is one of the strings of the Literal `allowed`."""
+    if value not in get_args(allowed):
+        raise unknown(what, value, get_args(allowed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Float:
+    """A floating-point grid without a scale of its own.
+
+    Args:
+        name: ``"fp32"`` leaves values as they are given (float64 input stays float64); ``"bf16"`` rounds to
+            8 significant bits, ties to even.
+    """
+
+    name: FloatName
+
+    def __post_init__(self) -> None:
+        check_choice("float format", self.name, FloatName)
+
+    @property
+    def bits(self) -> int:
+        """Width of one value in bits."""
+        return {"fp32": 32, "bf16": 16}[self.name]
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether rounding needs noise: never."""
+        return False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Integer:
+    """Integer codes with a scale.
+
+    The grid, by `zero`:
+
+    - ``"symmetric"``: ``x = q S``, q in ``-(2**(b-1)-1) .. 2**(b-1)-1``, ``S = max|x| / (2**(b-1)-1)``;
+    - ``"integer"``: ``x = (q - z) S``, q and z in ``0 .. 2**b-1``: real zero is on the grid (a "true zero").
+      ``S = (hi-lo)/(2**b-1)`` with lo and hi widened to contain 0, ``z = round(-lo/S)``;
+    - ``"offset"``: ``x = q S + lo``, q in ``0 .. 2**b-1``: lo is a float and zero is in general not on the grid.
+
+    Rounding to nearest takes halves to even.
+
+    Args:
+        bits: width of a code, sign included: 2 to 16, for ``"offset"`` 1 to 32.
+        zero: where real zero lies, as above.
+        granularity: what shares a scale. ``"tensor"``: everything. ``"sample"``: one index of the first axis.
+            ``"row"``: one row of a linear layer's operand (all axes but the last); a convolution has no
+            rows and shares one scale. ``"kept-channel"``: one channel that the product does not sum over.
+            ``"output-channel"``: one output channel of a weight, in every product. ``"block"``: `block`
+            neighbours along the axis that the product sums over.
+        block: length of a block, only with granularity ``"block"``; the last one may be shorter.
+        range: lo and hi: ``"minmax"`` of what shares the scale, or ``"sample-mean"``: the mean over samples of
+            each sample's extremes, so that the largest outliers are clipped (per tensor only).
+        running: weight of the old value in the running range that evaluation uses, in [0, 1); None:
+            evaluation takes the range of its own batch. Per tensor only.
+        running_start: ``"first"``: the running range starts as the first batch's; ``"zero"``: it starts at 0
+            and is not corrected for that, as in the authors' codes.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+        floor: the smallest scale. 0 replaces only a zero scale (by 1); the authors' codes use 1e-8.
+
+    Raises:
+        UsageError: a value or combination outside the above.
+    """
+
+    bits: int
+    zero: Zero
+    granularity: Granularity = "tensor"
+    block: int | None = None
+    range: RangeRule = "minmax"
+    running: float | None = None
+    running_start: RunningStart = "first"
+    rounding: Rounding = "nearest"
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        for what, allowed in (
+            ("zero", Zero),
+            ("granularity", Granularity),
+            ("range", RangeRule),
+            ("running_start", RunningStart),
+            ("rounding", Rounding),
+        ):
+            check_choice(what, getattr(self, what), allowed)
+        check_bits(self.bits, self.zero)
+        if (self.block is None) == (self.granularity == "block"):
+            raise UsageError(
+                f"block={self.block} with granularity={self.granularity!r}: a block length goes with granularity "
+                "'block', and only with it"
+            )
+        if self.block is not None and self.block < 1:
+            raise UsageError(f"block={self.block}: a block has at least one element")
+        if self.granularity != "tensor" and (self.range == "sample-mean" or self.running is not None):
+            raise UsageError(
+                f"range={self.range!r}, running={self.running} with granularity={self.granularity!r}: the mean of "
+                "per-sample extremes and running ranges exist per tensor only"
+            )
+        if self.running is not None and not 0 <= self.running < 1:
+            raise UsageError(f"running={self.running}: the weight of the old range is in [0, 1)")
+        if not 0 <= self.floor < float("inf"):
+            raise UsageError(f"floor={self.floor}: the smallest scale is finite and not negative")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether rounding needs noise."""
+        return self.rounding == "stochastic"
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """The smallest and the largest code."""
+        if self.zero == "symmetric":
+            return 1 - 2 ** (self.bits - 1), 2 ** (self.bits - 1) - 1
+        return 0, 2**self.bits - 1
+
+    def __str__(self) -> str:
+        shared = f"block {self.block}" if self.block else self.granularity
+        parts = [f"{self.bits}-bit {self.zero}", shared]
+        parts += ["sample-mean"] * (self.range == "sample-mean") + ["stochastic"] * self.stochastic
+        return ", ".join(parts)
+
+
+Format = Float | Integer
+
+FP32 = Float(name="fp32")
+BF16 = Float(name="bf16")
+
+
+def check_bits(bits: int, zero: Zero) -> None:
+    """Raise a UsageError unless integer codes of this width exist: 2 to 16 bits, with a float offset 1 to 32."""
+    low, high = (1, 32) if zero == "offset" else (2, 16)
+    if isinstance(bits, bool) or not isinstance(bits, int) or not low <= bits <= high:
+        raise UsageError(f"bits={bits!r} for zero={zero!r}: allowed are whole numbers from {low} to {high}")

@@ -1,0 +1,118 @@
+"""The quantised twins of linear and convolution layers: one call each plus a site for their state.
+
+`lowbit.convert_` turns a plain layer into its twin by changing its class in place, so its name, parameters,
+hooks and every reference to it stay what they were; `lowbit.restore_` changes it back.
+"""
+
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+from lowbit import products
+from lowbit.nn.site import Clock, Site, product_site
+from lowbit.recipe import Recipe
+
+
+class QuantLayer(nn.Module):
+    """A layer that computes in the formats of a recipe.
+
+    Attributes:
+        site: the state of its products.
+    """
+
+    site: Site
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        plain = next(base.__name__ for base in type(self).__mro__ if base.__module__.startswith("torch.nn"))
+        raise TypeError(
+            f"{type(self).__name__} is made of a plain layer: lowbit.convert_(torch.nn.{plain}(...), recipe)"
+        )
+
+    def attach(self, *, name: str, recipe: Recipe, clock: Clock, engine: str) -> None:
+        """Give the layer its state; `lowbit.convert_` calls this once after it changed the class."""
+        self.site = product_site(name=name, recipe=recipe, clock=clock, engine=engine)
+
+    def sites(self) -> list[Site]:
+        """Every site of the layer."""
+        return [self.site]
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """`torch.nn.Linear` in the formats of a recipe: ``(..., K)`` to ``(..., N)``."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
+        """See `lowbit.products.linear`."""
+        return products.linear(input, self.weight, self.bias, setting=self.site.setting(input))
+
+
+class _QuantConv(QuantLayer, nn.modules.conv._ConvNd):
+    """What the convolutions of 1 to 3 axes share."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
+        """See `lowbit.products.conv`."""
+        self._check_input_dim(input)
+        return products.conv(
+            input,
+            self.weight,
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            padding_mode=self.padding_mode,
+            setting=self.site.setting(input),
+        )
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        dim = len(self.kernel_size)
+        if x.dim() not in (dim + 1, dim + 2):
+            raise ValueError(
+                f"{self.site.name}: input of shape {tuple(x.shape)}; expected (C, *size) or (B, C, *size) with {dim} spatial axes"
+            )
+
+
+class QuantConv1d(_QuantConv, nn.Conv1d):
+    """`torch.nn.Conv1d` in the formats of a recipe."""
+
+
+class QuantConv2d(_QuantConv, nn.Conv2d):
+    """`torch.nn.Conv2d` in the formats of a recipe."""
+
+
+class QuantConv3d(_QuantConv, nn.Conv3d):
+    """`torch.nn.Conv3d` in the formats of a recipe."""
+
+
+class _QuantConvTranspose(_QuantConv, nn.modules.conv._ConvTransposeNd):
+    """What the transposed convolutions of 1 to 3 axes share."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002 - the plain layer's
+        """See `lowbit.products.conv_transpose`; `output_size` chooses among the sizes that the stride leaves open."""
+        self._check_input_dim(input)
+        axes = len(self.kernel_size)
+        output_padding = self._output_padding(  # type: ignore[no-untyped-call]
+            input, output_size, self.stride, self.padding, self.kernel_size, axes, self.dilation
+        )
+        return products.conv_transpose(
+            input,
+            self.weight,
+            self.bias,
+            stride=self.stride,
+            padding=[int(p) for p in self.padding],
+            output_padding=output_padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            setting=self.site.setting(input),
+        )
+
+
+class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
+    """`torch.nn.ConvTranspose1d` in the formats of a recipe."""
+
+
+class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` in the formats of a recipe."""
+
+
+class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d` in the formats of a recipe."""

@@ -1,0 +1,295 @@
+"""Range Batch-Norm: batch normalisation whose scale is the range of the batch instead of its variance.
+
+Notation: x input ``(B, C, *size)``, mu mean, N = B * prod(size) values per channel, K chunks of n_k values
+(batch-major), R_k their range, kappa a constant, d the divisor.
+
+``sigma = kappa / K * sum_k R_k / sqrt(2 ln n_k)``, ``y = gamma (x - mu) / d + beta``.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.formats import Format, Integer
+from lowbit.nn.layers import QuantLayer
+from lowbit.nn.site import Clock, Site, is_recomputing
+from lowbit.quantizer import levels_of, quantize
+from lowbit.recipe import Constant, EpsilonPlace, RangeNorm, Recipe
+from lowbit.rounding import Noise
+
+# The authors' constant makes sigma nearly the standard deviation of a normal x; the paper's is 1.7 to 1.85 of it.
+KAPPA: dict[Constant, float] = {"paper": 1.0, "authors": 0.5 * 0.35 * (1 + math.sqrt(math.pi * math.log(4)))}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one batch says of each channel.
+
+    Args:
+        mean: mu, ``(C,)``.
+        sigma: the estimate of the standard deviation, ``(C,)``.
+        argmax: batch-major index of the first largest value of each chunk, ``(C, K)`` in 0..N-1.
+        argmin: likewise of the smallest.
+        slope: d sigma / d R_k, ``(K,)``.
+    """
+
+    mean: Tensor
+    sigma: Tensor
+    argmax: Tensor
+    argmin: Tensor
+    slope: Tensor
+
+
+def range_statistics(x: Tensor, *, constant: Constant, chunks: int) -> Statistics:
+    """Mean and range estimate of each channel.
+
+    The N values of a channel, batch-major, are cut into ``K = min(chunks, N // 2)`` chunks whose lengths differ by
+    at most one; each is weighed with its own ``sqrt(2 ln n_k)``.
+
+    Args:
+        x: float ``(B, C, *size)``.
+        constant: which kappa.
+        chunks: at most so many chunks.
+
+    Raises:
+        ValueError: N < 2: one value has no range.
+
+    Source: Banner et al. 2018, section 3 (``"paper"``); their code's RangeBN (``"authors"``).
+    """
+    channels = x.shape[1]
+    rows = x.transpose(0, 1).reshape(channels, -1)
+    count = rows.shape[1]
+    if count < 2:
+        raise ValueError(
+            f"Range BN got an input of shape {tuple(x.shape)}: {count} value(s) per channel have no range. Use a larger "
+            "batch, or leave this layer out with a rule"
+        )
+    number = min(chunks, count // 2)
+    short, longer = divmod(count, number)
+    lengths = [short + 1] * longer + [short] * (number - longer)
+    starts = torch.tensor([0, *lengths[:-1]], device=x.device).cumsum(0)
+    split = longer * (short + 1)
+    parts = [rows[:, :split].unflatten(1, (longer, short + 1))] if longer else []
+    parts.append(rows[:, split:].unflatten(1, (number - longer, short)))
+    # torch.max over a dim gives the first of several equal values, as the authors' code does.
+    high = [part.max(2) for part in parts]
+    low = [part.min(2) for part in parts]
+    spread = torch.cat([h.values - w.values for h, w in zip(high, low, strict=True)], 1)
+    slope = x.new_tensor([KAPPA[constant] / number / math.sqrt(2 * math.log(n)) for n in lengths])
+    return Statistics(
+        mean=rows.mean(1),
+        sigma=(spread * slope).sum(1),
+        argmax=torch.cat([h.indices for h in high], 1) + starts,
+        argmin=torch.cat([w.indices for w in low], 1) + starts,
+        slope=slope,
+    )
+
+
+def divisor(sigma: Tensor, eps: float, place: EpsilonPlace) -> Tensor:
+    """d: ``sqrt(sigma**2 + eps)`` (inside), as BatchNorm divides, or ``sigma + eps`` (outside)."""
+    return torch.sqrt(sigma * sigma + eps) if place == "inside" else sigma + eps
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormSetting:
+    """How one Range BN call is computed.
+
+    Args:
+        norm: constant, chunks, place of epsilon and formats.
+        eps: added to the divisor.
+        noise: for the stochastic rounding of grad_output.
+        bits: int64 ``(2,)``, widths of input and grad_output; None: the formats' own.
+        input_range: lo and hi for the input; None: of the batch.
+    """
+
+    norm: RangeNorm
+    eps: float
+    noise: Noise | None = None
+    bits: Tensor | None = None
+    input_range: tuple[Tensor, Tensor] | None = None
+
+    def quantized(self, x: Tensor, operand: str) -> Tensor:
+        """`x`, which is the layer's ``"input"`` or ``"grad_output"``, in its format."""
+        fmt: Format = getattr(self.norm, operand)
+        if not isinstance(fmt, Integer):
+            return quantize(x, fmt).values
+        noise = self.noise.draw("normalization", operand, x) if self.noise and fmt.stochastic else None
+        levels = None if self.bits is None else levels_of(fmt, self.bits[0 if operand == "input" else 1])
+        observed = self.input_range if operand == "input" else None
+        return quantize(x, fmt, levels=levels, noise=noise, observed=observed).values
+
+
+class _RangeBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]  # noqa: D102 - torch's signature takes any arguments
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        setting: NormSetting,
+        fixed: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        values = setting.quantized(x, "input")
+        norm = setting.norm
+        stats = None if fixed else range_statistics(values, constant=norm.constant, chunks=norm.chunks)
+        mean, sigma = fixed or (stats.mean, stats.sigma)  # type: ignore[union-attr]
+        d = divisor(sigma, setting.eps, norm.epsilon)
+        normalized = (values - _per_channel(mean, x)).div_(_per_channel(d, x))
+        y = normalized if weight is None else normalized * _per_channel(weight, x)
+        y = y if bias is None else y + _per_channel(bias, x)
+        ctx.save_for_backward(normalized, weight, sigma, d)
+        ctx.kept = (setting, stats, bias is not None)
+        ctx.mark_non_differentiable(mean, sigma)
+        return y, mean, sigma
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *_: object) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: D102
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "Range BN has no second derivative here: call backward without create_graph=True, or restore_ the layer"
+            )
+        normalized, weight, sigma, d = ctx.saved_tensors
+        setting, stats, has_bias = ctx.kept
+        grads = range_batch_norm_backward(
+            setting.quantized(grad_output, "grad_output"), normalized, weight, sigma, d, stats, setting.norm.epsilon
+        )
+        return grads[0], grads[1] if weight is not None else None, grads[2] if has_bias else None, None, None
+
+
+def range_batch_norm_backward(
+    g: Tensor,
+    normalized: Tensor,
+    weight: Tensor | None,
+    sigma: Tensor,
+    d: Tensor,
+    stats: Statistics | None,
+    place: EpsilonPlace,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, gamma and beta.
+
+    With ``G = gamma g``: ``dx = (G - mean G) / d``, and the extremes of chunk k further receive plus (largest) and
+    minus (smallest) ``-(sum G x_normalised) / d * (dd/dsigma) * (dsigma/dR_k)``. Fixed statistics: ``dx = G / d``.
+    """
+    axes = (0, *range(2, g.dim()))
+    grad_weight = (g * normalized).sum(axes)
+    grad_bias = g.sum(axes)
+    gamma = torch.ones_like(d) if weight is None else weight
+    if stats is None:
+        return g * _per_channel(gamma / d, g), grad_weight, grad_bias
+    count = g.numel() // g.shape[1]
+    dx = (g - _per_channel(grad_bias / count, g)).mul_(_per_channel(gamma / d, g)).contiguous()
+    slope_d = sigma / d if place == "inside" else torch.ones_like(d)
+    grad_sigma = -gamma * grad_weight / d * slope_d
+    share = grad_sigma[:, None] * stats.slope
+    flat = dx.view(-1)
+    flat.index_add_(0, _flat_index(stats.argmax, g.shape), share.flatten())
+    flat.index_add_(0, _flat_index(stats.argmin, g.shape), -share.flatten())
+    return dx, grad_weight, grad_bias
+
+
+def _per_channel(v: Tensor, x: Tensor) -> Tensor:
+    return v.reshape(1, -1, *[1] * (x.dim() - 2))
+
+
+def _flat_index(index: Tensor, shape: torch.Size) -> Tensor:
+    """Batch-major indices ``(C, K)`` within each channel as indices into contiguous ``(B, C, *size)``."""
+    positions = math.prod(shape[2:])
+    channel = torch.arange(shape[1], device=index.device)[:, None]
+    return ((index // positions * shape[1] + channel) * positions + index % positions).flatten()
+
+
+def range_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    setting: NormSetting,
+    fixed: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Range Batch-Norm with its quantisers, differentiable in x, weight and bias.
+
+    Args:
+        x: float ``(B, C, *size)`` or ``(B, C)``.
+        weight: gamma ``(C,)``, or None for 1.
+        bias: beta ``(C,)``, or None for 0.
+        setting: constant, chunks, epsilon, formats, noise.
+        fixed: ``(mu, sigma)`` to normalise with, as evaluation does; None: of this batch.
+
+    Returns:
+        ``(y, mu, sigma)``: y in the dtype of `x`, mu and sigma ``(C,)`` without gradient.
+
+    Raises:
+        ValueError: fewer than 2 values per channel, unless `fixed` is given.
+
+    Source: Banner et al. 2018, arXiv:1805.11046, section 3; backward derived and checked against the authors' code.
+    """
+    dtype = x.dtype
+    x = x.float() if dtype in (torch.bfloat16, torch.float16) else x
+    with torch.autocast(x.device.type, enabled=False):
+        y, mean, sigma = _RangeBatchNorm.apply(x, weight, bias, setting, fixed)  # type: ignore[no-untyped-call]
+    return y.to(dtype), mean, sigma
+
+
+class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
+    """Range BN with the parameters and buffers of batch normalisation.
+
+    `running_mean` and `running_var` hold running averages of mu and sigma squared, so that the plain layer that
+    `lowbit.restore_` gives back evaluates alike.
+    """
+
+    def attach(self, *, name: str, recipe: Recipe, clock: Clock, engine: str) -> None:
+        """Give the layer its state."""
+        norm = recipe.normalization
+        if norm is None:
+            raise TypeError(f"{name}: recipe {recipe.name!r} has no range normalisation")
+        bits = [norm.input.bits, norm.grad_output.bits]
+        self.site = Site(name=name, recipe=recipe, clock=clock, input_format=norm.input, bits=bits, engine=engine)
+        self.norm = norm
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
+        """See `range_batch_norm`; in training the running statistics move towards the batch's."""
+        self._check_input_dim(input)
+        use_batch = self.training or self.running_mean is None
+        y, mean, sigma = range_batch_norm(
+            input,
+            self.weight,
+            self.bias,
+            setting=NormSetting(
+                norm=self.norm,
+                eps=self.eps,
+                noise=self.site.noise(),
+                bits=self.site.bits,
+                input_range=self.site.input_range(input),
+            ),
+            fixed=None if use_batch else (self.running_mean, self.running_var.sqrt()),  # type: ignore[arg-type, union-attr]
+        )
+        if self.training and self.track_running_stats and not is_recomputing():
+            self._track(mean, sigma)
+        return y
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, sigma: Tensor) -> None:
+        """Move the running statistics; momentum None is the cumulative mean, as in the plain layer."""
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum if self.norm.momentum is None else self.norm.momentum
+        weight = 1.0 / self.num_batches_tracked.to(mean) if momentum is None else torch.as_tensor(momentum).to(mean)
+        self.running_mean.lerp_(mean.to(self.running_mean), weight.to(self.running_mean))
+        self.running_var.lerp_((sigma * sigma).to(self.running_var), weight.to(self.running_var))
+
+
+class RangeBatchNorm1d(_RangeBatchNormNd, nn.BatchNorm1d):
+    """Range BN of ``(B, C)`` or ``(B, C, L)`` in place of `torch.nn.BatchNorm1d`."""
+
+
+class RangeBatchNorm2d(_RangeBatchNormNd, nn.BatchNorm2d):
+    """Range BN of ``(B, C, H, W)`` in place of `torch.nn.BatchNorm2d`."""
+
+
+class RangeBatchNorm3d(_RangeBatchNormNd, nn.BatchNorm3d):
+    """Range BN of ``(B, C, D, H, W)`` in place of `torch.nn.BatchNorm3d`."""

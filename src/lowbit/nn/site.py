@@ -1,0 +1,128 @@
+"""Sites: the state of one place in a model where the formats of a recipe are applied.
+
+A converted model has one `Clock` (seed and step), shared by all its sites.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.formats import Format, Integer
+from lowbit.products import Setting
+from lowbit.ranges import new_running_range, observed_extremes
+from lowbit.recipe import Recipe
+from lowbit.rounding import CounterNoise, step_key
+
+
+class Clock:
+    """Seed and step of a converted model: what all its noise is made from.
+
+    `advance` is the model's forward pre-hook. It counts training forwards and starts the use numbers of all
+    sites anew, so that a layer that runs twice in a step draws two different fields.
+
+    Args:
+        seed: the seed of all noise.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.sites: list[Site] = []
+        self.set_step(0)
+
+    def set_step(self, step: int) -> None:
+        """Set the number of training forwards done."""
+        self.step = torch.tensor(step, dtype=torch.int64)
+        self.key = step_key(self.seed, self.step)
+
+    def advance(self, module: nn.Module, _args: object) -> None:
+        """Begin a forward of the converted model; a training forward is a new step."""
+        if module.training:
+            # New tensors, not in place: a backward that is still to come keeps the noise of its own forward.
+            self.step = self.step + 1
+            self.key = step_key(self.seed, self.step)
+        for site in self.sites:
+            site.uses = 0
+
+
+def is_recomputing() -> bool:
+    """Whether this forward runs inside a backward: gradient checkpointing running a layer again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class Site(nn.Module):
+    """One place where a recipe is applied: its bits, its running input range, its use number.
+
+    A site owns no parameter and nothing of it enters `state_dict()`: see `lowbit.state_dict`.
+
+    Args:
+        name: the layer's name, fixed at conversion: part of the noise and of every report.
+        recipe: the formats.
+        clock: seed and step of the model.
+        input_format: the format of the layer's input, whose running range is kept here.
+        bits: the width of each operand, in the order that the layer gives them meaning.
+        engine: how products are executed.
+    """
+
+    bits: Tensor
+    running_range: Tensor
+
+    def __init__(
+        self, *, name: str, recipe: Recipe, clock: Clock, input_format: Format, bits: list[int], engine: str
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.recipe = recipe
+        self.clock = clock
+        self.input_format = input_format
+        self.engine = engine
+        self.uses = 0
+        self.register_buffer("bits", torch.tensor(bits), persistent=False)
+        self.register_buffer("running_range", new_running_range(), persistent=False)
+        clock.sites.append(self)
+
+    def noise(self) -> CounterNoise:
+        """The noise of this use of the layer; a recomputed forward draws what the first one drew."""
+        if not is_recomputing():
+            self.uses += 1
+        elif self.uses > 1 and (self.recipe.output.input.stochastic or self.recipe.output.weight.stochastic):
+            raise RuntimeError(
+                f"{self.name}: gradient checkpointing runs again a layer that ran {self.uses} times in this step, "
+                "and stochastic rounding in its forward cannot know which run this is. Checkpoint other layers, or "
+                "convert one layer per use"
+            )
+        return CounterNoise(key=self.clock.key, layer=self.name, use=0 if is_recomputing() else self.uses - 1)
+
+    def input_range(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The extremes to use for `x`: recorded in training, the running ones in evaluation, None for its own."""
+        if not isinstance(self.input_format, Integer) or is_recomputing():
+            return None
+        values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        return observed_extremes(values, self.input_format, self.running_range, training=self.training)
+
+    def setting(self, x: Tensor) -> Setting:
+        """How the products of this call are computed for input `x`."""
+        return Setting(
+            recipe=self.recipe,
+            noise=self.noise(),
+            bits=self.bits,
+            input_range=self.input_range(x),
+            layer=self.name,
+            engine=self.engine,
+        )
+
+    def extra_repr(self) -> str:
+        """Recipe and engine."""
+        return f"{self.recipe.name}, engine={self.engine}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Follow the model to another device, not to another dtype: a range in float16 would not be one."""
+        device = fn(torch.empty(0, device=self.bits.device)).device
+        return super()._apply(lambda t: t.to(device), recurse)
+
+
+def product_site(*, name: str, recipe: Recipe, clock: Clock, engine: str) -> Site:
+    """A site for the three products, with the recipe's own bits in the order of `lowbit.recipe.SLOTS`."""
+    bits = [fmt.bits for _, _, fmt in recipe.operands()]
+    return Site(name=name, recipe=recipe, clock=clock, input_format=recipe.output.input, bits=bits, engine=engine)

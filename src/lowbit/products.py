@@ -1,0 +1,708 @@
+"""The three products of a layer as autograd, each operand of each product in its own format.
+
+Notation: x input, w weight, g grad_output; a hat marks a value on its format's grid.
+``output = x^ w^``, ``grad_input = g^ w^``, ``grad_weight = g^ x^``. g may have one format in `grad_input` and
+another in `grad_weight`: gradient bifurcation (Banner et al. 2018). grad_bias is the plain sum of g.
+
+The backward of rounding is the straight-through estimator: clipped values receive their gradient too.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowbit.errors import UsageError
+from lowbit.formats import Format, Integer
+from lowbit.quantizer import Quantized, levels_of, quantize
+from lowbit.recipe import SLOTS, Recipe
+from lowbit.rounding import Noise
+
+ENGINES = ("reference",)
+
+
+class Op(Protocol):
+    """What is multiplied: the three products of one kind of layer on plain tensors, and where its channels lie."""
+
+    @property
+    def kind(self) -> str:
+        """The operator's name, e.g. ``"conv2d"``."""
+
+    def output(self, x: Tensor, w: Tensor) -> Tensor:
+        """The product of input and weight."""
+
+    def grad_input(self, g: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
+        """The product of grad_output and weight, in the shape of the input."""
+
+    def grad_weight(self, g: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+        """The product of grad_output and input, in the shape of the weight."""
+
+    def grad_bias(self, g: Tensor) -> Tensor:
+        """The sum of grad_output over all but its channels."""
+
+    def kernel(self, product: str) -> str:
+        """The operator that executes a product on the reference engine."""
+
+    def macs(self, x: torch.Size, w: torch.Size, y: torch.Size) -> int:
+        """Multiply-accumulates of each of the three products, one fused multiply-add counted as one."""
+
+    def view(self, operand: str, shape: torch.Size) -> tuple[int, ...]:
+        """The shape, same elements in the same order, in which the axes below are meant."""
+
+    def summed(self, product: str, operand: str, dim: int) -> tuple[int, ...]:
+        """The axes of the view, of `dim` axes, that the product sums over."""
+
+    def output_channels(self, dim: int) -> tuple[int, ...]:
+        """The axes of the weight's view that count output channels."""
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether operands are matrices whose last axis is one row."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``y (..., N) = x (..., K) w (N, K)^T``."""
+
+    kind: str = field(default="linear", init=False)
+    has_rows: bool = field(default=True, init=False)
+
+    def output(self, x: Tensor, w: Tensor) -> Tensor:
+        """``x w^T``."""
+        return F.linear(x, w)
+
+    def grad_input(self, g: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
+        """``g w``."""
+        return (g @ w).reshape(shape)
+
+    def grad_weight(self, g: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+        """``g^T x`` over all rows."""
+        return (g.flatten(0, -2).t() @ x.flatten(0, -2)).reshape(shape)
+
+    def grad_bias(self, g: Tensor) -> Tensor:
+        """The sum over all rows."""
+        return g.flatten(0, -2).sum(0)
+
+    def kernel(self, product: str) -> str:
+        """`aten::linear` forward, `aten::mm` backward."""
+        return "aten::linear" if product == "output" else "aten::mm"
+
+    def macs(self, x: torch.Size, w: torch.Size, y: torch.Size) -> int:  # noqa: ARG002 - the shape of y follows
+        """Rows times K times N."""
+        return x.numel() * w[0]
+
+    def view(self, operand: str, shape: torch.Size) -> tuple[int, ...]:
+        """Rows (all leading axes) by features; the weight as it is."""
+        return tuple(shape) if operand == "weight" else (math.prod(shape[:-1]), shape[-1])
+
+    def summed(self, product: str, operand: str, dim: int) -> tuple[int, ...]:  # noqa: ARG002 - always two axes
+        """One axis of the two."""
+        return {
+            ("output", "input"): (1,),
+            ("output", "weight"): (1,),
+            ("grad_input", "grad_output"): (1,),
+            ("grad_input", "weight"): (0,),
+            ("grad_weight", "grad_output"): (0,),
+            ("grad_weight", "input"): (0,),
+        }[product, operand]
+
+    def output_channels(self, dim: int) -> tuple[int, ...]:  # noqa: ARG002 - always two axes
+        """Axis 0 of (N, K)."""
+        return (0,)
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """``y (..., M, N) = x (..., M, K) w (..., K, N)``; leading axes broadcast."""
+
+    kind: str = field(default="matmul", init=False)
+    has_rows: bool = field(default=True, init=False)
+
+    def output(self, x: Tensor, w: Tensor) -> Tensor:
+        """``x w``."""
+        return x @ w
+
+    def grad_input(self, g: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
+        """``g w^T``, summed over broadcast axes."""
+        return (g @ w.transpose(-1, -2)).sum_to_size(shape)
+
+    def grad_weight(self, g: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+        """``x^T g``, summed over broadcast axes."""
+        return (x.transpose(-1, -2) @ g).sum_to_size(shape)
+
+    def grad_bias(self, g: Tensor) -> Tensor:
+        """The sum over all rows; `matmul` takes no bias, so it is never asked for."""
+        return g.flatten(0, -2).sum(0)
+
+    def kernel(self, product: str) -> str:  # noqa: ARG002 - all three alike
+        """`aten::matmul`."""
+        return "aten::matmul"
+
+    def macs(self, x: torch.Size, w: torch.Size, y: torch.Size) -> int:  # noqa: ARG002 - w's K is x's
+        """Elements of the result times K."""
+        return y.numel() * x[-1]
+
+    def view(self, operand: str, shape: torch.Size) -> tuple[int, ...]:  # noqa: ARG002 - all operands alike
+        """As it is."""
+        return tuple(shape)
+
+    def summed(self, product: str, operand: str, dim: int) -> tuple[int, ...]:
+        """The last axis or the one before it."""
+        last = {("output", "input"), ("grad_input", "grad_output"), ("grad_input", "weight")}
+        return (dim - 1,) if (product, operand) in last else (dim - 2,)
+
+    def output_channels(self, dim: int) -> tuple[int, ...]:
+        """The last axis of (..., K, N), apart for each matrix."""
+        return (*range(dim - 2), dim - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convolution:
+    """A 1-, 2- or 3-dimensional convolution or transposed convolution of zero-padded input ``(B, C, *size)``.
+
+    Args:
+        stride, padding, dilation: one number per spatial axis.
+        groups: number of groups.
+        transposed: the weight is ``(I, O/groups, *kernel)`` and the output is the larger side.
+        output_padding: extra size on one side of a transposed convolution's output.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+    has_rows: bool = field(default=False, init=False)
+
+    @property
+    def kind(self) -> str:
+        """``conv2d``, ``conv_transpose1d``, ..."""
+        return f"{'conv_transpose' if self.transposed else 'conv'}{len(self.stride)}d"
+
+    def _arguments(self) -> tuple[Any, ...]:
+        output_padding = self.output_padding or (0,) * len(self.stride)
+        return self.stride, self.padding, self.dilation, self.transposed, output_padding, self.groups
+
+    def output(self, x: Tensor, w: Tensor) -> Tensor:
+        """The convolution."""
+        return torch.ops.aten.convolution(x, w, None, *self._arguments())
+
+    def _backward(self, g: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten.convolution_backward(g, x, w, None, *self._arguments(), mask)
+
+    def grad_input(self, g: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of the input; only its shape is needed, so an untouched tensor stands for it."""
+        return self._backward(g, g.new_empty(shape), w, [True, False, False])[0]
+
+    def grad_weight(self, g: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of the weight; only its shape is needed, so an untouched tensor stands for it."""
+        return self._backward(g, x, g.new_empty(shape), [False, True, False])[1]
+
+    def grad_bias(self, g: Tensor) -> Tensor:
+        """The sum over batch and positions."""
+        return g.sum((0, *range(2, g.dim())))
+
+    def kernel(self, product: str) -> str:
+        """`aten::convolution` forward, `aten::convolution_backward` backward."""
+        return "aten::convolution" if product == "output" else "aten::convolution_backward"
+
+    def macs(self, x: torch.Size, w: torch.Size, y: torch.Size) -> int:
+        """Positions of the smaller side times one kernel; taps that fall on the padding count too."""
+        return (x if self.transposed else y).numel() * math.prod(w[1:])
+
+    def view(self, operand: str, shape: torch.Size) -> tuple[int, ...]:
+        """Channels split into (group, channel in group); the weight is (group, its first axis, its second, *kernel)."""
+        split = 0 if operand == "weight" else 1
+        return (*shape[:split], self.groups, shape[split] // self.groups, *shape[split + 1 :])
+
+    def summed(self, product: str, operand: str, dim: int) -> tuple[int, ...]:
+        """Channels of one side within a group with the window, or batch and positions."""
+        positions = range(3, dim)
+        if operand != "weight":
+            return (0, *positions) if product == "grad_weight" else (2, *positions)
+        input_channels = 1 if self.transposed else 2
+        return (input_channels if product == "output" else 3 - input_channels, *positions)
+
+    def output_channels(self, dim: int) -> tuple[int, ...]:  # noqa: ARG002 - the same for every dimension
+        """Group and output channel in the group."""
+        return (0, 2) if self.transposed else (0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How the products of one call are to be computed.
+
+    Args:
+        recipe: the formats.
+        noise: where noise comes from; needed where a format rounds stochastically.
+        bits: the width of each operand in the order of `recipe.SLOTS`, int64 ``(6,)``, a tensor so that a change
+            never recompiles; None: the recipe's own. Float formats have the width they have.
+        input_range: lo and hi for `input` where its format keeps a running range; None: of the batch.
+        layer: name for reports and errors.
+        engine: how products are executed, one of `ENGINES`.
+    """
+
+    recipe: Recipe
+    noise: Noise | None = None
+    bits: Tensor | None = None
+    input_range: tuple[Tensor, Tensor] | None = None
+    layer: str = ""
+    engine: str = "reference"
+
+    def format(self, product: str, operand: str) -> Format:
+        """The format of one operand of one product."""
+        fmt: Format = getattr(getattr(self.recipe, product), operand)
+        return fmt
+
+    def width(self, product: str, operand: str) -> Tensor | None:
+        """The bits of one operand as a scalar tensor, where they are set apart from the recipe."""
+        return None if self.bits is None else self.bits[SLOTS.index((product, operand))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperandRun:
+    """One operand of one product as it ran: its values before and after quantisation."""
+
+    format: Format
+    bits: int
+    exact: Tensor
+    quantized: Tensor
+    clipped: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductRun:
+    """One product as it ran, for an observer."""
+
+    layer: str
+    product: str
+    kind: str
+    engine: str
+    kernel: str
+    macs: int
+    operands: dict[str, OperandRun]
+    result: Tensor
+    full_precision: Callable[[], Tensor]
+    expected: tuple[str, ...]
+
+
+class Observer(Protocol):
+    """What wants to see every product, e.g. `lowbit.verify`."""
+
+    def __call__(self, run: ProductRun) -> None:
+        """Take note of one product."""
+
+
+_observers: list[Observer] = []
+_depth = 0
+
+
+@contextmanager
+def observed_by(observer: Observer) -> Iterator[None]:
+    """Call `observer` with every product that runs in this context, forward and backward."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def is_observed() -> bool:
+    """Whether anybody watches, so that what costs time to measure is worth measuring."""
+    return bool(_observers)
+
+
+def notify(run: ProductRun) -> None:
+    """Show a run to every observer."""
+    for observer in _observers:
+        observer(run)
+
+
+@contextmanager
+def inside() -> Iterator[None]:
+    """Mark operators dispatched in this context as part of a converted layer's products."""
+    global _depth  # noqa: PLW0603 - backward runs on autograd's own threads, so this cannot be an argument
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+
+
+def is_inside() -> bool:
+    """Whether a converted layer's product is being computed now."""
+    return _depth > 0
+
+
+def scale_sharing(op: Op, product: str, operand: str, fmt: Format, shape: torch.Size) -> tuple[tuple[int, ...], Any, Any]:
+    """What shares a scale in one operand: its shape as a view, the dims that share, and the axis blocks lie along.
+
+    Returns:
+        (view shape, dims, block axis or None); the view has the elements of `shape` in the same order.
+    """
+    if not isinstance(fmt, Integer) or fmt.granularity == "tensor":
+        return tuple(shape), tuple(range(len(shape))), None
+    if fmt.granularity == "sample":
+        return tuple(shape), tuple(range(1, len(shape))), None
+    view = op.view(operand, shape)
+    dim = len(view)
+    summed = op.summed(product, operand, dim)
+    if fmt.granularity == "block":
+        return view, (), summed[0]
+    if fmt.granularity == "row":
+        return view, (dim - 1,) if op.has_rows else tuple(range(dim)), None
+    if fmt.granularity == "kept-channel":
+        return view, summed, None
+    return view, tuple(d for d in range(dim) if d not in op.output_channels(dim)), None
+
+
+def quantize_operand(x: Tensor, op: Op, setting: Setting, product: str, operand: str) -> Quantized:
+    """Quantise one operand of one product as the recipe says.
+
+    Args:
+        x: float32 or float64 in the operand's own shape.
+        op: the operator.
+        setting: formats, noise and range.
+        product: ``"output"``, ``"grad_input"`` or ``"grad_weight"``.
+        operand: ``"input"``, ``"weight"`` or ``"grad_output"``.
+    """
+    fmt = setting.format(product, operand)
+    if not isinstance(fmt, Integer):
+        return quantize(x, fmt, measure=bool(_observers))
+    noise = None
+    if fmt.stochastic:
+        if setting.noise is None:
+            raise ValueError(f"{setting.layer or op.kind}: {operand} in {product} rounds stochastically and got no noise")
+        noise = setting.noise.draw(product, operand, x)
+    bits = setting.width(product, operand)
+    keeps_range = operand == "input" and fmt.running is not None
+    view, dims, block_axis = scale_sharing(op, product, operand, fmt, x.shape)
+    result = quantize(
+        x.reshape(view),
+        fmt,
+        dims=dims,
+        block_axis=block_axis,
+        levels=None if bits is None else levels_of(fmt, bits),
+        noise=None if noise is None else noise.reshape(view),
+        observed=_reshaped(setting.input_range, len(view)) if keeps_range else None,
+        measure=bool(_observers),
+    )
+    return Quantized(result.values.reshape(x.shape), result.clipped)
+
+
+def _reshaped(extremes: tuple[Tensor, Tensor] | None, dim: int) -> tuple[Tensor, Tensor] | None:
+    return None if extremes is None else (extremes[0].reshape((1,) * dim), extremes[1].reshape((1,) * dim))
+
+
+def _shares(op: Op, setting: Setting, operand: str, shape: torch.Size, first: str, second: str) -> bool:
+    """Whether an operand has the same codes in two products, so that it is quantised once for both."""
+    formats = setting.format(first, operand), setting.format(second, operand)
+    return formats[0] == formats[1] and (
+        scale_sharing(op, first, operand, formats[0], shape) == scale_sharing(op, second, operand, formats[1], shape)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """What the forward keeps for the backward beside tensors."""
+
+    op: Op
+    setting: Setting
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None]
+    input_shape: torch.Size
+    weight_shape: torch.Size
+    weight_is_quantized: bool
+    exact: tuple[Tensor, Tensor] | None
+    quantized: dict[str, Quantized]
+
+
+def _compute(x: Tensor) -> Tensor:
+    """The dtype that products are computed in: float32 for the 16-bit types, else the tensor's own."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]  # noqa: D102 - torch's signature takes any arguments
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting, dtype: torch.dtype
+    ) -> Tensor:
+        needs_input, needs_weight = ctx.needs_input_grad[:2]
+        exact_x, exact_w = _compute(x), _compute(w)
+        x_hat = quantize_operand(exact_x, op, setting, "output", "input")
+        w_hat = quantize_operand(exact_w, op, setting, "output", "weight")
+        y = _run(
+            op,
+            setting,
+            "output",
+            {"input": (exact_x, x_hat), "weight": (exact_w, w_hat)},
+            op.output,
+            op.macs,
+            expected=("grad_input",) * needs_input + ("grad_weight",) * needs_weight,
+        )
+        if bias is not None:
+            b_hat = quantize(_compute(bias), setting.recipe.bias).values
+            y = y + (b_hat if op.has_rows else b_hat.reshape(-1, *[1] * (y.dim() - 2)))
+        weight_is_shared = _shares(op, setting, "weight", w.shape, "output", "grad_input")
+        if needs_weight and not _shares(op, setting, "input", x.shape, "output", "grad_weight"):
+            x_hat = quantize_operand(exact_x, op, setting, "grad_weight", "input")
+        ctx.save_for_backward(
+            x_hat.values if needs_weight else None,
+            (w_hat.values if weight_is_shared else w) if needs_input else None,
+        )
+        ctx.kept = _Kept(
+            op=op,
+            setting=setting,
+            dtypes=(x.dtype, w.dtype, None if bias is None else bias.dtype),
+            input_shape=x.shape,
+            weight_shape=w.shape,
+            weight_is_quantized=weight_is_shared,
+            exact=(exact_x, exact_w) if _observers else None,
+            quantized={"input": x_hat, "weight": w_hat} if _observers else {},
+        )
+        return y.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: D102
+        kept: _Kept = ctx.kept
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{kept.setting.layer or kept.op.kind}: create_graph=True asks for a second derivative, and quantised "
+                "products have none: rounding is differentiated once, straight through. Call backward without "
+                "create_graph, or restore_ this layer"
+            )
+        x_hat, w = ctx.saved_tensors
+        with torch.autocast(grad_output.device.type, enabled=False):
+            grads = gradients(_compute(grad_output), x_hat, w, kept, ctx.needs_input_grad[:3])
+        return (*grads, None, None, None)
+
+
+def gradients(
+    g: Tensor, x_hat: Tensor | None, w: Tensor | None, kept: _Kept, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """grad_input, grad_weight and grad_bias, each None where it is not needed."""
+    op, setting = kept.op, kept.setting
+    grad_input = grad_weight = None
+    g_hat: Quantized | None = None
+    if needs[0] and w is not None:
+        g_hat = quantize_operand(g, op, setting, "grad_input", "grad_output")
+        exact_w = w if kept.exact is None else kept.exact[1]
+        if kept.weight_is_quantized:
+            w_hat = kept.quantized.get("weight", Quantized(w))
+        else:
+            w_hat = quantize_operand(_compute(w), op, setting, "grad_input", "weight")
+        grad_input = _run(
+            op,
+            setting,
+            "grad_input",
+            {"grad_output": (g, g_hat), "weight": (exact_w, w_hat)},
+            lambda a, b: op.grad_input(a, b, kept.input_shape),
+            lambda y, w_, _: op.macs(kept.input_shape, w_, y),
+        ).to(kept.dtypes[0])
+    if needs[1] and x_hat is not None:
+        if g_hat is None or not _shares(op, setting, "grad_output", g.shape, "grad_input", "grad_weight"):
+            g_hat = quantize_operand(g, op, setting, "grad_weight", "grad_output")
+        exact_x = x_hat if kept.exact is None else kept.exact[0]
+        grad_weight = _run(
+            op,
+            setting,
+            "grad_weight",
+            {"grad_output": (g, g_hat), "input": (exact_x, kept.quantized.get("input", Quantized(x_hat)))},
+            lambda a, b: op.grad_weight(a, b, kept.weight_shape),
+            lambda y, x_, w_: op.macs(x_, w_, y),
+        ).to(kept.dtypes[1])
+    grad_bias = op.grad_bias(g).to(kept.dtypes[2]) if needs[2] else None
+    return grad_input, grad_weight, grad_bias
+
+
+def _run(
+    op: Op,
+    setting: Setting,
+    product: str,
+    operands: dict[str, tuple[Tensor, Quantized]],
+    multiply: Callable[[Tensor, Tensor], Tensor],
+    macs: Callable[[torch.Size, torch.Size, torch.Size], int],
+    expected: tuple[str, ...] = (),
+) -> Tensor:
+    """Execute one product on its two operands and show it to the observers."""
+    (exact_a, a), (exact_b, b) = operands.values()
+    with inside():
+        result = multiply(a.values, b.values)
+        if _observers:
+            run = ProductRun(
+                layer=setting.layer,
+                product=product,
+                kind=op.kind,
+                engine=setting.engine,
+                kernel=op.kernel(product),
+                macs=macs(exact_a.shape, exact_b.shape, result.shape),
+                operands={
+                    name: OperandRun(
+                        format=setting.format(product, name),
+                        bits=bits_of(setting, product, name),
+                        exact=exact,
+                        quantized=hat.values,
+                        clipped=hat.clipped or 0.0,
+                    )
+                    for name, (exact, hat) in operands.items()
+                },
+                result=result,
+                full_precision=lambda: multiply(exact_a, exact_b),
+                expected=expected,
+            )
+            notify(run)
+    return result
+
+
+def bits_of(setting: Setting, product: str, operand: str) -> int:
+    """The width of an operand's codes in this call."""
+    fmt = setting.format(product, operand)
+    bits = setting.width(product, operand)
+    return fmt.bits if bits is None or not isinstance(fmt, Integer) else int(bits)
+
+
+def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting) -> Tensor:
+    """Check dtypes and compute outside autocast; the result has autocast's dtype where that is on, else that of `x`."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    for name, tensor in (("input", x), ("weight", w), ("bias", bias)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{setting.layer or op.kind}: {name} is {tensor.dtype}: give a floating-point tensor")
+        if tensor is not None and tensor.dtype != x.dtype and not autocast:
+            raise TypeError(
+                f"{setting.layer or op.kind}: input is {x.dtype} and {name} is {tensor.dtype}: give one dtype, or use autocast"
+            )
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    with torch.autocast(device, enabled=False):
+        result: Tensor = _Products.apply(x, w, bias, op, setting, dtype)  # type: ignore[no-untyped-call]
+    return result
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, setting: Setting) -> Tensor:
+    """``output (..., N) = input (..., K) weight (N, K)^T + bias (N,)``, forward and backward in the recipe's formats.
+
+    Args:
+        x: float ``(..., K)``; leading axes are rows, the first one counts samples.
+        weight: ``(N, K)``.
+        bias: ``(N,)``.
+        setting: recipe, noise, range.
+
+    Returns:
+        ``(..., N)``, in the dtype of `x`, or autocast's.
+
+    Raises:
+        TypeError: dtypes are not floating point or differ outside autocast.
+        RuntimeError: in backward, with ``create_graph=True``.
+    """
+    if x.dim() == 1:
+        return linear(x.unsqueeze(0), weight, bias, setting=setting).squeeze(0)
+    return _apply(x, weight, bias, Linear(), setting)
+
+
+def matmul(x: Tensor, weight: Tensor, *, setting: Setting) -> Tensor:
+    """``output (..., M, N) = input (..., M, K) weight (..., K, N)`` with broadcasting, in the recipe's formats.
+
+    Either operand may need a gradient. Dtypes and errors as for `linear`; operands need two axes or more.
+    """
+    if x.dim() < 2 or weight.dim() < 2:
+        raise UsageError(f"matmul of shapes {tuple(x.shape)} and {tuple(weight.shape)}: both need two axes or more")
+    return _apply(x, weight, None, Matmul(), setting)
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int] | str,
+    dilation: Sequence[int],
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    setting: Setting,
+) -> Tensor:
+    """A convolution of ``x (B, C, *size)`` with ``weight (O, C/groups, *kernel)``, 1 to 3 spatial axes.
+
+    Args:
+        x: float ``(B, C, *size)`` or unbatched ``(C, *size)``.
+        weight: ``(O, C/groups, *kernel)``.
+        bias: ``(O,)``.
+        stride, dilation: one number per spatial axis.
+        padding: one number per spatial axis, or ``"same"`` or ``"valid"``.
+        groups: number of groups.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``. Real zeros are added
+            after quantisation, also where zero is not on the grid, as in the authors' codes.
+        setting: recipe, noise, range.
+
+    An odd ``"same"`` padding adds its zeros before quantisation.
+
+    Returns:
+        ``(B, O, *out)`` or unbatched; dtype and errors as for `linear`.
+    """
+    axes = weight.dim() - 2
+    if x.dim() == axes + 1:
+        one = conv(
+            x.unsqueeze(0),
+            weight,
+            bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            padding_mode=padding_mode,
+            setting=setting,
+        )
+        return one.squeeze(0)
+    before, after = _padding(padding, weight.shape[2:], dilation)
+    if padding_mode != "zeros" or before != after:
+        mode = "constant" if padding_mode == "zeros" else padding_mode
+        pairs = [side for b, a in zip(reversed(before), reversed(after), strict=True) for side in (b, a)]
+        x, before = F.pad(x, pairs, mode=mode), (0,) * axes
+    op = Convolution(stride=tuple(stride), padding=before, dilation=tuple(dilation), groups=groups)
+    return _apply(x, weight, bias, op, setting)
+
+
+def _padding(
+    padding: Sequence[int] | str, kernel: Sequence[int], dilation: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Zeros before and after, for each spatial axis; "same" puts an odd one after, as torch does."""
+    if padding == "valid":
+        padding = (0,) * len(kernel)
+    if padding == "same":
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return tuple(t // 2 for t in totals), tuple(t - t // 2 for t in totals)
+    return tuple(int(p) for p in padding), tuple(int(p) for p in padding)
+
+
+def conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    setting: Setting,
+) -> Tensor:
+    """A transposed convolution of ``x (B, I, *size)`` with ``weight (I, O/groups, *kernel)``, 1 to 3 spatial axes.
+
+    Arguments, result and errors as for `conv`; `output_padding` is the extra size of one side.
+    """
+    op = Convolution(
+        stride=tuple(stride),
+        padding=tuple(padding),
+        dilation=tuple(dilation),
+        groups=groups,
+        transposed=True,
+        output_padding=tuple(output_padding),
+    )
+    if x.dim() == weight.dim() - 1:
+        return _apply(x.unsqueeze(0), weight, bias, op, setting).squeeze(0)
+    return _apply(x, weight, bias, op, setting)

@@ -1,0 +1,172 @@
+"""Quantizers: real tensors to integer codes with a scale, and back.
+
+Notation: x real value, q code, S scale, z zero point, o offset. Always ``x ~ (q - z) S + o``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import Float, Format, Integer
+from lowbit.kernels import reference
+from lowbit.ranges import extremes
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantised tensor: ``x ~ (q - zero) * scale + offset``.
+
+    Args:
+        q: whole numbers held in the float dtype of the tensor they came from, any shape.
+        scale: broadcasts against `q`; not 0.
+        zero: integer zero points held in float, or None for 0.
+        offset: float offsets, or None for 0.
+        low: the smallest code of the format, a number or a scalar tensor.
+        high: the largest code.
+    """
+
+    q: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    offset: Tensor | None
+    low: Tensor | float
+    high: Tensor | float
+
+    def dequantize(self) -> Tensor:
+        """The real values that the codes stand for, in the dtype of `q`; nan throughout where the scale is not finite."""
+        q = self.q if self.zero is None else self.q - self.zero
+        x = q * self.scale
+        return x if self.offset is None else x.add_(self.offset)
+
+    def clipped(self, x: Tensor) -> Tensor:
+        """The share of `x`, the tensor the codes were made of, that lies more than half a step outside the grid."""
+        t = (x if self.offset is None else x - self.offset) / self.scale
+        t = t if self.zero is None else t + self.zero
+        return ((t < self.low - 0.5) | (t > self.high + 0.5)).float().mean()
+
+
+def levels_of(fmt: Integer, bits: Tensor) -> Tensor:
+    """The largest code of the format at another width: ``2**bits - 1``, symmetric ``2**(bits-1) - 1``.
+
+    Args:
+        fmt: the format, whose own `bits` do not count here.
+        bits: int64 scalar tensor.
+
+    Returns:
+        float32 scalar tensor.
+    """
+    width = bits - 1 if fmt.zero == "symmetric" else bits
+    return ((1 << width) - 1).float()
+
+
+def encode(
+    x: Tensor,
+    fmt: Integer,
+    *,
+    dims: tuple[int, ...] | None = None,
+    levels: Tensor | float | None = None,
+    noise: Tensor | None = None,
+    observed: tuple[Tensor, Tensor] | None = None,
+) -> Codes:
+    """Put `x` on the grid of an integer format (see `lowbit.formats.Integer` for the grids).
+
+    Args:
+        x: float32 or float64, any shape, also empty.
+        fmt: the format; its granularity is what `dims` says here, blocks excepted (see `quantize`).
+        dims: the dims that share one scale; None: all.
+        levels: the largest code, where bits are not the format's own, e.g. after a schedule changed them;
+            a number or a float scalar tensor (so that a change does not recompile).
+        noise: uniform draws in [0, 1) of the shape of `x`; needed iff the format rounds stochastically.
+        observed: lo and hi to use in place of those of `x`, broadcasting against it.
+
+    Returns:
+        Codes with ``|x - x_hat| <= S/2`` (nearest) or ``< S`` (noise) inside [lo, hi], up to float32 rounding.
+        Zeros give zeros and a constant gives itself; a slice with an inf or nan dequantizes to nan throughout.
+
+    Raises:
+        TypeError: `x` is not float32 or float64.
+        ValueError: noise is missing, or given to a format that rounds to nearest.
+    """
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"cannot quantize {x.dtype}: give float32 or float64")
+    if fmt.stochastic != (noise is not None):
+        raise ValueError(f"rounding is {fmt.rounding!r} and noise is {'given' if noise is not None else 'missing'}")
+    dims = tuple(range(x.dim())) if dims is None else dims
+    levels = float(fmt.code_range[1]) if levels is None else levels
+    lo, hi = observed or extremes(x, rule=fmt.range, dims=dims)
+    if fmt.zero == "symmetric":
+        scale = reference.scale_of(torch.maximum(-lo, hi), levels, fmt.floor)
+        return Codes(reference.codes_symmetric(x, scale, levels, noise), scale, None, None, -levels, levels)
+    if fmt.zero == "integer":
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+        scale = reference.scale_of(hi - lo, levels, fmt.floor)
+        zero = reference.zero_point(lo, scale, levels)
+        return Codes(reference.codes_affine(x, scale, zero, levels, noise), scale, zero, None, 0.0, levels)
+    scale = reference.scale_of(hi - lo, levels, fmt.floor)
+    return Codes(reference.codes_offset(x, scale, lo, levels, noise), scale, None, lo, 0.0, levels)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The result of `quantize`: the values on the grid, and the share of clipped ones where it was asked for."""
+
+    values: Tensor
+    clipped: float | None = None
+
+
+def quantize(
+    x: Tensor,
+    fmt: Format,
+    *,
+    dims: tuple[int, ...] | None = None,
+    block_axis: int | None = None,
+    levels: Tensor | float | None = None,
+    noise: Tensor | None = None,
+    observed: tuple[Tensor, Tensor] | None = None,
+    measure: bool = False,
+) -> Quantized:
+    """Round `x` to a format: the values a product sees.
+
+    Args:
+        x: float32 or float64, any shape.
+        fmt: any format.
+        dims: the dims that share one scale; None: all. Ignored for blocks, which have their own.
+        block_axis: the axis that blocks lie along; needed iff the granularity is ``"block"``.
+        levels, noise, observed: as for `encode`.
+        measure: also count clipped values.
+
+    Returns:
+        Values of the shape and dtype of `x`.
+
+    Raises:
+        TypeError: `x` is not float32 or float64.
+        ValueError: noise or block axis is missing or given without need.
+    """
+    if isinstance(fmt, Float):
+        return Quantized(x if fmt.name == "fp32" else x.to(torch.bfloat16).to(x.dtype), 0.0 if measure else None)
+    if (fmt.block is None) != (block_axis is None):
+        raise ValueError(f"block_axis={block_axis} with granularity {fmt.granularity!r}")
+    shape = x.shape
+    if fmt.block is not None and block_axis is not None:
+        x = _split(x, block_axis, fmt.block)
+        noise = None if noise is None else _split(noise, block_axis, fmt.block)
+        dims = (block_axis % len(shape) + 1,)
+    codes = encode(x, fmt, dims=dims, levels=levels, noise=noise, observed=observed)
+    values = codes.dequantize()
+    clipped = float(codes.clipped(x)) if measure else None
+    return Quantized(values if block_axis is None else _merge(values, block_axis, shape), clipped)
+
+
+def _split(x: Tensor, axis: int, size: int) -> Tensor:
+    """Cut `axis` into blocks of `size` on a new axis after it; a short last block repeats its last value."""
+    axis %= x.dim()
+    length = x.shape[axis]
+    index = torch.arange(-(-length // size) * size, device=x.device).clamp(max=max(length - 1, 0))
+    return x.index_select(axis, index).unflatten(axis, (-1, size)) if length else x.unsqueeze(axis + 1)
+
+
+def _merge(x: Tensor, axis: int, shape: torch.Size) -> Tensor:
+    """Undo `_split` of a tensor of `shape`."""
+    axis %= len(shape)
+    return x.flatten(axis, axis + 1).narrow(axis, 0, shape[axis])

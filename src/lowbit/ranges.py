@@ -1,0 +1,84 @@
+"""Ranges: the extremes (lo, hi) that a scale is made from, measured on a tensor or kept running.
+
+Notation: r running extreme, m weight of its old value.
+"""
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import Integer, RangeRule, RunningStart
+
+
+def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The lo and hi of what shares a scale.
+
+    Args:
+        x: float, any shape.
+        rule: ``"minmax"``: smallest and largest over `dims`. ``"sample-mean"``: the mean over the first axis of
+            each sample's smallest and largest (then `dims` must be all dims).
+        dims: the dims that share one scale.
+
+    Returns:
+        lo and hi with `dims` kept as 1, in the dtype of `x`. Zeros for an empty tensor; nan where a nan is.
+
+    Source: the mean over samples is Banner et al. 2018's protection against outliers, as in the authors' code.
+    """
+    shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
+    if x.numel() == 0:
+        zeros = x.new_zeros(shape)
+        return zeros, zeros
+    if rule == "sample-mean" and x.dim() > 1:
+        samples = x.flatten(1)
+        return samples.amin(1).mean().reshape(shape), samples.amax(1).mean().reshape(shape)
+    if not dims:
+        return x, x
+    return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+
+
+def new_running_range() -> Tensor:
+    """An empty running range: float32 ``(3,)`` with lo, hi and the number of batches recorded."""
+    return torch.zeros(3)
+
+
+def record_range(running: Tensor, lo: Tensor, hi: Tensor, *, momentum: float, start: RunningStart) -> None:
+    """Update `running` in place: ``r = m r + (1 - m) new``; with start ``"first"`` the first batch is taken whole.
+
+    Args:
+        running: float ``(3,)`` from `new_running_range`.
+        lo: smallest value of the batch, one element.
+        hi: largest value of the batch, one element.
+        momentum: m in [0, 1).
+        start: ``"first"`` or ``"zero"`` (no correction for the start at zero).
+    """
+    new = torch.stack([lo.reshape(()), hi.reshape(())]).to(running)
+    weight = torch.full_like(running[2], momentum)
+    if start == "first":
+        weight = torch.where(running[2] == 0, torch.zeros_like(weight), weight)
+    running[:2] = running[:2] * weight + new * (1 - weight)
+    running[2] += 1
+
+
+def observed_extremes(
+    x: Tensor, fmt: Integer, running: Tensor, *, training: bool
+) -> tuple[Tensor, Tensor] | None:
+    """The extremes to use for a whole tensor, recording them in training.
+
+    Args:
+        x: float, any shape.
+        fmt: the format; only one with `running` set keeps a running range.
+        running: its running range; changed in place in training.
+        training: True records the batch's extremes and returns them; False returns the running ones, or the
+            batch's where none was recorded yet.
+
+    Returns:
+        lo and hi of shape ``(1,) * x.dim()``; None where `fmt` keeps no running range.
+    """
+    if fmt.running is None or x.numel() == 0:
+        return None
+    lo, hi = extremes(x.detach(), rule=fmt.range, dims=tuple(range(x.dim())))
+    if training:
+        record_range(running, lo, hi, momentum=fmt.running, start=fmt.running_start)
+        return lo, hi
+    kept = running.to(lo)
+    empty = kept[2] == 0
+    return torch.where(empty, lo, kept[0]), torch.where(empty, hi, kept[1])

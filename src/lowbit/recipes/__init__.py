@@ -1,0 +1,1 @@
+"""The stored recipes, one TOML file each; `lowbit.recipe` reads them."""

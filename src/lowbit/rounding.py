@@ -1,0 +1,167 @@
+"""Rounding to whole numbers, and the noise that stochastic rounding compares with.
+
+Notation: t real value measured in steps of the grid, u uniform noise in [0, 1), h a 32-bit hash.
+
+The noise is counter based: u is a pure function of (seed, step, tensor id, element index), so it is the same
+for every engine, thread count, memory layout and resume, and nothing is drawn from global state.
+"""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+# The two-round 32-bit finaliser "lowbias32" (C. Wellons, hash-prospector): shift 16, multiply, shift 15, multiply, shift 16.
+_MULTIPLIER_1 = 0x7FEB352D
+_MULTIPLIER_2 = 0x846CA68B
+
+
+def round_nearest(t: Tensor) -> Tensor:
+    """Round to the nearest whole number, halves to the even one: 0.5 -> 0, 1.5 -> 2, -2.5 -> -2."""
+    return torch.round(t)
+
+
+def round_stochastic(t: Tensor, noise: Tensor) -> Tensor:
+    """Round up iff ``noise < t - floor(t)``, so that the mean over the noise is `t` and whole numbers never move.
+
+    Args:
+        t: float, any shape.
+        noise: uniform draws in [0, 1), the shape of `t`. It is compared with the fraction, never added:
+            in float32 ``127 + 0.99999997`` is 128.
+
+    Returns:
+        Whole numbers of the dtype of `t`, less than 1 away from it; inf and nan give nan.
+
+    Source: Gupta et al. 2015, arXiv:1502.02551, section 3.
+    """
+    down = t.floor()
+    # The ceiling of (fraction - noise), which lies in (-1, 1), is the comparison; a difference of floats is 0 only for equals.
+    return down.add_((t - down).sub_(noise).ceil_())
+
+
+def _mix(h: Tensor) -> Tensor:
+    """Hash 32-bit values held in int64: a bijection of [0, 2**32)."""
+    h = ((h ^ (h >> 16)) * _MULTIPLIER_1) & _MASK
+    h = ((h ^ (h >> 15)) * _MULTIPLIER_2) & _MASK
+    return h ^ (h >> 16)
+
+
+def step_key(seed: int, step: Tensor) -> Tensor:
+    """The hash of seed and step that all noise of one step starts from.
+
+    ``mix(mix(mix(mix(seed_lo) ^ seed_hi) ^ step_lo) ^ step_hi)``: for one seed no two steps below 2**32 share it.
+
+    Args:
+        seed: any Python integer; its low 64 bits count.
+        step: int64 scalar tensor, 0 or more.
+
+    Returns:
+        int64 scalar tensor in [0, 2**32) on the device of `step`.
+    """
+    low, high = torch.tensor([seed & _MASK, seed >> 32 & _MASK], device=step.device).unbind()
+    return _mix(_mix(_mix(_mix(low) ^ high) ^ (step & _MASK)) ^ (step >> 32 & _MASK))
+
+
+def noise_key(key: Tensor, tensor_id: int) -> Tensor:
+    """The two 32-bit words that select one noise field: ``k = mix(key ^ id)``, words ``mix(k ^ c0), mix(k ^ c1)``.
+
+    Args:
+        key: int64 scalar tensor from `step_key`.
+        tensor_id: 32-bit identity of the tensor, see `tensor_id`.
+
+    Returns:
+        int64 ``(2,)`` on the device of `key`, values in [0, 2**32).
+    """
+    k = _mix(key ^ tensor_id)
+    return _mix(torch.stack([k ^ 0xA511E9B3, k ^ 0x63D83595]))
+
+
+def tensor_id(layer: str, product: str, operand: str, use: int = 0) -> int:
+    """The 32-bit identity of one operand: a CRC of its names and of how often the layer ran before in this step."""
+    return zlib.crc32(f"{layer}/{product}/{operand}/{use}".encode())
+
+
+def uniform_noise(key: Tensor, shape: torch.Size | tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """Noise in [0, 1) in steps of 2**-24: a hash of the row-major logical element index with `key`.
+
+    ``h = i + key[0]; h ^= h >> 16; h *= m1; h ^= key[1]; h ^= h >> 15; h *= m2; h ^= h >> 16; u = (h >> 8) / 2**24``
+    in 32-bit wrapping integers. The second word enters in the middle, so two fields are not shifts or
+    permutations of each other. The index wraps after 2**32 elements.
+
+    Args:
+        key: int64 ``(2,)`` from `noise_key`.
+        shape: the shape of the tensor to round.
+        device: where the noise is made; that of `key` when None.
+
+    Returns:
+        float32 of `shape`, contiguous.
+    """
+    device = device or key.device
+    first, second = (_as_int32(word) for word in key.to(device).unbind())
+    count = torch.Size(shape).numel()
+    h = torch.arange(count, dtype=torch.int64 if count > 2**31 else torch.int32, device=device).to(torch.int32)
+    h.add_(first)
+    scratch = torch.empty_like(h)
+    _xor_shifted(h, 16, scratch).mul_(_MULTIPLIER_1).bitwise_xor_(second)
+    _xor_shifted(h, 15, scratch).mul_(_MULTIPLIER_2 - 2**32)
+    _xor_shifted(h, 16, scratch).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
+    return h.to(torch.float32).mul_(2.0**-24).reshape(shape)
+
+
+def _xor_shifted(h: Tensor, shift: int, scratch: Tensor) -> Tensor:
+    """``h ^= h >> shift`` in place, with the shift of unsigned 32-bit integers."""
+    torch.bitwise_right_shift(h, shift, out=scratch)
+    return h.bitwise_xor_(scratch.bitwise_and_((1 << 32 - shift) - 1))
+
+
+def _as_int32(word: Tensor) -> Tensor:
+    """The int32 with the same 32 bits as a word in [0, 2**32) held in int64."""
+    return (word - ((word >> 31) << 32)).to(torch.int32)
+
+
+class Noise(Protocol):
+    """Where the noise of a product's operands comes from."""
+
+    def draw(self, product: str, operand: str, x: Tensor) -> Tensor:
+        """Uniform draws in [0, 1) for rounding `x`, in its shape and on its device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CounterNoise:
+    """The counter-based noise of one use of one layer in one step.
+
+    Args:
+        key: int64 scalar tensor from `step_key`.
+        layer: the layer's name, fixed at conversion.
+        use: how often the layer ran before in this step.
+    """
+
+    key: Tensor
+    layer: str
+    use: int = 0
+
+    def draw(self, product: str, operand: str, x: Tensor) -> Tensor:
+        """The noise field of one operand of one product."""
+        key = noise_key(self.key, tensor_id(self.layer, product, operand, self.use))
+        return uniform_noise(key, x.shape, x.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedNoise:
+    """Noise that was drawn elsewhere, replayed: draws in [0, 1) by (product, operand)."""
+
+    draws: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
+
+    def draw(self, product: str, operand: str, x: Tensor) -> Tensor:
+        """The recorded draws of one operand; a ValueError where none of that shape were recorded."""
+        draws = self.draws.get((product, operand))
+        if draws is None or draws.shape != x.shape:
+            have = {k: tuple(v.shape) for k, v in self.draws.items()}
+            raise ValueError(
+                f"no recorded noise of shape {tuple(x.shape)} for {operand} in {product}; recorded: {have}"
+            )
+        return draws.to(x.device)

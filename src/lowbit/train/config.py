@@ -1,0 +1,177 @@
+"""The settings and the result of a training run, as plain values.
+
+This file needs only the standard library, so that the command line can build its flags at once.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self, get_args, get_type_hints
+
+from lowbit.errors import UsageError, unknown
+
+Optimizer = Literal["sgd", "adamw"]
+Schedule = Literal["one-cycle", "cosine", "step", "constant"]
+Amp = Literal["none", "bf16"]
+
+_LR: dict[Optimizer, float] = {"sgd": 0.1, "adamw": 1e-3}
+_WEIGHT_DECAY: dict[Optimizer, float] = {"sgd": 1e-4, "adamw": 0.01}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The settings of one training run; `resolved` fills in what was left open.
+
+    Args:
+        model: name of the model, e.g. ``resnet20``.
+        data: name of the data set, e.g. ``fashion-mnist``.
+        recipe: name of the recipe, e.g. ``sbm8``; ``fp32`` trains in full precision.
+        epochs: passes over the training set.
+        batch_size: samples per step.
+        optimizer: ``sgd`` (momentum 0.9) or ``adamw`` (betas 0.9 and 0.999).
+        lr: peak learning rate. Left open: 0.1 for sgd, 0.001 for adamw.
+        weight_decay: left open: 1e-4 for sgd, 0.01 for adamw.
+        schedule: how the learning rate moves. ``one-cycle``: up from lr/25 over the first quarter of the run,
+            then along a cosine to zero; ``cosine``: from lr to zero; ``step``: divided by 10 at a half and at
+            three quarters of the run; ``constant``.
+        seed: fixes the initial weights, the order of the data, the rounding noise and the dropout.
+        out: run folder. Left open: ``runs/<model>-<data>-<recipe>-<seed>``.
+        subset: train on this many samples only.
+        checkpoint_every: steps between two checkpoints. Left open: at the end of each epoch only.
+        threads: threads of torch. Left open: torch's own choice. A resumed run keeps its first number.
+        context: bytes in one sample of a text; other data sets refuse it. Left open: 128.
+        amp: ``bf16`` runs the operations that no recipe covers under bfloat16 autocast.
+        max_steps: stop after this many steps, even within an epoch.
+
+    Raises:
+        UsageError: a value is out of its range; the message names the setting.
+    """
+
+    model: str
+    data: str
+    recipe: str = "sbm8"
+    epochs: int = 1
+    batch_size: int = 128
+    optimizer: Optimizer = "sgd"
+    lr: float | None = None
+    weight_decay: float | None = None
+    schedule: Schedule = "one-cycle"
+    seed: int = 0
+    out: Path | None = None
+    subset: int | None = None
+    checkpoint_every: int | None = None
+    threads: int | None = None
+    context: int | None = None
+    amp: Amp = "none"
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("model", "data", "recipe"):
+            if not getattr(self, name) or not isinstance(getattr(self, name), str):
+                raise UsageError(f"{name} must be a name, got {getattr(self, name)!r}.")
+        for name, choices in (("optimizer", Optimizer), ("schedule", Schedule), ("amp", Amp)):
+            if getattr(self, name) not in get_args(choices):
+                raise unknown(name, getattr(self, name), get_args(choices))
+        for name in ("epochs", "batch_size"):
+            _check_count(name, getattr(self, name))
+        for name in ("subset", "checkpoint_every", "threads", "context", "max_steps"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        _check_count("seed", self.seed, low=0)
+        if self.seed >= 2**63:
+            raise UsageError(f"seed must be below 2**63, got {self.seed}.")
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not (
+                isinstance(value, int | float) and math.isfinite(value) and value >= 0
+            ):
+                raise UsageError(f"{name} must be a finite number of at least 0, got {value!r}.")
+
+    def resolved(self, *, threads: int) -> Self:
+        """The same run with nothing left open but what only some runs have (subset, steps, context).
+
+        Args:
+            threads: what torch chose on this machine.
+        """
+        name = f"{self.model}-{self.data}-{self.recipe}-{self.seed}"
+        return dataclasses.replace(
+            self,
+            lr=_LR[self.optimizer] if self.lr is None else self.lr,
+            weight_decay=_WEIGHT_DECAY[self.optimizer] if self.weight_decay is None else self.weight_decay,
+            # A data set may carry a path (imagefolder:/data/cats), which must stay one folder name here.
+            out=Path("runs", name.replace("/", "-").replace(":", "-")) if self.out is None else self.out,
+            threads=self.threads or threads,
+        )
+
+    def to_dict(self) -> dict[str, str | int | float | None]:
+        """All settings but the run folder (which may be moved) as plain values, for YAML and checkpoints."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "out"}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object], *, out: Path) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            UsageError: a setting is missing, unknown, or has an impossible value.
+        """
+        known = set(get_type_hints(cls)) - {"out"}
+        for name in values:
+            if name not in known:
+                raise unknown("setting", name, known)
+        if absent := known - set(values):
+            raise UsageError(f"the settings {', '.join(sorted(absent))} are missing.")
+        return cls(**values, out=out)  # type: ignore[arg-type]  # __post_init__ checks each value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run reached.
+
+    Args:
+        test_loss: mean cross entropy over the test set, in nats per prediction.
+        test_accuracy: share of right predictions on the test set; None for text.
+        test_bits_per_byte: mean code length of one byte of the test text; None for other data.
+        seconds_per_step: median wall time of one step: forward, backward and update, without data loading,
+            checkpoints and evaluation. The first 5 steps after each start, and those before a resume, are not
+            counted; None if no step is left.
+        steps: optimizer steps done, those before a resume included.
+        recipe: name of the recipe.
+        out: run folder.
+    """
+
+    test_loss: float
+    test_accuracy: float | None
+    test_bits_per_byte: float | None
+    seconds_per_step: float | None
+    steps: int
+    recipe: str
+    out: Path
+
+
+def lr_factor(schedule: Schedule, step: int, total: int) -> float:
+    """Share of the peak learning rate that step number `step` of `total` uses, in [0, 1].
+
+    With t = step / total: cosine is ``(1 + cos(pi t)) / 2``; one-cycle rises linearly from 1/25 to 1 at
+    t = 1/4 and follows a cosine over the rest to 0; step is 1, 1/10, 1/100 from t = 0, 1/2, 3/4.
+
+    Source: one-cycle after Smith and Topin, arXiv:1708.07120, with a cosine for its descent.
+    """
+    t = min(step / total, 1.0)
+    match schedule:
+        case "constant":
+            return 1.0
+        case "step":
+            return 1.0 if t < 0.5 else 0.1 if t < 0.75 else 0.01
+        case "cosine":
+            return (1 + math.cos(math.pi * t)) / 2
+        case "one-cycle":
+            if t < 0.25:
+                return 1 / 25 + (1 - 1 / 25) * 4 * t
+            return (1 + math.cos(math.pi * (t - 0.25) / 0.75)) / 2
+
+
+def _check_count(name: str, value: object, low: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise UsageError(f"{name} must be a whole number of at least {low}, got {value!r}.")

@@ -1,0 +1,555 @@
+"""Training runs on Lightning's Trainer that continue bit for bit after a kill.
+
+A run is a folder: ``config.yaml`` (every setting), ``conversion.txt``, ``last.ckpt``, ``csv/metrics.csv``,
+``tensorboard/`` and, once it is complete, ``result.json``. What is random in step i follows from the settings
+and i alone: the loader is a pure function of (seed, epoch, batch), torch is seeded anew before each step, and
+lowbit counts its own noise.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import json
+import logging
+import math
+import signal
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+import lowbit
+from lowbit.errors import RunError, UsageError
+from lowbit.train import checkpoint, data, models
+from lowbit.train.config import Result, TrainConfig, lr_factor
+
+CHECKPOINT = "last.ckpt"
+CONFIG = "config.yaml"
+RESULT = "result.json"
+
+_WARM_UP = 5  # steps of each start whose time is not counted
+_LOG_EVERY = 10  # steps between two rows of metrics.csv
+
+
+def train(config: TrainConfig) -> Result:
+    """Run `config` from its first step in a new run folder.
+
+    Raises:
+        UsageError: a name is unknown, the settings do not fit together, or the run folder is taken.
+        RunError: the loss is not finite, or the disk is full.
+        KeyboardInterrupt: Ctrl-C; its text says how to go on.
+    """
+    config = config.resolved(threads=torch.get_num_threads())
+    assert config.out is not None
+    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise UsageError(
+            f"{config.out} exists and is not empty. Continue that run with `lowbit resume {config.out}`,"
+            " or choose another folder with --out."
+        )
+    return _run(config)
+
+
+def resume(out: Path) -> Result:
+    """Continue the run in folder `out` from its last checkpoint; a complete run just gives its result.
+
+    The final weights are bit for bit those of a run that was never stopped, on the same machine. A run that
+    was stopped before its first checkpoint starts again from step 0.
+
+    Raises:
+        UsageError: `out` is no run folder.
+        RunError: the settings, the checkpoint or the result are damaged or of another run; or as `train`.
+    """
+    if not (out / CONFIG).is_file():
+        raise UsageError(f"{out} is no run folder: it has no {CONFIG}. Start a run with `lowbit train`.")
+    config = _read_config(out)
+    if (out / RESULT).is_file():
+        return _read_result(out)
+    return _run(config)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of torch's generator for one step: 63 bits of two rounds of splitmix64.
+
+    Adding `step` to `seed` instead would give step 1 of seed 0 and step 0 of seed 1 the same draws.
+
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+    """
+    return _mix64(_mix64(seed) ^ step) >> 1
+
+
+def explain_non_finite(model: nn.Module, x: Tensor) -> str:
+    """Where a loss that is not finite came from, found by running the forward pass once more.
+
+    Args:
+        model: the model in the state that gave the loss.
+        x: the batch's input.
+
+    Returns:
+        The end of a sentence that begins with "the loss is nan at step 12: ".
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return f"the parameter {name} is not finite, so an earlier update was too large"
+    first: list[str] = []
+
+    def look(name: str, output: object) -> None:
+        if not first and isinstance(output, Tensor) and not output.isfinite().all():
+            first.append(name)
+
+    handles = [
+        module.register_forward_hook(lambda _m, _i, output, name=name: look(name, output))
+        for name, module in model.named_modules()
+        if not any(True for _ in module.children())
+    ]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if first:
+        return f"the first layer whose output is not finite is {first[0]}"
+    return "every layer's output is finite, so it came up in the loss itself"
+
+
+class _Module(LightningModule):
+    """A model with its loss, optimizer and schedule, and lowbit's state inside the checkpoint."""
+
+    def __init__(self, config: TrainConfig, loaded: data.Data, model: nn.Module) -> None:
+        super().__init__()
+        steps = config.epochs * len(loaded.train)
+        self.config = config
+        self.text = loaded.task.kind == "text"
+        self.loader = loaded.train
+        self.model = model
+        self.total_steps = steps if config.max_steps is None else min(steps, config.max_steps)
+        self.test: dict[str, float] = {}
+
+    def on_train_batch_start(self, *_: object) -> None:
+        torch.manual_seed(step_seed(self.config.seed, self.global_step))
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        x, y = batch
+        loss, accuracy = _score(self.model(x), y)
+        if not loss.isfinite():
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
+                cause = explain_non_finite(self.model, x)
+            raise RunError(f"the loss is {loss.item()} at step {self.global_step}: {cause}.")
+        lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]  # there is one optimizer
+        return {"loss": loss, "accuracy": accuracy, "lr": lr}
+
+    def on_validation_epoch_start(self) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        x, y = batch
+        loss, accuracy = _score(self.model(x), y)
+        self.sums += torch.tensor([loss.item(), accuracy.item(), 1.0], dtype=torch.float64) * y.numel()
+
+    def on_validation_epoch_end(self) -> None:
+        loss, accuracy, _ = (self.sums / self.sums[2]).tolist()
+        score = {"test_bits_per_byte": loss / math.log(2)} if self.text else {"test_accuracy": accuracy}
+        self.test = {"test_loss": loss, **score}
+        _log(self.trainer, self.test)
+
+    def configure_optimizers(self) -> Any:
+        config = self.config
+        assert config.lr is not None
+        assert config.weight_decay is not None
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            optimizer = torch.optim.SGD(
+                self.model.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay
+            )
+        else:
+            optimizer = torch.optim.AdamW(
+                self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay
+            )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: lr_factor(config.schedule, step, self.total_steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lowbit"] = {
+            "config": self.config.to_dict(),
+            "state": lowbit.state_dict(self.model),
+            "loader": self.loader.state_dict(),
+            "test": self.test,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        lowbit.load_state_dict(self.model, checkpoint["lowbit"]["state"])
+        # Lightning restores a loader too, but not at the end of an epoch.
+        self.loader.load_state_dict(checkpoint["lowbit"]["loader"])
+
+
+class _CheckpointIO(CheckpointIO):
+    """Lightning's own writes through the system's temporary folder, which may be another file system."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        assert storage_options is None
+        _save_checkpoint(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        assert map_location is None
+        assert weights_only
+        return _load_checkpoint(Path(path), self.config)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        raise NotImplementedError("a run keeps its one checkpoint")
+
+
+class _StepTimer(Callback):
+    """Wall seconds of each step: forward, backward and update."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.seconds.append(time.perf_counter() - self._began)
+
+    def median(self) -> float | None:
+        counted = self.seconds[_WARM_UP:]
+        return statistics.median(counted) if counted else None
+
+
+class _Rows(Callback):
+    """A row of training figures every few steps, before that step's checkpoint (Lightning's come after)."""
+
+    def on_train_batch_end(self, trainer: Trainer, _: LightningModule, outputs: Any, *__: object) -> None:
+        if trainer.global_step % _LOG_EVERY == 0:
+            _log(trainer, {f"train_{name}": float(value) for name, value in outputs.items()})
+
+
+class _Stop(Callback):
+    """Ends the run at `max_steps` with an evaluation; Lightning's `max_steps` loses an epoch on resume."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        assert isinstance(pl_module, _Module)
+        trainer.should_stop = trainer.global_step >= pl_module.total_steps
+
+
+class _Checkpoints(Callback):
+    """Saves every `every` steps within an epoch, and at each epoch's end once it has been evaluated."""
+
+    def __init__(self, path: Path, every: int | None) -> None:
+        self.path = path
+        self.every = every
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        # The last batch waits for the evaluation: a run resumed from between would never do it.
+        last = trainer.is_last_batch or trainer.should_stop
+        if self.every and trainer.global_step % self.every == 0 and not last:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: object) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # else a kill loses rows from before the checkpoint
+        trainer.save_checkpoint(self.path)
+
+
+class _Bar(Callback):
+    """One line that moves with the steps of an epoch, and one that stays for each evaluation."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[state]}"),
+            expand=True,
+            transient=True,
+        )
+        self.line: TaskID | None = None
+
+    def on_train_start(self, *_: object) -> None:
+        self.progress.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, _: LightningModule, outputs: Any, __: object, batch_idx: int
+    ) -> None:
+        if self.line is None:
+            name = f"epoch {trainer.current_epoch + 1}/{self.config.epochs}"
+            self.line = self.progress.add_task(name, total=int(trainer.num_training_batches), state="")
+        loss, accuracy, lr = (float(outputs[name]) for name in ("loss", "accuracy", "lr"))
+        state = f"loss {loss:.3f}  accuracy {accuracy:.3f}  lr {lr:.2g}"
+        self.progress.update(self.line, completed=batch_idx + 1, state=state)
+
+    def on_validation_start(self, *_: object) -> None:
+        if self.line is not None:
+            self.progress.update(self.line, state="testing")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.line is not None:
+            self.progress.remove_task(self.line)
+            self.line = None
+        assert isinstance(pl_module, _Module)
+        if pl_module.test:
+            name = f"epoch {trainer.current_epoch + 1}/{self.config.epochs}"
+            scores = [f"{key.replace('_', ' ')} {value:.4f}" for key, value in pl_module.test.items()]
+            self.progress.console.print("  ".join([name, *scores]), highlight=False)
+
+    def on_train_end(self, *_: object) -> None:
+        self.progress.stop()
+
+    def on_exception(self, *_: object) -> None:
+        self.progress.stop()
+
+
+def _run(config: TrainConfig) -> Result:
+    """Take the run from its last checkpoint, or from step 0 without one, to its end."""
+    assert config.out is not None
+    assert config.threads is not None
+    path = config.out / CHECKPOINT
+    timer = _StepTimer()
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        loaded, module, report = _assemble(config)
+        began = 0
+        if path.exists():
+            began, module.test = _read_progress(path, module)
+        else:
+            _create_folder(config, report)
+        if began < module.total_steps:
+            with _quiet():
+                trainer = _make_trainer(config, timer, began)
+                _fit(trainer, module, loaded, config.out, path if began else None)
+    finally:
+        torch.set_num_threads(threads_before)
+    result = Result(
+        test_loss=module.test["test_loss"],
+        test_accuracy=module.test.get("test_accuracy"),
+        test_bits_per_byte=module.test.get("test_bits_per_byte"),
+        seconds_per_step=timer.median(),
+        steps=module.total_steps,
+        recipe=config.recipe,
+        out=config.out,
+    )
+    _write_result(result)
+    return result
+
+
+def _assemble(config: TrainConfig) -> tuple[data.Data, _Module, object]:
+    """The data, the converted model and the report of its conversion: functions of the settings alone."""
+    loaded = data.load(
+        config.data,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        subset=config.subset,
+        context=config.context or 128,
+    )
+    if config.context is not None and loaded.task.kind != "text":
+        raise UsageError(f"context is a setting of text, and the data set {config.data!r} is not text.")
+    torch.manual_seed(config.seed)
+    model = models.build(config.model, loaded.task)
+    report = lowbit.convert_(model, config.recipe, seed=config.seed)
+    return loaded, _Module(config, loaded, model), report
+
+
+def _create_folder(config: TrainConfig, report: object) -> None:
+    assert config.out is not None
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot create the run folder {config.out}: {error.strerror}.") from error
+    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+    checkpoint.write_atomically(config.out / "conversion.txt", lambda file: _put(file, f"{report}\n"))
+    checkpoint.write_atomically(config.out / CONFIG, lambda file: _put(file, text))
+
+
+def _make_trainer(config: TrainConfig, timer: _StepTimer, began: int) -> Trainer:
+    assert config.out is not None
+    callbacks = [timer, _Rows(), _Stop(), _Checkpoints(config.out / CHECKPOINT, config.checkpoint_every)]
+    if sys.stdout.isatty():
+        callbacks.append(_Bar(config))
+    return Trainer(
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",
+        devices=1,
+        precision="bf16-mixed" if config.amp == "bf16" else "32-true",
+        max_epochs=config.epochs,
+        logger=_loggers(config.out, began),
+        log_every_n_steps=1,  # `_Rows` logs; a larger value is a warning where an epoch is shorter
+        callbacks=callbacks,
+        # One process: Lightning would read a cluster's environment variables and change what the run does.
+        plugins=[_CheckpointIO(config), LightningEnvironment()],
+        default_root_dir=config.out,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        inference_mode=False,  # tensors that a layer keeps from the evaluation must serve the next step
+    )
+
+
+def _loggers(out: Path, began: int) -> list[CSVLogger | TensorBoardLogger]:
+    """Loggers that carry on where the checkpoint of step `began` was written."""
+    rows = _rows_up_to(out / "csv" / "metrics.csv", began)
+    (out / "csv" / "metrics.csv").unlink(missing_ok=True)
+    table = CSVLogger(out, name="", version="csv")
+    for row in rows:
+        table.log_metrics({key: float(value) for key, value in row.items() if value}, step=int(row["step"]))
+    if rows:
+        table.save()
+    # TensorBoard's readers drop what the killed process had written after the checkpoint.
+    events = TensorBoardLogger(out, name="", version="tensorboard", purge_step=began + 1 if began else None)
+    return [table, events]
+
+
+def _rows_up_to(path: Path, step: int) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    # A killed process may have left half a line.
+    return [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) <= step]
+
+
+def _fit(
+    trainer: Trainer, module: _Module, loaded: data.Data, out: Path, checkpoint_path: Path | None
+) -> None:
+    """Train to the end, and turn the exits of Lightning's own signal handling into ordinary exceptions."""
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(module, loaded.train, loaded.test, ckpt_path=checkpoint_path, weights_only=True)
+    except SystemExit as stop:
+        signal.signal(signal.SIGINT, on_ctrl_c)  # Lightning leaves it ignored
+        where = f"at step {trainer.global_step}; continue with `lowbit resume {out}`"
+        if isinstance(stop, SIGTERMException):
+            raise RunError(f"terminated {where}.") from stop
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"interrupted {where}") from None
+        raise
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what Lightning says about itself; warnings about the run stay."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # "GPU available", advertisements, "`Trainer.fit` stopped"
+    try:
+        with warnings.catch_warnings():
+            # Lightning 2.6 asks torch's tree utilities in a way that torch 2.13 deprecates.
+            message = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
+            warnings.filterwarnings("ignore", message, FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _save_checkpoint(content: dict[str, Any], path: Path) -> None:
+    checkpoint.save(path, content)
+
+
+def _load_checkpoint(path: Path, config: TrainConfig) -> dict[str, Any]:
+    """Read the checkpoint of the run `config`.
+
+    Raises:
+        RunError: the file is damaged or foreign, or its settings are not those of the run folder.
+    """
+    content: dict[str, Any] = checkpoint.load(path)
+    own = content.get("lowbit")
+    if not isinstance(own, dict) or set(own) != {"config", "state", "loader", "test"}:
+        raise RunError(f"{path} has no state of lowbit; expected a checkpoint that `lowbit train` wrote.")
+    for name, value in config.to_dict().items():
+        if own["config"].get(name) != value:
+            raise RunError(
+                f"{path} is of another run: it has {name}={own['config'].get(name)!r},"
+                f" and {path.with_name(CONFIG)} has {value!r}."
+            )
+    return content
+
+
+def _read_progress(path: Path, module: _Module) -> tuple[int, dict[str, float]]:
+    """The step a checkpoint of `module` is at, and the last evaluation before it.
+
+    Raises:
+        RunError: as `_load_checkpoint`, or the tensors are not those of the model.
+    """
+    content = _load_checkpoint(path, module.config)
+    saved, own = content["state_dict"], module.state_dict()
+    for name in sorted(saved.keys() | own.keys()):
+        if name not in saved or name not in own or saved[name].shape != own[name].shape:
+            raise RunError(f"{path} does not fit the model {module.config.model}: they differ in {name}.")
+    step = content["global_step"]
+    if not 0 < step <= module.total_steps:
+        raise RunError(f"{path} is at step {step}; expected a step from 1 to {module.total_steps}.")
+    return step, content["lowbit"]["test"]
+
+
+def _read_config(out: Path) -> TrainConfig:
+    try:
+        values = yaml.safe_load((out / CONFIG).read_text())
+        if not isinstance(values, dict):
+            raise UsageError("it is no list of settings.")
+        return TrainConfig.from_dict(values, out=out)
+    except (UsageError, yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{out / CONFIG} is damaged: {reason}") from error
+
+
+def _write_result(result: Result) -> None:
+    values = {name: value for name, value in dataclasses.asdict(result).items() if name != "out"}
+    text = json.dumps(values, indent=2) + "\n"
+    checkpoint.write_atomically(result.out / RESULT, lambda file: _put(file, text))
+
+
+def _read_result(out: Path) -> Result:
+    try:
+        return Result(**json.loads((out / RESULT).read_text()), out=out)
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{out / RESULT} is damaged; delete it and resume again.") from error
+
+
+def _log(trainer: Trainer, values: dict[str, float]) -> None:
+    """One row in every logger, at the number of steps done."""
+    for logger in trainer.loggers:
+        logger.log_metrics({"epoch": float(trainer.current_epoch + 1), **values}, step=trainer.global_step)
+
+
+def _put(file: Any, text: str) -> None:
+    file.write(text.encode())
+
+
+def _score(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy in nats and the share of right predictions, of (..., classes) against (...)."""
+    logits = logits.float().flatten(0, -2)  # bfloat16 under autocast, too coarse for a loss
+    return F.cross_entropy(logits, y.flatten()), (logits.argmax(-1) == y.flatten()).double().mean()
+
+
+def _mix64(x: int) -> int:
+    """A bijection of 64-bit integers that turns each changed bit into about 32 changed bits."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
