@@ -9,17 +9,22 @@ from importlib.metadata import version
 from lowbit.convert import Report, convert_, load_state_dict, restore_, state_dict
 from lowbit.errors import RunError, UsageError
 from lowbit.recipe import Recipe, recipes
+from lowbit.verify import Proof, VerificationError, tripwire, verify
 
 __version__ = version("lowbit")
 
 __all__ = [
+    "Proof",
     "Recipe",
     "Report",
     "RunError",
     "UsageError",
+    "VerificationError",
     "convert_",
     "load_state_dict",
     "recipes",
     "restore_",
     "state_dict",
+    "tripwire",
+    "verify",
 ]

@@ -85,9 +85,7 @@ def _parser() -> Any:
     from jsonargparse import ArgumentParser
 
     def parser(description: str) -> ArgumentParser:
-        return ArgumentParser(
-            description=description, exit_on_error=False, allow_abbrev=False, default_env=False
-        )
+        return ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False, default_env=False)
 
     main_parser = ArgumentParser(
         prog="lowbit",
@@ -112,12 +110,8 @@ def _parser() -> Any:
     inspect.add_argument("--model", type=str, required=True, help="name of the model")
     inspect.add_argument("--recipe", type=str, default="sbm8", help="name of the recipe")
     inspect.add_argument("--data", type=str, help="data set whose input and labels the model gets")
-    inspect.add_argument(
-        "--shape", type=str, help="without --data: C,H,W of an image or T of a text (3,32,32)"
-    )
-    inspect.add_argument(
-        "--classes", type=int, help="without --data: outputs of the model (10; 256 for text)"
-    )
+    inspect.add_argument("--shape", type=str, help="without --data: C,H,W of an image or T of a text (3,32,32)")
+    inspect.add_argument("--classes", type=int, help="without --data: outputs of the model (10; 256 for text)")
     commands.add_subcommand("inspect", inspect, help="show what a recipe converts, without training")
 
     recipes = parser("List the recipes, or show the number formats of one.")
@@ -167,17 +161,17 @@ def _task(shape: str, classes: int | None) -> Any:
 
 
 def _recipes(name: str | None) -> None:
-    import lowbit
+    from lowbit.recipe import Recipe, recipes
 
     if name is None:
         table = _table("recipe", "what it does", "source")
-        for known in lowbit.recipes():
+        for known in recipes():
             # The last entry stands for a family of recipes: show one of them.
-            recipe = lowbit.Recipe.from_name("w4a4g6" if known == "wXaYgZ" else known)
+            recipe = Recipe.from_name("w4a4g6" if known == "wXaYgZ" else known)
             table.add_row(known, recipe.summary, recipe.source)
         _print(table)
         return
-    recipe = lowbit.Recipe.from_name(name)
+    recipe = Recipe.from_name(name)
     print(f"{recipe.name}: {recipe.summary}\nsource: {recipe.source}\n")
     operands = ("input", "weight", "grad_output")
     table = _table("product", *operands)

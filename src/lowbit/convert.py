@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import UsageError, unknown
-from lowbit.formats import Integer
+from lowbit.formats import Format, Integer
 from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Clock, Site
@@ -25,7 +25,9 @@ RecipeLike = Recipe | str
 Matcher = str | re.Pattern[str] | type
 Rule = tuple[Matcher, RecipeLike | None]
 
-PLAIN_TYPES = {twin: plain for plain, twin in (PRODUCT_LAYERS | NORM_LAYERS).items()}
+PLAIN_TYPES: dict[type[nn.Module], type[nn.Module]] = {
+    twin: plain for plain, twin in (PRODUCT_LAYERS | NORM_LAYERS).items()
+}
 
 # Layers with products that cannot be converted, and why; the walk does not go inside them.
 _REFUSED: dict[type[nn.Module], str] = {
@@ -36,8 +38,16 @@ _REFUSED: dict[type[nn.Module], str] = {
     nn.LSTMCell: "only LSTM and GRU have quantised forms, cells do not",
     nn.GRUCell: "only LSTM and GRU have quantised forms, cells do not",
 }
-_NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
-_NO_PRODUCT += (nn.modules.instancenorm._InstanceNorm, nn.modules.batchnorm._BatchNorm)
+_NO_PRODUCT: tuple[type[nn.Module], ...] = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.PReLU,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.modules.batchnorm._BatchNorm,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +82,7 @@ class Report:
 
     recipe: str
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         names = ("output", "grad_input", "grad_weight")
@@ -88,7 +99,8 @@ class Report:
         ]
         converted = sum(row.converted for row in self.rows)
         head = f"{self.recipe}: {converted} of {len(self.rows)} layers converted; bits as first operand x second"
-        return head + "\n\n" + text_table(["layer", "type", "recipe", *names, "engine", "remark"], table)
+        body = text_table(["layer", "type", "recipe", *names, "engine", "remark"], table)
+        return "\n".join([head, "", body, *("note: " + note for note in self.notes)])
 
 
 @dataclass(frozen=True)
@@ -150,7 +162,7 @@ def convert_(
         model.register_forward_pre_hook(clock.advance)
         for module in model.modules():
             _forbid_bypass(module)
-    return Report(recipe=recipe.name, rows=tuple(_row(plan) for plan in plans))
+    return Report(recipe=recipe.name, rows=tuple(_row(plan) for plan in plans), notes=_notes(clock))
 
 
 def _check_model(model: nn.Module) -> None:
@@ -252,7 +264,9 @@ def _twin(layer: nn.Module, recipe: Recipe) -> tuple[type[QuantLayer] | None, st
         return None, f"only {', '.join(t.__name__ for t in NORM_LAYERS)} have a Range BN", True
     if isinstance(layer, tuple(PRODUCT_LAYERS)):
         plain = next(t.__name__ for t in PRODUCT_LAYERS if isinstance(layer, t))
-        hint = "run one forward first" if isinstance(layer, nn.modules.lazy.LazyModuleMixin) else "its forward may differ"
+        hint = (
+            "run one forward first" if isinstance(layer, nn.modules.lazy.LazyModuleMixin) else "its forward may differ"
+        )
         return None, f"a subclass of {plain}, and types match exactly: {hint}", True
     if isinstance(layer, _NO_PRODUCT):
         return None, "has no product", False
@@ -285,7 +299,7 @@ def _mark_shared_parameters(plans: list[_Plan]) -> None:
 
 
 def _type_name(layer: nn.Module) -> str:
-    return PLAIN_TYPES.get(type(layer), type(layer)).__name__  # type: ignore[arg-type]
+    return PLAIN_TYPES.get(type(layer), type(layer)).__name__
 
 
 def _row(plan: _Plan) -> Row:
@@ -294,23 +308,31 @@ def _row(plan: _Plan) -> Row:
         return Row(name=plan.name, type=_type_name(plan.layer), recipe=None, reason=plan.reason)
     if type(plan.layer) in NORM_LAYERS.values() and recipe.normalization is not None:
         norm = recipe.normalization
-        tables = {"output": (norm.input,), "grad_input": (norm.grad_output,)}
+        tables: dict[str, tuple[Format, ...]] = {"output": (norm.input,), "grad_input": (norm.grad_output,)}
     else:
         tables = {
             "output": (recipe.output.input, recipe.output.weight),
             "grad_input": (recipe.grad_input.grad_output, recipe.grad_input.weight),
             "grad_weight": (recipe.grad_weight.grad_output, recipe.grad_weight.input),
         }
-    running = any(isinstance(f, Integer) and f.running is not None for f in tables["output"])
-    until = "evaluates with the batch's range until training recorded one" if running else ""
     layer: Any = plan.layer
     return Row(
         name=plan.name,
         type=_type_name(plan.layer),
         recipe=recipe.name,
-        reason="; ".join(filter(None, [plan.reason, until])),
+        reason=plan.reason,
         bits={product: "x".join(str(f.bits) for f in formats) for product, formats in tables.items()},
         engines=dict.fromkeys(tables, layer.sites()[0].engine),
+    )
+
+
+def _notes(clock: Clock) -> tuple[str, ...]:
+    """What holds for many layers at once."""
+    kept = sum(isinstance(site.input_format, Integer) and site.input_format.running is not None for site in clock.sites)
+    if not kept:
+        return ()
+    return (
+        f"evaluation takes the running input range of {kept} layers; until training recorded one, that of its batch",
     )
 
 
@@ -363,7 +385,7 @@ def clocks(model: nn.Module) -> list[Clock]:
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:
-    """lowbit's own state, apart from `model.state_dict()`: seed, step, recipes, bits, running ranges, engines.
+    """Lowbit's own state, apart from `model.state_dict()`: seed, step, recipes, bits, running ranges, engines.
 
     Returns:
         Tensors and plain values only, so that it loads with ``torch.load(..., weights_only=True)``.
@@ -414,7 +436,7 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
             name = different[0]
             raise UsageError(
                 f"load_state_dict: {len(different)} layers differ, first {name!r}: saved (recipe, engine) "
-                f"{there.get(name, 'none')}, here {here.get(name, 'none')}. Convert the same model in the same way first"
+                f"{there.get(name, 'none')}, here {here.get(name, 'none')}. Convert the same model the same way first"
             )
     for clock, saved in zip(groups, state["groups"], strict=True):
         clock.seed = int(saved["seed"])

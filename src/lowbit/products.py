@@ -191,10 +191,14 @@ class Convolution:
 
     def output(self, x: Tensor, w: Tensor) -> Tensor:
         """The convolution."""
-        return torch.ops.aten.convolution(x, w, None, *self._arguments())
+        y: Tensor = torch.ops.aten.convolution(x, w, None, *self._arguments())
+        return y
 
     def _backward(self, g: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.aten.convolution_backward(g, x, w, None, *self._arguments(), mask)
+        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+            g, x, w, None, *self._arguments(), mask
+        )
+        return grads
 
     def grad_input(self, g: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of the input; only its shape is needed, so an untouched tensor stands for it."""
@@ -340,7 +344,9 @@ def is_inside() -> bool:
     return _depth > 0
 
 
-def scale_sharing(op: Op, product: str, operand: str, fmt: Format, shape: torch.Size) -> tuple[tuple[int, ...], Any, Any]:
+def scale_sharing(
+    op: Op, product: str, operand: str, fmt: Format, shape: torch.Size
+) -> tuple[tuple[int, ...], Any, Any]:
     """What shares a scale in one operand: its shape as a view, the dims that share, and the axis blocks lie along.
 
     Returns:
@@ -378,7 +384,9 @@ def quantize_operand(x: Tensor, op: Op, setting: Setting, product: str, operand:
     noise = None
     if fmt.stochastic:
         if setting.noise is None:
-            raise ValueError(f"{setting.layer or op.kind}: {operand} in {product} rounds stochastically and got no noise")
+            raise ValueError(
+                f"{setting.layer or op.kind}: {operand} in {product} rounds stochastically and got no noise"
+            )
         noise = setting.noise.draw(product, operand, x)
     bits = setting.width(product, operand)
     keeps_range = operand == "input" and fmt.running is not None
@@ -429,7 +437,7 @@ def _compute(x: Tensor) -> Tensor:
 
 class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]  # noqa: D102 - torch's signature takes any arguments
+    def forward(
         ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting, dtype: torch.dtype
     ) -> Tensor:
         needs_input, needs_weight = ctx.needs_input_grad[:2]
@@ -468,7 +476,7 @@ class _Products(torch.autograd.Function):
         return y.to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: D102
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         kept: _Kept = ctx.kept
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -575,11 +583,12 @@ def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting) 
             raise TypeError(f"{setting.layer or op.kind}: {name} is {tensor.dtype}: give a floating-point tensor")
         if tensor is not None and tensor.dtype != x.dtype and not autocast:
             raise TypeError(
-                f"{setting.layer or op.kind}: input is {x.dtype} and {name} is {tensor.dtype}: give one dtype, or use autocast"
+                f"{setting.layer or op.kind}: input is {x.dtype} and {name} is {tensor.dtype}: give one dtype, or use "
+                "autocast"
             )
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     with torch.autocast(device, enabled=False):
-        result: Tensor = _Products.apply(x, w, bias, op, setting, dtype)  # type: ignore[no-untyped-call]
+        result: Tensor = _Products.apply(x, w, bias, op, setting, dtype)
     return result
 
 
@@ -632,7 +641,8 @@ def conv(
         x: float ``(B, C, *size)`` or unbatched ``(C, *size)``.
         weight: ``(O, C/groups, *kernel)``.
         bias: ``(O,)``.
-        stride, dilation: one number per spatial axis.
+        stride: one number per spatial axis.
+        dilation: one number per spatial axis.
         padding: one number per spatial axis, or ``"same"`` or ``"valid"``.
         groups: number of groups.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``. Real zeros are added

@@ -34,7 +34,7 @@ class Codes:
     high: Tensor | float
 
     def dequantize(self) -> Tensor:
-        """The real values that the codes stand for, in the dtype of `q`; nan throughout where the scale is not finite."""
+        """The real values of the codes, in the dtype of `q`; nan throughout where the scale is not finite."""
         q = self.q if self.zero is None else self.q - self.zero
         x = q * self.scale
         return x if self.offset is None else x.add_(self.offset)
@@ -133,7 +133,9 @@ def quantize(
         fmt: any format.
         dims: the dims that share one scale; None: all. Ignored for blocks, which have their own.
         block_axis: the axis that blocks lie along; needed iff the granularity is ``"block"``.
-        levels, noise, observed: as for `encode`.
+        levels: as for `encode`.
+        noise: as for `encode`.
+        observed: as for `encode`.
         measure: also count clipped values.
 
     Returns:

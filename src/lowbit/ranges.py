@@ -58,9 +58,7 @@ def record_range(running: Tensor, lo: Tensor, hi: Tensor, *, momentum: float, st
     running[2] += 1
 
 
-def observed_extremes(
-    x: Tensor, fmt: Integer, running: Tensor, *, training: bool
-) -> tuple[Tensor, Tensor] | None:
+def observed_extremes(x: Tensor, fmt: Integer, running: Tensor, *, training: bool) -> tuple[Tensor, Tensor] | None:
     """The extremes to use for a whole tensor, recording them in training.
 
     Args:

@@ -130,13 +130,18 @@ class Recipe:
             operands = {f.name: getattr(product, f.name) for f in dataclasses.fields(product)}
             floats = [operand for operand, fmt in operands.items() if isinstance(fmt, Float)]
             if floats:
-                raise UsageError(f"recipe {self.name!r} has no bits to set in {', '.join(floats)}: it is a float format")
+                raise UsageError(
+                    f"recipe {self.name!r} has no bits to set in {', '.join(floats)}: it is a float format"
+                )
             return dataclasses.replace(
-                product, **{operand: dataclasses.replace(fmt, bits=bits[operand]) for operand, fmt in operands.items()}
+                product,
+                **{operand: dataclasses.replace(fmt, bits=bits[operand]) for operand, fmt in operands.items()},
             )
 
         return self.replace(
-            output=changed(self.output), grad_input=changed(self.grad_input), grad_weight=changed(self.grad_weight)
+            output=changed(self.output),
+            grad_input=changed(self.grad_input),
+            grad_weight=changed(self.grad_weight),
         )
 
     @staticmethod
@@ -173,7 +178,9 @@ def recipes() -> tuple[str, ...]:
 
 @cache
 def _stored() -> tuple[str, ...]:
-    return tuple(sorted(f.name.removesuffix(".toml") for f in files("lowbit.recipes").iterdir() if f.name.endswith(".toml")))
+    return tuple(
+        sorted(f.name.removesuffix(".toml") for f in files("lowbit.recipes").iterdir() if f.name.endswith(".toml"))
+    )
 
 
 @cache
@@ -191,15 +198,24 @@ def from_toml(name: str, text: str) -> Recipe:
     """
     data = tomllib.loads(text)
     formats: dict[str, Format] = {"fp32": FP32, "bf16": BF16}
-    formats.update({key: _construct(Integer, f"formats.{key}", fields) for key, fields in data.pop("formats", {}).items()})
+    formats.update(
+        {key: _construct(Integer, f"formats.{key}", fields) for key, fields in data.pop("formats", {}).items()}
+    )
 
     def resolved(table: type[Any], where: str, fields: dict[str, Any]) -> Any:
         operands = {f.name for f in dataclasses.fields(table) if f.type is Format}
         return _construct(
-            table, where, {k: _named(formats, f"{where}.{k}", v) if k in operands else v for k, v in fields.items()}
+            table,
+            where,
+            {k: _named(formats, f"{where}.{k}", v) if k in operands else v for k, v in fields.items()},
         )
 
-    for key, table in (("output", Output), ("grad_input", GradInput), ("grad_weight", GradWeight), ("normalization", RangeNorm)):
+    for key, table in (
+        ("output", Output),
+        ("grad_input", GradInput),
+        ("grad_weight", GradWeight),
+        ("normalization", RangeNorm),
+    ):
         if key in data:
             data[key] = resolved(table, key, data[key])
     result: Recipe = resolved(Recipe, f"recipe {name}", {"name": name, **data})
@@ -218,7 +234,9 @@ def _construct(cls: type[Any], where: str, fields: dict[str, Any]) -> Any:
         if key not in known:
             raise unknown(f"field of {where}", key, known)
     missing = {
-        f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     } - set(fields)
     if missing:
         raise UsageError(f"{where} lacks {', '.join(sorted(missing))}")

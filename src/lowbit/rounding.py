@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
-# The two-round 32-bit finaliser "lowbias32" (C. Wellons, hash-prospector): shift 16, multiply, shift 15, multiply, shift 16.
+# The two-round finaliser "lowbias32" (C. Wellons, hash-prospector): shift 16, multiply, shift 15, multiply, shift 16.
 _MULTIPLIER_1 = 0x7FEB352D
 _MULTIPLIER_2 = 0x846CA68B
 
@@ -39,7 +39,7 @@ def round_stochastic(t: Tensor, noise: Tensor) -> Tensor:
     Source: Gupta et al. 2015, arXiv:1502.02551, section 3.
     """
     down = t.floor()
-    # The ceiling of (fraction - noise), which lies in (-1, 1), is the comparison; a difference of floats is 0 only for equals.
+    # fraction - noise lies in (-1, 1) and is 0 only for equals, so its ceiling is the comparison.
     return down.add_((t - down).sub_(noise).ceil_())
 
 

@@ -10,7 +10,7 @@ from typing import cast
 
 
 def native_instruction_sets() -> list[str] | None:
-    """Instruction sets that native kernels may use here, e.g. ``["avx2", "avx512vnni"]``; None without the native module."""
+    """Instruction sets native kernels may use here, e.g. ``["avx2", "avx512vnni"]``; None without the module."""
     if importlib.util.find_spec("lowbit.kernels._cpu") is None:
         return None
     module = importlib.import_module("lowbit.kernels._cpu")

@@ -31,9 +31,8 @@ def zero_point(lo: Tensor, scale: Tensor, levels: Tensor | float) -> Tensor:
 def _bound(t: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     """Clamp `t` in place; nan stays nan."""
     if isinstance(high, Tensor):
-        high = high.to(t)
-        return t.clamp_(torch.as_tensor(low).to(t), high)
-    return t.clamp_(low, high)
+        return t.clamp_(torch.as_tensor(low).to(t), high.to(t))
+    return t.clamp_(torch.as_tensor(low).item(), high)
 
 
 def _round(t: Tensor, noise: Tensor | None) -> Tensor:
@@ -45,15 +44,11 @@ def codes_symmetric(x: Tensor, scale: Tensor, levels: Tensor | float, noise: Ten
     return _bound(_round(x / scale, noise), -levels, levels)
 
 
-def codes_affine(
-    x: Tensor, scale: Tensor, zero: Tensor, levels: Tensor | float, noise: Tensor | None
-) -> Tensor:
+def codes_affine(x: Tensor, scale: Tensor, zero: Tensor, levels: Tensor | float, noise: Tensor | None) -> Tensor:
     """``q = clamp(round(x / S) + z, 0, levels)``: z is added after rounding, so real zero stays exact."""
     return _bound(_round(x / scale, noise).add_(zero), 0.0, levels)
 
 
-def codes_offset(
-    x: Tensor, scale: Tensor, offset: Tensor, levels: Tensor | float, noise: Tensor | None
-) -> Tensor:
+def codes_offset(x: Tensor, scale: Tensor, offset: Tensor, levels: Tensor | float, noise: Tensor | None) -> Tensor:
     """``q = round(clamp((x - lo) / S, 0, levels))``."""
     return _round(_bound((x - offset) / scale, 0.0, levels), noise)

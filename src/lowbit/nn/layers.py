@@ -4,7 +4,7 @@
 hooks and every reference to it stay what they were; `lowbit.restore_` changes it back.
 """
 
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ class QuantLayer(nn.Module):
 
     site: Site
 
-    def __init__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         plain = next(base.__name__ for base in type(self).__mro__ if base.__module__.startswith("torch.nn"))
         raise TypeError(
             f"{type(self).__name__} is made of a plain layer: lowbit.convert_(torch.nn.{plain}(...), recipe)"
@@ -67,7 +67,8 @@ class _QuantConv(QuantLayer, nn.modules.conv._ConvNd):
         dim = len(self.kernel_size)
         if x.dim() not in (dim + 1, dim + 2):
             raise ValueError(
-                f"{self.site.name}: input of shape {tuple(x.shape)}; expected (C, *size) or (B, C, *size) with {dim} spatial axes"
+                f"{self.site.name}: input of shape {tuple(x.shape)}; expected (C, *size) or (B, C, *size) with "
+                f"{dim} spatial axes"
             )
 
 
@@ -90,17 +91,18 @@ class _QuantConvTranspose(_QuantConv, nn.modules.conv._ConvTransposeNd):
         """See `lowbit.products.conv_transpose`; `output_size` chooses among the sizes that the stride leaves open."""
         self._check_input_dim(input)
         axes = len(self.kernel_size)
-        output_padding = self._output_padding(  # type: ignore[no-untyped-call]
-            input, output_size, self.stride, self.padding, self.kernel_size, axes, self.dilation
+        stride, padding, kernel, dilation = (
+            [int(v) for v in values] for values in (self.stride, self.padding, self.kernel_size, self.dilation)
         )
+        output_padding = self._output_padding(input, output_size, stride, padding, kernel, axes, dilation)
         return products.conv_transpose(
             input,
             self.weight,
             self.bias,
-            stride=self.stride,
-            padding=[int(p) for p in self.padding],
+            stride=stride,
+            padding=padding,
             output_padding=output_padding,
-            dilation=self.dilation,
+            dilation=dilation,
             groups=self.groups,
             setting=self.site.setting(input),
         )

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit import products
 from lowbit.formats import Format, Integer
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Clock, Site, is_recomputing
-from lowbit.quantizer import levels_of, quantize
+from lowbit.quantizer import Quantized, levels_of, quantize
 from lowbit.recipe import Constant, EpsilonPlace, RangeNorm, Recipe
 from lowbit.rounding import Noise
 
@@ -64,8 +65,8 @@ def range_statistics(x: Tensor, *, constant: Constant, chunks: int) -> Statistic
     count = rows.shape[1]
     if count < 2:
         raise ValueError(
-            f"Range BN got an input of shape {tuple(x.shape)}: {count} value(s) per channel have no range. Use a larger "
-            "batch, or leave this layer out with a rule"
+            f"Range BN got an input of shape {tuple(x.shape)}: {count} value(s) per channel have no range. Use a "
+            "larger batch, or leave this layer out with a rule"
         )
     number = min(chunks, count // 2)
     short, longer = divmod(count, number)
@@ -103,6 +104,8 @@ class NormSetting:
         noise: for the stochastic rounding of grad_output.
         bits: int64 ``(2,)``, widths of input and grad_output; None: the formats' own.
         input_range: lo and hi for the input; None: of the batch.
+        layer: name for reports.
+        engine: for reports.
     """
 
     norm: RangeNorm
@@ -110,21 +113,47 @@ class NormSetting:
     noise: Noise | None = None
     bits: Tensor | None = None
     input_range: tuple[Tensor, Tensor] | None = None
+    layer: str = ""
+    engine: str = "reference"
 
     def quantized(self, x: Tensor, operand: str) -> Tensor:
-        """`x`, which is the layer's ``"input"`` or ``"grad_output"``, in its format."""
+        """`x`, which is the layer's ``"input"`` or ``"grad_output"``, in its format; shown to observers."""
         fmt: Format = getattr(self.norm, operand)
-        if not isinstance(fmt, Integer):
-            return quantize(x, fmt).values
-        noise = self.noise.draw("normalization", operand, x) if self.noise and fmt.stochastic else None
-        levels = None if self.bits is None else levels_of(fmt, self.bits[0 if operand == "input" else 1])
+        noise, levels, width = None, None, fmt.bits
+        if isinstance(fmt, Integer):
+            if fmt.stochastic and self.noise is not None:
+                noise = self.noise.draw("normalization", operand, x)
+            if self.bits is not None:
+                bits = self.bits[0 if operand == "input" else 1]
+                levels, width = levels_of(fmt, bits), int(bits) if products.is_observed() else 0
         observed = self.input_range if operand == "input" else None
-        return quantize(x, fmt, levels=levels, noise=noise, observed=observed).values
+        hat = quantize(x, fmt, levels=levels, noise=noise, observed=observed, measure=products.is_observed())
+        if products.is_observed():
+            with products.inside():
+                self._notify(fmt, operand, width, x, hat)
+        return hat.values
+
+    def _notify(self, fmt: Format, operand: str, bits: int, x: Tensor, hat: Quantized) -> None:
+        run = products.OperandRun(format=fmt, bits=bits, exact=x, quantized=hat.values, clipped=hat.clipped or 0.0)
+        products.notify(
+            products.ProductRun(
+                layer=self.layer,
+                product="output" if operand == "input" else "grad_input",
+                kind="range_batch_norm",
+                engine=self.engine,
+                kernel="range_batch_norm",
+                macs=0,
+                operands={operand: run},
+                result=hat.values,
+                full_precision=lambda: x,
+                expected=(),
+            )
+        )
 
 
 class _RangeBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]  # noqa: D102 - torch's signature takes any arguments
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
@@ -146,7 +175,7 @@ class _RangeBatchNorm(torch.autograd.Function):
         return y, mean, sigma
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: object) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: D102
+    def backward(ctx: Any, grad_output: Tensor, *_: object) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "Range BN has no second derivative here: call backward without create_graph=True, or restore_ the layer"
@@ -154,7 +183,13 @@ class _RangeBatchNorm(torch.autograd.Function):
         normalized, weight, sigma, d = ctx.saved_tensors
         setting, stats, has_bias = ctx.kept
         grads = range_batch_norm_backward(
-            setting.quantized(grad_output, "grad_output"), normalized, weight, sigma, d, stats, setting.norm.epsilon
+            setting.quantized(grad_output, "grad_output"),
+            normalized,
+            weight,
+            sigma,
+            d,
+            stats,
+            setting.norm.epsilon,
         )
         return grads[0], grads[1] if weight is not None else None, grads[2] if has_bias else None, None, None
 
@@ -229,7 +264,7 @@ def range_batch_norm(
     dtype = x.dtype
     x = x.float() if dtype in (torch.bfloat16, torch.float16) else x
     with torch.autocast(x.device.type, enabled=False):
-        y, mean, sigma = _RangeBatchNorm.apply(x, weight, bias, setting, fixed)  # type: ignore[no-untyped-call]
+        y, mean, sigma = _RangeBatchNorm.apply(x, weight, bias, setting, fixed)
     return y.to(dtype), mean, sigma
 
 
@@ -263,6 +298,8 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
                 noise=self.site.noise(),
                 bits=self.site.bits,
                 input_range=self.site.input_range(input),
+                layer=self.site.name,
+                engine=self.site.engine,
             ),
             fixed=None if use_batch else (self.running_mean, self.running_var.sqrt()),  # type: ignore[arg-type, union-attr]
         )

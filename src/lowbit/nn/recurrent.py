@@ -39,7 +39,9 @@ class _QuantRecurrent(QuantLayer, nn.RNNBase):
         """Give each weight matrix its own site, named after it."""
         self.site = nn.ModuleDict(  # type: ignore[assignment]
             {
-                weight: product_site(name=f"{name}.{weight}" if name else weight, recipe=recipe, clock=clock, engine=engine)
+                weight: product_site(
+                    name=f"{name}.{weight}" if name else weight, recipe=recipe, clock=clock, engine=engine
+                )
                 for layer in range(self.num_layers)
                 for weight in (f"weight_ih_l{layer}", f"weight_hh_l{layer}")
             }
@@ -47,7 +49,7 @@ class _QuantRecurrent(QuantLayer, nn.RNNBase):
 
     def sites(self) -> list[Site]:
         """Two for each layer."""
-        return list(self.site.values())  # type: ignore[operator, arg-type]
+        return list(self.site.values())  # type: ignore[operator]
 
     def _product(self, kind: str, layer: int, x: Tensor) -> Tensor:
         site: Site = self.site[f"weight_{kind}_l{layer}"]  # type: ignore[index]
@@ -58,8 +60,8 @@ class _QuantRecurrent(QuantLayer, nn.RNNBase):
         """The input as (B, T, I); a packed sequence is refused by name."""
         if isinstance(x, PackedSequence):
             raise TypeError(
-                f"{self.sites()[0].name}: a quantised {type(self).__name__[5:]} takes padded tensors, not a PackedSequence: "
-                "pass the padded batch, or leave this layer out with a rule"
+                f"{self.sites()[0].name}: a quantised {type(self).__name__[5:]} takes padded tensors, not a "
+                "PackedSequence: pass the padded batch, or leave this layer out with a rule"
             )
         if x.dim() == 2:
             return x.unsqueeze(0)
@@ -79,7 +81,7 @@ class _QuantRecurrent(QuantLayer, nn.RNNBase):
         expected = (self.num_layers, x.shape[0], self.hidden_size)
         if tuple(state.shape) != expected:
             raise ValueError(
-                f"{self.sites()[0].name}: initial state of shape {tuple(state.shape)}; expected {expected} (layers, B, H)"
+                f"{self.sites()[0].name}: initial state of shape {tuple(state.shape)}; expected (layers, B, H) = {expected}"
             )
         return state
 

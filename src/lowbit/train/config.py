@@ -84,9 +84,7 @@ class TrainConfig:
             raise UsageError(f"seed must be below 2**63, got {self.seed}.")
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
-            if value is not None and not (
-                isinstance(value, int | float) and math.isfinite(value) and value >= 0
-            ):
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
                 raise UsageError(f"{name} must be a finite number of at least 0, got {value!r}.")
 
     def resolved(self, *, threads: int) -> Self:

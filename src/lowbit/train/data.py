@@ -365,9 +365,7 @@ def _shuffled(samples: Tensor, noise: Generator | None) -> Tensor:
 
 def _subset(samples: Tensor, count: int) -> Tensor:
     if not 1 <= count <= len(samples):
-        raise UsageError(
-            f"subset must be 1 to {len(samples)}, the samples of the training set, given {count}."
-        )
+        raise UsageError(f"subset must be 1 to {len(samples)}, the samples of the training set, given {count}.")
     return _shuffled(samples, _generator("subset"))[:count]
 
 
@@ -377,9 +375,7 @@ class _Sets(NamedTuple):
     test: Source
 
 
-def _in_memory(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, classes: int, augment: bool
-) -> _Sets:
+def _in_memory(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, classes: int, augment: bool) -> _Sets:
     """Two sets of (N, C, H, W) uint8 images with (N,) labels, both normalised by the first one's moments."""
     mean, std = _moments(train[0])
     sources = [
@@ -416,9 +412,7 @@ def _digits() -> _Sets:
     images = torch.from_numpy(digits.images).to(torch.uint8)[:, None]
     labels = torch.from_numpy(digits.target)
     split = 1437
-    return _in_memory(
-        (images[:split], labels[:split]), (images[split:], labels[split:]), classes=10, augment=False
-    )
+    return _in_memory((images[:split], labels[:split]), (images[split:], labels[split:]), classes=10, augment=False)
 
 
 def _fashion_mnist() -> _Sets:
@@ -428,9 +422,7 @@ def _fashion_mnist() -> _Sets:
         for part in ("train", "t10k")
     )
     if train[0].shape[1:] != test[0].shape[1:]:
-        raise RunError(
-            f"{folder}: training images are {tuple(train[0].shape[2:])} pixels, test images differ."
-        )
+        raise RunError(f"{folder}: training images are {tuple(train[0].shape[2:])} pixels, test images differ.")
     return _in_memory(train, test, classes=10, augment=True)
 
 
@@ -449,9 +441,7 @@ def _idx(path: Path, *, dims: int) -> Tensor:
     _check_size(path, expected=header, found=len(content), at_least=True)
     magic, *shape = struct.unpack(f">{1 + dims}I", content[:header])
     if magic != 0x0800 + dims:
-        raise RunError(
-            f"{path}: magic number is 0x{magic:08x}, expected 0x{0x0800 + dims:08x}. Get the file again."
-        )
+        raise RunError(f"{path}: magic number is 0x{magic:08x}, expected 0x{0x0800 + dims:08x}. Get the file again.")
     _check_size(path, expected=header + math.prod(shape), found=len(content))
     if len(content) == header:
         raise RunError(f"{path} holds no samples.")
@@ -462,8 +452,7 @@ def _check_size(path: Path, *, expected: int, found: int, at_least: bool = False
     if found != expected and not (at_least and found > expected):
         unpacked = " once decompressed" if path.suffix == ".gz" else ""
         raise RunError(
-            f"{path} has the wrong size{unpacked}: {expected} bytes expected, {found} found. "
-            f"Get the file again."
+            f"{path} has the wrong size{unpacked}: {expected} bytes expected, {found} found. Get the file again."
         )
 
 
@@ -471,8 +460,7 @@ def _check_labels(path: Path, labels: Tensor, classes: int) -> None:
     if int(labels.max()) >= classes:
         sample = int(labels.argmax())
         raise RunError(
-            f"{path}: label {int(labels[sample])} of sample {sample} is out of range, "
-            f"allowed are 0 to {classes - 1}."
+            f"{path}: label {int(labels[sample])} of sample {sample} is out of range, allowed are 0 to {classes - 1}."
         )
 
 
@@ -561,9 +549,7 @@ def _get_from_debian(folder: Path) -> Path:
 
 
 def _command(command: list[str], folder: Path) -> None:
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=PACKAGE_TIMEOUT, check=False
-    )
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PACKAGE_TIMEOUT, check=False)
     if done.returncode:
         raise RunError(f"{' '.join(command)} failed with {done.returncode}: {done.stderr.strip()}")
 
@@ -664,9 +650,7 @@ def _imagefolder(root: Path) -> _Sets:
     if not test.is_dir():
         test = root / "val"
     if not (train.is_dir() and test.is_dir()):
-        raise UsageError(
-            f"imagefolder needs the folders {train} and {root / 'test'} (or val), one folder a class."
-        )
+        raise UsageError(f"imagefolder needs the folders {train} and {root / 'test'} (or val), one folder a class.")
     classes, test_classes = _classes(train), _classes(test)
     if classes != test_classes:
         only = ", ".join(sorted(set(classes) ^ set(test_classes)))
@@ -676,9 +660,7 @@ def _imagefolder(root: Path) -> _Sets:
 
 
 def _classes(folder: Path) -> list[str]:
-    classes = sorted(
-        path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
         raise RunError(f"no images found: {folder} has no class folders.")
     return classes

@@ -315,9 +315,7 @@ class LSTM(nn.Module):
         layers: LSTM layers.
     """
 
-    def __init__(
-        self, *, vocabulary: int = 256, embedding: int = 128, width: int = 256, layers: int = 2
-    ) -> None:
+    def __init__(self, *, vocabulary: int = 256, embedding: int = 128, width: int = 256, layers: int = 2) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, embedding)
         self.lstm = nn.LSTM(embedding, width, layers, batch_first=True)
@@ -352,9 +350,7 @@ def build(name: str, task: Task) -> nn.Module:
     entry = _MODELS[key]
     if entry.kind != task.kind:
         fitting = ", ".join(known for known, other in _MODELS.items() if other.kind == task.kind)
-        raise UsageError(
-            f"model {name!r} takes {entry.kind} and this task is {task.kind}. Models that fit: {fitting}."
-        )
+        raise UsageError(f"model {name!r} takes {entry.kind} and this task is {task.kind}. Models that fit: {fitting}.")
     return entry.build(task, rest) if rest else entry.build(task)
 
 
@@ -378,9 +374,7 @@ def _cifar_resnet(n: int, task: Task) -> nn.Module:
     )
 
 
-def _imagenet_resnet(
-    depths: tuple[int, ...], block: type[BasicBlock] | type[Bottleneck], task: Task
-) -> nn.Module:
+def _imagenet_resnet(depths: tuple[int, ...], block: type[BasicBlock] | type[Bottleneck], task: Task) -> nn.Module:
     small = min(task.shape[1:]) < SMALL
     return ResNet(
         depths=depths,

@@ -9,6 +9,7 @@ lowbit counts its own noise.
 import contextlib
 import csv
 import dataclasses
+import io
 import json
 import logging
 import math
@@ -19,7 +20,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,8 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.errors import RunError, UsageError
-from lowbit.train import checkpoint, data, models
+from lowbit.train import checkpoint as files
+from lowbit.train import data, models
 from lowbit.train.config import Result, TrainConfig, lr_factor
 
 CHECKPOINT = "last.ckpt"
@@ -176,9 +178,7 @@ class _Module(LightningModule):
                 self.model.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay
             )
         else:
-            optimizer = torch.optim.AdamW(
-                self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay
-            )
+            optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_factor(config.schedule, step, self.total_steps)
         )
@@ -206,11 +206,9 @@ class _CheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         assert storage_options is None
-        _save_checkpoint(checkpoint, Path(path))
+        files.save(Path(path), checkpoint)
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         assert map_location is None
         assert weights_only
         return _load_checkpoint(Path(path), self.config)
@@ -383,8 +381,8 @@ def _create_folder(config: TrainConfig, report: object) -> None:
     except OSError as error:
         raise RunError(f"cannot create the run folder {config.out}: {error.strerror}.") from error
     text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-    checkpoint.write_atomically(config.out / "conversion.txt", lambda file: _put(file, f"{report}\n"))
-    checkpoint.write_atomically(config.out / CONFIG, lambda file: _put(file, text))
+    _write_text(config.out / CONFIG, text)
+    _write_text(config.out / "conversion.txt", f"{report}\n")
 
 
 def _make_trainer(config: TrainConfig, timer: _StepTimer, began: int) -> Trainer:
@@ -420,35 +418,37 @@ def _loggers(out: Path, began: int) -> list[CSVLogger | TensorBoardLogger]:
         table.log_metrics({key: float(value) for key, value in row.items() if value}, step=int(row["step"]))
     if rows:
         table.save()
-    # TensorBoard's readers drop what the killed process had written after the checkpoint.
-    events = TensorBoardLogger(out, name="", version="tensorboard", purge_step=began + 1 if began else None)
-    return [table, events]
+    # With this step TensorBoard drops what a killed process wrote after its checkpoint.
+    return [table, TensorBoardLogger(out, name="", version="tensorboard", purge_step=began + 1)]
 
 
 def _rows_up_to(path: Path, step: int) -> list[dict[str, str]]:
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    # A killed process may have left half a line.
-    return [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) <= step]
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]  # a killed process may have left half a line
+    rows = csv.DictReader(io.StringIO(whole))
+    return [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) <= step]
 
 
-def _fit(
-    trainer: Trainer, module: _Module, loaded: data.Data, out: Path, checkpoint_path: Path | None
-) -> None:
-    """Train to the end, and turn the exits of Lightning's own signal handling into ordinary exceptions."""
+def _fit(trainer: Trainer, module: _Module, loaded: data.Data, out: Path, checkpoint_path: Path | None) -> None:
+    """Train to the end, and turn what stops it from outside into this library's errors."""
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit(module, loaded.train, loaded.test, ckpt_path=checkpoint_path, weights_only=True)
-    except SystemExit as stop:
-        signal.signal(signal.SIGINT, on_ctrl_c)  # Lightning leaves it ignored
-        where = f"at step {trainer.global_step}; continue with `lowbit resume {out}`"
+    except OSError as error:  # a log on a full disk, an image that is gone
+        raise RunError(f"stopped by the system ({error}) {_where(trainer, out)}.") from error
+    except SystemExit as stop:  # Lightning's answer to signals
+        signal.signal(signal.SIGINT, on_ctrl_c)
         if isinstance(stop, SIGTERMException):
-            raise RunError(f"terminated {where}.") from stop
+            raise RunError(f"terminated {_where(trainer, out)}.") from stop
         if isinstance(stop.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"interrupted {where}") from None
+            raise KeyboardInterrupt(f"interrupted {_where(trainer, out)}") from None
         raise
+
+
+def _where(trainer: Trainer, out: Path) -> str:
+    return f"at step {trainer.global_step}; continue with `lowbit resume {out}`"
 
 
 @contextlib.contextmanager
@@ -467,17 +467,13 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _save_checkpoint(content: dict[str, Any], path: Path) -> None:
-    checkpoint.save(path, content)
-
-
 def _load_checkpoint(path: Path, config: TrainConfig) -> dict[str, Any]:
     """Read the checkpoint of the run `config`.
 
     Raises:
         RunError: the file is damaged or foreign, or its settings are not those of the run folder.
     """
-    content: dict[str, Any] = checkpoint.load(path)
+    content: dict[str, Any] = files.load(path)
     own = content.get("lowbit")
     if not isinstance(own, dict) or set(own) != {"config", "state", "loader", "test"}:
         raise RunError(f"{path} has no state of lowbit; expected a checkpoint that `lowbit train` wrote.")
@@ -520,8 +516,7 @@ def _read_config(out: Path) -> TrainConfig:
 
 def _write_result(result: Result) -> None:
     values = {name: value for name, value in dataclasses.asdict(result).items() if name != "out"}
-    text = json.dumps(values, indent=2) + "\n"
-    checkpoint.write_atomically(result.out / RESULT, lambda file: _put(file, text))
+    _write_text(result.out / RESULT, json.dumps(values, indent=2) + "\n")
 
 
 def _read_result(out: Path) -> Result:
@@ -537,8 +532,11 @@ def _log(trainer: Trainer, values: dict[str, float]) -> None:
         logger.log_metrics({"epoch": float(trainer.current_epoch + 1), **values}, step=trainer.global_step)
 
 
-def _put(file: Any, text: str) -> None:
-    file.write(text.encode())
+def _write_text(path: Path, text: str) -> None:
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    files.write_atomically(path, write)
 
 
 def _score(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,444 @@
+"""Proof of what ran: every product of converted layers with its error, and every product outside them.
+
+Notation: y product in full precision, y^ as it ran; N elements of an operand, M its bits.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from torch.utils.module_tracker import ModuleTracker
+
+from lowbit import products
+from lowbit.convert import PLAIN_TYPES
+from lowbit.errors import RunError, UsageError
+from lowbit.formats import Integer
+from lowbit.nn.layers import QuantLayer
+from lowbit.products import ProductRun
+from lowbit.tables import text_table
+
+# The cosine that the column "bits needed" asks for.
+WANTED_COSINE = 0.98
+
+
+class VerificationError(RunError):
+    """What ran is not what the conversion promised."""
+
+
+def angle_bound(bits: int, elements: int) -> float:
+    """The cosine that SBM's theory guarantees between a tensor and its quantised self.
+
+    ``cos >= 2**M / (2**M + sqrt(ln N / 6))`` for N normally distributed values and a uniform grid of M bits.
+
+    Source: Banner et al. 2018, arXiv:1805.11046, section 2.
+    """
+    return 2.0**bits / (2.0**bits + math.sqrt(math.log(max(elements, 1)) / 6))
+
+
+def bits_needed(cosine: float, elements: int) -> float:
+    """The bits for which `angle_bound` reaches a cosine: ``log2(c / (1 - c) sqrt(ln N / 6))``, at least 1.
+
+    Source: Banner et al. 2018, arXiv:1805.11046, section 2, solved for M.
+    """
+    root = math.sqrt(math.log(max(elements, 1)) / 6)
+    return max(1.0, math.log2(cosine / (1 - cosine) * root)) if root else 1.0
+
+
+@dataclass
+class _Sums:
+    """Running sums over the calls of a product: of y^2, y^ ^2, y y^ and (y - y^)^2, in float64."""
+
+    signal: float = 0.0
+    result: float = 0.0
+    both: float = 0.0
+    error: float = 0.0
+
+    def add(self, exact: Tensor, actual: Tensor) -> None:
+        """Take in one pair of tensors of the same shape."""
+        exact, actual = exact.double().flatten(), actual.double().flatten()
+        self.signal += float(exact @ exact)
+        self.result += float(actual @ actual)
+        self.both += float(exact @ actual)
+        difference = exact - actual
+        self.error += float(difference @ difference)
+
+    @property
+    def sqnr_db(self) -> float:
+        """``10 log10(sum y^2 / sum (y - y^)^2)``; inf where they are equal."""
+        if self.error == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / self.error) if self.signal > 0 else -math.inf
+
+    @property
+    def cosine(self) -> float:
+        """The cosine of the angle between y and y^; 1 where both are zero."""
+        norms = math.sqrt(self.signal) * math.sqrt(self.result)
+        if norms == 0:
+            return 1.0 if self.signal == self.result else 0.0
+        return self.both / norms
+
+
+@dataclass
+class OperandProof:
+    """One operand of one product, over all its calls.
+
+    Attributes:
+        format: its format, as text.
+        bits: width of its codes.
+        elements: number of elements in one call.
+        clipped: share of values more than half a step outside the grid.
+    """
+
+    format: str
+    bits: int
+    elements: int
+    integer: bool
+    clipped: float = 0.0
+    sums: _Sums = field(default_factory=_Sums)
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantisation noise of the operand, dB."""
+        return self.sums.sqnr_db
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the operand to itself before quantisation."""
+        return self.sums.cosine
+
+    @property
+    def angle_bound(self) -> float | None:
+        """What SBM's theory guarantees for the cosine; None for a float format."""
+        return angle_bound(self.bits, self.elements) if self.integer else None
+
+    @property
+    def bits_needed(self) -> float | None:
+        """Bits that the theory asks for `WANTED_COSINE`; None for a float format."""
+        return bits_needed(WANTED_COSINE, self.elements) if self.integer else None
+
+
+@dataclass
+class ProofRow:
+    """One product of one layer, over all its calls.
+
+    Attributes:
+        layer: the layer's name.
+        product: ``"output"``, ``"grad_input"`` or ``"grad_weight"``.
+        engine: how it was executed.
+        kernel: the operator that executed it.
+        calls: how often it ran.
+        macs: multiply-accumulates of all calls; 0 for a normalisation.
+        operands: by operand.
+    """
+
+    layer: str
+    product: str
+    engine: str
+    kernel: str
+    calls: int = 0
+    macs: int = 0
+    operands: dict[str, OperandProof] = field(default_factory=dict)
+    sums: _Sums = field(default_factory=_Sums)
+
+    @property
+    def bits(self) -> str:
+        """Widths of the operands, e.g. ``"8x8"``."""
+        return "x".join(str(o.bits) for o in self.operands.values())
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantisation noise of the product, dB."""
+        return self.sums.sqnr_db
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the product to the one of full-precision operands."""
+        return self.sums.cosine
+
+    @property
+    def clipped(self) -> float:
+        """The larger share of clipped values of the two operands."""
+        return max(o.clipped for o in self.operands.values())
+
+    @property
+    def angle_bound(self) -> float | None:
+        """The smaller bound of the operands' cosines by SBM's theory; None where both are float."""
+        return min((o.angle_bound for o in self.operands.values() if o.angle_bound is not None), default=None)
+
+    @property
+    def bits_needed(self) -> float | None:
+        """The larger of the widths that the theory asks of the operands; None where both are float."""
+        return max((o.bits_needed for o in self.operands.values() if o.bits_needed is not None), default=None)
+
+
+@dataclass
+class OutsideRow:
+    """One kind of product that ran outside converted layers.
+
+    Attributes:
+        op: the operator.
+        module: the innermost module it ran in.
+        calls: how often.
+        macs: multiply-accumulates of all calls; None where no formula is known.
+        share: of the MACs of all products, inside and outside; None likewise.
+    """
+
+    op: str
+    module: str
+    calls: int = 0
+    macs: int | None = 0
+    share: float | None = None
+
+
+@dataclass
+class Proof:
+    """What `verify` saw; complete when its context ends. `print` shows it as tables.
+
+    Attributes:
+        rows: a row per layer and product.
+        outside: products that ran outside converted layers.
+    """
+
+    rows: list[ProofRow] = field(default_factory=list)
+    outside: list[OutsideRow] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        header = [
+            "layer",
+            "product",
+            "engine",
+            "kernel",
+            "calls",
+            "bits",
+            "SQNR dB",
+            "cosine",
+            "clipped %",
+            "angle bound",
+        ]
+        header.append(f"bits for cos {WANTED_COSINE}")
+        table = [
+            [
+                row.layer or "(model)",
+                row.product,
+                row.engine,
+                row.kernel,
+                str(row.calls),
+                row.bits,
+                f"{row.sqnr_db:.1f}",
+                f"{row.cosine:.5f}",
+                f"{100 * row.clipped:.2f}",
+                "-" if row.angle_bound is None else f"{row.angle_bound:.4f}",
+                "-" if row.bits_needed is None else f"{row.bits_needed:.1f}",
+            ]
+            for row in self.rows
+        ]
+        inside = sum(row.macs for row in self.rows)
+        parts = [text_table(header, table), "", f"{inside:,} MACs inside converted layers."]
+        if not self.outside:
+            return "\n".join([*parts, "No product ran outside them."])
+        share = sum(row.share or 0 for row in self.outside)
+        parts.append(f"{100 * share:.2f} % of all MACs ran outside them, in the precision they were given:")
+        rows = [
+            [
+                row.module or "(model)",
+                row.op,
+                str(row.calls),
+                "not counted" if row.macs is None else f"{row.macs:,}",
+                "-" if row.share is None else f"{100 * row.share:.2f}",
+            ]
+            for row in self.outside
+        ]
+        return "\n".join([*parts, text_table(["module", "operator", "calls", "MACs", "share %"], rows)])
+
+
+class _Collector:
+    """The observer that turns runs into rows and remembers what was promised and what was wrong."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, str], ProofRow] = {}
+        self.promised: dict[str, dict[str, int]] = {}
+        self.failures: list[str] = []
+
+    def __call__(self, run: ProductRun) -> None:
+        """Take in one product."""
+        key = (run.layer, run.product)
+        row = self.rows.setdefault(
+            key, ProofRow(layer=run.layer, product=run.product, engine=run.engine, kernel=run.kernel)
+        )
+        row.calls += 1
+        row.macs += run.macs
+        off_grid = False
+        for name, operand in run.operands.items():
+            proof = row.operands.setdefault(
+                name,
+                OperandProof(
+                    format=str(operand.format),
+                    bits=operand.bits,
+                    elements=operand.exact.numel(),
+                    integer=isinstance(operand.format, Integer),
+                ),
+            )
+            proof.clipped += (operand.clipped - proof.clipped) / row.calls
+            proof.sums.add(operand.exact, operand.quantized)
+            off_grid |= not torch.equal(operand.exact, operand.quantized)
+        exact = run.full_precision()
+        row.sums.add(exact, run.result)
+        if off_grid and bool(run.result.any()) and torch.equal(exact, run.result):
+            self.failures.append(
+                f"{run.layer}: {run.product} equals the full-precision product although its operands were off the grid"
+            )
+        for product in run.expected:
+            counts = self.promised.setdefault(run.layer, {})
+            counts[product] = counts.get(product, 0) + 1
+
+    def missing(self, model: nn.Module) -> Iterator[str]:
+        """A sentence for each quantiser that should have run and did not."""
+        ran = set(self.rows)
+        backward = any(product != "output" for _, product in ran)
+        for layer in model.modules():
+            if isinstance(layer, QuantLayer):
+                for site in layer.sites():
+                    if (site.name, "output") not in ran:
+                        kind = PLAIN_TYPES[type(layer)].__name__
+                        yield f"{site.name}: the quantisers of this converted {kind} did not run"
+        if backward:
+            for name, counts in self.promised.items():
+                for product, count in counts.items():
+                    calls = self.rows[name, product].calls if (name, product) in ran else 0
+                    if calls != count:
+                        yield f"{name}: {product} ran {calls} times, {count} were due"
+
+
+def _macs_of_convolution(out: torch.Size, x: Tensor, w: Tensor, transposed: bool) -> int:
+    return (x.shape if transposed else out).numel() * math.prod(w.shape[1:])
+
+
+def _macs_of_attention(q: Tensor, k: Tensor, v: Tensor, *, inner: int, outer: int) -> int:
+    """`inner` products over q's width and `outer` over v's, for every pair of positions."""
+    return q.shape[:-1].numel() * k.shape[-2] * (inner * q.shape[-1] + outer * v.shape[-1])
+
+
+def _macs_of_rnn(x: Tensor, w_input: Tensor, w_recurrent: Tensor) -> int:
+    return x.shape[:-1].numel() * (w_input.numel() + w_recurrent.numel())
+
+
+_aten = torch.ops.aten
+# Operators whose MACs torch's own counter does not give or gives wrongly on a CPU; (arguments, result) -> MACs.
+_FORMULAS: dict[Any, Callable[[Sequence[Any], Any], int]] = {
+    _aten.linear: lambda a, out: out.numel() * a[0].shape[-1],
+    _aten.convolution: lambda a, out: _macs_of_convolution(out.shape, a[0], a[1], a[6]),
+    _aten.convolution_backward: lambda a, _: sum(a[10][:2]) * _macs_of_convolution(a[0].shape, a[1], a[2], a[7]),
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda a, _: _macs_of_attention(*a[:3], inner=1, outer=1),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda a, _: _macs_of_attention(
+        *a[1:4], inner=3, outer=2
+    ),
+    _aten.mkldnn_rnn_layer: lambda a, _: _macs_of_rnn(*a[:3]),
+    _aten.mkldnn_rnn_layer_backward: lambda a, _: 2 * _macs_of_rnn(*a[:3]),
+}
+# Operators that multiply inside and have no formula: listed without a count.
+_UNCOUNTED = {
+    getattr(_aten, name)
+    for name in (
+        "_transformer_encoder_layer_fwd",
+        "_native_multi_head_attention",
+        "_int_mm",
+        "_cudnn_rnn",
+        "_cdist_forward",
+    )
+    if hasattr(_aten, name)
+}
+
+
+class _Outside(TorchDispatchMode):
+    """Counts the products that are dispatched outside converted layers, forward and backward."""
+
+    def __init__(self, tracker: ModuleTracker) -> None:
+        super().__init__()
+        self.tracker = tracker
+        self.rows: dict[tuple[str, str], OutsideRow] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if products.is_inside():
+            return out
+        if packet in _FORMULAS:
+            self._add(packet, _FORMULAS[packet](args, out))
+        elif packet in flop_registry:
+            self._add(packet, flop_registry[packet](*args, **(kwargs or {}), out_val=out) // 2)
+        elif packet in _UNCOUNTED:
+            self._add(packet, None)
+        return out
+
+    def _add(self, packet: Any, macs: int | None) -> None:
+        module = max(self.tracker.parents - {"Global"}, key=len, default="")
+        module = module.partition(".")[2]
+        row = self.rows.setdefault((str(packet), module), OutsideRow(op=str(packet), module=module))
+        row.calls += 1
+        row.macs = None if macs is None or row.macs is None else row.macs + macs
+
+
+def _by_layer(rows: dict[tuple[str, str], ProofRow]) -> list[ProofRow]:
+    """Layers in the order they first ran, each with its products together."""
+    layers = list(dict.fromkeys(layer for layer, _ in rows))
+    order = [(layer, product) for layer in layers for product in ("output", "grad_input", "grad_weight")]
+    return [rows[key] for key in order if key in rows]
+
+
+@contextmanager
+def verify(model: nn.Module) -> Iterator[Proof]:
+    """Watch every product that runs in this context, and fail where it is not what the conversion promised.
+
+    Run one training step (forward and backward) inside. Every product of a converted layer is computed a second time
+    in full precision, so this is for a step, not for a run. A compiled model runs eagerly here.
+
+    Args:
+        model: a converted model.
+
+    Yields:
+        The proof, complete when the context ends.
+
+    Raises:
+        UsageError: nothing in the model is converted.
+        VerificationError: at the end of the context, where a converted layer's quantisers did not run, or where a
+            nonzero product with an operand off its grid equals the full-precision product exactly.
+    """
+    if not any(isinstance(m, QuantLayer) for m in model.modules()):
+        raise UsageError("verify: nothing in this model is converted; call lowbit.convert_ first")
+    proof, collector = Proof(), _Collector()
+    with ModuleTracker() as tracker, _Outside(tracker) as outside, products.observed_by(collector):
+        yield proof
+    proof.rows.extend(_by_layer(collector.rows))
+    total = sum(row.macs for row in proof.rows) + sum(row.macs or 0 for row in outside.rows.values())
+    for row in outside.rows.values():
+        row.share = None if row.macs is None else row.macs / max(total, 1)
+        proof.outside.append(row)
+    failures = [*collector.failures, *collector.missing(model)]
+    if failures:
+        more = f" (and {len(failures) - 5} more)" if len(failures) > 5 else ""
+        raise VerificationError("verify: " + "; ".join(failures[:5]) + more)
+
+
+@contextmanager
+def tripwire() -> Iterator[None]:
+    """Raise at the first operand of any product in this context that is not finite, naming layer and operand.
+
+    Raises:
+        RunError: an inf or nan reached an operand.
+    """
+
+    def check(run: ProductRun) -> None:
+        for name, operand in run.operands.items():
+            if not bool(operand.exact.isfinite().all()):
+                raise RunError(f"{run.layer or 'the model'}: {name} of {run.product} has a nan or inf")
+
+    with products.observed_by(check):
+        yield

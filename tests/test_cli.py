@@ -1,0 +1,296 @@
+"""The command line: what it prints, what it refuses, and its exit codes."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lowbit import cli
+from lowbit.errors import RunError, UsageError
+from lowbit.recipe import recipes
+
+
+def train(out: Path, *flags: str) -> int:
+    """Train a small model for ten steps."""
+    run = ["--model", "mlp", "--data", "digits", "--batch-size", "64", "--max-steps", "10", "--threads", "1"]
+    return cli.main(["train", *run, "--out", str(out), *flags])
+
+
+def test_version_is_the_package_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--version`` prints the installed version and succeeds."""
+    code = cli.main(["--version"])
+
+    assert code == 0
+    assert capsys.readouterr().out == "lowbit 0.1.0\n"
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--help`` succeeds and names every command."""
+    code = cli.main(["--help"])
+
+    printed = capsys.readouterr().out
+
+    assert code == 0
+    assert all(command in printed for command in ("train", "resume", "inspect", "recipes"))
+
+
+def test_light_commands_do_not_import_lightning() -> None:
+    """Help, the recipes and the flags of training come without the seconds that Lightning takes."""
+    script = """
+import sys
+from lowbit.cli import main
+codes = [main(["--help"]), main(["recipes"]), main(["train", "--help"])]
+print(codes, "lightning" in sys.modules)
+"""
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert done.stdout.splitlines()[-1] == "[0, 0, 0] False"
+
+
+def test_recipes_lists_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    """``recipes`` has a row for each name of the library."""
+    code = cli.main(["recipes"])
+
+    first_words = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
+
+    assert code == 0
+    assert set(recipes()) <= first_words
+
+
+def test_recipe_shows_the_format_of_each_operand(capsys: pytest.CaptureFixture[str]) -> None:
+    """``recipes NAME`` prints a row for each product, with the bifurcated gradient in two formats."""
+    code = cli.main(["recipes", "sbm8"])
+
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+
+    assert code == 0
+    assert {"output", "grad_input", "grad_weight"} <= rows.keys()
+    assert "8-bit" in rows["grad_input"]
+    assert "bf16" in rows["grad_weight"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        ([], ["subcommand"]),
+        (["trian"], ["trian", "train", "resume"]),
+        (["train"], ["--model", "--data"]),
+        (["train", "--model", "mlp", "--data", "digits", "--epochs", "x"], ["--epochs", "int", "x"]),
+        (["train", "--model", "mlp", "--data", "digits", "--epochs=-1"], ["epochs", "at least 1", "-1"]),
+        (["train", "--model", "mlp", "--data", "digits", "--schedule", "x"], ["--schedule", "one-cycle"]),
+        (["train", "--model", "mlp", "--data", "digits", "--epoch", "3"], ["--epoch"]),
+        (["train", "--model", "resnet21", "--data", "digits"], ["resnet21", "'resnet20'?", "mobilenetv2"]),
+        (["train", "--model", "mlp", "--data", "digit"], ["'digit'", "'digits'?", "cifar10"]),
+        (["train", "--model", "mlp", "--data", "digits", "--recipe", "smb8"], ["smb8", "'sbm8'?", "bf16"]),
+        (["train", "--model", "lstm", "--data", "digits"], ["lstm", "image"]),
+        (["resume"], ["run"]),
+        (["resume", "/no/such/run"], ["/no/such/run", "lowbit train"]),
+        (["recipes", "smb8"], ["smb8", "'sbm8'?"]),
+        (["inspect", "--model", "mlp", "--shape", "3,x"], ["--shape", "3,x"]),
+        (["inspect", "--model", "mlp", "--data", "digits", "--classes", "3"], ["--classes", "--data"]),
+        (["inspect", "--model", "mlp", "--classes", "0"], ["--classes", "0"]),
+    ],
+)
+def test_wrong_request_is_one_line_and_exit_code_2(
+    argv: list[str],
+    parts: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A wrong request exits with 2 and one line that says what was wrong and what is allowed, and no folder."""
+    monkeypatch.chdir(tmp_path)
+
+    code = cli.main(argv)
+
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.out == ""
+    assert printed.err.startswith("lowbit: error: ")
+    assert printed.err.count("\n") == 1
+    assert all(part in printed.err for part in parts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_prints_the_result_and_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training succeeds, and ends with accuracy, time, recipe and paths, and nothing else."""
+    out = tmp_path / "run"
+
+    code = train(out, "--recipe", "sbm8")
+
+    printed = capsys.readouterr()
+    words = " ".join(printed.out.split())
+    assert code == 0
+    assert words.startswith("result ")
+    assert all(part in words for part in ("test accuracy", "test loss", "seconds per step", "recipe sbm8"))
+    assert printed.err == ""
+
+
+def test_second_run_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same command again exits with 2 and names `lowbit resume`."""
+    train(tmp_path / "run")
+    capsys.readouterr()
+
+    code = train(tmp_path / "run")
+
+    assert code == 2
+    assert "lowbit resume" in capsys.readouterr().err
+
+
+def test_resume_continues_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run without its result resumes to the same checkpoint and prints a result."""
+    train(tmp_path / "run")
+    before = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
+    (tmp_path / "run" / "last.ckpt").unlink()
+    (tmp_path / "run" / "result.json").unlink()
+    capsys.readouterr()
+
+    code = cli.main(["resume", str(tmp_path / "run")])
+
+    after = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
+    assert code == 0
+    assert "test accuracy" in capsys.readouterr().out
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    """A YAML file gives settings; a flag after it replaces one of them."""
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("model: mlp\ndata: digits\nmax_steps: 3\nthreads: 1\nseed: 5\n")
+
+    code = cli.main(["train", "--config", str(settings), "--seed", "6", "--out", str(tmp_path / "run")])
+
+    used = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert code == 0
+    assert (used["max_steps"], used["seed"]) == (3, 6)
+
+
+def test_settings_of_a_run_start_another(tmp_path: Path) -> None:
+    """The ``config.yaml`` of a run folder serves as ``--config``."""
+    train(tmp_path / "run")
+
+    code = cli.main(["train", "--config", str(tmp_path / "run" / "config.yaml"), "--out", str(tmp_path / "again")])
+
+    assert code == 0
+    assert (tmp_path / "again" / "config.yaml").read_text() == (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("model: mlp\ndata: digits\nepoch: 3\n", "epoch"), ("a: [", "pars"), ("epochs: many\n", "epochs")],
+)
+def test_wrong_file_is_named(text: str, part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A YAML file with an unknown key, a wrong value or no YAML exits with 2 in one line."""
+    (tmp_path / "settings.yaml").write_text(text)
+
+    code = cli.main(["train", "--config", str(tmp_path / "settings.yaml")])
+
+    err = capsys.readouterr().err
+    assert code == 2
+    assert part in err
+    assert err.count("\n") == 1
+
+
+def test_failed_run_is_one_line_and_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A loss that is not finite exits with 1 and one line."""
+    code = train(tmp_path / "run", "--recipe", "fp32", "--lr", "1e30", "--schedule", "constant")
+
+    err = capsys.readouterr().err
+    assert code == 1
+    assert err.startswith("lowbit: error: the loss is ")
+    assert err.count("\n") == 1
+
+
+def test_environment_changes_no_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that looks like a setting is not read."""
+    monkeypatch.setenv("LOWBIT_TRAIN__SEED", "9")
+    monkeypatch.setenv("SEED", "9")
+
+    train(tmp_path / "run")
+
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == 0
+
+
+def test_inspect_reports_without_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``inspect`` prints the conversion's report and writes nothing."""
+    monkeypatch.chdir(tmp_path)
+
+    code = cli.main(["inspect", "--model", "resnet20", "--recipe", "sbm8", "--shape", "1,8,8"])
+
+    assert code == 0
+    assert "stem.0" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--model", "gpt", "--shape", "64"], ["--model", "mlp", "--data", "digits"], ["--model", "resnet20"]],
+)
+def test_inspect_takes_a_shape_a_data_set_or_neither(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The input of the model comes from a shape, from a data set, or is a small colour image."""
+    code = cli.main(["inspect", *flags])
+
+    assert code == 0
+    assert "head" in capsys.readouterr().out
+
+
+def test_missing_extra_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without Lightning, training exits with 1 and the command that installs it."""
+    monkeypatch.delitem(sys.modules, "lowbit.train.trainer", raising=False)
+    monkeypatch.delattr("lowbit.train.trainer", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lightning"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lightning", None)
+
+    code = train(tmp_path / "run")
+
+    err = capsys.readouterr().err
+    assert code == 1
+    assert "pip install 'lowbit[train]'" in err
+    assert err.count("\n") == 1
+
+
+def failing(error: BaseException) -> Any:
+    """A command that raises `error`."""
+
+    def command(*_: object) -> None:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize("error", [UsageError("bad"), RunError("bad")])
+def test_traceback_on_demand(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``LOWBIT_TRACEBACK=1`` an error is raised, so that Python shows where."""
+    monkeypatch.setenv("LOWBIT_TRACEBACK", "1")
+    monkeypatch.setattr(cli, "_recipes", failing(error))
+
+    with pytest.raises(type(error), match="bad"):
+        cli.main(["recipes"])
+
+
+def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C is no error: a line that says how to go on, and the shell's code for an interrupt."""
+    monkeypatch.setattr(cli, "_recipes", failing(KeyboardInterrupt("interrupted at step 3; continue with …")))
+
+    code = cli.main(["recipes"])
+
+    assert code == 130
+    assert capsys.readouterr().err == "\nlowbit: interrupted at step 3; continue with …\n"
+
+
+def test_bug_is_not_disguised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception that is none of the two errors keeps its traceback."""
+    monkeypatch.setattr(cli, "_recipes", failing(ZeroDivisionError()))
+
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["recipes"])

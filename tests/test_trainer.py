@@ -1,0 +1,544 @@
+"""Training runs: what they learn, what they leave behind, and that a stopped run continues bit for bit."""
+
+import csv
+import dataclasses
+import errno
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from lowbit.errors import RunError, UsageError
+from lowbit.train import TrainConfig, checkpoint, models, trainer
+from lowbit.train.config import lr_factor
+
+STEPS = 5  # in an epoch of `config`
+
+
+def config(out: Path, **changes: Any) -> TrainConfig:
+    """A run of 15 steps that takes a fraction of a second."""
+    settings: dict[str, Any] = {"model": "mlp", "data": "digits", "subset": STEPS * 64, "batch_size": 64}
+    settings |= {"epochs": 3, "lr": 0.05, "threads": 1, "out": out}
+    return TrainConfig(**(settings | changes))
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two trees of dicts, lists, tensors and values are bit for bit the same."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def last(out: Path) -> dict[str, Any]:
+    """The last checkpoint of the run in `out`."""
+    content: dict[str, Any] = torch.load(out / "last.ckpt", weights_only=True)
+    return content
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a complete run that saved a checkpoint in the middle of each epoch."""
+    out = tmp_path_factory.mktemp("run") / "complete"
+    trainer.train(config(out, checkpoint_every=3))
+    return out
+
+
+@pytest.fixture
+def stopped(complete: Path, tmp_path: Path) -> Path:
+    """A copy of the complete run that lacks its result, so that resume opens the checkpoint."""
+    out = tmp_path / "stopped"
+    shutil.copytree(complete, out)
+    (out / "result.json").unlink()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("epochs", -1),
+        ("epochs", 0),
+        ("epochs", True),
+        ("batch_size", 0),
+        ("lr", -0.1),
+        ("lr", math.nan),
+        ("weight_decay", math.inf),
+        ("optimizer", "sdg"),
+        ("schedule", "one_cycle"),
+        ("amp", "fp16"),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("subset", 0),
+        ("checkpoint_every", 0),
+        ("threads", 0),
+        ("context", -5),
+        ("max_steps", 0),
+        ("model", ""),
+    ],
+)
+def test_impossible_setting_is_refused_by_name(setting: str, value: object) -> None:
+    """A value out of range is a UsageError that names the setting and the value."""
+    with pytest.raises(UsageError) as caught:
+        config(Path("run"), **{setting: value})
+
+    assert setting in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+def test_near_miss_of_a_choice_is_suggested() -> None:
+    """A misspelt choice names the nearest one."""
+    with pytest.raises(UsageError, match="Did you mean 'cosine'"):
+        config(Path("run"), schedule="cosin")
+
+
+def test_resolved_leaves_nothing_open_that_changes_the_weights() -> None:
+    """Resolving fills in rate, decay, threads and folder, each optimizer with its own."""
+    sgd = TrainConfig(model="mlp", data="digits").resolved(threads=2)
+    adamw = TrainConfig(model="mlp", data="text:/a/b.txt", optimizer="adamw", seed=7).resolved(threads=2)
+
+    assert (sgd.lr, sgd.weight_decay, sgd.threads, sgd.out) == (0.1, 1e-4, 2, Path("runs/mlp-digits-sbm8-0"))
+    assert (adamw.lr, adamw.weight_decay) == (1e-3, 0.01)
+    assert adamw.out == Path("runs/mlp-text--a-b.txt-sbm8-7")
+
+
+def test_resolved_keeps_what_was_given() -> None:
+    """A setting that was given survives resolving, zero included."""
+    given = config(Path("run"), lr=0.0, weight_decay=0.0, threads=3)
+
+    assert given.resolved(threads=8) == given
+
+
+def test_settings_survive_yaml(tmp_path: Path) -> None:
+    """Settings written as YAML and read back are equal."""
+    before = config(tmp_path, amp="bf16", checkpoint_every=7)
+
+    after = TrainConfig.from_dict(yaml.safe_load(yaml.safe_dump(before.to_dict())), out=tmp_path)
+
+    assert after == before
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "cosine", "step", "constant"])
+def test_rate_stays_between_zero_and_its_peak(schedule: Any) -> None:
+    """Each schedule reaches 1 somewhere and never leaves [0, 1]."""
+    factors = [lr_factor(schedule, step, 40) for step in range(41)]
+
+    assert max(factors) == 1
+    assert min(factors) >= 0
+
+
+def test_one_cycle_peaks_at_a_quarter_and_ends_at_zero() -> None:
+    """One-cycle begins at lr/25, is at its peak after a quarter of the run, and reaches zero at its end."""
+    assert lr_factor("one-cycle", 0, 40) == 1 / 25
+    assert lr_factor("one-cycle", 10, 40) == 1
+    assert lr_factor("one-cycle", 40, 40) == 0
+
+
+def test_step_divides_by_ten_twice() -> None:
+    """The step schedule falls at a half and at three quarters of the run."""
+    assert [lr_factor("step", step, 4) for step in range(4)] == [1, 1, 0.1, 0.01]
+
+
+def test_step_seeds_do_not_repeat_for_the_next_seed() -> None:
+    """No two of 50 seeds times 50 steps share the 32 bits that torch's CPU generator uses."""
+    seeds = {trainer.step_seed(seed, step) % 2**32 for seed in range(50) for step in range(50)}
+
+    assert len(seeds) == 2500  # a collision among random 32-bit values has probability 0.0007
+
+
+def test_eight_bits_learn_digits(tmp_path: Path) -> None:
+    """Three epochs of sbm8 classify most digits, and not all of them."""
+    result = trainer.train(config(tmp_path / "run", subset=None, recipe="sbm8"))
+
+    assert result.test_accuracy is not None
+    assert 0.8 < result.test_accuracy < 1
+
+
+def test_recipe_changes_the_weights(complete: Path, tmp_path: Path) -> None:
+    """The same run in fp32 ends with other weights: the recipe is not ignored."""
+    trainer.train(config(tmp_path / "run", recipe="fp32"))
+
+    assert not same(last(complete)["state_dict"], last(tmp_path / "run")["state_dict"])
+
+
+def test_same_settings_give_the_same_weights(complete: Path, tmp_path: Path) -> None:
+    """Two runs of the same settings end bit for bit alike, wherever their checkpoints are."""
+    trainer.train(config(tmp_path / "run", checkpoint_every=None))
+
+    for key in ("state_dict", "optimizer_states"):
+        assert same(last(complete)[key], last(tmp_path / "run")[key])
+
+
+def test_result_file_holds_the_result(tmp_path: Path) -> None:
+    """``result.json`` has the figures that `train` returns."""
+    result = trainer.train(config(tmp_path / "run"))
+
+    stored = json.loads((tmp_path / "run" / "result.json").read_text())
+
+    assert stored == {key: value for key, value in dataclasses.asdict(result).items() if key != "out"}
+    assert stored["steps"] == 3 * STEPS
+
+
+def test_every_epoch_is_tested_once(complete: Path) -> None:
+    """The log has one row with a test accuracy for each epoch, at the epoch's last step."""
+    with open(complete / "csv" / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["test_accuracy"]]
+
+    assert [(float(row["epoch"]), int(row["step"])) for row in rows] == [(1, STEPS), (2, 10), (3, 15)]
+
+
+def test_short_run_has_no_seconds_per_step(tmp_path: Path) -> None:
+    """A run whose every step is warm-up says nothing about time."""
+    result = trainer.train(config(tmp_path / "run", max_steps=5))
+
+    assert result.seconds_per_step is None
+
+
+def test_text_is_scored_in_bits_per_byte(tmp_path: Path) -> None:
+    """A text's result is its loss in bits, near the 8 bits that a fresh model needs."""
+    (tmp_path / "text").write_text("what is a low bit? " * 200)
+    data = f"text:{tmp_path / 'text'}"
+
+    result = trainer.train(
+        config(tmp_path / "run", model="gpt", data=data, context=16, batch_size=8, subset=16, epochs=1)
+    )
+
+    assert result.test_accuracy is None
+    assert result.test_bits_per_byte == pytest.approx(result.test_loss / math.log(2))
+    assert 3 < result.test_bits_per_byte < 9
+
+
+def test_context_of_images_is_refused(tmp_path: Path) -> None:
+    """A context for images is a UsageError, not ignored."""
+    with pytest.raises(UsageError, match="context"):
+        trainer.train(config(tmp_path / "run", context=16))
+
+
+def test_model_that_does_not_fit_leaves_no_folder(tmp_path: Path) -> None:
+    """A text model on images is refused before the run folder exists."""
+    with pytest.raises(UsageError, match="lstm"):
+        trainer.train(config(tmp_path / "run", model="lstm"))
+
+    assert not (tmp_path / "run").exists()
+
+
+def test_taken_folder_is_refused_untouched(tmp_path: Path) -> None:
+    """A folder with something in it is refused, with both ways out, and stays as it was."""
+    (tmp_path / "notes").write_text("mine")
+
+    with pytest.raises(UsageError, match=r"lowbit resume.*--out"):
+        trainer.train(config(tmp_path))
+
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+def test_infinite_loss_stops_with_step_and_place(tmp_path: Path) -> None:
+    """A rate that blows the weights up is a RunError with the step and a parameter's name."""
+    with pytest.raises(RunError, match=r"the loss is (nan|inf) at step \d+: .*model|hidden|head"):
+        trainer.train(config(tmp_path / "run", recipe="fp32", lr=1e30, schedule="constant"))
+
+
+def test_explanation_names_the_first_bad_layer() -> None:
+    """The first layer whose output is not finite is named, not the later ones that it spoils."""
+
+    class Log(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.log()
+
+    model = nn.Sequential(nn.Flatten(), Log(), nn.Linear(2, 2))
+
+    reason = trainer.explain_non_finite(model, torch.tensor([[-1.0, 1.0]]))
+
+    assert reason == "the first layer whose output is not finite is 1"
+
+
+def test_warning_of_a_model_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the trainer silences does not include a warning from the model."""
+    build = models.build
+
+    def noisy(*args: Any) -> nn.Module:
+        model = build(*args)
+        model.register_forward_hook(lambda *_: warnings.warn("look at this", stacklevel=1))
+        return model
+
+    monkeypatch.setattr(models, "build", noisy)
+
+    with pytest.warns(UserWarning, match="look at this"):
+        trainer.train(config(tmp_path / "run", max_steps=1))
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_steps": 12}, {"optimizer": "adamw", "amp": "bf16"}])
+def test_every_checkpoint_resumes_to_the_same_end(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the checkpoint of any step, a model with dropout ends with the same checkpoint, log and result."""
+    build = models.build
+    monkeypatch.setattr(models, "build", lambda *args: nn.Sequential(build(*args), nn.Dropout(0.2)))
+    save = checkpoint.save
+    kept: list[Path] = []
+
+    def keep(path: Path, content: Any) -> None:
+        save(path, content)
+        kept.append(tmp_path / f"{content['global_step']}.ckpt")
+        shutil.copy(path, kept[-1])
+
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", keep)
+        result = trainer.train(config(whole, checkpoint_every=1, **changes))
+
+    assert len(kept) == result.steps
+    for path in kept:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(whole, part)
+        (part / "result.json").unlink()
+        shutil.copy(path, part / "last.ckpt")
+        again = trainer.resume(part)
+        assert same(last(part), last(whole)), path.name
+        assert (part / "csv" / "metrics.csv").read_text() == (whole / "csv" / "metrics.csv").read_text()
+        assert dataclasses.replace(again, seconds_per_step=result.seconds_per_step, out=whole) == result
+
+
+KILLED_IN_STEP = """
+training_step = trainer._Module.training_step
+def step(self, batch):
+    if self.global_step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return training_step(self, batch)
+trainer._Module.training_step = step
+"""
+
+KILLED_IN_WRITE = """
+save = torch.save
+def write(content, file):
+    if content["global_step"] == 9:
+        file.write(b"half of a")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(content, file)
+torch.save = write
+"""
+
+
+@pytest.mark.parametrize("moment", [KILLED_IN_STEP, KILLED_IN_WRITE], ids=["in a step", "in a write"])
+def test_killed_run_resumes_bit_for_bit(moment: str, complete: Path, tmp_path: Path) -> None:
+    """A process killed within an epoch, or while it writes, resumes from its last checkpoint to the same end."""
+    out = tmp_path / "run"
+    settings = config(out, checkpoint_every=3).to_dict()
+    script = f"""
+import os, signal, torch
+from pathlib import Path
+from lowbit.train import TrainConfig, trainer
+{moment}
+trainer.train(TrainConfig.from_dict({settings!r}, out=Path({str(out)!r})))
+"""
+    killed = subprocess.run([sys.executable, "-c", script], timeout=120, check=False)
+    before = last(out)["global_step"]
+    trainer.resume(out)
+
+    assert killed.returncode == -signal.SIGKILL
+    assert before == 6  # of 3, 5, 6, 9, ...: checkpoints are every 3 steps and at the end of an epoch
+    assert same(last(out), last(complete))
+    assert not list(out.glob("*.part"))
+
+
+def test_run_without_a_checkpoint_starts_again(complete: Path, stopped: Path) -> None:
+    """A run killed before its first checkpoint resumes from step 0 to the same end."""
+    (stopped / "last.ckpt").unlink()
+
+    trainer.resume(stopped)
+
+    assert same(last(stopped), last(complete))
+
+
+def test_complete_run_gives_its_result_without_training(complete: Path) -> None:
+    """Resuming a complete run returns the stored result and touches nothing."""
+    before = {path: path.stat().st_mtime_ns for path in complete.rglob("*")}
+
+    result = trainer.resume(complete)
+
+    assert result.steps == 3 * STEPS
+    assert {path: path.stat().st_mtime_ns for path in complete.rglob("*")} == before
+
+
+def test_moved_run_resumes(stopped: Path, tmp_path: Path) -> None:
+    """A run folder may be moved: its place is no setting of the run."""
+    moved = stopped.rename(tmp_path / "elsewhere")
+
+    assert trainer.resume(moved).out == moved
+
+
+def test_threads_of_the_process_are_restored(tmp_path: Path) -> None:
+    """A run with its own number of threads leaves the process's number as it was."""
+    before = torch.get_num_threads()
+
+    trainer.train(config(tmp_path / "run", threads=before + 1, max_steps=1))
+
+    assert torch.get_num_threads() == before
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C leaves a KeyboardInterrupt with the resume command, and Ctrl-C works again afterwards."""
+    handler = signal.getsignal(signal.SIGINT)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer._Module, "on_train_batch_start", interrupted)
+
+    with pytest.raises(KeyboardInterrupt, match="lowbit resume"):
+        trainer.train(config(tmp_path / "run"))
+
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def full_disk(path: Path) -> None:
+    """Make the temporary file beside `path` the kernel's always-full device."""
+    path.with_name(path.name + ".part").symlink_to("/dev/full")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    """A write that finds the disk full is a RunError; the old file is intact, the temporary one gone."""
+    path = tmp_path / "last.ckpt"
+    checkpoint.save(path, {"step": 1})
+    full_disk(path)
+
+    with pytest.raises(RunError, match=r"No space left.*the last good one is intact.*Free some space"):
+        checkpoint.save(path, {"step": 2, "weight": torch.zeros(100_000)})
+
+    assert checkpoint.load(path) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_full_disk_stops_a_run_that_then_resumes(complete: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A run stopped by a full disk resumes to the same end once there is space."""
+    out = tmp_path / "run"
+    save = checkpoint.save
+
+    def fill(path: Path, content: Any) -> None:
+        if content["global_step"] == 9:
+            full_disk(path)
+        save(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", fill)
+        with pytest.raises(RunError, match="No space left"):
+            trainer.train(config(out, checkpoint_every=3))
+    trainer.resume(out)
+
+    assert same(last(out), last(complete))
+
+
+def test_log_on_a_full_disk_is_a_run_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log that cannot be written stops the run in one line with the resume command."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(trainer.CSVLogger, "save", full)
+
+    with pytest.raises(RunError, match=r"No space left.*lowbit resume"):
+        trainer.train(config(tmp_path / "run"))
+
+
+def flip_a_bit(path: Path) -> None:
+    """Change one bit in the middle of the largest tensor."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    """Keep the first half."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES = {
+    "one flipped bit": flip_a_bit,
+    "cut in half": cut,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("not a checkpoint"),
+    "a bare list": lambda path: torch.save([1, 2], path),
+    "another program's dict": lambda path: torch.save({"state_dict": {}}, path),
+    "a whole module": lambda path: torch.save(nn.Linear(1, 1), path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_or_foreign_checkpoint_is_named(damage: str, stopped: Path) -> None:
+    """A file that is no checkpoint of lowbit is a RunError with its path and what was expected."""
+    DAMAGES[damage](stopped / "last.ckpt")
+
+    with pytest.raises(RunError, match=r"last\.ckpt.*expected a checkpoint that `lowbit train` wrote"):
+        trainer.resume(stopped)
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_code_in_a_checkpoint_does_not_run(write: Any, stopped: Path, tmp_path: Path) -> None:
+    """A pickle with code, in torch's container or bare, is refused and its code does not run."""
+    write({"lowbit": Payload(tmp_path / "ran")}, stopped / "last.ckpt")
+
+    with pytest.raises(RunError, match=r"last\.ckpt"):
+        trainer.resume(stopped)
+
+    assert not (tmp_path / "ran").exists()
+
+
+def test_checkpoint_of_another_run_is_refused(stopped: Path, tmp_path: Path) -> None:
+    """A checkpoint with another seed is refused with both values."""
+    trainer.train(config(tmp_path / "other", seed=1, checkpoint_every=3))
+    shutil.copy(tmp_path / "other" / "last.ckpt", stopped / "last.ckpt")
+
+    with pytest.raises(RunError, match=r"another run: it has seed=1, and .*config\.yaml has 0"):
+        trainer.resume(stopped)
+
+
+def test_checkpoint_of_another_model_is_refused(stopped: Path) -> None:
+    """A checkpoint whose tensors are not the model's is refused with a tensor's name."""
+    content = last(stopped)
+    content["state_dict"]["model.head.weight"] = torch.zeros(3, 3)
+    checkpoint.save(stopped / "last.ckpt", content)
+
+    with pytest.raises(RunError, match=r"does not fit the model mlp.*model\.head\.weight"):
+        trainer.resume(stopped)
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    """A folder without settings is a UsageError that says how to begin."""
+    with pytest.raises(UsageError, match=r"no run folder.*lowbit train"):
+        trainer.resume(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a: [", "just words", "epochs: 3", "epochs: many\nmodel: mlp", "\x00"])
+def test_damaged_settings_are_named(text: str, stopped: Path) -> None:
+    """Settings that cannot be read are a RunError with the file's path."""
+    (stopped / "config.yaml").write_text(text)
+
+    with pytest.raises(RunError, match=r"config\.yaml is damaged"):
+        trainer.resume(stopped)
