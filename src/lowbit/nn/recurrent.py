@@ -81,7 +81,7 @@ class _QuantRecurrent(QuantLayer, nn.RNNBase):
         expected = (self.num_layers, x.shape[0], self.hidden_size)
         if tuple(state.shape) != expected:
             raise ValueError(
-                f"{self.sites()[0].name}: initial state of shape {tuple(state.shape)}; expected (layers, B, H) = {expected}"
+                f"{self.sites()[0].name}: initial state of shape {tuple(state.shape)}; (layers, B, H) is {expected}"
             )
         return state
 
