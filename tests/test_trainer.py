@@ -248,7 +248,7 @@ def test_taken_folder_is_refused_untouched(tmp_path: Path) -> None:
 
 def test_infinite_loss_stops_with_step_and_place(tmp_path: Path) -> None:
     """A rate that blows the weights up is a RunError with the step and a parameter's name."""
-    with pytest.raises(RunError, match=r"the loss is (nan|inf) at step \d+: .*model|hidden|head"):
+    with pytest.raises(RunError, match=r"the loss is (nan|inf) at step \d+: .*(hidden|head)"):
         trainer.train(config(tmp_path / "run", recipe="fp32", lr=1e30, schedule="constant"))
 
 
@@ -264,6 +264,21 @@ def test_explanation_names_the_first_bad_layer() -> None:
     reason = trainer.explain_non_finite(model, torch.tensor([[-1.0, 1.0]]))
 
     assert reason == "the first layer whose output is not finite is 1"
+
+
+def test_explanation_tells_what_enters_a_layer() -> None:
+    """A value that is bad before the first layer is not blamed on the layer."""
+    reason = trainer.explain_non_finite(nn.Sequential(nn.Identity()), torch.tensor([math.inf]))
+
+    assert reason == "the first value that is not finite enters the layer 0"
+
+
+def test_explanation_names_a_bad_parameter() -> None:
+    """A parameter that an update blew up is named before any layer."""
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.weight, math.inf)
+
+    assert trainer.explain_non_finite(model, torch.zeros(1)).startswith("the parameter weight is not finite")
 
 
 def test_warning_of_a_model_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,6 +419,14 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         trainer.train(config(tmp_path / "run"))
 
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_termination_is_a_run_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM, as a cluster sends it, ends the run after the step with the resume command."""
+    monkeypatch.setattr(trainer._Rows, "on_train_batch_end", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+    with pytest.raises(RunError, match=r"terminated at step 1; .*lowbit resume"):
+        trainer.train(config(tmp_path / "run"))
 
 
 def full_disk(path: Path) -> None:

@@ -9,6 +9,7 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import Any, Literal
 
 from lowbit.errors import UsageError, unknown
@@ -176,16 +177,19 @@ def recipes() -> tuple[str, ...]:
     return (*_stored(), ON_THE_FLY)
 
 
+def _folder() -> Traversable:
+    """The folder of stored recipes; data only, since a package of that name would hide the function `recipes`."""
+    return files("lowbit") / "recipes"
+
+
 @cache
 def _stored() -> tuple[str, ...]:
-    return tuple(
-        sorted(f.name.removesuffix(".toml") for f in files("lowbit.recipes").iterdir() if f.name.endswith(".toml"))
-    )
+    return tuple(sorted(f.name.removesuffix(".toml") for f in _folder().iterdir() if f.name.endswith(".toml")))
 
 
 @cache
 def _load(name: str) -> Recipe:
-    return from_toml(name, (files("lowbit.recipes") / f"{name}.toml").read_text(encoding="utf-8"))
+    return from_toml(name, (_folder() / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def from_toml(name: str, text: str) -> Recipe:

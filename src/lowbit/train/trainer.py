@@ -106,14 +106,16 @@ def explain_non_finite(model: nn.Module, x: Tensor) -> str:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return f"the parameter {name} is not finite, so an earlier update was too large"
-    first: list[str] = []
+    places: list[str] = []
 
-    def look(name: str, output: object) -> None:
-        if not first and isinstance(output, Tensor) and not output.isfinite().all():
-            first.append(name)
+    def look(name: str, inputs: tuple[object, ...], output: object) -> None:
+        if any(map(_is_bad, inputs)):
+            places.append(f"the first value that is not finite enters the layer {name}")
+        elif _is_bad(output):
+            places.append(f"the first layer whose output is not finite is {name}")
 
     handles = [
-        module.register_forward_hook(lambda _m, _i, output, name=name: look(name, output))
+        module.register_forward_hook(lambda _, inputs, output, name=name: look(name, inputs, output))
         for name, module in model.named_modules()
         if not any(True for _ in module.children())
     ]
@@ -123,9 +125,7 @@ def explain_non_finite(model: nn.Module, x: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    if first:
-        return f"the first layer whose output is not finite is {first[0]}"
-    return "every layer's output is finite, so it came up in the loss itself"
+    return places[0] if places else "every layer's output is finite, so it came up after the last layer"
 
 
 class _Module(LightningModule):
@@ -524,6 +524,10 @@ def _read_result(out: Path) -> Result:
         return Result(**json.loads((out / RESULT).read_text()), out=out)
     except (ValueError, TypeError) as error:
         raise RunError(f"{out / RESULT} is damaged; delete it and resume again.") from error
+
+
+def _is_bad(value: object) -> bool:
+    return isinstance(value, Tensor) and not bool(value.isfinite().all())
 
 
 def _log(trainer: Trainer, values: dict[str, float]) -> None:

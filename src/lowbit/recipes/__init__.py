@@ -1,1 +1,0 @@
-"""The stored recipes, one TOML file each; `lowbit.recipe` reads them."""
