@@ -179,6 +179,15 @@ def _recipes(name: str | None) -> None:
         formats = [getattr(getattr(recipe, product), operand, None) for operand in operands]
         table.add_row(product, *("" if format_ is None else str(format_) for format_ in formats))
     _print(table)
+    norm = recipe.normalization
+    print(f"bias: {recipe.bias}; first layer: {recipe.first}; last layer: {recipe.last}")
+    if norm is None:
+        print("batch normalisation: kept, in full precision")
+    else:
+        print(
+            f"batch normalisation: Range BN, input {norm.input}; grad_output {norm.grad_output}; "
+            f"constant of the {norm.constant}, epsilon {norm.epsilon}, at most {norm.chunks} chunks"
+        )
 
 
 def _show(result: Result) -> None:
@@ -192,6 +201,7 @@ def _show(result: Result) -> None:
     table.add_row("seconds per step", "too few to say" if seconds is None else f"{seconds:.4g} (median)")
     table.add_row("steps", f"{result.steps:,}")
     table.add_row("recipe", result.recipe)
+    table.add_row("what ran", f"{result.out / 'conversion.txt'}, {result.out / 'proof.txt'}")
     table.add_row("checkpoint", str(result.out / "last.ckpt"))
     table.add_row("logs", f"{result.out / 'csv' / 'metrics.csv'}, {result.out / 'tensorboard'}")
     _print(table)

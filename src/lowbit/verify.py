@@ -256,6 +256,17 @@ class Proof:
         ]
         return "\n".join([*parts, text_table(["module", "operator", "calls", "MACs", "share %"], rows)])
 
+    def summary(self) -> str:
+        """A shorter table, a line per layer: the bits of each product and the smallest SQNR among them."""
+        names = ("output", "grad_input", "grad_weight")
+        table = []
+        for layer in dict.fromkeys(row.layer for row in self.rows):
+            rows = {row.product: row for row in self.rows if row.layer == layer}
+            bits = [rows[name].bits if name in rows else "-" for name in names]
+            engines = ", ".join(dict.fromkeys(row.engine for row in rows.values()))
+            table.append([layer or "(model)", *bits, engines, f"{min(row.sqnr_db for row in rows.values()):.1f}"])
+        return text_table(["layer", *names, "engine", "lowest SQNR dB"], table)
+
 
 class _Collector:
     """The observer that turns runs into rows and remembers what was promised and what was wrong."""

@@ -1,12 +1,13 @@
 """Training runs on Lightning's Trainer that continue bit for bit after a kill.
 
-A run is a folder: ``config.yaml`` (every setting), ``conversion.txt``, ``last.ckpt``, ``csv/metrics.csv``,
-``tensorboard/`` and, once it is complete, ``result.json``. What is random in step i follows from the settings
-and i alone: the loader is a pure function of (seed, epoch, batch), torch is seeded anew before each step, and
-lowbit counts its own noise.
+A run is a folder: ``config.yaml`` (every setting), ``conversion.txt``, ``proof.txt`` (what its first step ran),
+``last.ckpt``, ``csv/metrics.csv``, ``tensorboard/`` and, once it is complete, ``result.json``. What is random in
+step i follows from the settings and i alone: the loader is a pure function of (seed, epoch, batch), torch is seeded
+anew before each step, and lowbit counts its own noise.
 """
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import io
@@ -41,6 +42,7 @@ from lowbit.train.config import Result, TrainConfig, lr_factor
 
 CHECKPOINT = "last.ckpt"
 CONFIG = "config.yaml"
+PROOF = "proof.txt"
 RESULT = "result.json"
 
 _WARM_UP = 5  # steps of each start whose time is not counted
@@ -338,6 +340,8 @@ def _run(config: TrainConfig) -> Result:
             began, module.test = _read_progress(path, module)
         else:
             _create_folder(config, report)
+            proof = _prove(config, loaded, module.model)
+            _write_text(config.out / PROOF, f"{proof.summary()}\n\n{proof}\n")
         if began < module.total_steps:
             with _quiet():
                 trainer = _make_trainer(config, timer, began)
@@ -383,6 +387,20 @@ def _create_folder(config: TrainConfig, report: object) -> None:
     text = yaml.safe_dump(config.to_dict(), sort_keys=False)
     _write_text(config.out / CONFIG, text)
     _write_text(config.out / "conversion.txt", f"{report}\n")
+
+
+def _prove(config: TrainConfig, loaded: data.Data, model: nn.Module) -> lowbit.Proof:
+    """What the first step runs, measured on a copy: the run itself is not touched."""
+    before = loaded.train.state_dict()
+    x, y = next(iter(loaded.train))
+    loaded.train.load_state_dict(before)
+    copied = copy.deepcopy(model).train()
+    amp = torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp == "bf16")
+    with lowbit.verify(copied) as proof:
+        with amp:
+            loss, _ = _score(copied(x), y)
+        loss.backward()
+    return proof
 
 
 def _make_trainer(config: TrainConfig, timer: _StepTimer, began: int) -> Trainer:
