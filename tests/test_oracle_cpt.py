@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import Vectors
 from torch import Tensor, nn
 
 import lowbit
+from conftest import Vectors
 from lowbit import products
 from lowbit.formats import Integer
 from lowbit.products import Setting
@@ -63,9 +63,7 @@ def _convolve(vectors: Vectors, prefix: str, bits: int, grad_bits: int) -> tuple
     else:
         recipe = _nearest(recipe)
     x, w = vectors["x"].requires_grad_(), vectors["w"].requires_grad_()
-    y = products.conv(
-        x, w, stride=(1, 1), padding=(1, 1), dilation=(1, 1), setting=Setting(recipe=recipe, noise=noise)
-    )
+    y = products.conv(x, w, stride=(1, 1), padding=(1, 1), dilation=(1, 1), setting=Setting(recipe=recipe, noise=noise))
     y.backward(vectors[f"{prefix}_gout"])
     assert x.grad is not None
     assert w.grad is not None
@@ -92,9 +90,7 @@ def test_running_range_and_evaluation_equal_the_authors(vectors: Vectors, bits: 
     layer = nn.Conv2d(3, 6, 3, padding=1, bias=False)
     with torch.no_grad():
         layer.weight.copy_(vectors["w"])
-    lowbit.convert_(
-        layer, CPT.with_bits(weight=bits, input=bits, grad_output=grad_bits).replace(last="convert")
-    )
+    lowbit.convert_(layer, CPT.with_bits(weight=bits, input=bits, grad_output=grad_bits).replace(last="convert"))
 
     layer(vectors["x"])
     lo, hi, count = layer.site.running_range

@@ -1,0 +1,146 @@
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lowbit
+
+PACKAGE = Path(inspect.getfile(lowbit)).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A file imports only from its own layer or a lower one: the table of docs/design.md.
+LAYERS = {
+    "errors": 0,
+    "tables": 0,
+    "formats": 0,
+    "rounding": 0,
+    "schedules": 0,
+    "ledger": 0,
+    "recipe": 1,
+    "recipes": 1,
+    "kernels": 1,
+    "report": 1,
+    "ranges": 2,
+    "quantizer": 2,
+    "products": 3,
+    "nn": 4,
+    "convert": 5,
+    "controller": 5,
+    "meter": 5,
+    "verify": 5,
+    "range_test": 5,
+    "hardware": 5,
+    "": 5,  # the package itself: `import lowbit`
+    "train": 6,
+    "integrations": 6,
+    "cli": 7,
+}
+# Parts that may need more than torch.
+OPTIONAL = ("train", "cli", "report", "integrations")
+
+
+def _part(path: Path) -> str:
+    """The first name below the package that a file belongs to; "" for the package's own `__init__`."""
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "" if name == "__init__" else name
+
+
+def _imports(path: Path) -> list[str]:
+    """Absolute dotted names of all that a file imports, at any level of nesting."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def _own(name: str) -> str | None:
+    """The part of the package that an import is of, None for other packages."""
+    top, *rest = name.split(".")
+    if top != "lowbit":
+        return None
+    return rest[0] if rest and rest[0] in LAYERS else ""
+
+
+def _identify(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("path", FILES, ids=_identify)
+def test_every_file_has_a_layer(path: Path) -> None:
+    """A new file or folder is entered in the table before anything imports it."""
+    assert _part(path) in LAYERS
+
+
+@pytest.mark.parametrize("path", FILES, ids=_identify)
+def test_imports_point_down(path: Path) -> None:
+    """A file imports only from its own layer or a lower one."""
+    above = [
+        name
+        for name in _imports(path)
+        if (part := _own(name)) is not None and LAYERS[part] > LAYERS[_part(path)]
+    ]
+
+    assert above == []
+
+
+def test_the_check_of_imports_sees_imports() -> None:
+    """The test above looks at real imports: the quantizer's import of its kernels is among them."""
+    parts = [_own(name) for name in _imports(PACKAGE / "quantizer.py")]
+
+    assert {"formats", "kernels", "ranges"} <= set(parts)
+
+
+@pytest.mark.parametrize("path", FILES, ids=_identify)
+def test_no_part_imports_a_neighbour_that_imports_it_back(path: Path) -> None:
+    """Two files never import each other."""
+    neighbours = {PACKAGE / f"{part}.py" for name in _imports(path) if (part := _own(name))}
+
+    cycles = [other for other in neighbours if other.exists() and _part(path) in map(_own, _imports(other))]
+
+    assert cycles == []
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if _part(p) not in ("train", "cli")], ids=_identify)
+def test_libraries_of_the_trainer_stay_in_the_trainer(path: Path) -> None:
+    """Lightning, numpy, jsonargparse and rich are imported only by the trainer and the command line."""
+    used = {name.split(".")[0] for name in _imports(path)}
+
+    assert used & {"lightning", "numpy", "jsonargparse", "rich"} == set()
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if _part(p) not in OPTIONAL], ids=_identify)
+def test_the_core_needs_torch_only(path: Path) -> None:
+    """Outside the optional parts every import is of torch, Python's own library or this package."""
+    used = {name.split(".")[0] for name in _imports(path)}
+
+    assert used <= {"torch", "lowbit"} | sys.stdlib_module_names
+
+
+def test_importing_the_package_loads_no_optional_part() -> None:
+    """`import lowbit` loads torch, but neither the trainer nor its libraries."""
+    code = "import sys, lowbit; print(*sys.modules)"
+
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+
+    assert {"torch", "lowbit.convert"} <= loaded
+    assert loaded & {"lightning", "pytorch_lightning", "jsonargparse", "rich", "lowbit.train", "lowbit.cli"} == set()
+
+
+def test_importing_the_package_leaves_the_global_generator_alone() -> None:
+    """Nothing is drawn from torch's generator and no thread count changes at import."""
+    code = (
+        "import torch; s, n = torch.get_rng_state(), torch.get_num_threads()\n"
+        "import lowbit; print(torch.equal(s, torch.get_rng_state()), n == torch.get_num_threads())"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.split() == ["True", "True"]
