@@ -172,7 +172,7 @@ def _recipes(name: str | None) -> None:
         _print(table)
         return
     recipe = Recipe.from_name(name)
-    print(f"{recipe.name}: {recipe.summary}\nsource: {recipe.source}\n")
+    _print(f"{recipe.name}: {recipe.summary}\nsource: {recipe.source}\n")
     operands = ("input", "weight", "grad_output")
     table = _table("product", *operands)
     for product in ("output", "grad_input", "grad_weight"):
@@ -180,11 +180,11 @@ def _recipes(name: str | None) -> None:
         table.add_row(product, *("" if format_ is None else str(format_) for format_ in formats))
     _print(table)
     norm = recipe.normalization
-    print(f"bias: {recipe.bias}; first layer: {recipe.first}; last layer: {recipe.last}")
+    _print(f"bias: {recipe.bias}; first layer: {recipe.first}; last layer: {recipe.last}")
     if norm is None:
-        print("batch normalisation: kept, in full precision")
+        _print("batch normalisation: kept, in full precision")
     else:
-        print(
+        _print(
             f"batch normalisation: Range BN, input {norm.input}; grad_output {norm.grad_output}; "
             f"constant of the {norm.constant}, epsilon {norm.epsilon}, at most {norm.chunks} chunks"
         )
@@ -200,7 +200,7 @@ def _show(result: Result) -> None:
     seconds = result.seconds_per_step
     table.add_row("seconds per step", "too few to say" if seconds is None else f"{seconds:.4g} (median)")
     table.add_row("steps", f"{result.steps:,}")
-    table.add_row("recipe", result.recipe)
+    table.add_row("recipe", f"{result.recipe}: {result.converted} of {result.layers} layers converted")
     table.add_row("what ran", f"{result.out / 'conversion.txt'}, {result.out / 'proof.txt'}")
     table.add_row("checkpoint", str(result.out / "last.ckpt"))
     table.add_row("logs", f"{result.out / 'csv' / 'metrics.csv'}, {result.out / 'tensorboard'}")
@@ -214,10 +214,11 @@ def _table(*columns: str) -> Any:
     return Table(*columns, box=box.SIMPLE_HEAD, header_style="bold")
 
 
-def _print(table: Any) -> None:
+def _print(what: Any) -> None:
+    """Text or a table, in the width of the terminal."""
     from rich.console import Console
 
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(what)
 
 
 if __name__ == "__main__":

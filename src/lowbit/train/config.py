@@ -136,6 +136,8 @@ class Result:
             counted; None if no step is left.
         steps: optimizer steps done, those before a resume included.
         recipe: name of the recipe.
+        converted: layers that ran the recipe.
+        layers: layers of the model, whatever they ran; conversion.txt in the run folder lists them.
         out: run folder.
     """
 
@@ -145,6 +147,8 @@ class Result:
     seconds_per_step: float | None
     steps: int
     recipe: str
+    converted: int
+    layers: int
     out: Path
 
 

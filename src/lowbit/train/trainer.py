@@ -355,13 +355,15 @@ def _run(config: TrainConfig) -> Result:
         seconds_per_step=timer.median(),
         steps=module.total_steps,
         recipe=config.recipe,
+        converted=sum(row.converted for row in report.rows),
+        layers=len(report.rows),
         out=config.out,
     )
     _write_result(result)
     return result
 
 
-def _assemble(config: TrainConfig) -> tuple[data.Data, _Module, object]:
+def _assemble(config: TrainConfig) -> tuple[data.Data, _Module, lowbit.Report]:
     """The data, the converted model and the report of its conversion: functions of the settings alone."""
     loaded = data.load(
         config.data,
@@ -378,7 +380,7 @@ def _assemble(config: TrainConfig) -> tuple[data.Data, _Module, object]:
     return loaded, _Module(config, loaded, model), report
 
 
-def _create_folder(config: TrainConfig, report: object) -> None:
+def _create_folder(config: TrainConfig, report: lowbit.Report) -> None:
     assert config.out is not None
     try:
         config.out.mkdir(parents=True, exist_ok=True)
