@@ -22,7 +22,8 @@ lint: $(READY)  ## ruff and mypy, as pre-commit runs them
 setup: $(READY)
 
 # torch comes first and pinned, so that no other package's range picks a larger build of it.
-$(READY): pyproject.toml constraints.txt CMakeLists.txt src/lowbit/kernels/cpu.cpp
+# A new package folder needs a new editable install: the old one does not know it.
+$(READY): pyproject.toml constraints.txt CMakeLists.txt src/lowbit/kernels/cpu.cpp $(wildcard src/lowbit/*/__init__.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'

@@ -256,9 +256,7 @@ def test_training_drops_the_short_last_batch() -> None:
 @pytest.mark.usefixtures("fashion")
 def test_fewer_samples_than_a_batch_is_an_error() -> None:
     """A batch of 21 out of 20 samples is refused, with the largest size that works."""
-    with pytest.raises(
-        UsageError, match="20 samples, fewer than one batch of 21: use a batch_size of at most 20"
-    ):
+    with pytest.raises(UsageError, match="20 samples, fewer than one batch of 21: use a batch_size of at most 20"):
         data.load("fashion-mnist", batch_size=21, seed=0)
 
 
@@ -273,9 +271,7 @@ def test_a_number_out_of_range_is_an_error(wrong: dict[str, int]) -> None:
 @pytest.mark.usefixtures("fashion")
 def test_a_subset_is_the_same_for_every_seed() -> None:
     """Ten of twenty samples are picked once and for all, and their order alone depends on the seed."""
-    first, second = (
-        labels(data.load("fashion-mnist", batch_size=2, seed=seed, subset=10).train) for seed in (0, 1)
-    )
+    first, second = (labels(data.load("fashion-mnist", batch_size=2, seed=seed, subset=10).train) for seed in (0, 1))
 
     assert first != second
     assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second))
@@ -316,9 +312,7 @@ def test_a_constant_channel_is_normalised_to_zero(fashion: Path) -> None:
 @pytest.mark.usefixtures("fashion")
 def test_augmentation_changes_training_images_only() -> None:
     """With augmentation the order stays and the pixels of training change."""
-    plain, augmented = (
-        data.load("fashion-mnist", batch_size=20, seed=0, augment=augment) for augment in (False, True)
-    )
+    plain, augmented = (data.load("fashion-mnist", batch_size=20, seed=0, augment=augment) for augment in (False, True))
     ((x, y),), ((x_augmented, y_augmented),) = plain.train, augmented.train
 
     assert torch.equal(y, y_augmented)
@@ -377,12 +371,8 @@ def test_digits_are_split_1437_to_360() -> None:
     assert [len(y) for y in labels(digits.test)] == [360]
 
 
-@pytest.mark.parametrize(
-    "place", ["data", "data/fashion-mnist", "system/fashion-mnist", "cache/lowbit/fashion-mnist"]
-)
-def test_fashion_mnist_is_found_in_each_place(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("place", ["data", "data/fashion-mnist", "system/fashion-mnist", "cache/lowbit/fashion-mnist"])
+def test_fashion_mnist_is_found_in_each_place(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All four folders are searched, also where LOWBIT_DATA is set to a folder without the files."""
     monkeypatch.setenv("LOWBIT_DATA", str(tmp_path / "data"))
     write(tmp_path / place, fashion_files())
@@ -473,9 +463,7 @@ def test_fashion_mnist_comes_from_the_mirror_next(tmp_path: Path, monkeypatch: p
     assert len(list((tmp_path / "cache" / "lowbit" / "fashion-mnist").iterdir())) == 4
 
 
-def test_a_fetched_file_with_another_checksum_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fetched_file_with_another_checksum_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sources with one altered file each are refused, and the cache stays empty."""
     files = fashion_files()
     expect(files, monkeypatch)
@@ -611,8 +599,7 @@ def test_the_training_crop_differs_from_epoch_to_epoch(folder: Path) -> None:
     for path in folder.glob("train/*/*.png"):
         Image.linear_gradient("L").convert("RGB").save(path)
     augmented, plain = (
-        data.load(f"imagefolder:{folder}", batch_size=6, seed=0, augment=augment).train
-        for augment in (True, False)
+        data.load(f"imagefolder:{folder}", batch_size=6, seed=0, augment=augment).train for augment in (True, False)
     )
     first, second = ((next(iter(augmented))[0], next(iter(plain))[0]) for _ in range(2))
 
@@ -717,9 +704,7 @@ def test_a_gzipped_text_is_the_same_text(text: Path, tmp_path: Path) -> None:
     assert same(list(plain.train), list(unpacked.train))
 
 
-@pytest.mark.parametrize(
-    ("length", "fault"), [(0, "first 90 % are 0 bytes"), (160, "last 10 % are 16 bytes")]
-)
+@pytest.mark.parametrize(("length", "fault"), [(0, "first 90 % are 0 bytes"), (160, "last 10 % are 16 bytes")])
 def test_a_text_shorter_than_a_window_is_an_error(length: int, fault: str, text: Path) -> None:
     """The error says which part is too short, and for what."""
     text.write_bytes(bytes(length))

@@ -10,7 +10,7 @@ ZEROS: list[Zero] = ["symmetric", "integer", "offset"]
 
 @pytest.mark.parametrize("bits", range(2, 17))
 def test_symmetric_codes_are_the_same_on_both_sides(bits: int) -> None:
-    """b bits give 2**b - 1 codes around zero: the most negative two's complement code is left out."""
+    """Of b bits come 2**b - 1 codes around zero: the most negative two's complement code is left out."""
     low, high = Integer(bits=bits, zero="symmetric").code_range
 
     assert low == -high
@@ -20,7 +20,7 @@ def test_symmetric_codes_are_the_same_on_both_sides(bits: int) -> None:
 @pytest.mark.parametrize("zero", ["integer", "offset"])
 @pytest.mark.parametrize("bits", range(2, 17))
 def test_other_codes_use_every_pattern(bits: int, zero: Zero) -> None:
-    """b bits give the 2**b codes from 0 on."""
+    """Of b bits come the 2**b codes from 0 on."""
     assert Integer(bits=bits, zero=zero).code_range == (0, 2**bits - 1)
 
 

@@ -81,11 +81,7 @@ def test_every_file_has_a_layer(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=_identify)
 def test_imports_point_down(path: Path) -> None:
     """A file imports only from its own layer or a lower one."""
-    above = [
-        name
-        for name in _imports(path)
-        if (part := _own(name)) is not None and LAYERS[part] > LAYERS[_part(path)]
-    ]
+    above = [name for name in _imports(path) if (part := _own(name)) is not None and LAYERS[part] > LAYERS[_part(path)]]
 
     assert above == []
 

@@ -163,9 +163,7 @@ def test_models_are_made_of_plain_torch_layers(name: str) -> None:
     """Every parameter belongs to a module of torch itself, so that conversion knows its type."""
     with torch.device("meta"):
         model = models.build(name, TEXT if name in ON_TEXT else CIFAR)
-    owners = {
-        type(module) for module in model.modules() if next(module.parameters(recurse=False), None) is not None
-    }
+    owners = {type(module) for module in model.modules() if next(module.parameters(recurse=False), None) is not None}
 
     assert all(owner.__module__.startswith("torch.nn.") for owner in owners)
 
@@ -245,9 +243,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins for both packages that know one model, a linear layer."""
     vision = SimpleNamespace(
         list_models=lambda module: ["small"] if module is vision else [],
-        get_model=lambda name, *, weights, num_classes: (
-            nn.Linear(3, num_classes) if weights is None else name
-        ),
+        get_model=lambda name, *, weights, num_classes: nn.Linear(3, num_classes) if weights is None else name,
     )
     timm = SimpleNamespace(
         is_model=lambda name: name == "small",
@@ -261,9 +257,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("packages")
-@pytest.mark.parametrize(
-    ("name", "task"), [("torchvision:small", CIFAR), ("timm:small", CIFAR), ("timm:small", GREY)]
-)
+@pytest.mark.parametrize(("name", "task"), [("torchvision:small", CIFAR), ("timm:small", CIFAR), ("timm:small", GREY)])
 def test_a_package_builds_its_model_for_the_task(name: str, task: Task) -> None:
     """The model comes untrained, with the classes of the task and, from timm, its channels."""
     model = models.build(name, task)

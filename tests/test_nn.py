@@ -1,6 +1,7 @@
 """Linear and convolution layers: the plain layers' results, noise of their own, and what a step is."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ SBM8 = Recipe.from_name("sbm8")
 # A recipe whose forward rounds stochastically too.
 NOISY = SBM8.replace(
     name="noisy",
-    output=type(SBM8.output)(input=SBM8.grad_input.grad_output, weight=SBM8.output.weight),
+    output=dataclasses.replace(SBM8.output, input=SBM8.grad_input.grad_output),
+    grad_weight=dataclasses.replace(SBM8.grad_weight, input=SBM8.grad_input.grad_output),
 )
 
 
@@ -75,7 +77,8 @@ class TestLayers:
         """8-bit output and gradients are within 10 % of full precision in norm, and differ from it."""
         axes = int(kind.__name__[-2]) if kind is not nn.Linear else 0
         layer = kind(16, 8) if kind is nn.Linear else kind(16, 8, 3)
-        x = torch.randn(6, 16, *[6] * axes)
+        # So narrow that every sample has the same extremes: nothing is clipped.
+        x = torch.randn(6, 16, *[6] * axes).clamp(-0.4, 0.4)
         plain = _gradients(layer, x, list(layer.parameters()))
 
         lowbit.convert_(layer, "sbm8")
@@ -133,6 +136,30 @@ class TestLayers:
         y = layer.eval()(x)
 
         torch.testing.assert_close(y, x, rtol=1e-6, atol=0)
+
+    @pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d])
+    def test_an_unbatched_input_is_a_batch_of_one(self, kind: type[nn.Module]) -> None:
+        """Without a batch axis, output and recorded range are those of a batch of one."""
+        layer = nn.Linear(8, 4) if kind is nn.Linear else nn.Conv1d(8, 4, 3)
+        lowbit.convert_(layer, "sbm8")
+        twin, x = copy.deepcopy(layer), torch.randn(8) if kind is nn.Linear else torch.randn(8, 6)
+
+        y, expected = layer(x), twin(x.unsqueeze(0)).squeeze(0)
+
+        assert torch.equal(y, expected)
+        assert torch.equal(layer.site.running_range, twin.site.running_range)
+
+    def test_inf_in_evaluation_surfaces_as_nan(self) -> None:
+        """A running range does not turn inf into its largest value."""
+        layer = nn.Linear(8, 4)
+        lowbit.convert_(layer, "sbm8")
+        layer(torch.randn(6, 8))
+        x = torch.randn(2, 8)
+        x[0, 0] = float("inf")
+
+        y = layer.eval()(x)
+
+        assert y[0].isnan().all()
 
     def test_evaluation_records_no_range(self) -> None:
         """Forwards in evaluation leave the running range as it is."""

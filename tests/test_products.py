@@ -20,6 +20,8 @@ from lowbit.rounding import CounterNoise, RecordedNoise, step_key
 PLAIN = Setting(recipe=Recipe.from_name("fp32"))
 SYMMETRIC = Integer(bits=4, zero="symmetric")
 STOCHASTIC = Integer(bits=4, zero="symmetric", rounding="stochastic")
+# A weight has no samples.
+PER_TENSOR_WEIGHT = {"output__weight": SYMMETRIC, "grad_input__weight": SYMMETRIC}
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
 
@@ -201,7 +203,7 @@ class TestPlain:
             ),
             "conv_transpose": (
                 lambda *t: products.conv_transpose(*t, **geometry, output_padding=(1, 0), setting=PLAIN),
-                [(2, 4, 3, 3), (4, 3, 3, 2), (6,)],
+                [(1, 4, 2, 2), (4, 1, 3, 2), (2,)],
             ),
         }[kind]
 
@@ -211,7 +213,7 @@ class TestPlain:
 # What shares a scale, as (view, dims), for x (2, 3, 8), w (6, 8), g (2, 3, 6).
 SHARED_BY_LINEAR = {
     "tensor": dict.fromkeys(SLOTS, (None, None)),
-    "sample": {slot: (None, (1,) if slot[1] == "weight" else (1, 2)) for slot in SLOTS},
+    "sample": {slot: (None, None if slot[1] == "weight" else (1, 2)) for slot in SLOTS},
     "row": dict.fromkeys(SLOTS, (None, (-1,))),
     "kept-channel": {
         ("output", "input"): (None, (2,)),
@@ -234,7 +236,7 @@ SHARED_BY_LINEAR = {
 SHARED_BY_CONVOLUTION = {
     "tensor": dict.fromkeys(SLOTS, (None, None)),
     "row": dict.fromkeys(SLOTS, (None, None)),
-    "sample": dict.fromkeys(SLOTS, (None, (1, 2, 3))),
+    "sample": {slot: (None, None if slot[1] == "weight" else (1, 2, 3)) for slot in SLOTS},
     "kept-channel": {
         ("output", "input"): ((2, 2, 2, 5, 5), (2, 3, 4)),
         ("output", "weight"): (None, (1, 2, 3)),
@@ -286,7 +288,7 @@ class TestQuantized:
         """The three products of a linear layer are those of the operands on their grids, for each granularity."""
         fmt = dataclasses.replace(SYMMETRIC, granularity=granularity, block=2 if granularity == "block" else None)
         x, w, g = _randn(2, 3, 8), _randn(6, 8), _randn(2, 3, 6)
-        setting = Setting(recipe=_recipe(fmt))
+        setting = Setting(recipe=_recipe(fmt, **(PER_TENSOR_WEIGHT if granularity == "sample" else {})))
 
         actual = _gradients(lambda *t: products.linear(*t, setting=setting), g, x, w)
 
@@ -299,6 +301,8 @@ class TestQuantized:
         """So are those of a grouped convolution, where kept channels of the weight are (group, channel in group)."""
         block = {"block": 3 if granularity == "block" else None}
         formats = dict.fromkeys(SLOTS, dataclasses.replace(SYMMETRIC, granularity=granularity, **block))
+        if granularity == "sample":
+            formats |= {slot: SYMMETRIC for slot in SLOTS if slot[1] == "weight"}
         if granularity == "block":
             for slot, table in SHARED_BY_CONVOLUTION["block"].items():
                 assert table[0] is not None

@@ -6,6 +6,8 @@
 
 from importlib.metadata import version
 
+from lowbit import hardware as hardware
+from lowbit import schedules as schedules
 from lowbit.convert import Report, convert_, load_state_dict, restore_, state_dict
 from lowbit.errors import RunError, UsageError
 from lowbit.recipe import Recipe, recipes

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import get_args
 
 
 class UsageError(ValueError):
@@ -21,6 +22,13 @@ def unknown(what: str, given: object, allowed: Iterable[str]) -> UsageError:
         allowed: every legal name.
     """
     names = sorted(allowed)
-    nearest = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    lower = {name.lower(): name for name in reversed(names)}
+    nearest = difflib.get_close_matches(str(given).lower(), lower, n=1, cutoff=0.5)
+    hint = f" Did you mean {lower[nearest[0]]!r}?" if nearest else ""
     return UsageError(f"unknown {what} {given!r}.{hint} Known: {', '.join(names)}.")
+
+
+def check_choice(what: str, value: object, allowed: object) -> None:
+    """Raise a UsageError unless `value` is one of the strings of the Literal `allowed`."""
+    if value not in get_args(allowed):
+        raise unknown(what, value, get_args(allowed))

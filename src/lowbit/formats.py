@@ -5,9 +5,9 @@ how it is executed.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from lowbit.errors import UsageError, unknown
+from lowbit.errors import UsageError, check_choice
 
 Zero = Literal["symmetric", "integer", "offset"]
 Granularity = Literal["tensor", "sample", "row", "kept-channel", "output-channel", "block"]
@@ -17,19 +17,13 @@ Rounding = Literal["nearest", "stochastic"]
 FloatName = Literal["fp32", "bf16"]
 
 
-def check_choice(what: str, value: object, allowed: object) -> None:
-    """Raise a UsageError unless `value` is one of the strings of the Literal `allowed`."""
-    if value not in get_args(allowed):
-        raise unknown(what, value, get_args(allowed))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Float:
     """A floating-point grid without a scale of its own.
 
     Args:
         name: ``"fp32"`` leaves values as they are given (float64 input stays float64); ``"bf16"`` rounds to
-            8 significant bits, ties to even.
+            8 significant bits, ties to even (float64 input through float32).
     """
 
     name: FloatName
@@ -62,7 +56,9 @@ class Integer:
       ``S = (hi-lo)/(2**b-1)`` with lo and hi widened to contain 0, ``z = round(-lo/S)``;
     - ``"offset"``: ``x = q S + lo``, q in ``0 .. 2**b-1``: lo is a float and zero is in general not on the grid.
 
-    Rounding to nearest takes halves to even.
+    Rounding to nearest takes halves to even. Stochastic rounding has the mean of its input inside the grid; with
+    ``"integer"`` the rounded z can put the grid's end up to S/2 inside lo or hi, where values are clipped. Ranges
+    wider than the largest float give nan, and tensors so small that S is denormal lose precision.
 
     Args:
         bits: width of a code, sign included: 2 to 16, for ``"offset"`` 1 to 32.
@@ -106,6 +102,10 @@ class Integer:
         ):
             check_choice(what, getattr(self, what), allowed)
         check_bits(self.bits, self.zero)
+        for what, types in (("block", int), ("running", int | float), ("floor", int | float)):
+            value = getattr(self, what)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
+                raise UsageError(f"{what}={value!r}: give a number" + (", without a fraction" if types is int else ""))
         if (self.block is None) == (self.granularity == "block"):
             raise UsageError(
                 f"block={self.block} with granularity={self.granularity!r}: a block length goes with granularity "

@@ -265,8 +265,15 @@ class Setting:
         return fmt
 
     def width(self, product: str, operand: str) -> Tensor | None:
-        """The bits of one operand as a scalar tensor, where they are set apart from the recipe."""
-        return None if self.bits is None else self.bits[SLOTS.index((product, operand))]
+        """The bits of one operand as a scalar tensor, where they are set apart from the recipe.
+
+        An operand with the same format in several products has the same width in them: that of the first.
+        """
+        if self.bits is None:
+            return None
+        fmt = self.format(product, operand)
+        first = next(i for i, (p, o) in enumerate(SLOTS) if o == operand and self.format(p, o) == fmt)
+        return self.bits[first]
 
 
 @dataclass(frozen=True, kw_only=True)

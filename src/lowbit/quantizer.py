@@ -35,12 +35,19 @@ class Codes:
 
     def dequantize(self) -> Tensor:
         """The real values of the codes, in the dtype of `q`; nan throughout where the scale is not finite."""
-        q = self.q if self.zero is None else self.q - self.zero
-        x = q * self.scale
-        return x if self.offset is None else x.add_(self.offset)
+        return self.dequantize_into(self.q.clone())
+
+    def dequantize_into(self, q: Tensor) -> Tensor:
+        """As `dequantize`, in the memory of `q`, which holds the codes and is lost."""
+        if self.zero is not None:
+            q.sub_(self.zero)
+        q.mul_(self.scale)
+        return q if self.offset is None else q.add_(self.offset)
 
     def clipped(self, x: Tensor) -> Tensor:
         """The share of `x`, the tensor the codes were made of, that lies more than half a step outside the grid."""
+        if x.numel() == 0:
+            return x.new_zeros(())
         t = (x if self.offset is None else x - self.offset) / self.scale
         t = t if self.zero is None else t + self.zero
         return ((t < self.low - 0.5) | (t > self.high + 0.5)).float().mean()
@@ -85,13 +92,17 @@ def encode(
         Zeros give zeros and a constant gives itself; a slice with an inf or nan dequantizes to nan throughout.
 
     Raises:
-        TypeError: `x` is not float32 or float64.
-        ValueError: noise is missing, or given to a format that rounds to nearest.
+        TypeError: `x` is not float32 or float64, or the noise is not floating point.
+        ValueError: noise is missing, given to a format that rounds to nearest, or of another shape; a block format
+            without `dims`; `x` would need a gradient.
     """
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"cannot quantize {x.dtype}: give float32 or float64")
+    _check_tensor(x)
     if fmt.stochastic != (noise is not None):
         raise ValueError(f"rounding is {fmt.rounding!r} and noise is {'given' if noise is not None else 'missing'}")
+    if noise is not None and (noise.shape != x.shape or not noise.is_floating_point()):
+        raise ValueError(f"noise is {noise.dtype} of shape {tuple(noise.shape)}: give floats of shape {tuple(x.shape)}")
+    if fmt.block is not None and dims is None:
+        raise ValueError("a format in blocks needs the dims that share a scale: use `quantize`, which cuts the blocks")
     dims = tuple(range(x.dim())) if dims is None else dims
     levels = float(fmt.code_range[1]) if levels is None else levels
     lo, hi = observed or extremes(x, rule=fmt.range, dims=dims)
@@ -105,6 +116,13 @@ def encode(
         return Codes(reference.codes_affine(x, scale, zero, levels, noise), scale, zero, None, 0.0, levels)
     scale = reference.scale_of(hi - lo, levels, fmt.floor)
     return Codes(reference.codes_offset(x, scale, lo, levels, noise), scale, None, lo, 0.0, levels)
+
+
+def _check_tensor(x: Tensor) -> None:
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"cannot quantize {x.dtype}: give float32 or float64")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("quantisation alone has no gradient: give x.detach(), or use lowbit.products")
 
 
 @dataclass(frozen=True)
@@ -143,20 +161,25 @@ def quantize(
 
     Raises:
         TypeError: `x` is not float32 or float64.
-        ValueError: noise or block axis is missing or given without need.
+        ValueError: noise or block axis is missing or given without need, or as `encode`.
     """
     if isinstance(fmt, Float):
+        _check_tensor(x)
+        if not (noise is None and levels is None and observed is None and block_axis is None):
+            raise ValueError(f"{fmt} takes no noise, levels, observed range or block axis")
         return Quantized(x if fmt.name == "fp32" else x.to(torch.bfloat16).to(x.dtype), 0.0 if measure else None)
     if (fmt.block is None) != (block_axis is None):
         raise ValueError(f"block_axis={block_axis} with granularity {fmt.granularity!r}")
+    if block_axis is not None and not (-x.dim() <= block_axis < x.dim() and observed is None):
+        raise ValueError(f"block_axis={block_axis} of {tuple(x.shape)}, observed={observed}: give an axis and no range")
     shape = x.shape
     if fmt.block is not None and block_axis is not None:
         x = _split(x, block_axis, fmt.block)
         noise = None if noise is None else _split(noise, block_axis, fmt.block)
         dims = (block_axis % len(shape) + 1,)
     codes = encode(x, fmt, dims=dims, levels=levels, noise=noise, observed=observed)
-    values = codes.dequantize()
     clipped = float(codes.clipped(x)) if measure else None
+    values = codes.dequantize_into(codes.q)
     return Quantized(values if block_axis is None else _merge(values, block_axis, shape), clipped)
 
 

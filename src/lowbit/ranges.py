@@ -21,8 +21,14 @@ def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...]) -> tuple[Tens
     Returns:
         lo and hi with `dims` kept as 1, in the dtype of `x`. Zeros for an empty tensor; nan where a nan is.
 
+    Raises:
+        ValueError: the sample mean of less than the whole tensor.
+
     Source: the mean over samples is Banner et al. 2018's protection against outliers, as in the authors' code.
     """
+    dims = tuple(d % x.dim() for d in dims)
+    if rule == "sample-mean" and len(dims) < x.dim():
+        raise ValueError(f"the mean of per-sample extremes is over all dims of {tuple(x.shape)}, not over {dims}")
     shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
     if x.numel() == 0:
         zeros = x.new_zeros(shape)
@@ -37,11 +43,13 @@ def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...]) -> tuple[Tens
 
 def new_running_range() -> Tensor:
     """An empty running range: float32 ``(3,)`` with lo, hi and the number of batches recorded."""
-    return torch.zeros(3)
+    return torch.zeros(3, dtype=torch.float32)
 
 
 def record_range(running: Tensor, lo: Tensor, hi: Tensor, *, momentum: float, start: RunningStart) -> None:
     """Update `running` in place: ``r = m r + (1 - m) new``; with start ``"first"`` the first batch is taken whole.
+
+    A batch whose extremes are not finite is not recorded: it must not decide every later evaluation.
 
     Args:
         running: float ``(3,)`` from `new_running_range`.
@@ -54,8 +62,9 @@ def record_range(running: Tensor, lo: Tensor, hi: Tensor, *, momentum: float, st
     weight = torch.full_like(running[2], momentum)
     if start == "first":
         weight = torch.where(running[2] == 0, torch.zeros_like(weight), weight)
-    running[:2] = running[:2] * weight + new * (1 - weight)
-    running[2] += 1
+    finite = new.isfinite().all()
+    running[:2] = torch.where(finite, running[:2] * weight + new * (1 - weight), running[:2])
+    running[2] += finite
 
 
 def observed_extremes(x: Tensor, fmt: Integer, running: Tensor, *, training: bool) -> tuple[Tensor, Tensor] | None:
@@ -69,7 +78,8 @@ def observed_extremes(x: Tensor, fmt: Integer, running: Tensor, *, training: boo
             batch's where none was recorded yet.
 
     Returns:
-        lo and hi of shape ``(1,) * x.dim()``; None where `fmt` keeps no running range.
+        lo and hi of shape ``(1,) * x.dim()``; None where `fmt` keeps no running range. nan where `x` has a nan or
+        inf, which would else be clipped to a number.
     """
     if fmt.running is None or x.numel() == 0:
         return None
@@ -78,5 +88,5 @@ def observed_extremes(x: Tensor, fmt: Integer, running: Tensor, *, training: boo
         record_range(running, lo, hi, momentum=fmt.running, start=fmt.running_start)
         return lo, hi
     kept = running.to(lo)
-    empty = kept[2] == 0
-    return torch.where(empty, lo, kept[0]), torch.where(empty, hi, kept[1])
+    own = (kept[2] == 0) | ~(lo.isfinite() & hi.isfinite())
+    return torch.where(own, lo, kept[0]), torch.where(own, hi, kept[1])

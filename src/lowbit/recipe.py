@@ -12,8 +12,8 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any, Literal
 
-from lowbit.errors import UsageError, unknown
-from lowbit.formats import BF16, FP32, Float, Format, Integer, check_choice
+from lowbit.errors import UsageError, check_choice, unknown
+from lowbit.formats import BF16, FP32, Float, Format, Integer
 
 Policy = Literal["convert", "leave"]
 Constant = Literal["paper", "authors"]
@@ -69,8 +69,16 @@ class RangeNorm:
     def __post_init__(self) -> None:
         check_choice("Range BN constant", self.constant, Constant)
         check_choice("place of epsilon", self.epsilon, EpsilonPlace)
-        if self.chunks < 1:
-            raise UsageError(f"chunks={self.chunks}: the range needs at least one chunk")
+        if isinstance(self.chunks, bool) or not isinstance(self.chunks, int) or self.chunks < 1:
+            raise UsageError(f"chunks={self.chunks!r}: a whole number of at least one chunk")
+        for operand in ("input", "grad_output"):
+            fmt = getattr(self, operand)
+            if isinstance(fmt, Integer) and fmt.granularity != "tensor":
+                raise UsageError(
+                    f"normalization.{operand} is per {fmt.granularity}: Range BN has formats per tensor only"
+                )
+        if isinstance(self.grad_output, Integer) and self.grad_output.running is not None:
+            raise UsageError("normalization.grad_output: only `input` keeps a running range")
         if self.momentum is not None and not 0 < self.momentum <= 1:
             raise UsageError(f"momentum={self.momentum}: the weight of the new batch is in (0, 1]")
 
@@ -111,9 +119,17 @@ class Recipe:
             raise UsageError("the bias rounds to nearest: no noise is drawn for it")
         if isinstance(self.bias, Integer) and (self.bias.granularity != "tensor" or self.bias.running is not None):
             raise UsageError("the bias shares one scale and keeps no running range")
+        for text in (self.name, self.summary, self.source):
+            if not isinstance(text, str):
+                raise UsageError(f"{text!r}: name, summary and source are texts")
         for product, operand, fmt in self.operands():
-            if operand != "input" and isinstance(fmt, Integer) and fmt.running is not None:
-                raise UsageError(f"{product}.{operand}: only `input` keeps a running range")
+            if isinstance(fmt, Integer):
+                _check_operand(f"{product}.{operand}", operand, fmt)
+        kept, used = self.output.input, self.grad_weight.input
+        if isinstance(used, Integer) and used.running is not None and _range_of(kept) != _range_of(used):
+            raise UsageError(
+                "grad_weight.input keeps another running range than output.input: a layer has one running input range"
+            )
 
     def replace(self, **changes: Any) -> "Recipe":
         """The same recipe with some fields changed, e.g. ``recipe.replace(name="mine", last="leave")``."""
@@ -152,17 +168,35 @@ class Recipe:
         Raises:
             UsageError: no such recipe, or bits out of range.
         """
-        match = re.fullmatch(r"w(\d+)a(\d+)g(\d+)", name)
+        match = re.fullmatch(r"w(0|[1-9][0-9]{0,2})a(0|[1-9][0-9]{0,2})g(0|[1-9][0-9]{0,2})", str(name))
         if match:
             weight, input_, grad_output = (int(digits) for digits in match.groups())
-            recipe = _load("sbm8-cpt").with_bits(weight=weight, input=input_, grad_output=grad_output)
+            try:
+                recipe = _load("sbm8-cpt").with_bits(weight=weight, input=input_, grad_output=grad_output)
+            except UsageError as error:
+                raise UsageError(f"recipe {name!r}: {error}") from error
             return recipe.replace(
                 name=name,
                 summary=f"{weight}-bit weights, {input_}-bit inputs, {grad_output}-bit gradients, as sbm8-cpt",
             )
+        if name == ON_THE_FLY:
+            raise UsageError(f"{name} stands for a family of recipes: put widths in, e.g. w4a4g6")
         if name not in _stored():
             raise unknown("recipe", name, recipes())
         return _load(name)
+
+
+def _check_operand(where: str, operand: str, fmt: Integer) -> None:
+    if operand != "input" and fmt.running is not None:
+        raise UsageError(f"{where}: only `input` keeps a running range")
+    if operand != "weight" and fmt.granularity == "output-channel":
+        raise UsageError(f"{where}: only a weight has output channels; 'kept-channel' goes for every operand")
+    if operand == "weight" and (fmt.granularity == "sample" or fmt.range == "sample-mean"):
+        raise UsageError(f"{where}: a weight has no samples")
+
+
+def _range_of(fmt: Format) -> tuple[object, ...] | None:
+    return (fmt.range, fmt.running, fmt.running_start, fmt.granularity) if isinstance(fmt, Integer) else None
 
 
 SLOTS = tuple(
@@ -198,16 +232,24 @@ def from_toml(name: str, text: str) -> Recipe:
     ``"fp32"`` and ``"bf16"`` are names that always exist.
 
     Raises:
-        UsageError: a name or value that does not exist; tomllib.TOMLDecodeError: no TOML.
+        UsageError: no TOML, or a name or value that does not exist.
     """
-    data = tomllib.loads(text)
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"recipe {name}: no TOML: {error}") from error
     formats: dict[str, Format] = {"fp32": FP32, "bf16": BF16}
-    formats.update(
-        {key: _construct(Integer, f"formats.{key}", fields) for key, fields in data.pop("formats", {}).items()}
-    )
+    own = _table(f"recipe {name}: formats", data.pop("formats", {}))
+    if taken := sorted(own.keys() & formats.keys()):
+        raise UsageError(f"recipe {name}: the format {taken[0]!r} exists already: choose another name")
+    if "name" in data:
+        raise UsageError(f"recipe {name}: its name is that of its file; leave `name` out")
+    formats.update({key: _construct(Integer, f"formats.{key}", fields) for key, fields in own.items()})
+    unused = set(own)
 
     def resolved(table: type[Any], where: str, fields: dict[str, Any]) -> Any:
         operands = {f.name for f in dataclasses.fields(table) if f.type is Format}
+        unused.difference_update(v for k, v in _table(where, fields).items() if k in operands and isinstance(v, str))
         return _construct(
             table,
             where,
@@ -223,16 +265,29 @@ def from_toml(name: str, text: str) -> Recipe:
         if key in data:
             data[key] = resolved(table, key, data[key])
     result: Recipe = resolved(Recipe, f"recipe {name}", {"name": name, **data})
+    if unused:
+        raise UsageError(f"recipe {name}: no product uses the format {sorted(unused)[0]!r}")
     return result
 
 
-def _named(formats: dict[str, Format], where: str, name: str) -> Format:
+def _table(where: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{where} is {value!r}: give a table of fields")
+    return value
+
+
+def _named(formats: dict[str, Format], where: str, name: object) -> Format:
+    if not isinstance(name, str):
+        raise UsageError(
+            f"{where} is {name!r}: give the name of a format; a format's fields stand under [formats.NAME]"
+        )
     if name not in formats:
         raise unknown(f"format of {where}", name, formats)
     return formats[name]
 
 
-def _construct(cls: type[Any], where: str, fields: dict[str, Any]) -> Any:
+def _construct(cls: type[Any], where: str, fields: object) -> Any:
+    fields = _table(where, fields)
     known = {f.name for f in dataclasses.fields(cls)}
     for key in fields:
         if key not in known:

@@ -18,6 +18,8 @@ _MASK = 0xFFFFFFFF
 # The two-round finaliser "lowbias32" (C. Wellons, hash-prospector): shift 16, multiply, shift 15, multiply, shift 16.
 _MULTIPLIER_1 = 0x7FEB352D
 _MULTIPLIER_2 = 0x846CA68B
+# The golden ratio in 32 bits: it spreads neighbouring indices, without which rows of a tensor are not independent.
+_SPREAD = 0x9E3779B1
 
 
 def round_nearest(t: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ def step_key(seed: int, step: Tensor) -> Tensor:
 
 
 def noise_key(key: Tensor, tensor_id: int) -> Tensor:
-    """The two 32-bit words that select one noise field: ``k = mix(key ^ id)``, words ``mix(k ^ c0), mix(k ^ c1)``.
+    """The two 32-bit words that select one noise field: ``mix(mix(key ^ c0) ^ id)`` and ``mix(mix(id ^ c1) ^ key)``.
 
     Args:
         key: int64 scalar tensor from `step_key`.
@@ -76,8 +78,8 @@ def noise_key(key: Tensor, tensor_id: int) -> Tensor:
     Returns:
         int64 ``(2,)`` on the device of `key`, values in [0, 2**32).
     """
-    k = _mix(key ^ tensor_id)
-    return _mix(torch.stack([k ^ 0xA511E9B3, k ^ 0x63D83595]))
+    mixed_id = _mix(torch.tensor(tensor_id ^ 0x63D83595, device=key.device))
+    return _mix(torch.stack([_mix(key ^ 0xA511E9B3) ^ tensor_id, mixed_id ^ key]))
 
 
 def tensor_id(layer: str, product: str, operand: str, use: int = 0) -> int:
@@ -88,7 +90,8 @@ def tensor_id(layer: str, product: str, operand: str, use: int = 0) -> int:
 def uniform_noise(key: Tensor, shape: torch.Size | tuple[int, ...], device: torch.device | None = None) -> Tensor:
     """Noise in [0, 1) in steps of 2**-24: a hash of the row-major logical element index with `key`.
 
-    ``h = i + key[0]; h ^= h >> 16; h *= m1; h ^= key[1]; h ^= h >> 15; h *= m2; h ^= h >> 16; u = (h >> 8) / 2**24``
+    ``h = i * golden + key[0]; h ^= h >> 16; h *= m1; h ^= key[1]; h ^= h >> 15; h *= m2; h ^= h >> 16;
+    u = (h >> 8) / 2**24``
     in 32-bit wrapping integers. The second word enters in the middle, so two fields are not shifts or
     permutations of each other. The index wraps after 2**32 elements.
 
@@ -104,7 +107,7 @@ def uniform_noise(key: Tensor, shape: torch.Size | tuple[int, ...], device: torc
     first, second = (_as_int32(word) for word in key.to(device).unbind())
     count = torch.Size(shape).numel()
     h = torch.arange(count, dtype=torch.int64 if count > 2**31 else torch.int32, device=device).to(torch.int32)
-    h.add_(first)
+    h.mul_(_SPREAD - 2**32).add_(first)
     scratch = torch.empty_like(h)
     _xor_shifted(h, 16, scratch).mul_(_MULTIPLIER_1).bitwise_xor_(second)
     _xor_shifted(h, 15, scratch).mul_(_MULTIPLIER_2 - 2**32)

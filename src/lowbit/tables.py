@@ -1,5 +1,6 @@
 """Plain text tables for reports."""
 
+import re
 from collections.abc import Sequence
 
 
@@ -20,5 +21,8 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "  ".join("-" * w for w in widths), *(line(row) for row in rows)])
 
 
+_NUMBER = re.compile(r"[+-]?(inf|nan|∞|×?[\d,]+(\.\d+)?(e[+-]?\d+)?)?( ?%)?|-")
+
+
 def _is_number(cell: str) -> bool:
-    return bool(cell) and all(c in "0123456789.,+-%×/∞ infea" for c in cell)
+    return bool(cell) and _NUMBER.fullmatch(cell) is not None

@@ -50,7 +50,7 @@ class _QuantConv(QuantLayer, nn.modules.conv._ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
         """See `lowbit.products.conv`."""
-        self._check_input_dim(input)
+        batch = self._as_batch(input)
         return products.conv(
             input,
             self.weight,
@@ -60,16 +60,18 @@ class _QuantConv(QuantLayer, nn.modules.conv._ConvNd):
             dilation=self.dilation,
             groups=self.groups,
             padding_mode=self.padding_mode,
-            setting=self.site.setting(input),
+            setting=self.site.setting(batch),
         )
 
-    def _check_input_dim(self, x: Tensor) -> None:
+    def _as_batch(self, x: Tensor) -> Tensor:
+        """The input with its axis of samples, which the input range is taken over."""
         dim = len(self.kernel_size)
         if x.dim() not in (dim + 1, dim + 2):
             raise ValueError(
                 f"{self.site.name}: input of shape {tuple(x.shape)}; expected (C, *size) or (B, C, *size) with "
                 f"{dim} spatial axes"
             )
+        return x if x.dim() == dim + 2 else x.unsqueeze(0)
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
@@ -89,7 +91,7 @@ class _QuantConvTranspose(_QuantConv, nn.modules.conv._ConvTransposeNd):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002 - the plain layer's
         """See `lowbit.products.conv_transpose`; `output_size` chooses among the sizes that the stride leaves open."""
-        self._check_input_dim(input)
+        batch = self._as_batch(input)
         axes = len(self.kernel_size)
         stride, padding, kernel, dilation = (
             [int(v) for v in values] for values in (self.stride, self.padding, self.kernel_size, self.dilation)
@@ -104,7 +106,7 @@ class _QuantConvTranspose(_QuantConv, nn.modules.conv._ConvTransposeNd):
             output_padding=output_padding,
             dilation=dilation,
             groups=self.groups,
-            setting=self.site.setting(input),
+            setting=self.site.setting(batch),
         )
 
 

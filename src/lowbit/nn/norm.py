@@ -167,8 +167,8 @@ class _RangeBatchNorm(torch.autograd.Function):
         mean, sigma = fixed or (stats.mean, stats.sigma)  # type: ignore[union-attr]
         d = divisor(sigma, setting.eps, norm.epsilon)
         normalized = (values - _per_channel(mean, x)).div_(_per_channel(d, x))
-        y = normalized if weight is None else normalized * _per_channel(weight, x)
-        y = y if bias is None else y + _per_channel(bias, x)
+        y = normalized.clone() if weight is None else normalized * _per_channel(weight, x)
+        y = y if bias is None else y.add_(_per_channel(bias, x))
         ctx.save_for_backward(normalized, weight, sigma, d)
         ctx.kept = (setting, stats, bias is not None)
         ctx.mark_non_differentiable(mean, sigma)

@@ -1,0 +1,602 @@
+"""Conversion and restoration: what changes, what stays, what is refused, and lowbit's own state."""
+
+import copy
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import lowbit
+from lowbit import Recipe, UsageError, products
+from lowbit.nn import QuantLayer, QuantLinear
+from lowbit.train.models import GPT, LSTM, MobileNetV2, ResNet
+
+SBM8 = Recipe.from_name("sbm8")
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "resnet": (lambda: ResNet(depths=(1, 1), width=4, classes=3), lambda: torch.randn(4, 3, 8, 8)),
+    "mobilenetv2": (
+        lambda: MobileNetV2(classes=3, strides=(1, 1, 2, 2, 2, 1, 1, 1)),
+        lambda: torch.randn(2, 3, 16, 16),
+    ),
+    "gpt": (
+        lambda: GPT(vocabulary=11, d=8, layers=2, heads=2, context=6),
+        lambda: torch.randint(11, (2, 6)),
+    ),
+    "lstm": (lambda: LSTM(vocabulary=11, embedding=6, width=5, layers=2), lambda: torch.randint(11, (2, 6))),
+}
+
+
+def _mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+def _snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that a conversion could leave behind: the type and the attributes of every module, hooks included."""
+    return {
+        name: (type(m), {k: copy.copy(v) if isinstance(v, dict) else v for k, v in m.__dict__.items()})
+        for name, m in model.named_modules()
+    }
+
+
+def _is_same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[n][0] is b[n][0]
+        and a[n][1].keys() == b[n][1].keys()
+        and all(v is w or v == w for v, w in zip(a[n][1].values(), b[n][1].values(), strict=True))
+        for n in a
+    )
+
+
+class _Plain(nn.Linear):
+    """A user's subclass of Linear."""
+
+
+class TestModels:
+    """The library's own networks, converted and back."""
+
+    @pytest.fixture(params=list(MODELS))
+    def pair(self, request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
+        """A network and a batch for it."""
+        make, batch = MODELS[request.param]
+        return make(), batch()
+
+    def test_state_dict_stays(self, pair: tuple[nn.Module, Tensor]) -> None:
+        """Keys, order and values of state_dict, and the parameter objects, are those of the plain model."""
+        model, _ = pair
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        parameters = dict(model.named_parameters())
+
+        report = lowbit.convert_(model, "sbm8")
+
+        assert any(row.converted for row in report.rows)
+        after = model.state_dict()
+        assert list(after) == list(before)
+        assert all(type(v) is Tensor and torch.equal(v, before[k]) for k, v in after.items())
+        assert all(p is parameters[k] for k, p in model.named_parameters())
+        assert len(list(model.parameters())) == len(parameters)
+
+    def test_restored_model_is_the_plain_one(self, pair: tuple[nn.Module, Tensor]) -> None:
+        """restore_ undoes everything: types, attributes, hooks, and the output bit for bit."""
+        model, x = pair
+        model.eval()
+        before, y = _snapshot(model), model(x)
+
+        lowbit.convert_(model, "sbm8")
+        quantized = model(x)
+        lowbit.restore_(model)
+
+        assert not torch.equal(quantized, y)
+        assert torch.equal(model(x), y)
+        assert _is_same(_snapshot(model), before)
+
+    def test_every_product_layer_is_converted(self, pair: tuple[nn.Module, Tensor]) -> None:
+        """No layer of a known type stays plain, and the report has a row for each."""
+        model, _ = pair
+        kinds = (nn.Linear, nn.Conv2d, nn.LSTM, nn.BatchNorm2d)
+        names = [n for n, m in model.named_modules() if isinstance(m, kinds)]
+
+        report = lowbit.convert_(model, "sbm8")
+
+        assert [row.name for row in report.rows if row.converted] == names
+        assert all(isinstance(m, QuantLayer) for m in model.modules() if isinstance(m, kinds))
+
+    def test_a_training_step_runs_and_every_parameter_moves(self, pair: tuple[nn.Module, Tensor]) -> None:
+        """An optimizer made before the conversion trains the converted model."""
+        model, x = pair
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        lowbit.convert_(model, "sbm8")
+        before = {k: p.detach().clone() for k, p in model.named_parameters()}
+
+        model(x).square().mean().backward()
+        optimizer.step()
+
+        touched = {k for k, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+        assert len(touched) > len(before) / 2
+        assert all(torch.equal(p, before[k]) != (k in touched) for k, p in model.named_parameters())
+
+
+class TestCopies:
+    """Copies, files, hooks and shared layers."""
+
+    @staticmethod
+    def _step(model: nn.Module, x: Tensor) -> list[Tensor]:
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        return [y.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    @pytest.mark.parametrize("way", ["deepcopy", "file"])
+    def test_a_copy_is_a_converted_model_of_its_own(self, way: str) -> None:
+        """A deep copy and a loaded file repeat the original's steps bit for bit and do not advance it."""
+        model, x = _mlp(), torch.randn(5, 6)
+        lowbit.convert_(model, "sbm8")
+        self._step(model, x)
+        if way == "deepcopy":
+            twin = copy.deepcopy(model)
+        else:
+            file = io.BytesIO()
+            torch.save(model, file)
+            file.seek(0)
+            twin = torch.load(file, weights_only=False)
+
+        copied = [self._step(twin, x) for _ in range(2)]
+        original = [self._step(model, x) for _ in range(2)]
+
+        assert all(torch.equal(a, b) for c, o in zip(copied, original, strict=True) for a, b in zip(c, o, strict=True))
+        assert not torch.equal(copied[0][1], copied[1][1])
+        assert lowbit.state_dict(model)["groups"][0]["step"] == 3
+
+    def test_hooks_survive(self) -> None:
+        """Forward, pre-forward and backward hooks of a layer run before, during and after the conversion."""
+        model, called = _mlp(), []
+        model[2].register_forward_hook(lambda *_: called.append("forward"))
+        model[2].register_forward_pre_hook(lambda *_: called.append("pre"))
+        model[2].register_full_backward_hook(lambda *_: called.append("backward"))
+        runs = []
+
+        for change in (lambda _: None, lambda m: lowbit.convert_(m, "sbm8"), lowbit.restore_):
+            change(model)
+            called.clear()
+            model(torch.randn(5, 6)).sum().backward()
+            runs.append(list(called))
+
+        assert runs == [["pre", "forward", "backward"]] * 3
+
+    def test_tied_weights_stay_tied(self) -> None:
+        """An embedding and a head with one weight keep it, and the report says so."""
+        model = nn.ModuleDict({"tokens": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+        model["head"].weight = model["tokens"].weight
+
+        report = lowbit.convert_(model, "sbm8")
+
+        assert model["head"].weight is model["tokens"].weight
+        assert "shares a parameter with tokens" in str(report)
+
+    def test_a_layer_under_two_names_is_converted_once(self) -> None:
+        """A module that is registered twice has one row, one site and runs under both names."""
+        layer = nn.Linear(6, 6)
+        model = nn.Sequential(layer, nn.Tanh(), layer)
+
+        report = lowbit.convert_(model, "sbm8")
+        model(torch.randn(5, 6))
+
+        assert [row.name for row in report.rows] == ["0"]
+        assert layer.site.uses == 2
+        lowbit.restore_(model)
+        assert type(layer) is nn.Linear
+
+    def test_a_bare_layer_is_a_model(self) -> None:
+        """A single layer converts, counts its steps and restores."""
+        layer, x = nn.Linear(6, 4), torch.randn(5, 6)
+        plain = layer(x)
+
+        report = lowbit.convert_(layer, "sbm8")
+        quantized = layer(x)
+
+        assert "(model)" in str(report)
+        assert not torch.equal(quantized, plain)
+        assert lowbit.state_dict(layer)["groups"][0]["step"] == 1
+        lowbit.restore_(layer)
+        assert torch.equal(layer(x), plain)
+
+    def test_two_parts_can_be_converted_apart(self) -> None:
+        """Two submodules with recipes of their own have two states, and restoring the whole restores both."""
+        model = nn.Sequential(_mlp(), nn.Linear(4, 4))
+        lowbit.convert_(model[0], "sbm8")
+        lowbit.convert_(model[1], "w4a4g6", rules=[("", "w4a4g6")])
+
+        groups = lowbit.state_dict(model)["groups"]
+        lowbit.restore_(model)
+
+        assert [len(group["sites"]) for group in groups] == [3, 1]
+        assert not any(isinstance(m, QuantLayer) or m._forward_pre_hooks for m in model.modules())
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_mode_is_respected(self, training: bool) -> None:
+        """A model in evaluation stays there, and its sites with it."""
+        model = _mlp().train(training)
+
+        lowbit.convert_(model, "sbm8")
+
+        assert all(m.training is training for m in model.modules())
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_a_change_of_dtype_leaves_bits_and_ranges(self, dtype: torch.dtype) -> None:
+        """After .to(dtype) bits are int64 and ranges float32 of the same values, and the model runs in that dtype."""
+        model = _mlp()
+        lowbit.convert_(model, "sbm8")
+        model(torch.randn(5, 6))
+        before = lowbit.state_dict(model)
+
+        y = model.eval().to(dtype)(torch.randn(5, 6).to(dtype))
+
+        after = lowbit.state_dict(model)
+        assert y.dtype == dtype
+        for name, entry in after["groups"][0]["sites"].items():
+            for key in ("bits", "running_range"):
+                expected = before["groups"][0]["sites"][name][key]
+                assert entry[key].dtype == expected.dtype
+                assert torch.equal(entry[key], expected)
+
+    def test_old_weight_normalisation_still_feeds_the_layer(self) -> None:
+        """A layer whose hook computes its weight converts, and the hook's parameters get gradients."""
+        with pytest.warns(FutureWarning):
+            model = nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 4)))
+        lowbit.convert_(model, "sbm8")
+
+        model(torch.randn(5, 6)).square().sum().backward()
+
+        assert bool(model[0].weight_g.grad.any())
+
+
+class TestRefused:
+    """What is refused, by name, and without a trace in the model."""
+
+    CASES = {  # noqa: RUF012 - never changed
+        "subclass": (lambda: nn.Sequential(nn.Linear(3, 3), _Plain(3, 3)), r"1 \(_Plain\): a subclass of Linear"),
+        "lazy": (lambda: nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(3)), r"1 \(LazyLinear\).*one forward first"),
+        "parametrised": (
+            lambda: nn.Sequential(nn.Linear(3, 3), parametrizations.weight_norm(nn.Linear(3, 3))),
+            r"1 \(ParametrizedLinear\): a subclass of Linear",
+        ),
+        "attention": (
+            lambda: nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.MultiheadAttention(4, 2)}),
+            r"b \(MultiheadAttention\)",
+        ),
+        "encoder layer": (
+            lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+            r"self_attn \(MultiheadAttention\).*rules=\[\('self_attn', None\)\]",
+        ),
+        "rnn": (lambda: nn.Sequential(nn.Linear(3, 3), nn.RNN(3, 3)), r"1 \(RNN\): only LSTM and GRU"),
+        "lstm cell": (lambda: nn.Sequential(nn.Linear(3, 3), nn.LSTMCell(3, 3)), r"1 \(LSTMCell\)"),
+        "bilinear": (lambda: nn.Sequential(nn.Linear(3, 3), nn.Bilinear(3, 3, 3)), r"1 \(Bilinear\)"),
+        "synchronised norm": (lambda: nn.Sequential(nn.Linear(3, 3), nn.SyncBatchNorm(3)), r"1 \(SyncBatchNorm\)"),
+        "lazy norm": (lambda: nn.Sequential(nn.Linear(3, 3), nn.LazyBatchNorm1d()), r"1 \(LazyBatchNorm1d\)"),
+        "complex": (
+            lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, dtype=torch.complex64)),
+            r"1 \(Linear\): weight is torch\.complex64",
+        ),
+    }
+
+    @pytest.mark.parametrize("case", list(CASES))
+    def test_strict_refuses_by_name_and_changes_nothing(self, case: str) -> None:
+        """A layer that cannot be converted is a UsageError with its name and type; the model stays as it was."""
+        make, message = self.CASES[case]
+        model = make()
+        before = _snapshot(model)
+
+        with pytest.raises(UsageError, match=message):
+            lowbit.convert_(model, "sbm8")
+
+        assert _is_same(_snapshot(model), before)
+
+    @pytest.mark.parametrize("case", list(CASES))
+    def test_otherwise_it_is_left_with_a_reason(self, case: str) -> None:
+        """With strict=False the rest is converted, and the report gives the reason that strict would have."""
+        make, message = self.CASES[case]
+        model = make()
+        name = message.split(" ")[0]
+
+        report = lowbit.convert_(model, "sbm8", strict=False)
+
+        left = [row for row in report.rows if not row.converted and row.name == name]
+        assert len(left) == 1
+        assert len(left[0].reason) > 10
+        assert any(row.converted for row in report.rows)
+
+    def test_two_conversions_are_refused(self) -> None:
+        """A converted model, or one that holds a converted layer, is refused with the way out."""
+        model = _mlp()
+        lowbit.convert_(model[0], "sbm8")
+
+        with pytest.raises(UsageError, match=r"'0' is converted already: call lowbit\.restore_"):
+            lowbit.convert_(model, "sbm8")
+
+        assert type(model[2]) is nn.Linear
+
+    @pytest.mark.parametrize("way", ["function", "method", "inner method"])
+    def test_compiled_models_are_refused(self, way: str) -> None:
+        """torch.compile(model), model.compile() and a compiled layer inside are refused: convert first."""
+        model: nn.Module = _mlp()
+        if way == "function":
+            model = torch.compile(model, backend="eager")
+        elif way == "method":
+            model.compile(backend="eager")
+        else:
+            model.get_submodule("2").compile(backend="eager")
+
+        with pytest.raises(UsageError, match="is compiled: convert the plain model first"):
+            lowbit.convert_(model, "sbm8")
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+    def test_script_modules_are_refused(self) -> None:
+        """A TorchScript module anywhere in the model is refused by name."""
+        model = nn.Sequential(nn.Linear(3, 3), torch.jit.script(nn.Linear(3, 3)))
+
+        with pytest.raises(UsageError, match="'1' is a TorchScript module"):
+            lowbit.convert_(model, "sbm8")
+
+    def test_what_is_no_module_is_refused(self) -> None:
+        """A function in place of a model is a UsageError that names its type."""
+        with pytest.raises(UsageError, match="got a function"):
+            lowbit.convert_(lambda x: x, "sbm8")
+
+    @pytest.mark.parametrize(("argument", "value"), [("recipe", "sbm9"), ("engine", "int9")])
+    def test_unknown_names_are_refused(self, argument: str, value: str) -> None:
+        """An unknown recipe or engine is a UsageError, and the model stays plain."""
+        model = _mlp()
+
+        with pytest.raises(UsageError, match=f"unknown {argument} '{value}'"):
+            lowbit.convert_(model, **{"recipe": "sbm8", argument: value})
+
+        assert type(model[0]) is nn.Linear
+
+    def test_restoring_a_plain_model_is_refused(self) -> None:
+        """restore_ of a model without converted layers is a UsageError."""
+        with pytest.raises(UsageError, match="nothing in this model is converted"):
+            lowbit.restore_(_mlp())
+
+
+class TestRules:
+    """Which layers a rule decides, and rules that decide none."""
+
+    @staticmethod
+    def _recipes(model: nn.Module, *rules: Any, recipe: Any = "sbm8") -> list[str | None]:
+        return [row.recipe for row in lowbit.convert_(model, recipe, rules=rules).rows]
+
+    @pytest.mark.parametrize(
+        ("rule", "expected"),
+        [
+            (("2", None), ["sbm8", None, "sbm8"]),
+            (("2", "w4a4g6"), ["sbm8", "w4a4g6", "sbm8"]),
+            ((re.compile("[02]"), "bf16"), ["bf16", "bf16", "sbm8"]),
+            ((re.compile(".*"), SBM8.replace(name="mine")), ["mine", "mine", "mine"]),
+            ((nn.Linear, None), [None, None, None]),
+        ],
+    )
+    def test_names_expressions_and_types(self, rule: Any, expected: list[str | None]) -> None:
+        """A rule goes by exact name, whole match of an expression, or exact type, with a recipe, its name or None."""
+        assert self._recipes(_mlp(), rule) == expected
+
+    def test_an_expression_matches_whole_names(self) -> None:
+        """An expression that matches only the beginning of a name decides nothing."""
+        model = nn.Sequential(nn.Sequential(nn.Linear(3, 3)), nn.Linear(3, 3))
+
+        assert self._recipes(model, (re.compile("1"), None)) == ["sbm8", None]
+        lowbit.restore_(model)
+        with pytest.raises(UsageError, match="decided nothing"):
+            lowbit.convert_(model, "sbm8", rules=[(re.compile("0"), None)])
+
+    def test_a_type_matches_exactly(self) -> None:
+        """A rule for Linear leaves a subclass undecided; a rule for the subclass decides it."""
+        model = nn.Sequential(nn.Linear(3, 3), _Plain(3, 3))
+
+        with pytest.raises(UsageError, match=r"1 \(_Plain\)"):
+            lowbit.convert_(model, "sbm8", rules=[(nn.Linear, None)])
+        assert self._recipes(model, (_Plain, None)) == ["sbm8", None]
+
+    def test_the_first_match_wins(self) -> None:
+        """Of two rules for a layer the earlier one decides."""
+        assert self._recipes(_mlp(), ("2", "bf16"), (nn.Linear, "w4a4g6")) == ["w4a4g6", "bf16", "w4a4g6"]
+
+    def test_first_and_last_policies(self) -> None:
+        """A recipe that leaves first and last layers leaves exactly these, in registration order."""
+        ends = SBM8.replace(name="ends", first="leave", last="leave")
+
+        report = lowbit.convert_(_mlp(), ends)
+
+        assert [row.recipe for row in report.rows] == [None, "ends", None]
+        assert [row.reason for row in report.rows] == ["ends leaves the first layer", "", "ends leaves the last layer"]
+
+    def test_a_rule_beats_the_policies(self) -> None:
+        """A rule converts a first layer that the recipe would leave."""
+        ends = SBM8.replace(name="ends", first="leave", last="leave")
+
+        assert self._recipes(_mlp(), ("0", "bf16"), recipe=ends) == ["bf16", "ends", None]
+
+    @pytest.mark.parametrize(
+        ("rules", "message"),
+        [
+            ([("nothing", None)], r"rule 1, 'nothing', decided nothing"),
+            ([(nn.Linear, "bf16"), (re.compile("2"), None)], r"rule 2, '2', decided nothing.*earlier rule"),
+            ([(nn.Conv2d, None)], r"rule 1, 'Conv2d'"),
+            ([(3, None)], r"rule for 3: give a name"),
+        ],
+    )
+    def test_a_rule_that_decides_nothing_is_refused(self, rules: list[Any], message: str) -> None:
+        """A rule without a layer, or behind one that took all its layers, is a UsageError; nothing changes."""
+        model = _mlp()
+        before = _snapshot(model)
+
+        with pytest.raises(UsageError, match=message):
+            lowbit.convert_(model, "sbm8", rules=rules)
+
+        assert _is_same(_snapshot(model), before)
+
+    def test_a_containers_name_gets_a_hint(self) -> None:
+        """A rule for a container is refused with the expression that means its layers."""
+        model = nn.ModuleDict({"body": _mlp()})
+
+        with pytest.raises(UsageError, match=re.escape(r"use re.compile(r'body\..*')")):
+            lowbit.convert_(model, "sbm8", rules=[("body", None)])
+        assert self._recipes(model, (re.compile(r"body\..*"), None)) == [None] * 3
+
+    def test_batch_norm_stays_plain_where_its_rule_has_no_range_norm(self) -> None:
+        """A rule that gives batch normalisation a recipe without Range BN leaves it and says why."""
+        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+
+        report = lowbit.convert_(model, "sbm8", rules=[(nn.BatchNorm1d, "bf16")])
+
+        assert type(model[1]) is nn.BatchNorm1d
+        assert report.rows[1].reason == "has no product"
+
+
+class TestTransformer:
+    """torch's own encoder, whose evaluation would go around its linear layers."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """The names of the linear layers that ran, in order."""
+        names: list[str] = []
+        linear = products.linear
+
+        def spy(*args: Any, **kwargs: Any) -> Tensor:
+            names.append(kwargs["setting"].layer)
+            return linear(*args, **kwargs)
+
+        monkeypatch.setattr(products, "linear", spy)
+        return names
+
+    @pytest.mark.parametrize("kind", ["layer", "encoder"])
+    @pytest.mark.parametrize("padded", [True, False])
+    @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_converted_linears_are_called(
+        self, calls: list[str], kind: str, padded: bool, context: Any, training: bool
+    ) -> None:
+        """In training and evaluation, with and without gradients and padding, each linear layer runs once a block."""
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        model: nn.Module = nn.TransformerEncoder(layer, 2) if kind == "encoder" else layer
+        lowbit.convert_(model, "sbm8", rules=[(nn.MultiheadAttention, None)])
+        model.train(training)
+        mask = torch.tensor([[False] * 5, [False] * 4 + [True]]) if padded else None
+
+        with context():
+            y = model(torch.randn(2, 5, 8), src_key_padding_mask=mask)
+
+        blocks = ["layers.0.", "layers.1."] if kind == "encoder" else [""]
+        assert calls == [block + name for block in blocks for name in ("linear1", "linear2")]
+        assert y.shape == (2, 5, 8)
+
+    def test_restored_encoder_has_its_fast_path_again(self, calls: list[str]) -> None:
+        """restore_ gives back nested tensors and removes every hook."""
+        model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+        before = _snapshot(model)
+
+        lowbit.convert_(model, "sbm8", rules=[(nn.MultiheadAttention, None)])
+        assert not model.use_nested_tensor
+        lowbit.restore_(model)
+
+        assert model.use_nested_tensor
+        assert _is_same(_snapshot(model), before)
+        assert calls == []
+
+
+class TestState:
+    """lowbit.state_dict and lowbit.load_state_dict."""
+
+    def test_it_loads_without_pickled_code(self) -> None:
+        """The state survives torch.save and torch.load(weights_only=True), and continues the run bit for bit."""
+        model, x = _mlp(), torch.randn(5, 6)
+        lowbit.convert_(model, "sbm8", seed=3)
+        twin = copy.deepcopy(model)
+        model(x)
+        file = io.BytesIO()
+        torch.save(lowbit.state_dict(model), file)
+        file.seek(0)
+
+        lowbit.load_state_dict(twin, torch.load(file, weights_only=True))
+        losses = [m(x).square().sum() for m in (model, twin)]
+        grads = [torch.autograd.grad(loss, list(m.parameters())) for loss, m in zip(losses, (model, twin), strict=True)]
+
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+        assert lowbit.state_dict(twin)["groups"][0]["step"] == 2
+        assert lowbit.state_dict(twin)["groups"][0]["seed"] == 3
+
+    def test_it_is_a_copy(self) -> None:
+        """A later training step changes no tensor of a saved state."""
+        model = _mlp()
+        lowbit.convert_(model, "sbm8")
+        model(torch.randn(5, 6))
+        state = lowbit.state_dict(model)
+        kept = copy.deepcopy(state)
+
+        model(10 * torch.randn(5, 6))
+
+        ranges = [s["groups"][0]["sites"]["0"]["running_range"] for s in (state, kept, lowbit.state_dict(model))]
+        assert torch.equal(ranges[0], ranges[1])
+        assert not torch.equal(ranges[0], ranges[2])
+
+    @pytest.mark.parametrize(
+        ("recipe", "rules", "message"),
+        [
+            ("w4a4g6", [], "3 layers differ, first '0'"),
+            ("sbm8", [("2", None)], "1 layers differ, first '2'.*here none"),
+            ("sbm8", [("2", "bf16")], r"1 layers differ, first '2': saved \(recipe, engine\) \('sbm8', 'reference'\)"),
+        ],
+    )
+    def test_another_conversion_is_refused_and_changes_nothing(
+        self, recipe: str, rules: list[Any], message: str
+    ) -> None:
+        """The state of other recipes or layers is a UsageError that names the first difference."""
+        model, other = _mlp(), _mlp()
+        lowbit.convert_(model, "sbm8", seed=5)
+        lowbit.convert_(other, recipe, rules=rules)
+        if recipe == "w4a4g6":
+            lowbit.restore_(other)
+            lowbit.convert_(other, recipe, rules=[("4", "w4a4g6")])
+
+        with pytest.raises(UsageError, match=message):
+            lowbit.load_state_dict(other, lowbit.state_dict(model))
+
+        assert lowbit.state_dict(other)["groups"][0]["seed"] == 0
+
+    @pytest.mark.parametrize("state", [{}, {"version": 2, "groups": []}, {"version": 1}, []])
+    def test_what_is_no_state_is_refused(self, state: Any) -> None:
+        """Something else, or a later version, is a UsageError."""
+        model = _mlp()
+        lowbit.convert_(model, "sbm8")
+
+        with pytest.raises(UsageError, match=r"no state of lowbit\.state_dict"):
+            lowbit.load_state_dict(model, state)
+
+    def test_a_plain_model_has_no_state(self) -> None:
+        """state_dict of a model without converted layers is a UsageError."""
+        with pytest.raises(UsageError, match="nothing in this model is converted"):
+            lowbit.state_dict(_mlp())
+
+
+def test_the_report_shows_bits_and_engine_of_each_product() -> None:
+    """A printed report has a line per layer with the bits of its three products and its engine."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+
+    lines = str(lowbit.convert_(model, "sbm8")).splitlines()
+
+    assert lines[0].startswith("sbm8: 1 of 2 layers converted")
+    linear = next(line for line in lines if "Linear" in line)
+    assert linear.split() == ["0", "Linear", "sbm8", "8x8", "8x8", "16x8", "reference"]
+    assert "has no product" in str(lines)
+
+
+def test_converted_layers_are_still_instances_of_their_plain_type() -> None:
+    """Code that asks for nn.Linear finds the converted layer."""
+    layer = nn.Linear(3, 3)
+    lowbit.convert_(layer, "sbm8")
+
+    assert isinstance(layer, nn.Linear)
+    assert type(layer) is QuantLinear

@@ -1,0 +1,448 @@
+"""Proof of what ran: complete rows, honest figures, and failure where a product is not what was promised."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+import lowbit
+from lowbit import Proof, RunError, UsageError, VerificationError, products
+from lowbit.verify import angle_bound, bits_needed
+
+ALL = ["output", "grad_input", "grad_weight"]
+
+
+def _mlp() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    lowbit.convert_(model, "sbm8")
+    return model
+
+
+def _prove(model: nn.Module, x: Tensor) -> Proof:
+    """The proof of one training step."""
+    with lowbit.verify(model) as proof:
+        y = model(x)
+        (y[0] if isinstance(y, tuple) else y).square().sum().backward()
+    return proof
+
+
+def _outside(proof: Proof) -> dict[tuple[str, str], tuple[int, int | None]]:
+    """Calls and MACs by operator and module."""
+    return {(row.op, row.module): (row.calls, row.macs) for row in proof.outside}
+
+
+class TestRows:
+    """A row for each product of each converted layer."""
+
+    def test_linear_layers(self) -> None:
+        """Each layer has its products in order; the first one's input needs no gradient."""
+        proof = _prove(_mlp(), torch.randn(5, 6))
+
+        rows = [(row.layer, row.product, row.calls, row.bits, row.engine) for row in proof.rows]
+        assert rows == [
+            ("0", "output", 1, "8x8", "reference"),
+            ("0", "grad_weight", 1, "16x8", "reference"),
+            ("2", "output", 1, "8x8", "reference"),
+            ("2", "grad_input", 1, "8x8", "reference"),
+            ("2", "grad_weight", 1, "16x8", "reference"),
+        ]
+
+    def test_a_recurrent_layer(self) -> None:
+        """An LSTM has a row for each matrix and product, the recurrent ones once per time step."""
+        model = nn.LSTM(3, 4, 2)
+        lowbit.convert_(model, "sbm8")
+
+        proof = _prove(model, torch.randn(5, 2, 3, requires_grad=True))
+
+        calls = {(row.layer, row.product): row.calls for row in proof.rows}
+        for layer in (0, 1):
+            for product in ALL:
+                assert calls[f"weight_ih_l{layer}", product] == 1
+            assert calls[f"weight_hh_l{layer}", "output"] == calls[f"weight_hh_l{layer}", "grad_weight"] == 5
+            # The first state is zeros that nobody differentiates.
+            assert calls[f"weight_hh_l{layer}", "grad_input"] == 4
+
+    def test_range_norm(self) -> None:
+        """Range BN shows the quantisation of its input and of its gradient, and no MACs."""
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        lowbit.convert_(model, "sbm8")
+
+        proof = _prove(model, torch.randn(4, 3, 6, 6))
+
+        rows = [row for row in proof.rows if row.layer == "1"]
+        assert [(row.product, list(row.operands), row.macs) for row in rows] == [
+            ("output", ["input"], 0),
+            ("grad_input", ["grad_output"], 0),
+        ]
+        assert all(15 < row.sqnr_db < 60 for row in rows)
+
+    def test_macs_of_converted_layers_equal_a_count_by_hand(self) -> None:
+        """A grouped convolution's three products have batch x positions x outputs x (inputs / groups) x window MACs."""
+        model = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2))
+        lowbit.convert_(model, "sbm8")
+
+        proof = _prove(model, torch.randn(2, 4, 8, 8, requires_grad=True))
+
+        assert [row.macs for row in proof.rows] == [2 * 16 * 6 * 2 * 9] * 3
+
+    def test_evaluation_has_outputs_only(self) -> None:
+        """Without a backward only the outputs are due."""
+        model = _mlp().eval()
+
+        with lowbit.verify(model) as proof, torch.no_grad():
+            model(torch.randn(5, 6))
+
+        assert [(row.layer, row.product) for row in proof.rows] == [("0", "output"), ("2", "output")]
+
+    def test_two_steps_are_summed(self) -> None:
+        """Calls and MACs of two steps are twice those of one."""
+        model = _mlp()
+        with lowbit.verify(model) as proof:
+            for _ in range(2):
+                model(torch.randn(5, 6)).sum().backward()
+
+        assert {row.calls for row in proof.rows} == {2}
+        assert proof.rows[0].macs == 2 * 5 * 6 * 8
+
+    def test_watching_changes_no_gradient(self) -> None:
+        """A step under verify gives bit for bit the gradients of the step alone."""
+        x, grads = torch.randn(5, 6), []
+        for watched in (False, True):
+            torch.manual_seed(1)
+            model = _mlp()
+            if watched:
+                _prove(model, x)
+            else:
+                model(x).square().sum().backward()
+            grads.append([p.grad for p in model.parameters()])
+
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+class TestFigures:
+    """Signal to noise, cosine, clipped share and the angle theory, against computations of the test's own."""
+
+    def test_sqnr_and_cosine_of_an_output(self) -> None:
+        """SQNR and cosine of a product equal those computed from plain and quantised outputs."""
+        model, x = nn.Linear(6, 8, bias=False), torch.randn(5, 6)
+        exact = F.linear(x, model.weight).detach().double()
+        lowbit.convert_(model, "sbm8")
+
+        proof = _prove(model, x)
+
+        actual = model(x).detach().double()
+        row = proof.rows[0]
+        expected = 10 * math.log10(exact.square().sum() / (exact - actual).square().sum())
+        assert row.sqnr_db == pytest.approx(expected, abs=1e-3)
+        assert row.cosine == pytest.approx(float((exact * actual).sum() / exact.norm() / actual.norm()), abs=1e-9)
+        assert 5 < row.sqnr_db < 60
+
+    def test_sqnr_of_an_operand(self) -> None:
+        """The weight's SQNR is that of its own grid."""
+        model = nn.Linear(6, 8, bias=False)
+        w = model.weight.detach().double()
+        step = w.abs().amax(1, keepdim=True) / 127
+        error = w - (w / step).round() * step
+        lowbit.convert_(model, "sbm8")
+
+        proof = _prove(model, torch.randn(5, 6))
+
+        expected = 10 * math.log10(w.square().sum() / error.square().sum())
+        assert proof.rows[0].operands["weight"].sqnr_db == pytest.approx(expected, abs=1e-2)
+
+    def test_clipped_share_equals_a_count_by_hand(self) -> None:
+        """Of eight inputs in [0, 1] and [0, 3], the one at 3 lies beyond the mean of extremes."""
+        model = nn.Linear(4, 2)
+        lowbit.convert_(model, "sbm8")
+        x = torch.tensor([[0.0, 0.2, 0.5, 1.0], [0.0, 1.0, 2.0, 3.0]])
+
+        proof = _prove(model, x)
+
+        assert proof.rows[0].operands["input"].clipped == pytest.approx(1 / 8)
+        assert proof.rows[0].clipped == pytest.approx(1 / 8)
+        assert proof.rows[0].operands["weight"].clipped == 0
+
+    def test_the_fp32_recipe_has_no_error(self) -> None:
+        """With fp32 operands SQNR is infinite and cosine 1, and verification passes."""
+        model = nn.Linear(6, 8)
+        lowbit.convert_(model, "fp32")
+
+        proof = _prove(model, torch.randn(5, 6))
+
+        assert all(row.sqnr_db == math.inf and row.cosine == pytest.approx(1) for row in proof.rows)
+        assert all(row.angle_bound is None and row.bits_needed is None for row in proof.rows)
+
+    @pytest.mark.parametrize(("cosine", "bits"), [(0.95, 4.9), (0.98, 6.2), (0.99, 7.2), (0.995, 8.2)])
+    def test_bits_needed_are_those_of_the_theory(self, cosine: float, bits: float) -> None:
+        """For a million values the theory asks for 4.9 to 8.2 bits."""
+        assert bits_needed(cosine, 10**6) == pytest.approx(bits, abs=0.06)
+
+    @pytest.mark.parametrize("elements", [10, 10**3, 10**6])
+    @pytest.mark.parametrize("bits", [2, 4, 8])
+    def test_bits_needed_is_the_inverse_of_the_bound(self, bits: int, elements: int) -> None:
+        """The bits needed for the cosine that M bits guarantee are M."""
+        bound = 2**bits / (2**bits + math.sqrt(math.log(elements)) / math.sqrt(6))
+        assert angle_bound(bits, elements) == pytest.approx(bound)
+        assert bits_needed(angle_bound(bits, elements), elements) == pytest.approx(bits)
+
+    def test_the_bound_holds_for_normal_values(self) -> None:
+        """A weight of 4096 normal values keeps the cosine that the theory guarantees for 8 bits."""
+        model = nn.Linear(64, 64)
+        nn.init.normal_(model.weight)
+        lowbit.convert_(model, "sbm8")
+
+        weight = _prove(model, torch.randn(5, 64)).rows[0].operands["weight"]
+
+        assert weight.angle_bound == angle_bound(8, 4096)
+        assert weight.angle_bound < weight.cosine < 1
+
+    def test_a_proof_prints_its_rows(self) -> None:
+        """The text has a line for each product and says that nothing ran outside."""
+        text = str(_prove(_mlp(), torch.randn(5, 6)))
+
+        assert text.count("reference") == 5
+        assert "No product ran outside them." in text
+
+
+class TestFailures:
+    """What makes the context raise."""
+
+    def test_a_layer_that_is_not_called(self) -> None:
+        """A converted layer that did not run is named."""
+        model = _mlp()
+
+        def step() -> None:
+            with lowbit.verify(model):
+                model[0](torch.randn(5, 6)).sum().backward()
+
+        with pytest.raises(VerificationError, match="2: the quantisers of this converted Linear did not run"):
+            step()
+
+    def test_a_layer_whose_forward_was_replaced(self) -> None:
+        """A layer whose instance runs another forward is named, though its result is right."""
+        model = _mlp()
+        layer = model[2]
+        layer.forward = lambda x: F.linear(x, layer.weight, layer.bias)
+
+        with pytest.raises(VerificationError, match="2: the quantisers"):
+            _prove(model, torch.randn(5, 6))
+
+    @pytest.mark.parametrize("product", ["grad_input", "grad_weight"])
+    def test_a_gradient_that_did_not_run(self, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A backward that skips one product of a layer is caught with the number of runs that were due."""
+        original = products.gradients
+
+        def skipping(g: Tensor, x: Any, w: Any, kept: Any, needs: tuple[bool, bool, bool]) -> Any:
+            needs = (needs[0] and product != "grad_input", needs[1] and product != "grad_weight", needs[2])
+            return original(g, x, w, kept, needs)
+
+        monkeypatch.setattr(products, "gradients", skipping)
+        model = nn.Sequential(nn.Linear(6, 4))
+        lowbit.convert_(model, "sbm8")
+
+        with pytest.raises(VerificationError, match=f"0: {product} ran 0 times, 1 were due"):
+            _prove(model, torch.randn(5, 6, requires_grad=True))
+
+    @pytest.mark.parametrize("product", ["output", "grad_input", "grad_weight"])
+    def test_a_product_of_unquantised_operands(self, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A product that equals the full-precision one although its operands were off the grid is caught."""
+        exact: dict[int, Tensor] = {}
+        quantize = products.quantize_operand
+
+        def remember(x: Tensor, *args: Any) -> Any:
+            result = quantize(x, *args)
+            exact[id(result.values)] = x
+            return result
+
+        def full_precision(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            return lambda self, a, b, *rest: original(self, exact.get(id(a), a), exact.get(id(b), b), *rest)
+
+        monkeypatch.setattr(products, "quantize_operand", remember)
+        monkeypatch.setattr(products.Linear, product, full_precision(getattr(products.Linear, product)))
+        model = nn.Sequential(nn.Linear(6, 4))
+        lowbit.convert_(model, "sbm8-hoffer" if product == "output" else "sbm8")
+
+        with pytest.raises(VerificationError, match=f"0: {product} equals the full-precision product"):
+            _prove(model, torch.randn(5, 6, requires_grad=True))
+
+    def test_an_unconverted_model(self) -> None:
+        """Watching a plain model is a UsageError that says what to call."""
+        with pytest.raises(UsageError, match=r"call lowbit\.convert_ first"), lowbit.verify(nn.Linear(3, 3)):
+            pass
+
+    def test_nothing_stays_registered_after_an_exception(self) -> None:
+        """An exception in a product passes through and leaves no observer, hook or dispatch mode."""
+        model = _mlp()
+
+        with pytest.raises(RuntimeError, match="shapes"), lowbit.verify(model):
+            model(torch.randn(5, 7))
+
+        assert not products.is_observed()
+        assert not products.is_inside()
+        assert _get_current_dispatch_mode() is None
+        assert not torch_module._global_forward_hooks
+        assert not torch_module._global_forward_pre_hooks
+
+
+class _Two(nn.Module):
+    """A converted linear layer `q` followed by a part that stays plain."""
+
+    def __init__(self, part: nn.Module, call: Callable[[nn.Module, Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.q, self.part = nn.Linear(4, 4), part
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The part applied to the layer's output."""
+        x = self.q(x)
+        y = self.part(x) if self.call is None else self.call(self.part, x)
+        return y[0] if isinstance(y, tuple) else y
+
+
+class TestOutside:
+    """Products that ran outside converted layers, with MACs counted by hand."""
+
+    @staticmethod
+    def _run(part: nn.Module, x: Tensor, call: Callable[[nn.Module, Tensor], Tensor] | None = None) -> Proof:
+        model = _Two(part, call)
+        lowbit.convert_(model, "sbm8", rules=[] if isinstance(part, nn.Identity) else [("part", None)])
+        return _prove(model, x)
+
+    def test_a_skipped_linear_layer(self) -> None:
+        """A layer that a rule leaves is listed with three times rows x inputs x outputs."""
+        proof = self._run(nn.Linear(4, 7), torch.randn(5, 4))
+
+        assert {module for _, module in _outside(proof)} == {"part"}
+        assert sum(row.macs or 0 for row in proof.outside) == 3 * 5 * 4 * 7
+
+    @pytest.mark.parametrize(
+        ("part", "forward"),
+        [
+            (nn.Conv1d(4, 6, 3, groups=2), 2 * 6 * 6 * 2 * 3),
+            (nn.Conv1d(4, 4, 3, groups=4, stride=2), 2 * 3 * 4 * 1 * 3),
+            (nn.ConvTranspose1d(4, 6, 3, groups=2, stride=2), 2 * 8 * 4 * 3 * 3),
+        ],
+        ids=["groups", "depthwise", "transposed"],
+    )
+    def test_skipped_convolutions(self, part: nn.Module, forward: int) -> None:
+        """Grouped, depthwise and transposed convolutions count one forward and two such backward products."""
+        proof = self._run(part, torch.randn(2, 8, 4), lambda layer, x: layer(x.transpose(1, 2)))
+
+        assert _outside(proof) == {
+            ("aten.convolution", "part"): (1, forward),
+            ("aten.convolution_backward", "part"): (1, 2 * forward),
+        }
+
+    @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs the fused LSTM of oneDNN")
+    @pytest.mark.parametrize("layers", [1, 2])
+    @pytest.mark.parametrize("bidirectional", [True, False])
+    def test_a_skipped_lstm(self, layers: int, bidirectional: bool) -> None:
+        """A plain LSTM counts time x batch x gates x (inputs + hidden) for each layer and direction, backward twice."""
+        part = nn.LSTM(4, 3, layers, bidirectional=bidirectional)
+        weights = sum(p.numel() for n, p in part.named_parameters() if "weight" in n)
+
+        proof = self._run(part, torch.randn(5, 2, 4))
+
+        forward, backward = 5 * 2 * weights, 2 * 5 * 2 * weights
+        assert {op: macs for (op, _), (_, macs) in _outside(proof).items()} == {
+            "aten.mkldnn_rnn_layer": forward,
+            "aten.mkldnn_rnn_layer_backward": backward,
+        }
+
+    def test_attention_forward_and_backward(self) -> None:
+        """Fused attention counts heads x positions squared x width twice forward and five times backward."""
+
+        def attend(_: nn.Module, x: Tensor) -> Tensor:
+            heads = x.unflatten(-1, (2, 2)).transpose(1, 2)
+            return F.scaled_dot_product_attention(heads, heads, heads)
+
+        proof = self._run(nn.Identity(), torch.randn(3, 5, 4), attend)
+
+        one = 3 * 2 * 5 * 5 * 2
+        macs = {op: macs for (op, _), (_, macs) in _outside(proof).items()}
+        assert macs == {
+            "aten._scaled_dot_product_flash_attention_for_cpu": 2 * one,
+            "aten._scaled_dot_product_flash_attention_for_cpu_backward": 5 * one,
+        }
+
+    @pytest.mark.parametrize("way", ["matmul", "einsum", "functional"])
+    def test_functional_products(self, way: str) -> None:
+        """Products without a module are listed under the module that calls them."""
+        w = torch.randn(4, 7)
+
+        def call(_: nn.Module, x: Tensor) -> Tensor:
+            if way == "matmul":
+                return x @ w
+            return torch.einsum("bi,io->bo", x, w) if way == "einsum" else F.linear(x, w.t())
+
+        proof = self._run(nn.Identity(), torch.randn(5, 4), call)
+
+        assert sum(row.macs or 0 for row in proof.outside) == 2 * 5 * 4 * 7
+        assert {row.module for row in proof.outside} == {""}
+
+    def test_what_has_no_formula_is_listed_without_a_count(self) -> None:
+        """The fused attention of torch in evaluation is listed and said not to be counted."""
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        lowbit.convert_(layer, "sbm8", rules=[(nn.MultiheadAttention, None)])
+        layer.eval()
+
+        with lowbit.verify(layer) as proof, torch.no_grad():
+            layer(torch.randn(2, 5, 4))
+
+        row = next(row for row in proof.outside if row.op == "aten._native_multi_head_attention")
+        assert row.macs is None
+        assert row.share is None
+        assert "not counted" in str(proof)
+
+    def test_shares_are_of_all_products(self) -> None:
+        """Each share is the row's part of the MACs inside and outside together."""
+        proof = self._run(nn.Linear(4, 7), torch.randn(5, 4))
+
+        inside = sum(row.macs for row in proof.rows)
+        assert inside == 2 * 5 * 4 * 4
+        total = inside + 3 * 5 * 4 * 7
+        assert sum(row.share or 0 for row in proof.outside) == pytest.approx(1 - inside / total)
+        assert all(row.share == pytest.approx((row.macs or 0) / total) for row in proof.outside)
+
+    def test_products_of_converted_layers_are_not_outside(self) -> None:
+        """A fully converted network of convolutions, LSTM and linear layers has nothing outside."""
+        model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(24, 3))
+        lowbit.convert_(model, "sbm8")
+
+        assert _prove(model, torch.randn(5, 4, 8)).outside == []
+
+
+class TestTripwire:
+    """The error at the first operand that is not finite."""
+
+    def test_it_names_layer_and_operand(self) -> None:
+        """A nan in the input of a layer raises with the layer's name, operand and product."""
+        model = _mlp()
+        with torch.no_grad():
+            model[0].bias[0] = math.nan
+
+        with pytest.raises(RunError, match="2: input of output has a nan or inf"), lowbit.tripwire():
+            model(torch.randn(5, 6))
+
+    def test_it_sees_gradients(self) -> None:
+        """An inf that arrives in backward raises there."""
+        model = _mlp()
+        y = model(torch.randn(5, 6))
+
+        with pytest.raises(RunError, match="2: grad_output of grad_input has a nan or inf"), lowbit.tripwire():
+            y.backward(torch.full_like(y, math.inf))
+
+    def test_it_lets_finite_values_pass(self) -> None:
+        """A step without nan or inf is left alone, and nothing watches afterwards."""
+        model = _mlp()
+
+        with lowbit.tripwire():
+            model(torch.randn(5, 6)).sum().backward()
+
+        assert not products.is_observed()
