@@ -368,3 +368,78 @@ def test_products_run_in_converted_layers_only_once() -> None:
         ("2", "grad_weight"),
         ("0", "grad_weight"),
     ]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_in_evaluation_keeps_the_running_range(reentrant: bool) -> None:
+    """A recomputed evaluation takes the running range, as the forward did, not its batch's."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    lowbit.convert_(model, "sbm8")
+    model(torch.randn(6, 4) * 0.1)
+    model.eval()
+    x = torch.randn(6, 4, requires_grad=True)
+
+    gradients = []
+    for y in (model(x), checkpoint(model, x, use_reentrant=reentrant)):
+        model.zero_grad()
+        y.square().sum().backward()
+        gradients.append(model[0].weight.grad.clone())
+
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_the_whole_model_is_one_step(reentrant: bool) -> None:
+    """The forward that a backward runs again does not advance the step."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    lowbit.convert_(model, "sbm8")
+
+    checkpoint(model, torch.randn(6, 4, requires_grad=True), use_reentrant=reentrant).sum().backward()
+
+    assert _clock_step(model) == 1
+
+
+def test_an_odd_same_padding_adds_real_zeros() -> None:
+    """Where zero is off the grid, an even kernel's padding is still zero and not the grid's nearest value."""
+    layer = nn.Conv1d(1, 1, 2, padding="same", bias=False)
+    nn.init.ones_(layer.weight)
+    lowbit.convert_(layer, Recipe.from_name("sbm8-cpt").replace(last="convert"))
+    x = torch.linspace(1, 2, 9).reshape(1, 1, 9)
+
+    y = layer(x)
+
+    assert y.shape == x.shape
+    assert abs(y[0, 0, -1].item() - 2) < 0.01
+    assert not torch.equal(y[0, 0, :-1], (x[0, 0, :-1] + x[0, 0, 1:]))
+
+
+def test_bits_of_a_forward_are_those_of_its_backward() -> None:
+    """Bits that change between forward and backward do not reach the backward that is still to come."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    lowbit.convert_(model, Recipe.from_name("sbm8-cpt").replace(last="convert"))
+    x = torch.randn(4, 8)
+    lowbit_state = lowbit.state_dict(model)
+    model(x).square().sum().backward()
+    expected = model[0].weight.grad.clone()
+    lowbit.load_state_dict(model, lowbit_state)
+    model.zero_grad()
+
+    loss = model(x).square().sum()
+    model[0].site.bits.fill_(2)
+    loss.backward()
+
+    assert torch.equal(model[0].weight.grad, expected)
+
+
+def test_a_compiled_model_gives_the_eager_values() -> None:
+    """torch.compile leaves converted layers eager and compiles the rest: output and gradients are the same."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    lowbit.convert_(model, "sbm8")
+    again = copy.deepcopy(model)
+    compiled = torch.compile(again, backend="aot_eager")
+    x = torch.randn(6, 8)
+
+    kept = _gradients(model, x, list(model.parameters()))
+    other = _gradients(compiled, x, list(again.parameters()))
+
+    assert _same(kept, other)

@@ -235,7 +235,7 @@ class TestFailures:
 
     @pytest.mark.parametrize("product", ["grad_input", "grad_weight"])
     def test_a_gradient_that_did_not_run(self, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A backward that skips one product of a layer is caught with the number of runs that were due."""
+        """A backward that skips one product of a layer is caught by name."""
         original = products.gradients
 
         def skipping(g: Tensor, x: Any, w: Any, kept: Any, needs: tuple[bool, bool, bool]) -> Any:
@@ -246,7 +246,7 @@ class TestFailures:
         model = nn.Sequential(nn.Linear(6, 4))
         lowbit.convert_(model, "sbm8")
 
-        with pytest.raises(VerificationError, match=f"0: {product} ran 0 times, 1 were due"):
+        with pytest.raises(VerificationError, match=f"0: {product} was due in the backward and did not run"):
             _prove(model, torch.randn(5, 6, requires_grad=True))
 
     @pytest.mark.parametrize("product", ["output", "grad_input", "grad_weight"])
@@ -446,3 +446,81 @@ class TestTripwire:
             model(torch.randn(5, 6)).sum().backward()
 
         assert not products.is_observed()
+
+
+class TestQuantisersThatDoNothing:
+    """A quantiser that returns what it got is caught, whatever it says of itself."""
+
+    def test_values_off_the_grid(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """More distinct values under one scale than the bits can tell apart were not quantised."""
+        model = nn.Sequential(nn.Linear(64, 32))
+        lowbit.convert_(model, "sbm8")
+        monkeypatch.setattr(products, "quantize_operand", lambda x, *_: products.Quantized(x, 0.0))
+
+        with pytest.raises(VerificationError, match="distinct values under one scale, more than 8 bits"):
+            _prove(model, torch.randn(64, 64))
+
+
+def test_layers_of_parts_converted_apart_are_told_apart() -> None:
+    """Two layers that were each converted as a model of their own have rows of their own, and one cannot hide."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    lowbit.convert_(model[0], "sbm8", seed=0)
+    lowbit.convert_(model[1], "sbm8", seed=1)
+
+    proof = _prove(model, torch.randn(3, 4))
+    assert {row.layer for row in proof.rows} == {"0", "1"}
+    with pytest.raises(VerificationError, match="1: the quantisers of this converted Linear did not run"):
+        _step_of_the_first_layer(model)
+
+
+def _step_of_the_first_layer(model: nn.Sequential) -> None:
+    """A proof of the whole model around a step of its first layer only."""
+    with lowbit.verify(model):
+        model[0](torch.randn(3, 4)).sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_is_no_failure(reentrant: bool) -> None:
+    """A layer that gradient checkpointing runs twice still has all its products."""
+    model = _mlp()
+
+    with lowbit.verify(model) as proof:
+        x = torch.randn(5, 6, requires_grad=True)
+        torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+
+    assert {row.product for row in proof.rows if row.layer == "0"} == set(ALL)
+
+
+def test_a_forward_without_gradients_beside_a_step_is_no_failure() -> None:
+    """What runs under no_grad promises no backward."""
+    model = _mlp()
+
+    with lowbit.verify(model) as proof:
+        with torch.no_grad():
+            model(torch.randn(5, 6))
+        model(torch.randn(5, 6)).sum().backward()
+
+    assert [row.calls for row in proof.rows if row.layer == "2"] == [2, 1, 1]
+
+
+def test_vector_and_bilinear_products_are_listed() -> None:
+    """A matrix times a vector is counted, and a Bilinear layer is listed without a count."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 4)
+            self.bilinear = nn.Bilinear(4, 4, 3)
+            self.matrix = nn.Parameter(torch.randn(5, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            return self.matrix @ self.bilinear(y, y).sum(0)
+
+    model = Model()
+    lowbit.convert_(model, "sbm8", rules=[("bilinear", None)])
+
+    outside = _outside(_prove(model, torch.randn(5, 6)))
+
+    assert outside["aten.mv", ""][1] is not None
+    assert any(op == "aten._trilinear" and macs is None for (op, _), (_, macs) in outside.items())

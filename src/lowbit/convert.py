@@ -5,6 +5,8 @@ parameters and its hooks stay. So shared layers, layers used twice and a bare la
 """
 
 import re
+import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,18 +18,26 @@ from lowbit.errors import UsageError, unknown
 from lowbit.formats import Format, Integer
 from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS
 from lowbit.nn.layers import QuantLayer
-from lowbit.nn.site import Clock, Site
+from lowbit.nn.site import Clock
 from lowbit.products import ENGINES
-from lowbit.recipe import Recipe
+from lowbit.recipe import Recipe, recipes
 from lowbit.tables import text_table
 
 RecipeLike = Recipe | str
 Matcher = str | re.Pattern[str] | type
 Rule = tuple[Matcher, RecipeLike | None]
 
-PLAIN_TYPES: dict[type[nn.Module], type[nn.Module]] = {
+LEFT_BY_RULE = "a rule leaves it"
+
+_PLAIN_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     twin: plain for plain, twin in (PRODUCT_LAYERS | NORM_LAYERS).items()
 }
+
+
+def plain_type(layer: nn.Module) -> type[nn.Module]:
+    """The torch class that a converted layer stands for; of any other layer its own class."""
+    return next((_PLAIN_TYPES[base] for base in type(layer).__mro__ if base in _PLAIN_TYPES), type(layer))
+
 
 # Layers with products that cannot be converted, and why; the walk does not go inside them.
 _REFUSED: dict[type[nn.Module], str] = {
@@ -135,21 +145,24 @@ def convert_(
             recipe's policy for first and last layers; None leaves the layer alone.
         strict: True raises where a layer should be converted and cannot; False leaves it and says so in the report.
         engine: ``"auto"`` or one of `lowbit.products.ENGINES`.
-        seed: of all noise in stochastic rounding.
+        seed: of all noise in stochastic rounding. Parts of one model that are converted apart need a seed each.
 
     Returns:
         The report, a row per layer.
 
     Raises:
-        UsageError: unknown recipe or engine, a rule that decided no layer, a layer that cannot be converted, a
-            model that is compiled or converted already. The model is then unchanged.
+        UsageError: unknown recipe or engine, a rule that decided no layer, a layer that cannot be converted, nothing
+            to convert, a model that is compiled or converted already. The model is then unchanged.
     """
-    recipe = Recipe.from_name(recipe) if isinstance(recipe, str) else recipe
-    resolved = [(which, Recipe.from_name(r) if isinstance(r, str) else r) for which, r in rules]
+    recipe = _recipe(recipe)
+    resolved = [(which, None if r is None else _recipe(r)) for which, r in map(_pair, rules)]
     if engine not in ("auto", *ENGINES):
         raise unknown("engine", engine, ("auto", *ENGINES))
     _check_model(model)
     plans = _plan(model, recipe, resolved, strict)
+    if strict and not any(plan.twin or plan.reason == LEFT_BY_RULE for plan in plans):
+        reasons = "; ".join(f"{p.name or 'the model'} ({_type_name(p.layer)}): {p.reason}" for p in plans[:5])
+        raise UsageError(f"nothing in this model would be converted. {reasons or 'It has no layer with products'}")
 
     clock = Clock(seed)
     for plan in plans:
@@ -165,12 +178,28 @@ def convert_(
     return Report(recipe=recipe.name, rows=tuple(_row(plan) for plan in plans), notes=_notes(clock))
 
 
+def _recipe(given: object) -> Recipe:
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, str):
+        return Recipe.from_name(given)
+    raise UsageError(f"recipe {given!r}: give a lowbit.Recipe or the name of one: {', '.join(recipes())}")
+
+
+def _pair(rule: object) -> Rule:
+    if isinstance(rule, tuple) and len(rule) == 2:
+        return rule
+    raise UsageError(f"rule {rule!r}: rules are pairs (which layers, recipe or None) in a list")
+
+
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise UsageError(f"convert_ got a {type(model).__name__}: give a torch.nn.Module")
     for name, module in model.named_modules():
         where = f"{name!r}" if name else "the model"
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+        # Where the compiler was never imported, nothing can be compiled; importing it takes a second.
+        compiler = sys.modules.get("torch._dynamo")
+        if module._compiled_call_impl is not None or (compiler and isinstance(module, compiler.OptimizedModule)):
             raise UsageError(f"{where} is compiled: convert the plain model first, then compile it")
         if isinstance(module, torch.jit.ScriptModule):
             raise UsageError(f"{where} is a TorchScript module: convert the plain model instead")
@@ -200,7 +229,9 @@ def _plan(
         "first": with_products[0] if with_products and recipe.first == "leave" else None,
         "last": with_products[-1] if with_products and recipe.last == "leave" else None,
     }
-    plans, used, refusals = [], set(), []
+    plans: list[_Plan] = []
+    used: set[int] = set()
+    refusals: list[tuple[str, str]] = []
     for name, layer in layers:
         rule = next((i for i, (which, _) in enumerate(rules) if _matches(which, name, layer)), None)
         if rule is not None:
@@ -209,19 +240,19 @@ def _plan(
         end = next((end for end, which in ends.items() if which is layer), None)
         twin, reason = None, ""
         if chosen is None:
-            reason = "a rule leaves it"
+            reason = LEFT_BY_RULE
         elif rule is None and end is not None:
             reason = f"{recipe.name} leaves the {end} layer"
         else:
             twin, reason, refused = _twin(layer, chosen)
             if refused:
-                refusals.append(f"{name or 'the model'} ({_type_name(layer)}): {reason}")
+                refusals.append((name, f"{name or 'the model'} ({_type_name(layer)}): {reason}"))
         plans.append(_Plan(name, layer, twin, chosen if twin else None, reason))
-    _check_rules(model, rules, used)
+    _check_rules(model, {plan.name for plan in plans}, rules, used)
     if strict and refusals:
         raise UsageError(
-            f"cannot convert {'; '.join(refusals)}. Leave such a layer in full precision with a rule, e.g. "
-            f"rules=[({refusals[0].split(' ')[0]!r}, None)], or pass strict=False to leave all of them"
+            f"cannot convert {'; '.join(text for _, text in refusals)}. Leave such a layer in full precision with a "
+            f"rule, e.g. rules=[({refusals[0][0]!r}, None)], or pass strict=False to leave all of them"
         )
     _mark_shared_parameters(plans)
     return plans
@@ -237,14 +268,21 @@ def _matches(which: Matcher, name: str, layer: nn.Module) -> bool:
     raise UsageError(f"rule for {which!r}: give a name, a compiled regular expression, or a module type")
 
 
-def _check_rules(model: nn.Module, rules: Sequence[tuple[Matcher, Recipe | None]], used: set[int]) -> None:
-    modules = dict(model.named_modules())
+def _check_rules(
+    model: nn.Module, layers: set[str], rules: Sequence[tuple[Matcher, Recipe | None]], used: set[int]
+) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first_names = {module: name for name, module in reversed(list(modules.items()))}
     for i, (which, _) in enumerate(rules):
         if i in used:
             continue
         shown = which.pattern if isinstance(which, re.Pattern) else getattr(which, "__name__", which)
-        hint = "no layer of that name or type is left for it (an earlier rule may have decided it)"
-        if isinstance(which, str) and which in modules:
+        hint = "no layer has that name or type"
+        if which in layers or not isinstance(which, str):
+            hint = "no layer has that name or type that an earlier rule did not decide"
+        elif which in modules and first_names[modules[which]] in layers:
+            hint = f"that layer is shared, and its first name {first_names[modules[which]]!r} counts"
+        elif which in modules:
             hint = f"{which!r} is no layer but holds some: use re.compile(r'{re.escape(which)}\\..*')"
         raise UsageError(f"rule {i + 1}, {shown!r}, decided nothing: {hint}")
 
@@ -275,6 +313,8 @@ def _twin(layer: nn.Module, recipe: Recipe) -> tuple[type[QuantLayer] | None, st
 
 def _unsupported(layer: nn.Module) -> str:
     """Why a layer of a known type cannot be converted; empty where it can."""
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the object, which conversion would not reach"
     for name, p in layer.named_parameters(recurse=False):
         if not p.is_floating_point():
             return f"{name} is {p.dtype}, not floating point"
@@ -299,7 +339,7 @@ def _mark_shared_parameters(plans: list[_Plan]) -> None:
 
 
 def _type_name(layer: nn.Module) -> str:
-    return PLAIN_TYPES.get(type(layer), type(layer)).__name__
+    return plain_type(layer).__name__
 
 
 def _row(plan: _Plan) -> Row:
@@ -368,12 +408,18 @@ def restore_(model: nn.Module) -> None:
     if not layers:
         raise UsageError("restore_: nothing in this model is converted")
     for layer in layers:
+        if type(layer) not in _PLAIN_TYPES:
+            raise UsageError(
+                f"restore_: {layer.sites()[0].name or 'the model'} is a {type(layer).__name__} since its conversion: "
+                "undo that first"
+            )
+    for layer in layers:
         for site in layer.sites():
             site.clock.sites.remove(site)
         del layer.site
         layer.__dict__.pop("norm", None)
         plain: Any = layer
-        plain.__class__ = PLAIN_TYPES[type(layer)]
+        plain.__class__ = _PLAIN_TYPES[type(layer)]
     for module in model.modules():
         _remove_hooks(module)
 
@@ -405,7 +451,9 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
                 "sites": {
                     site.name: {
                         "recipe": site.recipe.name,
+                        "formats": _fingerprint(site.recipe),
                         "engine": site.engine,
+                        "uses": site.uses,
                         "bits": site.bits.detach().cpu().clone(),
                         "running_range": site.running_range.detach().cpu().clone(),
                     }
@@ -417,11 +465,16 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def _fingerprint(recipe: Recipe) -> int:
+    """A number that tells recipes of one name apart: a CRC of all their fields."""
+    return zlib.crc32(repr(recipe).encode())
+
+
 def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     """Give a converted model the state that `state_dict` returned; nothing changes where it does not fit.
 
     Raises:
-        UsageError: the state is of another version, model or recipe.
+        UsageError: the state is of another version, model or recipe, or damaged.
     """
     if not isinstance(state, dict) or state.get("version") != 1 or not isinstance(state.get("groups"), list):
         raise UsageError("load_state_dict: this is no state of lowbit.state_dict, version 1")
@@ -429,22 +482,45 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     if len(groups) != len(state["groups"]):
         raise UsageError(f"load_state_dict: {len(state['groups'])} conversions saved, the model has {len(groups)}")
     for clock, saved in zip(groups, state["groups"], strict=True):
-        here = {site.name: (site.recipe.name, site.engine) for site in clock.sites}
-        there = {name: (entry["recipe"], entry["engine"]) for name, entry in saved["sites"].items()}
-        different = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-        if different:
-            name = different[0]
-            raise UsageError(
-                f"load_state_dict: {len(different)} layers differ, first {name!r}: saved (recipe, engine) "
-                f"{there.get(name, 'none')}, here {here.get(name, 'none')}. Convert the same model the same way first"
-            )
+        _check_group(clock, saved)
     for clock, saved in zip(groups, state["groups"], strict=True):
-        clock.seed = int(saved["seed"])
-        clock.set_step(int(saved["step"]))
+        clock.seed = saved["seed"]
+        clock.set_step(saved["step"])
         for site in clock.sites:
-            _load_site(site, saved["sites"][site.name])
+            entry = saved["sites"][site.name]
+            site.uses = entry["uses"]
+            site.bits.copy_(entry["bits"])
+            site.running_range.copy_(entry["running_range"])
 
 
-def _load_site(site: Site, entry: dict[str, Any]) -> None:
-    site.bits.copy_(entry["bits"])
-    site.running_range.copy_(entry["running_range"])
+def _check_group(clock: Clock, saved: Any) -> None:
+    """Raise unless a saved group has just the sites of this clock, each with the same recipe, engine and shapes."""
+    try:
+        whole = isinstance(saved["seed"], int) and isinstance(saved["step"], int)
+        there = {name: _identity(**entry) for name, entry in saved["sites"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"load_state_dict: the state is incomplete ({error})") from error
+    here = {
+        site.name: _identity(
+            recipe=site.recipe.name,
+            formats=_fingerprint(site.recipe),
+            engine=site.engine,
+            uses=site.uses,
+            bits=site.bits,
+            running_range=site.running_range,
+        )
+        for site in clock.sites
+    }
+    different = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    if different or not whole:
+        name = different[0] if different else ""
+        raise UsageError(
+            f"load_state_dict: {len(different)} layers differ, first {name!r}: saved {there.get(name, 'none')}, here "
+            f"{here.get(name, 'none')}. Convert the same model in the same way first"
+        )
+
+
+def _identity(*, recipe: str, formats: int, engine: str, uses: int, bits: Tensor, running_range: Tensor) -> str:
+    """What must agree between a saved site and one here."""
+    shapes = f"{tuple(bits.shape)}, {tuple(running_range.shape)}"
+    return f"recipe {recipe} ({formats:08x}), engine {engine}, shapes {shapes}, {type(uses).__name__}"

@@ -250,6 +250,7 @@ class Setting:
         input_range: lo and hi for `input` where its format keeps a running range; None: of the batch.
         layer: name for reports and errors.
         engine: how products are executed, one of `ENGINES`.
+        source: what calls, for observers.
     """
 
     recipe: Recipe
@@ -258,6 +259,7 @@ class Setting:
     input_range: tuple[Tensor, Tensor] | None = None
     layer: str = ""
     engine: str = "reference"
+    source: object = None
 
     def format(self, product: str, operand: str) -> Format:
         """The format of one operand of one product."""
@@ -278,19 +280,46 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class OperandRun:
-    """One operand of one product as it ran: its values before and after quantisation."""
+    """One operand of one product as it ran: its values before and after quantisation.
+
+    Args:
+        format: its format.
+        bits: its width.
+        exact: the values before.
+        quantized: the values after.
+        clipped: share of values more than half a step outside the grid.
+        view: a shape with the same elements in the same order, in which `dims` are meant.
+        dims: the dims of the view that share a scale; None for blocks.
+    """
 
     format: Format
     bits: int
     exact: Tensor
     quantized: Tensor
     clipped: float
+    view: tuple[int, ...]
+    dims: tuple[int, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProductRun:
-    """One product as it ran, for an observer."""
+    """One product as it ran, for an observer.
 
+    Args:
+        source: what ran it, the layer's site; None for a call of a function of this module.
+        layer: the layer's name.
+        product: ``"output"``, ``"grad_input"`` or ``"grad_weight"``.
+        kind: what was computed, e.g. ``"conv2d"``.
+        engine: how it was executed.
+        kernel: the operator that executed it.
+        macs: multiply-accumulates.
+        operands: by name.
+        result: the product.
+        full_precision: computes the product of the operands before quantisation.
+        expected: the products of the backward that are due after this one.
+    """
+
+    source: object
     layer: str
     product: str
     kind: str
@@ -445,7 +474,14 @@ def _compute(x: Tensor) -> Tensor:
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        op: Op,
+        setting: Setting,
+        dtype: torch.dtype,
+        expected: tuple[str, ...],
     ) -> Tensor:
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         exact_x, exact_w = _compute(x), _compute(w)
@@ -458,7 +494,7 @@ class _Products(torch.autograd.Function):
             {"input": (exact_x, x_hat), "weight": (exact_w, w_hat)},
             op.output,
             op.macs,
-            expected=("grad_input",) * needs_input + ("grad_weight",) * needs_weight,
+            expected=expected,
         )
         if bias is not None:
             b_hat = quantize(_compute(bias), setting.recipe.bias).values
@@ -494,7 +530,7 @@ class _Products(torch.autograd.Function):
         x_hat, w = ctx.saved_tensors
         with torch.autocast(grad_output.device.type, enabled=False):
             grads = gradients(_compute(grad_output), x_hat, w, kept, ctx.needs_input_grad[:3])
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 def gradients(
@@ -550,6 +586,7 @@ def _run(
         result = multiply(a.values, b.values)
         if _observers:
             run = ProductRun(
+                source=setting.source,
                 layer=setting.layer,
                 product=product,
                 kind=op.kind,
@@ -557,13 +594,7 @@ def _run(
                 kernel=op.kernel(product),
                 macs=macs(exact_a.shape, exact_b.shape, result.shape),
                 operands={
-                    name: OperandRun(
-                        format=setting.format(product, name),
-                        bits=bits_of(setting, product, name),
-                        exact=exact,
-                        quantized=hat.values,
-                        clipped=hat.clipped or 0.0,
-                    )
+                    name: _operand_run(op, setting, product, name, exact, hat)
                     for name, (exact, hat) in operands.items()
                 },
                 result=result,
@@ -572,6 +603,20 @@ def _run(
             )
             notify(run)
     return result
+
+
+def _operand_run(op: Op, setting: Setting, product: str, operand: str, exact: Tensor, hat: Quantized) -> OperandRun:
+    fmt = setting.format(product, operand)
+    view, dims, block_axis = scale_sharing(op, product, operand, fmt, exact.shape)
+    return OperandRun(
+        format=fmt,
+        bits=bits_of(setting, product, operand),
+        exact=exact,
+        quantized=hat.values,
+        clipped=hat.clipped or 0.0,
+        view=view,
+        dims=dims if block_axis is None else None,
+    )
 
 
 def bits_of(setting: Setting, product: str, operand: str) -> int:
@@ -593,9 +638,11 @@ def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting) 
                 f"{setting.layer or op.kind}: input is {x.dtype} and {name} is {tensor.dtype}: give one dtype, or use "
                 "autocast"
             )
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
+    recorded = torch.is_grad_enabled()
+    expected = ("grad_input",) * (recorded and x.requires_grad) + ("grad_weight",) * (recorded and w.requires_grad)
     with torch.autocast(device, enabled=False):
-        result: Tensor = _Products.apply(x, w, bias, op, setting, dtype)
+        result: Tensor = _Products.apply(x, w, bias, op, setting, dtype, expected)
     return result
 
 
@@ -623,7 +670,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, setting: Se
 def matmul(x: Tensor, weight: Tensor, *, setting: Setting) -> Tensor:
     """``output (..., M, N) = input (..., M, K) weight (..., K, N)`` with broadcasting, in the recipe's formats.
 
-    Either operand may need a gradient. Dtypes and errors as for `linear`; operands need two axes or more.
+    Scales per row or channel are apart for each matrix of a batch, in an operand that is broadcast too. Either
+    operand may need a gradient. Dtypes and errors as for `linear`; operands need two axes or more.
     """
     if x.dim() < 2 or weight.dim() < 2:
         raise UsageError(f"matmul of shapes {tuple(x.shape)} and {tuple(weight.shape)}: both need two axes or more")
@@ -656,8 +704,6 @@ def conv(
             after quantisation, also where zero is not on the grid, as in the authors' codes.
         setting: recipe, noise, range.
 
-    An odd ``"same"`` padding adds its zeros before quantisation.
-
     Returns:
         ``(B, O, *out)`` or unbatched; dtype and errors as for `linear`.
     """
@@ -676,12 +722,15 @@ def conv(
         )
         return one.squeeze(0)
     before, after = _padding(padding, weight.shape[2:], dilation)
-    if padding_mode != "zeros" or before != after:
-        mode = "constant" if padding_mode == "zeros" else padding_mode
+    if padding_mode != "zeros":
         pairs = [side for b, a in zip(reversed(before), reversed(after), strict=True) for side in (b, a)]
-        x, before = F.pad(x, pairs, mode=mode), (0,) * axes
-    op = Convolution(stride=tuple(stride), padding=before, dilation=tuple(dilation), groups=groups)
-    return _apply(x, weight, bias, op, setting)
+        x, before, after = F.pad(x, pairs, mode=padding_mode), (0,) * axes, (0,) * axes
+    op = Convolution(stride=tuple(stride), padding=after, dilation=tuple(dilation), groups=groups)
+    y = _apply(x, weight, bias, op, setting)
+    for axis, (b, a) in enumerate(zip(before, after, strict=True), start=2):
+        if b != a:  # an odd "same" padding, stride 1: one zero too many before, so one output too many
+            y = y.narrow(axis, 1, y.shape[axis] - 1)
+    return y
 
 
 def _padding(

@@ -43,7 +43,7 @@ def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...]) -> tuple[Tens
 
 def new_running_range() -> Tensor:
     """An empty running range: float32 ``(3,)`` with lo, hi and the number of batches recorded."""
-    return torch.zeros(3, dtype=torch.float32)
+    return torch.zeros(3, dtype=torch.float32, device="cpu")
 
 
 def record_range(running: Tensor, lo: Tensor, hi: Tensor, *, momentum: float, start: RunningStart) -> None:

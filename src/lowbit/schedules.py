@@ -14,7 +14,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Literal, Protocol, TypedDict, runtime_checkable
 
-from lowbit.errors import RunError, UsageError
+from lowbit.errors import RunError, UsageError, check_choice
 
 Profile = Literal["cosine", "linear", "rex", "exponential"]
 Shape = Literal["repeated", "triangular-vertical", "triangular-horizontal"]

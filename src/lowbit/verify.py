@@ -16,11 +16,11 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
 from lowbit import products
-from lowbit.convert import PLAIN_TYPES
+from lowbit.convert import plain_type
 from lowbit.errors import RunError, UsageError
 from lowbit.formats import Integer
 from lowbit.nn.layers import QuantLayer
-from lowbit.products import ProductRun
+from lowbit.products import OperandRun, ProductRun
 from lowbit.tables import text_table
 
 # The cosine that the column "bits needed" asks for.
@@ -269,18 +269,23 @@ class Proof:
 
 
 class _Collector:
-    """The observer that turns runs into rows and remembers what was promised and what was wrong."""
+    """The observer that turns runs into rows and remembers what was promised and what was wrong.
 
-    def __init__(self) -> None:
+    Args:
+        names: the layers by their sites, named as in the model under proof.
+    """
+
+    def __init__(self, names: dict[object, str]) -> None:
+        self.names = names
         self.rows: dict[tuple[str, str], ProofRow] = {}
-        self.promised: dict[str, dict[str, int]] = {}
+        self.promised: set[tuple[str, str]] = set()
         self.failures: list[str] = []
 
     def __call__(self, run: ProductRun) -> None:
         """Take in one product."""
-        key = (run.layer, run.product)
+        layer = self.names.get(run.source, run.layer)
         row = self.rows.setdefault(
-            key, ProofRow(layer=run.layer, product=run.product, engine=run.engine, kernel=run.kernel)
+            (layer, run.product), ProofRow(layer=layer, product=run.product, engine=run.engine, kernel=run.kernel)
         )
         row.calls += 1
         row.macs += run.macs
@@ -298,32 +303,45 @@ class _Collector:
             proof.clipped += (operand.clipped - proof.clipped) / row.calls
             proof.sums.add(operand.exact, operand.quantized)
             off_grid |= not torch.equal(operand.exact, operand.quantized)
+            values = distinct_values(operand)
+            if isinstance(operand.format, Integer) and values > 2**operand.bits:
+                self.failures.append(
+                    f"{layer}: {name} of {run.product} has {values:,} distinct values under one scale, more than "
+                    f"{operand.bits} bits can tell apart"
+                )
         exact = run.full_precision()
         row.sums.add(exact, run.result)
         if off_grid and bool(run.result.any()) and torch.equal(exact, run.result):
             self.failures.append(
-                f"{run.layer}: {run.product} equals the full-precision product although its operands were off the grid"
+                f"{layer}: {run.product} equals the full-precision product although its operands were off the grid"
             )
-        for product in run.expected:
-            counts = self.promised.setdefault(run.layer, {})
-            counts[product] = counts.get(product, 0) + 1
+        self.promised.update((layer, product) for product in run.expected)
 
     def missing(self, model: nn.Module) -> Iterator[str]:
         """A sentence for each quantiser that should have run and did not."""
         ran = set(self.rows)
-        backward = any(product != "output" for _, product in ran)
         for layer in model.modules():
             if isinstance(layer, QuantLayer):
                 for site in layer.sites():
-                    if (site.name, "output") not in ran:
-                        kind = PLAIN_TYPES[type(layer)].__name__
-                        yield f"{site.name}: the quantisers of this converted {kind} did not run"
-        if backward:
-            for name, counts in self.promised.items():
-                for product, count in counts.items():
-                    calls = self.rows[name, product].calls if (name, product) in ran else 0
-                    if calls != count:
-                        yield f"{name}: {product} ran {calls} times, {count} were due"
+                    if (self.names[site], "output") not in ran:
+                        kind = plain_type(layer).__name__
+                        yield f"{self.names[site]}: the quantisers of this converted {kind} did not run"
+        if any(product != "output" for _, product in ran):  # a backward ran
+            for name, product in sorted(self.promised - ran):
+                yield f"{name}: {product} was due in the backward and did not run"
+
+
+def distinct_values(operand: OperandRun) -> int:
+    """The largest number of distinct values that share a scale in a quantised operand; 0 where it is not known.
+
+    Blocks are not counted, nor is an operand with nan or inf.
+    """
+    if operand.dims is None or operand.quantized.numel() == 0 or not bool(operand.quantized.isfinite().all()):
+        return 0
+    x = operand.quantized.reshape(operand.view)
+    kept = [d for d in range(x.dim()) if d not in operand.dims]
+    rows = x.permute(*kept, *operand.dims).reshape(math.prod(x.shape[d] for d in kept), -1).sort(1).values
+    return int((rows.diff(dim=1) != 0).sum(1).max()) + 1
 
 
 def _macs_of_convolution(out: torch.Size, x: Tensor, w: Tensor, transposed: bool) -> int:
@@ -343,6 +361,13 @@ _aten = torch.ops.aten
 # Operators whose MACs torch's own counter does not give or gives wrongly on a CPU; (arguments, result) -> MACs.
 _FORMULAS: dict[Any, Callable[[Sequence[Any], Any], int]] = {
     _aten.linear: lambda a, out: out.numel() * a[0].shape[-1],
+    _aten.mv: lambda a, _: a[0].numel(),
+    _aten.addmv: lambda a, _: a[1].numel(),
+    _aten.dot: lambda a, _: a[0].numel(),
+    _aten.vdot: lambda a, _: a[0].numel(),
+    _aten.addr: lambda _, out: out.numel(),
+    _aten.addbmm: lambda a, _: a[1].numel() * a[2].shape[-1],
+    _aten._addmm_activation: lambda a, out: out.numel() * a[1].shape[-1],
     _aten.convolution: lambda a, out: _macs_of_convolution(out.shape, a[0], a[1], a[6]),
     _aten.convolution_backward: lambda a, _: sum(a[10][:2]) * _macs_of_convolution(a[0].shape, a[1], a[2], a[7]),
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda a, _: _macs_of_attention(*a[:3], inner=1, outer=1),
@@ -359,6 +384,7 @@ _UNCOUNTED = {
         "_transformer_encoder_layer_fwd",
         "_native_multi_head_attention",
         "_int_mm",
+        "_trilinear",
         "_cudnn_rnn",
         "_cdist_forward",
     )
@@ -397,6 +423,17 @@ class _Outside(TorchDispatchMode):
         row.macs = None if macs is None or row.macs is None else row.macs + macs
 
 
+def _site_names(model: nn.Module) -> dict[object, str]:
+    """The layers' names in this model by their sites; a site of a recurrent layer is named after its weight."""
+    names: dict[object, str] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLayer):
+            for site in layer.sites():
+                suffix = site.name.rpartition(".")[2] if len(layer.sites()) > 1 else ""
+                names[site] = ".".join(filter(None, [name, suffix]))
+    return names
+
+
 def _by_layer(rows: dict[tuple[str, str], ProofRow]) -> list[ProofRow]:
     """Layers in the order they first ran, each with its products together."""
     layers = list(dict.fromkeys(layer for layer, _ in rows))
@@ -424,7 +461,7 @@ def verify(model: nn.Module) -> Iterator[Proof]:
     """
     if not any(isinstance(m, QuantLayer) for m in model.modules()):
         raise UsageError("verify: nothing in this model is converted; call lowbit.convert_ first")
-    proof, collector = Proof(), _Collector()
+    proof, collector = Proof(), _Collector(_site_names(model))
     with ModuleTracker() as tracker, _Outside(tracker) as outside, products.observed_by(collector):
         yield proof
     proof.rows.extend(_by_layer(collector.rows))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowbit import products
-from lowbit.nn.site import Clock, Site, product_site
+from lowbit.nn.site import Clock, Site, product_site, runs_eagerly
 from lowbit.recipe import Recipe
 
 
@@ -40,6 +40,7 @@ class QuantLayer(nn.Module):
 class QuantLinear(QuantLayer, nn.Linear):
     """`torch.nn.Linear` in the formats of a recipe: ``(..., K)`` to ``(..., N)``."""
 
+    @runs_eagerly
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
         """See `lowbit.products.linear`."""
         return products.linear(input, self.weight, self.bias, setting=self.site.setting(input))
@@ -48,6 +49,7 @@ class QuantLinear(QuantLayer, nn.Linear):
 class _QuantConv(QuantLayer, nn.modules.conv._ConvNd):
     """What the convolutions of 1 to 3 axes share."""
 
+    @runs_eagerly
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
         """See `lowbit.products.conv`."""
         batch = self._as_batch(input)
@@ -89,6 +91,7 @@ class QuantConv3d(_QuantConv, nn.Conv3d):
 class _QuantConvTranspose(_QuantConv, nn.modules.conv._ConvTransposeNd):
     """What the transposed convolutions of 1 to 3 axes share."""
 
+    @runs_eagerly
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002 - the plain layer's
         """See `lowbit.products.conv_transpose`; `output_size` chooses among the sizes that the stride leaves open."""
         batch = self._as_batch(input)

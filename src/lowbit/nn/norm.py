@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lowbit import products
 from lowbit.formats import Format, Integer
 from lowbit.nn.layers import QuantLayer
-from lowbit.nn.site import Clock, Site, is_recomputing
-from lowbit.quantizer import Quantized, levels_of, quantize
+from lowbit.nn.site import Clock, Site, is_recomputing, runs_eagerly
+from lowbit.quantizer import levels_of, quantize
 from lowbit.recipe import Constant, EpsilonPlace, RangeNorm, Recipe
 from lowbit.rounding import Noise
 
@@ -106,6 +106,7 @@ class NormSetting:
         input_range: lo and hi for the input; None: of the batch.
         layer: name for reports.
         engine: for reports.
+        source: what calls, for observers.
     """
 
     norm: RangeNorm
@@ -115,8 +116,9 @@ class NormSetting:
     input_range: tuple[Tensor, Tensor] | None = None
     layer: str = ""
     engine: str = "reference"
+    source: object = None
 
-    def quantized(self, x: Tensor, operand: str) -> Tensor:
+    def quantized(self, x: Tensor, operand: str, expected: tuple[str, ...] = ()) -> Tensor:
         """`x`, which is the layer's ``"input"`` or ``"grad_output"``, in its format; shown to observers."""
         fmt: Format = getattr(self.norm, operand)
         noise, levels, width = None, None, fmt.bits
@@ -130,13 +132,22 @@ class NormSetting:
         hat = quantize(x, fmt, levels=levels, noise=noise, observed=observed, measure=products.is_observed())
         if products.is_observed():
             with products.inside():
-                self._notify(fmt, operand, width, x, hat)
+                run = products.OperandRun(
+                    format=fmt,
+                    bits=width,
+                    exact=x,
+                    quantized=hat.values,
+                    clipped=hat.clipped or 0.0,
+                    view=tuple(x.shape),
+                    dims=tuple(range(x.dim())),
+                )
+                self._notify(operand, run, expected)
         return hat.values
 
-    def _notify(self, fmt: Format, operand: str, bits: int, x: Tensor, hat: Quantized) -> None:
-        run = products.OperandRun(format=fmt, bits=bits, exact=x, quantized=hat.values, clipped=hat.clipped or 0.0)
+    def _notify(self, operand: str, run: products.OperandRun, expected: tuple[str, ...]) -> None:
         products.notify(
             products.ProductRun(
+                source=self.source,
                 layer=self.layer,
                 product="output" if operand == "input" else "grad_input",
                 kind="range_batch_norm",
@@ -144,9 +155,9 @@ class NormSetting:
                 kernel="range_batch_norm",
                 macs=0,
                 operands={operand: run},
-                result=hat.values,
-                full_precision=lambda: x,
-                expected=(),
+                result=run.quantized,
+                full_precision=lambda: run.exact,
+                expected=expected,
             )
         )
 
@@ -160,8 +171,9 @@ class _RangeBatchNorm(torch.autograd.Function):
         bias: Tensor | None,
         setting: NormSetting,
         fixed: tuple[Tensor, Tensor] | None,
+        expected: tuple[str, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        values = setting.quantized(x, "input")
+        values = setting.quantized(x, "input", expected)
         norm = setting.norm
         stats = None if fixed else range_statistics(values, constant=norm.constant, chunks=norm.chunks)
         mean, sigma = fixed or (stats.mean, stats.sigma)  # type: ignore[union-attr]
@@ -191,7 +203,7 @@ class _RangeBatchNorm(torch.autograd.Function):
             stats,
             setting.norm.epsilon,
         )
-        return grads[0], grads[1] if weight is not None else None, grads[2] if has_bias else None, None, None
+        return grads[0], grads[1] if weight is not None else None, grads[2] if has_bias else None, None, None, None
 
 
 def range_batch_norm_backward(
@@ -264,7 +276,8 @@ def range_batch_norm(
     dtype = x.dtype
     x = x.float() if dtype in (torch.bfloat16, torch.float16) else x
     with torch.autocast(x.device.type, enabled=False):
-        y, mean, sigma = _RangeBatchNorm.apply(x, weight, bias, setting, fixed)
+        expected = ("grad_input",) if torch.is_grad_enabled() and x.requires_grad else ()
+        y, mean, sigma = _RangeBatchNorm.apply(x, weight, bias, setting, fixed, expected)
     return y.to(dtype), mean, sigma
 
 
@@ -284,6 +297,7 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
         self.site = Site(name=name, recipe=recipe, clock=clock, input_format=norm.input, bits=bits, engine=engine)
         self.norm = norm
 
+    @runs_eagerly
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
         """See `range_batch_norm`; in training the running statistics move towards the batch's."""
         self._check_input_dim(input)
@@ -296,10 +310,11 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
                 norm=self.norm,
                 eps=self.eps,
                 noise=self.site.noise(),
-                bits=self.site.bits,
+                bits=self.site.bits.clone(),
                 input_range=self.site.input_range(input),
                 layer=self.site.name,
                 engine=self.site.engine,
+                source=self.site,
             ),
             fixed=None if use_batch else (self.running_mean, self.running_var.sqrt()),  # type: ignore[arg-type, union-attr]
         )

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lowbit import products
 from lowbit.nn.layers import QuantLayer
-from lowbit.nn.site import Clock, Site, product_site
+from lowbit.nn.site import Clock, Site, product_site, runs_eagerly
 from lowbit.recipe import Recipe
 
 
@@ -63,6 +63,11 @@ class _QuantRecurrent(QuantLayer, nn.RNNBase):
                 f"{self.sites()[0].name}: a quantised {type(self).__name__[5:]} takes padded tensors, not a "
                 "PackedSequence: pass the padded batch, or leave this layer out with a rule"
             )
+        if x.dim() not in (2, 3) or x.shape[0 if x.dim() == 2 or not self.batch_first else 1] == 0:
+            raise ValueError(
+                f"{self.sites()[0].name}: input of shape {tuple(x.shape)}; expected one or more time steps of "
+                "(T, I), (T, B, I), or (B, T, I) with batch_first"
+            )
         if x.dim() == 2:
             return x.unsqueeze(0)
         return x if self.batch_first else x.transpose(0, 1)
@@ -93,6 +98,7 @@ class _QuantRecurrent(QuantLayer, nn.RNNBase):
 class QuantLSTM(_QuantRecurrent, nn.LSTM):
     """`torch.nn.LSTM`, one direction, with its input and recurrent products in the formats of a recipe."""
 
+    @runs_eagerly
     def forward(  # type: ignore[override]
         self,
         input: Tensor,  # noqa: A002 - the plain layer's argument
@@ -106,7 +112,7 @@ class QuantLSTM(_QuantRecurrent, nn.LSTM):
         last: list[tuple[Tensor, Tensor]] = []
         for layer in range(self.num_layers):
             x_gates = self._product("ih", layer, x)
-            h, c, outputs = h_0[layer], c_0[layer], []
+            h, c, outputs = h_0[layer].to(x_gates.dtype), c_0[layer].to(x_gates.dtype), []
             for t in range(x.shape[1]):
                 h, c = lstm_cell(x_gates[:, t], self._product("hh", layer, h), c)
                 outputs.append(h)
@@ -121,6 +127,7 @@ class QuantLSTM(_QuantRecurrent, nn.LSTM):
 class QuantGRU(_QuantRecurrent, nn.GRU):
     """`torch.nn.GRU`, one direction, with its input and recurrent products in the formats of a recipe."""
 
+    @runs_eagerly
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # noqa: A002
         """As `torch.nn.GRU.forward` for padded tensors: output, last h."""
         x = self._batch_first(input)
@@ -129,7 +136,7 @@ class QuantGRU(_QuantRecurrent, nn.GRU):
         last: list[Tensor] = []
         for layer in range(self.num_layers):
             x_gates = self._product("ih", layer, x)
-            h, outputs = h_0[layer], []
+            h, outputs = h_0[layer].to(x_gates.dtype), []
             for t in range(x.shape[1]):
                 h = gru_cell(x_gates[:, t], self._product("hh", layer, h), h)
                 outputs.append(h)

@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from lowbit.formats import Format, Integer
 from lowbit.products import Setting
 from lowbit.ranges import new_running_range, observed_extremes
 from lowbit.recipe import Recipe
 from lowbit.rounding import CounterNoise, step_key
+
+# torch.compile leaves what this decorates to run eagerly: a converted layer counts steps and keeps ranges. It is the
+# lazy form of torch.compiler.disable, which would import the whole compiler with this package.
+runs_eagerly = _disable_dynamo
 
 
 class Clock:
@@ -33,11 +38,18 @@ class Clock:
 
     def set_step(self, step: int) -> None:
         """Set the number of training forwards done."""
-        self.step = torch.tensor(step, dtype=torch.int64)
+        self.step = torch.tensor(step, dtype=torch.int64, device="cpu")
         self.key = step_key(self.seed, self.step)
 
+    @runs_eagerly
     def advance(self, module: nn.Module, _args: object) -> None:
-        """Begin a forward of the converted model; a training forward is a new step."""
+        """Begin a forward of the converted model; a training forward is a new step, a recomputed one is not."""
+        if is_recomputing():
+            return
+        if not self.sites:  # every layer was restored on its own
+            for key in [key for key, hook in module._forward_pre_hooks.items() if hook == self.advance]:
+                del module._forward_pre_hooks[key]
+            return
         if module.training:
             # New tensors, not in place: a backward that is still to come keeps the noise of its own forward.
             self.step = self.step + 1
@@ -61,7 +73,8 @@ class Site(nn.Module):
         recipe: the formats.
         clock: seed and step of the model.
         input_format: the format of the layer's input, whose running range is kept here.
-        bits: the width of each operand, in the order that the layer gives them meaning.
+        bits: the width of each operand, in the order that the layer gives them meaning. Operands of one format in
+            several products have one width: the first.
         engine: how products are executed.
     """
 
@@ -78,7 +91,7 @@ class Site(nn.Module):
         self.input_format = input_format
         self.engine = engine
         self.uses = 0
-        self.register_buffer("bits", torch.tensor(bits), persistent=False)
+        self.register_buffer("bits", torch.tensor(bits, device="cpu"), persistent=False)
         self.register_buffer("running_range", new_running_range(), persistent=False)
         clock.sites.append(self)
 
@@ -96,8 +109,10 @@ class Site(nn.Module):
 
     def input_range(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The extremes to use for `x`: recorded in training, the running ones in evaluation, None for its own."""
-        if not isinstance(self.input_format, Integer) or is_recomputing():
+        if not isinstance(self.input_format, Integer) or not x.is_floating_point():
             return None
+        if is_recomputing() and self.training:
+            return None  # that of its own batch, as in the first run, which recorded it
         values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         return observed_extremes(values, self.input_format, self.running_range, training=self.training)
 
@@ -106,10 +121,11 @@ class Site(nn.Module):
         return Setting(
             recipe=self.recipe,
             noise=self.noise(),
-            bits=self.bits,
+            bits=self.bits.clone(),  # a backward keeps the bits of its forward
             input_range=self.input_range(x),
             layer=self.name,
             engine=self.engine,
+            source=self,
         )
 
     def extra_repr(self) -> str:
@@ -119,7 +135,8 @@ class Site(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Follow the model to another device, not to another dtype: a range in float16 would not be one."""
         device = fn(torch.empty(0, device=self.bits.device)).device
-        return super()._apply(lambda t: t.to(device), recurse)
+        # Bits and range are values, also of a model whose parameters have none yet.
+        return super()._apply(lambda t: t if device.type == "meta" else t.to(device), recurse)
 
 
 def product_site(*, name: str, recipe: Recipe, clock: Clock, engine: str) -> Site:
