@@ -6,24 +6,15 @@ Runs that are complete are read, runs that were stopped are resumed, so the comm
 """
 
 import argparse
-import platform
 import statistics
 import sys
 from pathlib import Path
 
-import torch
+import machine
 
-from lowbit import __version__
 from lowbit.tables import text_table
 from lowbit.train import Result, TrainConfig
 from lowbit.train.trainer import resume, train
-
-
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def run(config: TrainConfig) -> Result:
@@ -74,7 +65,7 @@ def main() -> int:
 
     baseline = statistics.mean(100 * (r.test_accuracy or 0) for r in results[args.recipes[0]])
     print(f"\n{args.model}, {args.data}, {args.subset:,} images, {args.epochs} epochs, batch 128, one-cycle to zero")
-    print(f"lowbit {__version__}, torch {torch.__version__}, {processor()}, {platform.python_version()}\n")
+    print(f"{machine.describe()}\n")
     header = ["recipe", "accuracy %", "std", f"minus {args.recipes[0]}", "each seed"]
     print(text_table(header, [summary(r, baseline) for r in results.values()]))
     return 0

@@ -7,13 +7,12 @@ them. Medians over rounds, and the median of each round's ratio to the first rec
 """
 
 import argparse
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import machine
 import torch
 import torch.nn.functional as F
 
@@ -59,10 +58,7 @@ def main() -> int:
             if i >= 0:
                 seconds[recipe].append(time.perf_counter() - began)
 
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
-    print(f"{args.model}, batch {args.batch}, 1x28x28, {args.rounds} rounds, {torch.get_num_threads()} threads")
-    print(f"lowbit {lowbit.__version__}, torch {torch.__version__}, {names[0] if names else platform.processor()}\n")
+    print(f"{args.model}, batch {args.batch}, 1x28x28, {args.rounds} rounds\n{machine.describe()}\n")
     first = seconds[args.recipes[0]]
     rows = []
     for recipe, taken in seconds.items():
