@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--subset", type=int, default=20_000)
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--lr", type=float, default=0.1, help="peak of the one-cycle schedule")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
     args = parser.parse_args()
@@ -56,15 +57,18 @@ def main() -> int:
                     subset=args.subset,
                     epochs=args.epochs,
                     seed=seed,
+                    lr=args.lr,
                     threads=args.threads,
-                    out=args.out / f"{args.model}-{args.data}-{args.subset}x{args.epochs}-{recipe}-{seed}",
+                    out=args.out / f"{args.model}-{args.data}-{args.subset}x{args.epochs}-lr{args.lr}-{recipe}-{seed}",
                 )
             )
             results[recipe].append(result)
             print(f"{recipe} seed {seed}: {result.test_accuracy:.4f} after {result.steps} steps", flush=True)
 
     baseline = statistics.mean(100 * (r.test_accuracy or 0) for r in results[args.recipes[0]])
-    print(f"\n{args.model}, {args.data}, {args.subset:,} images, {args.epochs} epochs, batch 128, one-cycle to zero")
+    print(
+        f"\n{args.model}, {args.data}, {args.subset:,} images, {args.epochs} epochs, batch 128, lr {args.lr}, one-cycle to zero"
+    )
     print(f"{machine.describe()}\n")
     header = ["recipe", "accuracy %", "std", f"minus {args.recipes[0]}", "each seed"]
     print(text_table(header, [summary(r, baseline) for r in results.values()]))
