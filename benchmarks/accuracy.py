@@ -66,9 +66,8 @@ def main() -> int:
             print(f"{recipe} seed {seed}: {result.test_accuracy:.4f} after {result.steps} steps", flush=True)
 
     baseline = statistics.mean(100 * (r.test_accuracy or 0) for r in results[args.recipes[0]])
-    print(
-        f"\n{args.model}, {args.data}, {args.subset:,} images, {args.epochs} epochs, batch 128, lr {args.lr}, one-cycle to zero"
-    )
+    print(f"\n{args.model}, {args.data}, {args.subset:,} images, {args.epochs} epochs, batch 128")
+    print(f"SGD, one-cycle to zero with peak {args.lr}")
     print(f"{machine.describe()}\n")
     header = ["recipe", "accuracy %", "std", f"minus {args.recipes[0]}", "each seed"]
     print(text_table(header, [summary(r, baseline) for r in results.values()]))
