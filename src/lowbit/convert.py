@@ -39,9 +39,8 @@ def plain_type(layer: nn.Module) -> type[nn.Module]:
     return next((_PLAIN_TYPES[base] for base in type(layer).__mro__ if base in _PLAIN_TYPES), type(layer))
 
 
-# Layers with products that cannot be converted, and why; the walk does not go inside them.
+# Layers with products that cannot be converted, and why.
 _REFUSED: dict[type[nn.Module], str] = {
-    nn.MultiheadAttention: "computes its projections and `out_proj` by a functional call that bypasses its modules",
     nn.Bilinear: "its product of three operands has no quantised form here",
     nn.RNN: "only LSTM and GRU have quantised forms",
     nn.RNNCell: "only LSTM and GRU have quantised forms, cells do not",
@@ -215,7 +214,8 @@ def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[
     known = isinstance(module, (*PRODUCT_LAYERS, *NORM_LAYERS, *_REFUSED))
     if known or any(True for _ in module.parameters(recurse=False)):
         yield name, module
-    if not isinstance(module, tuple(_REFUSED)):
+    # Attention is one layer: it never calls the module it keeps its output projection in.
+    if not isinstance(module, nn.MultiheadAttention):
         for key, child in module.named_children():
             yield from _walk(child, f"{name}.{key}" if name else key, seen)
 

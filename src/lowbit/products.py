@@ -471,6 +471,45 @@ def _compute(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def outputs(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    op: Op,
+    setting: Setting,
+    expected: tuple[str, ...],
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], _Kept]:
+    """The output with its bias, and what the backward needs: (input, weight) and plain values.
+
+    Codes that a product of the backward shares with the forward are made once, here; a weight that is not shared is
+    kept as it is and quantised in the backward.
+    """
+    exact_x, exact_w = _compute(x), _compute(w)
+    x_hat = quantize_operand(exact_x, op, setting, "output", "input")
+    w_hat = quantize_operand(exact_w, op, setting, "output", "weight")
+    operands = {"input": (exact_x, x_hat), "weight": (exact_w, w_hat)}
+    y = _run(op, setting, "output", operands, op.output, op.macs, expected)
+    if bias is not None:
+        b_hat = quantize(_compute(bias.detach()), setting.recipe.bias).values
+        y = y + (b_hat if op.has_rows else b_hat.reshape(-1, *[1] * (y.dim() - 2)))
+    if needs[1] and not _shares(op, setting, "input", x.shape, "output", "grad_weight"):
+        x_hat = quantize_operand(exact_x, op, setting, "grad_weight", "input")
+    weight_is_shared = _shares(op, setting, "weight", w.shape, "output", "grad_input")
+    saved_weight = w_hat.values if weight_is_shared else w
+    kept = _Kept(
+        op=op,
+        setting=setting,
+        dtypes=(x.dtype, w.dtype, None if bias is None else bias.dtype),
+        input_shape=x.shape,
+        weight_shape=w.shape,
+        weight_is_quantized=weight_is_shared,
+        exact=(exact_x, exact_w) if _observers else None,
+        quantized={"input": x_hat, "weight": w_hat} if _observers else {},
+    )
+    return y, (x_hat.values if needs[1] else None, saved_weight if needs[0] else None), kept
+
+
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -483,39 +522,8 @@ class _Products(torch.autograd.Function):
         dtype: torch.dtype,
         expected: tuple[str, ...],
     ) -> Tensor:
-        needs_input, needs_weight = ctx.needs_input_grad[:2]
-        exact_x, exact_w = _compute(x), _compute(w)
-        x_hat = quantize_operand(exact_x, op, setting, "output", "input")
-        w_hat = quantize_operand(exact_w, op, setting, "output", "weight")
-        y = _run(
-            op,
-            setting,
-            "output",
-            {"input": (exact_x, x_hat), "weight": (exact_w, w_hat)},
-            op.output,
-            op.macs,
-            expected=expected,
-        )
-        if bias is not None:
-            b_hat = quantize(_compute(bias), setting.recipe.bias).values
-            y = y + (b_hat if op.has_rows else b_hat.reshape(-1, *[1] * (y.dim() - 2)))
-        weight_is_shared = _shares(op, setting, "weight", w.shape, "output", "grad_input")
-        if needs_weight and not _shares(op, setting, "input", x.shape, "output", "grad_weight"):
-            x_hat = quantize_operand(exact_x, op, setting, "grad_weight", "input")
-        ctx.save_for_backward(
-            x_hat.values if needs_weight else None,
-            (w_hat.values if weight_is_shared else w) if needs_input else None,
-        )
-        ctx.kept = _Kept(
-            op=op,
-            setting=setting,
-            dtypes=(x.dtype, w.dtype, None if bias is None else bias.dtype),
-            input_shape=x.shape,
-            weight_shape=w.shape,
-            weight_is_quantized=weight_is_shared,
-            exact=(exact_x, exact_w) if _observers else None,
-            quantized={"input": x_hat, "weight": w_hat} if _observers else {},
-        )
+        y, saved, ctx.kept = outputs(x, w, bias, op, setting, expected, ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*saved)
         return y.to(dtype)
 
     @staticmethod

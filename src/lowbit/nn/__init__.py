@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from lowbit.nn.attention import QuantMultiheadAttention
 from lowbit.nn.layers import (
     QuantConv1d,
     QuantConv2d,
@@ -26,6 +27,7 @@ PRODUCT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.ConvTranspose3d: QuantConvTranspose3d,
     nn.LSTM: QuantLSTM,
     nn.GRU: QuantGRU,
+    nn.MultiheadAttention: QuantMultiheadAttention,
 }
 
 # The twin of each batch normalisation, for recipes that replace it.
@@ -48,6 +50,7 @@ __all__ = [
     "QuantLSTM",
     "QuantLayer",
     "QuantLinear",
+    "QuantMultiheadAttention",
     "RangeBatchNorm1d",
     "RangeBatchNorm2d",
     "RangeBatchNorm3d",

@@ -1,0 +1,153 @@
+"""Quantised multi-head attention: its four projections in the formats of a recipe.
+
+Notation: B samples, L queries, S keys, E embedding, H heads. The products between queries, keys and values, and the
+softmax, stay in full precision; `lowbit.verify` lists them.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowbit import products
+from lowbit.nn.layers import QuantLayer
+from lowbit.nn.site import Clock, Site, product_site, runs_eagerly
+from lowbit.recipe import Recipe
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention` whose query, key, value and output projections run a recipe.
+
+    The plain layer multiplies by `in_proj_weight` and `out_proj` in one functional call that bypasses its modules;
+    this one computes each projection as a product of its own, in training and in evaluation.
+    """
+
+    def attach(self, *, name: str, recipe: Recipe, clock: Clock, engine: str) -> None:
+        """Give each projection its own site."""
+        self.site = nn.ModuleDict(  # type: ignore[assignment]
+            {
+                projection: product_site(
+                    name=f"{name}.{projection}" if name else projection, recipe=recipe, clock=clock, engine=engine
+                )
+                for projection in PROJECTIONS
+            }
+        )
+
+    def sites(self) -> list[Site]:
+        """One for each of `PROJECTIONS`."""
+        return list(self.site.values())  # type: ignore[operator]
+
+    @runs_eagerly
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `torch.nn.MultiheadAttention.forward`; `is_causal` is its hint about `attn_mask`, which still decides."""
+        if is_causal and attn_mask is None:
+            raise ValueError(f"{self.sites()[0].name}: is_causal is a hint about attn_mask, and attn_mask is missing")
+        batched = query.dim() == 3
+        q, k, v = (self._as_batch(x, batched) for x in (query, key, value))
+        weights, biases = self._in_projections()
+        q, k, v = (
+            self._project(projection, x, w, b)
+            for projection, x, w, b in zip(PROJECTIONS, (q, k, v), weights, biases, strict=False)
+        )
+        mask = _merged_mask(attn_mask, key_padding_mask, q, k, self.num_heads)
+        k, v, mask = self._with_extra_keys(k, v, mask)
+        heads, shares = attend(
+            *(_split_heads(x, self.num_heads) for x in (q, k, v)),
+            mask=mask,
+            dropout=self.dropout if self.training else 0.0,
+            need_weights=need_weights,
+        )
+        out = self._project("out_proj", heads.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        if shares is not None and average_attn_weights:
+            shares = shares.mean(1)
+        if not batched:
+            return out.squeeze(0), None if shares is None else shares.squeeze(0)
+        return out if self.batch_first else out.transpose(0, 1), shares
+
+    def _as_batch(self, x: Tensor, batched: bool) -> Tensor:
+        """The input as (B, length, E)."""
+        if not batched:
+            return x.unsqueeze(0)
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def _in_projections(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Weights and biases of q, k and v, whichever way the layer keeps them."""
+        if self.in_proj_weight is not None:
+            weights = list(self.in_proj_weight.chunk(3))
+        else:
+            weights = [getattr(self, f"{name}_proj_weight") for name in "qkv"]
+        return weights, [None] * 3 if self.in_proj_bias is None else list(self.in_proj_bias.chunk(3))
+
+    def _project(self, projection: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        site: Site = self.site[projection]  # type: ignore[index]
+        return products.linear(x, weight, bias, setting=site.setting(x))
+
+    def _with_extra_keys(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values with the learned bias and the zero that the layer may add; no mask hides them."""
+        batch, embedding = k.shape[0], k.shape[2]
+        if self.bias_k is not None and self.bias_v is not None:
+            k = torch.cat([k, self.bias_k.expand(batch, 1, embedding).to(k.dtype)], 1)
+            v = torch.cat([v, self.bias_v.expand(batch, 1, embedding).to(v.dtype)], 1)
+            mask = None if mask is None else F.pad(mask, (0, 1))
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+            mask = None if mask is None else F.pad(mask, (0, 1))
+        return k, v, mask
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, length, E) as (B, H, length, E/H)."""
+    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to add to scores: a boolean one hides where it is True."""
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
+    return mask.to(dtype)
+
+
+def _merged_mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor, heads: int) -> Tensor | None:
+    """Both masks as one that broadcasts against (B, H, L, S), or None."""
+    batch, length, keys = q.shape[0], q.shape[1], k.shape[1]
+    mask = None
+    if attn_mask is not None:
+        allowed = ((length, keys), (batch * heads, length, keys))
+        if attn_mask.shape not in allowed:
+            raise ValueError(f"attn_mask of shape {tuple(attn_mask.shape)}: expected {allowed[0]} or {allowed[1]}")
+        mask = _additive(attn_mask, q.dtype).reshape(-1, heads if attn_mask.dim() == 3 else 1, length, keys)
+    if padding is not None:
+        padding = padding if padding.dim() == 2 else padding.unsqueeze(0)
+        if padding.shape != (batch, keys):
+            raise ValueError(f"key_padding_mask of shape {tuple(padding.shape)}: expected {(batch, keys)}")
+        hidden = _additive(padding, q.dtype)[:, None, None, :]
+        mask = hidden.expand(batch, 1, length, keys) if mask is None else mask + hidden
+    return mask
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dropout: float, need_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``softmax(q k^T / sqrt(D) + mask) v`` for ``(B, H, length, D)``, and the softmax where it is needed.
+
+    The softmax is returned after dropout, as torch does.
+    """
+    if not need_weights:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout), None
+    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
+    shares = torch.softmax(scores if mask is None else scores + mask, -1)
+    shares = F.dropout(shares, dropout) if dropout else shares
+    return shares @ v, shares
