@@ -294,3 +294,10 @@ def test_bug_is_not_disguised(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(ZeroDivisionError):
         cli.main(["recipes"])
+
+
+def test_a_setting_that_is_no_number_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """A word where a number belongs is one short line with the flag's name."""
+    assert cli.main(["train", "--model", "mlp", "--data", "digits", "--lr", "abc"]) == 2
+
+    assert capsys.readouterr().err == "lowbit: error: --lr: expected float, got abc\n"

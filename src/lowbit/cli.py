@@ -47,6 +47,12 @@ def _tidy(message: str) -> str:
     message = " ".join(message.split())
     message = re.sub(r'^Parser key "(\w+)":', r"--\1:", message)
     message = re.sub(r"Expected an? <class '(\w+)'>", r"expected \1", message)
+    message = re.sub(
+        r"Does not validate against any of the Union subtypes.*?expected (\w+).*Given value: (.+)",
+        r"expected \1, got \2",
+        message,
+        flags=re.IGNORECASE,
+    )
     message = message.replace("Expected a typing.Literal", "expected one of ").replace("Got value: ", "got ")
     required = re.fullmatch(r"the following arguments are required: (.+)", message)
     if required:
