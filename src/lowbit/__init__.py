@@ -1,4 +1,4 @@
-"""Train neural networks in few bits: every published method a recipe, with proof of what ran.
+"""Train neural networks in few bits: published methods as recipes, with proof of what ran.
 
 >>> report = lowbit.convert_(model, "sbm8")   # in place; print(report)
 >>> with lowbit.verify(model) as proof: ...   # one training step; print(proof)
