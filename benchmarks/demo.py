@@ -76,7 +76,7 @@ def main() -> int:
     print("\nTest accuracy over all 10,000 test images:\n")
     print(text_table(["recipe", "accuracy", "loss", "bits", "s/step", "logs and checkpoint"], list(map(row, results))))
     print(
-        "\nSo short a run favours fp32: Range BN learns more slowly at first (benchmarks/RESULTS.md, 1,000 steps of 128)."
+        "\nSo short a run favours fp32: Range BN learns more slowly at first. benchmarks/RESULTS.md has a longer one."
     )
     print(f"Full proof with operators, SQNR and angles: {folder / 'sbm8' / PROOF}")
     print(f"Curves: {Path(sys.executable).parent / 'tensorboard'} --logdir {folder}")
