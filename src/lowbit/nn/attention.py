@@ -10,35 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit import products
-from lowbit.nn.layers import QuantLayer
-from lowbit.nn.site import Clock, Site, product_site, runs_eagerly
-from lowbit.recipe import Recipe
+from lowbit.nn.layers import SeveralProducts
+from lowbit.nn.site import runs_eagerly
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
+class QuantMultiheadAttention(SeveralProducts, nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` whose query, key, value and output projections run a recipe.
 
     The plain layer multiplies by `in_proj_weight` and `out_proj` in one functional call that bypasses its modules;
     this one computes each projection as a product of its own, in training and in evaluation.
     """
 
-    def attach(self, *, name: str, recipe: Recipe, clock: Clock, engine: str) -> None:
-        """Give each projection its own site."""
-        self.site = nn.ModuleDict(  # type: ignore[assignment]
-            {
-                projection: product_site(
-                    name=f"{name}.{projection}" if name else projection, recipe=recipe, clock=clock, engine=engine
-                )
-                for projection in PROJECTIONS
-            }
-        )
-
-    def sites(self) -> list[Site]:
-        """One for each of `PROJECTIONS`."""
-        return list(self.site.values())  # type: ignore[operator]
+    def site_names(self) -> list[str]:
+        """The four projections."""
+        return list(PROJECTIONS)
 
     @runs_eagerly
     def forward(
@@ -59,7 +46,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         q, k, v = (self._as_batch(x, batched) for x in (query, key, value))
         weights, biases = self._in_projections()
         q, k, v = (
-            self._project(projection, x, w, b)
+            self.product(projection, x, w, b)
             for projection, x, w, b in zip(PROJECTIONS, (q, k, v), weights, biases, strict=False)
         )
         mask = _merged_mask(attn_mask, key_padding_mask, q, k, self.num_heads)
@@ -70,7 +57,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
             dropout=self.dropout if self.training else 0.0,
             need_weights=need_weights,
         )
-        out = self._project("out_proj", heads.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        out = self.product("out_proj", heads.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if shares is not None and average_attn_weights:
             shares = shares.mean(1)
         if not batched:
@@ -90,10 +77,6 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         else:
             weights = [getattr(self, f"{name}_proj_weight") for name in "qkv"]
         return weights, [None] * 3 if self.in_proj_bias is None else list(self.in_proj_bias.chunk(3))
-
-    def _project(self, projection: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        site: Site = self.site[projection]  # type: ignore[index]
-        return products.linear(x, weight, bias, setting=site.setting(x))
 
     def _with_extra_keys(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values with the learned bias and the zero that the layer may add; no mask hides them."""

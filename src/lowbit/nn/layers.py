@@ -37,6 +37,42 @@ class QuantLayer(nn.Module):
         return [self.site]
 
 
+class SeveralProducts(QuantLayer):
+    """A layer that multiplies by several weights, each with a site of its own.
+
+    Attributes:
+        site: the sites by the names of `site_names`.
+    """
+
+    site: nn.ModuleDict  # type: ignore[assignment]  # the state of several products in place of one
+
+    def site_names(self) -> list[str]:
+        """What the layer multiplies by, in order."""
+        raise TypeError(f"{type(self).__name__} does not say what it multiplies by")
+
+    def attach(self, *, name: str, recipe: Recipe, clock: Clock, engine: str) -> None:
+        """Give each product its own site, named after the layer and the product."""
+        self.site = nn.ModuleDict(
+            {
+                part: product_site(name=f"{name}.{part}" if name else part, recipe=recipe, clock=clock, engine=engine)
+                for part in self.site_names()
+            }
+        )
+
+    def sites(self) -> list[Site]:
+        """One for each of `site_names`."""
+        return [self._site(part) for part in self.site]
+
+    def product(self, part: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`lowbit.products.linear` at the site of that name."""
+        return products.linear(x, weight, bias, setting=self._site(part).setting(x))
+
+    def _site(self, part: str) -> Site:
+        site = self.site[part]
+        assert isinstance(site, Site)
+        return site
+
+
 class QuantLinear(QuantLayer, nn.Linear):
     """`torch.nn.Linear` in the formats of a recipe: ``(..., K)`` to ``(..., N)``."""
 

@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lowbit import products
-from lowbit.nn.layers import QuantLayer
-from lowbit.nn.site import Clock, Site, product_site, runs_eagerly
-from lowbit.recipe import Recipe
+from lowbit.nn.layers import SeveralProducts
+from lowbit.nn.site import runs_eagerly
 
 
 def lstm_cell(x_gates: Tensor, h_gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,29 +30,17 @@ def gru_cell(x_gates: Tensor, h_gates: Tensor, h: Tensor) -> Tensor:
     return n + z * (h - n)
 
 
-class _QuantRecurrent(QuantLayer, nn.RNNBase):
+class _QuantRecurrent(SeveralProducts, nn.RNNBase):
     """What LSTM and GRU share; one direction, any number of layers, no projection, no packed sequences."""
 
-    def attach(self, *, name: str, recipe: Recipe, clock: Clock, engine: str) -> None:
-        """Give each weight matrix its own site, named after it."""
-        self.site = nn.ModuleDict(  # type: ignore[assignment]
-            {
-                weight: product_site(
-                    name=f"{name}.{weight}" if name else weight, recipe=recipe, clock=clock, engine=engine
-                )
-                for layer in range(self.num_layers)
-                for weight in (f"weight_ih_l{layer}", f"weight_hh_l{layer}")
-            }
-        )
-
-    def sites(self) -> list[Site]:
-        """Two for each layer."""
-        return list(self.site.values())  # type: ignore[operator]
+    def site_names(self) -> list[str]:
+        """The weights of each layer: input, recurrent."""
+        return [f"weight_{kind}_l{layer}" for layer in range(self.num_layers) for kind in ("ih", "hh")]
 
     def _product(self, kind: str, layer: int, x: Tensor) -> Tensor:
-        site: Site = self.site[f"weight_{kind}_l{layer}"]  # type: ignore[index]
+        weight = f"weight_{kind}_l{layer}"
         bias = getattr(self, f"bias_{kind}_l{layer}") if self.bias else None
-        return products.linear(x, getattr(self, f"weight_{kind}_l{layer}"), bias, setting=site.setting(x))
+        return self.product(weight, x, getattr(self, weight), bias)
 
     def _batch_first(self, x: Tensor) -> Tensor:
         """The input as (B, T, I); a packed sequence is refused by name."""

@@ -216,7 +216,7 @@ class _CheckpointIO(CheckpointIO):
         return _load_checkpoint(Path(path), self.config)
 
     def remove_checkpoint(self, path: Any) -> None:
-        raise NotImplementedError("a run keeps its one checkpoint")
+        raise AssertionError(f"a run keeps its one checkpoint, and {path} was to be removed")
 
 
 class _StepTimer(Callback):
