@@ -84,8 +84,25 @@ class _Sums:
         return self.both / norms
 
 
-@dataclass
-class OperandProof:
+@dataclass(kw_only=True)
+class _Compared:
+    """What is compared with its full-precision self, over all calls."""
+
+    sums: _Sums = field(default_factory=_Sums)
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantisation noise, dB; inf where nothing changed."""
+        return self.sums.sqnr_db
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the angle to full precision."""
+        return self.sums.cosine
+
+
+@dataclass(kw_only=True)
+class OperandProof(_Compared):
     """One operand of one product, over all its calls.
 
     Attributes:
@@ -100,17 +117,6 @@ class OperandProof:
     elements: int
     integer: bool
     clipped: float = 0.0
-    sums: _Sums = field(default_factory=_Sums)
-
-    @property
-    def sqnr_db(self) -> float:
-        """Signal to quantisation noise of the operand, dB."""
-        return self.sums.sqnr_db
-
-    @property
-    def cosine(self) -> float:
-        """Cosine of the operand to itself before quantisation."""
-        return self.sums.cosine
 
     @property
     def angle_bound(self) -> float | None:
@@ -123,8 +129,8 @@ class OperandProof:
         return bits_needed(WANTED_COSINE, self.elements) if self.integer else None
 
 
-@dataclass
-class ProofRow:
+@dataclass(kw_only=True)
+class ProofRow(_Compared):
     """One product of one layer, over all its calls.
 
     Attributes:
@@ -144,22 +150,11 @@ class ProofRow:
     calls: int = 0
     macs: int = 0
     operands: dict[str, OperandProof] = field(default_factory=dict)
-    sums: _Sums = field(default_factory=_Sums)
 
     @property
     def bits(self) -> str:
         """Widths of the operands, e.g. ``"8x8"``."""
         return "x".join(str(o.bits) for o in self.operands.values())
-
-    @property
-    def sqnr_db(self) -> float:
-        """Signal to quantisation noise of the product, dB."""
-        return self.sums.sqnr_db
-
-    @property
-    def cosine(self) -> float:
-        """Cosine of the product to the one of full-precision operands."""
-        return self.sums.cosine
 
     @property
     def clipped(self) -> float:

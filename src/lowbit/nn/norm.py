@@ -175,8 +175,12 @@ class _RangeBatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         values = setting.quantized(x, "input", expected)
         norm = setting.norm
-        stats = None if fixed else range_statistics(values, constant=norm.constant, chunks=norm.chunks)
-        mean, sigma = fixed or (stats.mean, stats.sigma)  # type: ignore[union-attr]
+        stats = None
+        if fixed is None:
+            stats = range_statistics(values, constant=norm.constant, chunks=norm.chunks)
+            mean, sigma = stats.mean, stats.sigma
+        else:
+            mean, sigma = fixed
         d = divisor(sigma, setting.eps, norm.epsilon)
         normalized = (values - _per_channel(mean, x)).div_(_per_channel(d, x))
         y = normalized.clone() if weight is None else normalized * _per_channel(weight, x)
@@ -301,7 +305,9 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
         """See `range_batch_norm`; in training the running statistics move towards the batch's."""
         self._check_input_dim(input)
-        use_batch = self.training or self.running_mean is None
+        fixed = None
+        if not self.training and self.running_mean is not None and self.running_var is not None:
+            fixed = (self.running_mean, self.running_var.sqrt())
         y, mean, sigma = range_batch_norm(
             input,
             self.weight,
@@ -316,7 +322,7 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
                 engine=self.site.engine,
                 source=self.site,
             ),
-            fixed=None if use_batch else (self.running_mean, self.running_var.sqrt()),  # type: ignore[arg-type, union-attr]
+            fixed=fixed,
         )
         if self.training and self.track_running_stats and not is_recomputing():
             self._track(mean, sigma)

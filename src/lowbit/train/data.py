@@ -405,7 +405,7 @@ def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def _digits() -> _Sets:
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # it has no annotations
     except ImportError as error:
         raise UsageError("digits needs scikit-learn: pip install 'lowbit[train]'.") from error
     digits = load_digits()
