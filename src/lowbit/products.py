@@ -339,8 +339,57 @@ class Observer(Protocol):
         """Take note of one product."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProductCall:
+    """One product that ran, by its shapes: what a meter counts.
+
+    It costs a few microseconds, where an observer's `ProductRun` costs a measurement of every operand.
+
+    Args:
+        source: what ran it, the layer's site; None for a call of a function of this module.
+        layer: the layer's name.
+        product: ``"output"``, ``"grad_input"`` or ``"grad_weight"``.
+        kind: what was computed, e.g. ``"conv2d"``.
+        engine: how it was executed.
+        bits: the widths of its two operands, in the order of `lowbit.recipe.SLOTS`.
+        op: the operator, for its `macs`.
+        input: shape of the layer's input.
+        weight: shape of its weight.
+        output: shape of its output.
+    """
+
+    source: object
+    layer: str
+    product: str
+    kind: str
+    engine: str
+    bits: tuple[int, int]
+    op: Op
+    input: torch.Size
+    weight: torch.Size
+    output: torch.Size
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates."""
+        return self.op.macs(self.input, self.weight, self.output)
+
+
+Counter = Callable[[ProductCall], None]
+
 _observers: list[Observer] = []
+_counters: list[Counter] = []
 _depth = 0
+
+
+@contextmanager
+def counted_by(counter: Counter) -> Iterator[None]:
+    """Call `counter` with every product that runs in this context, forward and backward."""
+    _counters.append(counter)
+    try:
+        yield
+    finally:
+        _counters.remove(counter)
 
 
 @contextmanager
@@ -489,7 +538,7 @@ def outputs(
     x_hat = quantize_operand(exact_x, op, setting, "output", "input")
     w_hat = quantize_operand(exact_w, op, setting, "output", "weight")
     operands = {"input": (exact_x, x_hat), "weight": (exact_w, w_hat)}
-    y = _run(op, setting, "output", operands, op.output, op.macs, expected)
+    y = _run(op, setting, "output", operands, op.output, (x.shape, w.shape, None), expected)
     if bias is not None:
         b_hat = quantize(_compute(bias.detach()), setting.recipe.bias).values
         y = y + (b_hat if op.has_rows else b_hat.reshape(-1, *[1] * (y.dim() - 2)))
@@ -561,7 +610,7 @@ def gradients(
             "grad_input",
             {"grad_output": (g, g_hat), "weight": (exact_w, w_hat)},
             lambda a, b: op.grad_input(a, b, kept.input_shape),
-            lambda y, w_, _: op.macs(kept.input_shape, w_, y),
+            (kept.input_shape, kept.weight_shape, g.shape),
         ).to(kept.dtypes[0])
     if needs[1] and x_hat is not None:
         if g_hat is None or not _shares(op, setting, "grad_output", g.shape, "grad_input", "grad_weight"):
@@ -573,7 +622,7 @@ def gradients(
             "grad_weight",
             {"grad_output": (g, g_hat), "input": (exact_x, kept.quantized.get("input", Quantized(x_hat)))},
             lambda a, b: op.grad_weight(a, b, kept.weight_shape),
-            lambda y, x_, w_: op.macs(x_, w_, y),
+            (kept.input_shape, kept.weight_shape, g.shape),
         ).to(kept.dtypes[1])
     grad_bias = op.grad_bias(g).to(kept.dtypes[2]) if needs[2] else None
     return grad_input, grad_weight, grad_bias
@@ -585,13 +634,33 @@ def _run(
     product: str,
     operands: dict[str, tuple[Tensor, Quantized]],
     multiply: Callable[[Tensor, Tensor], Tensor],
-    macs: Callable[[torch.Size, torch.Size, torch.Size], int],
+    shapes: tuple[torch.Size, torch.Size, torch.Size | None],
     expected: tuple[str, ...] = (),
 ) -> Tensor:
-    """Execute one product on its two operands and show it to the observers."""
+    """Execute one product on its two operands and show it to counters and observers.
+
+    `shapes` are those of input, weight and output; None for the output that this product makes.
+    """
     (exact_a, a), (exact_b, b) = operands.values()
     with inside():
         result = multiply(a.values, b.values)
+        x_shape, w_shape, y_shape = shapes[0], shapes[1], shapes[2] or result.shape
+        if _counters:
+            first, second = operands
+            call = ProductCall(
+                source=setting.source,
+                layer=setting.layer,
+                product=product,
+                kind=op.kind,
+                engine=setting.engine,
+                bits=(bits_of(setting, product, first), bits_of(setting, product, second)),
+                op=op,
+                input=x_shape,
+                weight=w_shape,
+                output=y_shape,
+            )
+            for counter in _counters:
+                counter(call)
         if _observers:
             run = ProductRun(
                 source=setting.source,
@@ -600,7 +669,7 @@ def _run(
                 kind=op.kind,
                 engine=setting.engine,
                 kernel=op.kernel(product),
-                macs=macs(exact_a.shape, exact_b.shape, result.shape),
+                macs=op.macs(x_shape, w_shape, y_shape),
                 operands={
                     name: _operand_run(op, setting, product, name, exact, hat)
                     for name, (exact, hat) in operands.items()
