@@ -25,6 +25,7 @@ LAYERS = {
     "report": 1,
     "ranges": 2,
     "quantizer": 2,
+    "integer": 2,
     "products": 3,
     "nn": 4,
     "convert": 5,

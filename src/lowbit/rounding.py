@@ -132,6 +132,9 @@ class Noise(Protocol):
     def draw(self, product: str, operand: str, x: Tensor) -> Tensor:
         """Uniform draws in [0, 1) for rounding `x`, in its shape and on its device."""
 
+    def words(self, product: str, operand: str) -> tuple[int, int] | None:
+        """The two words that select the noise field, for kernels that make it as they go; None where it is recorded."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CounterNoise:
@@ -152,6 +155,11 @@ class CounterNoise:
         key = noise_key(self.key, tensor_id(self.layer, product, operand, self.use))
         return uniform_noise(key, x.shape, x.device)
 
+    def words(self, product: str, operand: str) -> tuple[int, int]:
+        """The words of that field."""
+        first, second = noise_key(self.key, tensor_id(self.layer, product, operand, self.use)).tolist()
+        return first, second
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedNoise:
@@ -168,3 +176,7 @@ class RecordedNoise:
                 f"no recorded noise of shape {tuple(x.shape)} for {operand} in {product}; recorded: {have}"
             )
         return draws.to(x.device)
+
+    def words(self, product: str, operand: str) -> None:  # noqa: ARG002 - recorded noise has none
+        """None."""
+        return

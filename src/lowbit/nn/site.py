@@ -113,7 +113,7 @@ class Site(nn.Module):
             return None
         if is_recomputing() and self.training:
             return None  # that of its own batch, as in the first run, which recorded it
-        values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        values = x.float() if x.dtype == torch.float16 else x
         return observed_extremes(values, self.input_format, self.running_range, training=self.training)
 
     def setting(self, x: Tensor) -> Setting:

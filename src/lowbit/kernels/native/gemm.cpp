@@ -6,14 +6,12 @@
 
 #include <immintrin.h>
 #include <omp.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <new>
 
 #include "cpu.h"
 
@@ -27,18 +25,27 @@ constexpr int64_t kCache = 512 << 10;  // bytes of packed rows that stay in a co
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-struct Free {
-    void operator()(void* p) const { std::free(p); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], Free>;
+// Memory that a thread keeps from one product to the next: fresh memory of this size costs more than packing does.
+// Slots are numbered so that what lives at the same time does not share one.
+enum Slot { kSlotA, kSlotB, kSlotSums, kSlotRowSums, kSlotColumnSums, kSlotGroups, kSlotScratch, kSlots };
 
 template <class T>
-Buffer<T> buffer(int64_t count) {
+T* workspace(Slot slot, int64_t count) {
+    struct Block {
+        void* p = nullptr;
+        size_t bytes = 0;
+        ~Block() { std::free(p); }
+    };
+    static thread_local Block blocks[kSlots];
+    Block& block = blocks[slot];
     const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
-    void* p = std::aligned_alloc(64, bytes);
-    if (!p) throw std::bad_alloc();
-    return Buffer<T>(static_cast<T*>(p));
+    if (block.bytes < bytes) {
+        std::free(block.p);
+        block.p = std::aligned_alloc(64, bytes);
+        block.bytes = block.p ? bytes : 0;
+        if (!block.p) throw std::bad_alloc();
+    }
+    return static_cast<T*>(block.p);
 }
 
 // ---- rows in the packed type ----
@@ -279,11 +286,11 @@ void pack_b_along(const Kind& kind, const Product& p, int64_t panel, int64_t fir
 // Memory for `pack_a_across` and `pack_b_across` of a width.
 template <class Kind>
 struct Across {
-    Buffer<uint32_t> groups;
-    Buffer<typename Kind::Number> scratch;
+    uint32_t* groups;
+    typename Kind::Number* scratch;
     explicit Across(int64_t width)
-        : groups(buffer<uint32_t>(16 * (width + kPanel))),
-          scratch(buffer<typename Kind::Number>(Kind::in_group * width)) {}
+        : groups(workspace<uint32_t>(kSlotGroups, 16 * (width + kPanel))),
+          scratch(workspace<typename Kind::Number>(kSlotScratch, Kind::in_group * width)) {}
 };
 
 // Steps [first, last) of all of B, by all threads of the enclosing team, which wait for each other at the end.
@@ -297,8 +304,7 @@ void pack_all_b(const Kind& kind, const Product& p, int64_t first, int64_t last,
         Across<Kind> across(p.n);
 #pragma omp for schedule(dynamic)
         for (int64_t s = first; s < last; s++)
-            pack_b_across(kind, p, s, b + (s - first) * 2 * kTile, panel_bytes, across.groups.get(),
-                          across.scratch.get());
+            pack_b_across(kind, p, s, b + (s - first) * 2 * kTile, panel_bytes, across.groups, across.scratch);
     }
 }
 
@@ -313,7 +319,7 @@ void pack_all_a(const Kind& kind, const Product& p, int64_t first, int64_t last,
         Across<Kind> across(p.m);
 #pragma omp for schedule(dynamic) nowait
         for (int64_t s = first; s < last; s++)
-            pack_a_across(kind, p, s, a + (s - first) * kStep, stride, across.groups.get(), across.scratch.get());
+            pack_a_across(kind, p, s, a + (s - first) * kStep, stride, across.groups, across.scratch);
     }
 }
 
@@ -495,6 +501,19 @@ void finish(const Product& p, int64_t m, int64_t n, int64_t count, float* y) {
         store(y + j, 1, r.type, r.data, m * r.stride + (n + j) % channels * r.taps + (n + j) / channels);
 }
 
+// Correct, scale and write out the sums of one panel of rows by one of columns.
+template <class Sum>
+void finish_panel(const Product& p, const Sum* sum, int64_t stride, Zero zero, int64_t row_panel, int64_t column_panel,
+                  const int32_t* row_sums, const int32_t* column_sums) {
+    const int64_t m = row_panel * kPanel, n = column_panel * kPanel;
+    const int64_t rows = std::min(kPanel, p.m - m), columns = std::min(kPanel, p.n - n);
+    float y[kPanel];
+    for (int64_t i = 0; i < rows; i++) {
+        correct(sum + i * stride, zero, row_sums[i], column_sums, columns, y);
+        finish(p, m + i, n, columns, y);
+    }
+}
+
 // ---- drivers ----
 
 // Many rows: B is packed whole, and each thread packs the rows it works on.
@@ -513,44 +532,37 @@ void multiply_tall(const Product& p) {
     const int64_t splits = std::min(column_panels, std::max<int64_t>(1, ceil_div(threads, groups)));
     const auto multiply = multiplier(a_kind);
     const Zero zero = zero_of(p, a_kind, b_kind);
-    auto b = buffer<uint8_t>(column_panels * panel_bytes);
-    auto column_sums = buffer<int32_t>(column_panels * kPanel);
-    std::fill_n(column_sums.get(), column_panels * kPanel, 0);
+    auto* b = workspace<uint8_t>(kSlotB, column_panels * panel_bytes);
+    auto* column_sums = workspace<int32_t>(kSlotColumnSums, column_panels * kPanel);
+    std::fill_n(column_sums, column_panels * kPanel, 0);
 #pragma omp parallel
     {
-        pack_all_b(b_kind, p, 0, steps, b.get(), panel_bytes);
+        pack_all_b(b_kind, p, 0, steps, b, panel_bytes);
         if (zero.a) {
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < column_panels; n++)
-                add_column_sums(b.get() + n * panel_bytes, steps, column_sums.get() + n * kPanel);
+                add_column_sums(b + n * panel_bytes, steps, column_sums + n * kPanel);
         }
         const Tiles tiles;
-        auto a = buffer<uint8_t>(group * kPanel * stride);
-        auto row_sums = buffer<int32_t>(group * kPanel);
+        auto* a = workspace<uint8_t>(kSlotA, group * kPanel * stride);
+        auto* row_sums = workspace<int32_t>(kSlotRowSums, group * kPanel);
         alignas(64) Sum c[kPanel * kPanel];
-        float y[kPanel];
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < groups * splits; task++) {
             const int64_t first = task / splits * group, last = std::min(first + group, row_panels);
             const int64_t begin = task % splits * column_panels / splits;
             const int64_t end = (task % splits + 1) * column_panels / splits;
-            std::fill_n(row_sums.get(), group * kPanel, 0);
+            std::fill_n(row_sums, group * kPanel, 0);
             for (int64_t m = first; m < last; m++) {
-                uint8_t* panel = a.get() + (m - first) * kPanel * stride;
+                uint8_t* panel = a + (m - first) * kPanel * stride;
                 pack_a_along(a_kind, p, m, 0, steps, panel, stride);
-                if (zero.b) add_row_sums(panel, stride, steps * kStep, row_sums.get() + (m - first) * kPanel);
+                if (zero.b) add_row_sums(panel, stride, steps * kStep, row_sums + (m - first) * kPanel);
             }
             for (int64_t n = begin; n < end; n++)
                 for (int64_t m = first; m < last; m++) {
-                    multiply(a.get() + (m - first) * kPanel * stride, stride, b.get() + n * panel_bytes, steps, c,
+                    multiply(a + (m - first) * kPanel * stride, stride, b + n * panel_bytes, steps, c,
                              kPanel, false);
-                    const int64_t rows = std::min(kPanel, p.m - m * kPanel);
-                    const int64_t columns = std::min(kPanel, p.n - n * kPanel);
-                    for (int64_t i = 0; i < rows; i++) {
-                        correct(c + i * kPanel, zero, row_sums[(m - first) * kPanel + i],
-                                column_sums.get() + n * kPanel, columns, y);
-                        finish(p, m * kPanel + i, n * kPanel, columns, y);
-                    }
+                    finish_panel(p, c, kPanel, zero, m, n, row_sums + (m - first) * kPanel, column_sums + n * kPanel);
                 }
         }
     }
@@ -564,7 +576,8 @@ void multiply_long(const Product& p) {
     const int64_t steps = ceil_div(p.k * static_cast<int64_t>(sizeof(typename Kind::Number)), kStep);
     const int64_t row_panels = ceil_div(p.m, kPanel), column_panels = ceil_div(p.n, kPanel);
     const int64_t chunk =
-        std::min(steps, std::max<int64_t>(4, 4 * kCache / ((row_panels + column_panels) * kPanel * kStep)));
+        std::min(steps, std::max<int64_t>(16, 8 * kCache / ((row_panels + column_panels) * kPanel * kStep)));
+    const bool once = chunk == steps;  // sums need not be kept in memory
     const int64_t stride = chunk * kStep + 64, panel_bytes = chunk * 2 * kTile;
     const int64_t block = std::max<int64_t>(1, kCache / (kPanel * stride));
     const int64_t blocks = ceil_div(row_panels, block), width = column_panels * kPanel;
@@ -572,29 +585,31 @@ void multiply_long(const Product& p) {
     const int64_t splits = std::min(column_panels, std::max<int64_t>(1, ceil_div(threads * 2, blocks)));
     const auto multiply = multiplier(a_kind);
     const Zero zero = zero_of(p, a_kind, b_kind);
-    auto a = buffer<uint8_t>(row_panels * kPanel * stride), b = buffer<uint8_t>(column_panels * panel_bytes);
-    auto c = buffer<Sum>(row_panels * kPanel * width);
-    auto row_sums = buffer<int32_t>(row_panels * kPanel), column_sums = buffer<int32_t>(width);
-    std::fill_n(row_sums.get(), row_panels * kPanel, 0);
-    std::fill_n(column_sums.get(), width, 0);
+    auto* a = workspace<uint8_t>(kSlotA, row_panels * kPanel * stride);
+    auto* b = workspace<uint8_t>(kSlotB, column_panels * panel_bytes);
+    auto* c = workspace<Sum>(kSlotSums, once ? 1 : row_panels * kPanel * width);
+    auto* row_sums = workspace<int32_t>(kSlotRowSums, row_panels * kPanel);
+    auto* column_sums = workspace<int32_t>(kSlotColumnSums, width);
+    std::fill_n(row_sums, row_panels * kPanel, 0);
+    std::fill_n(column_sums, width, 0);
 #pragma omp parallel
     {
         const Tiles tiles;
-        float y[kPanel];
+        alignas(64) Sum local[kPanel * kPanel];
         for (int64_t first = 0; first < steps; first += chunk) {
             const int64_t last = std::min(first + chunk, steps);
-            pack_all_a(a_kind, p, first, last, a.get(), stride);
-            pack_all_b(b_kind, p, first, last, b.get(), panel_bytes);
+            pack_all_a(a_kind, p, first, last, a, stride);
+            pack_all_b(b_kind, p, first, last, b, panel_bytes);
             if (zero.b) {
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(static)
                 for (int64_t m = 0; m < row_panels; m++)
-                    add_row_sums(a.get() + m * kPanel * stride, stride, (last - first) * kStep,
-                                 row_sums.get() + m * kPanel);
+                    add_row_sums(a + m * kPanel * stride, stride, (last - first) * kStep,
+                                 row_sums + m * kPanel);
             }
             if (zero.a) {
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(static)
                 for (int64_t n = 0; n < column_panels; n++)
-                    add_column_sums(b.get() + n * panel_bytes, last - first, column_sums.get() + n * kPanel);
+                    add_column_sums(b + n * panel_bytes, last - first, column_sums + n * kPanel);
             }
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < blocks * splits; task++) {
@@ -602,21 +617,27 @@ void multiply_long(const Product& p) {
                 const int64_t begin = task % splits * column_panels / splits;
                 const int64_t end = (task % splits + 1) * column_panels / splits;
                 for (int64_t n = begin; n < end; n++)
-                    for (int64_t m = top; m < bottom; m++)
-                        multiply(a.get() + m * kPanel * stride, stride, b.get() + n * panel_bytes, last - first,
-                                 c.get() + m * kPanel * width + n * kPanel, width, first > 0);
+                    for (int64_t m = top; m < bottom; m++) {
+                        const uint8_t* left = a + m * kPanel * stride;
+                        if (!once) {
+                            multiply(left, stride, b + n * panel_bytes, last - first,
+                                     c + m * kPanel * width + n * kPanel, width, first > 0);
+                            continue;
+                        }
+                        multiply(left, stride, b + n * panel_bytes, steps, local, kPanel, false);
+                        finish_panel(p, local, kPanel, zero, m, n, row_sums + m * kPanel, column_sums + n * kPanel);
+                    }
             }
         }
+        if (!once) {
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < p.m; m++)
-            for (int64_t n = 0; n < p.n; n += kPanel) {
-                const int64_t count = std::min(kPanel, p.n - n);
-                correct(c.get() + m * width + n, zero, row_sums[m], column_sums.get() + n, count, y);
-                finish(p, m, n, count, y);
-            }
+            for (int64_t m = 0; m < row_panels; m++)
+                for (int64_t n = 0; n < column_panels; n++)
+                    finish_panel(p, c + m * kPanel * width + n * kPanel, width, zero, m, n, row_sums + m * kPanel,
+                                 column_sums + n * kPanel);
+        }
     }
 }
-
 template <class Kind>
 void multiply(const Product& p) {
     if (p.m == 0 || p.n == 0) return;
