@@ -21,6 +21,7 @@ from lowbit.quantizer import encode, grid_of
 from lowbit.ranges import extremes
 
 Unit = Literal["int8", "bf16"]
+Layout = Literal["matrix", "activation", "weight"]
 
 # The most numbers k whose products of codes, at most 255 * 127 each, fit in a signed 32-bit sum.
 MOST_SUMMED = (2**31 - 1) // (255 * 128)
@@ -35,21 +36,21 @@ class Codes:
         scale: float32, one or one for each row or channel that the product keeps.
         zero: the code of a real zero.
         shape: of the tensor the codes were made of.
-        weight: whether it is a weight, whose memory is (first axis, taps, second axis).
+        layout: of the memory: as it is (``"matrix"``), (B, *size, C) or (first axis, taps, second axis).
     """
 
     q: Tensor
     scale: Tensor
     zero: int
     shape: torch.Size
-    weight: bool
+    layout: Layout
 
     def values(self, sharing: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
         """The real values, float32 in the shape of the tensor; `sharing` as for `encode_operand`."""
         shape, view, dims = self.shape, *sharing
-        if len(shape) < 3:
+        if self.layout == "matrix":
             q = self.q.view(shape)
-        elif self.weight:
+        elif self.layout == "weight":
             q = self.q.view(shape[0], -1, shape[1]).transpose(1, 2).reshape(shape)
         else:
             q = self.q.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
@@ -65,7 +66,7 @@ class Values:
 
     q: Tensor
     shape: torch.Size
-    weight: bool
+    layout: Layout
     zero: int = 0
 
     @property
@@ -125,20 +126,36 @@ def _memory_view(x: Tensor, view: tuple[int, ...], dims: tuple[int, ...]) -> cpu
     if x.is_contiguous():
         return *sizes, False
     if not kept:
-        return (x.shape[0], x.shape[1], math.prod(x.shape[2:]), True) if _is_channels_last(x) else None
-    return (*sizes, True) if _is_channels_last(x) and sizes[:2] == tuple(x.shape[:2]) else None
+        return (x.shape[0], x.shape[1], math.prod(x.shape[2:]), True) if is_channels_last(x) else None
+    return (*sizes, True) if is_channels_last(x) and sizes[:2] == tuple(x.shape[:2]) else None
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     """Whether memory is (B, *size, C) without gaps."""
     return x.dim() > 2 and x.movedim(1, -1).is_contiguous()
+
+
+def _ordered_view(x: Tensor, whole: bool, view: tuple[int, ...], dims: tuple[int, ...]) -> cpu.View | None:
+    """The view of a weight whose memory is (first axis, taps, second axis)."""
+    first, second = x.shape[:2]
+    taps = math.prod(x.shape[2:])
+    kept = [n for d, n in enumerate(view) if d not in dims and n > 1]
+    if whole:
+        return 1, 1, x.numel(), False
+    if kept == [first] and first != second:
+        return 1, first, taps * second, False
+    if kept == [second] and first != second:
+        return first * taps, second, 1, False
+    if first == second and view[0] == 1 and len(kept) == 1:  # (groups 1, first, second, *kernel)
+        return (1, first, taps * second, False) if 1 not in dims else (first * taps, second, 1, False)
+    return None
 
 
 def encode_operand(
     x: Tensor,
     fmt: Format,
     *,
-    operand: str,
+    layout: Layout,
     sharing: tuple[tuple[int, ...], tuple[int, ...]],
     levels: float,
     key: tuple[int, int] | None,
@@ -149,22 +166,24 @@ def encode_operand(
     Args:
         x: float32 or bfloat16 on the CPU, in its own shape.
         fmt: a format that `refusal` lets pass.
-        operand: ``"input"``, ``"weight"`` or ``"grad_output"``.
+        layout: the memory order that products read.
         sharing: view shape and the dims of it that share a scale.
         levels: the largest code.
         key: words of the noise field; needed iff the format rounds stochastically.
         observed: lo and hi in place of those of `x`.
     """
-    weight = operand == "weight"
     if isinstance(fmt, Float):
-        return Values(q=_in_order(x, weight), shape=x.shape, weight=weight)
+        return Values(q=_in_order(x, layout), shape=x.shape, layout=layout)
     view, dims = sharing
-    taps = math.prod(x.shape[2:])
+    weight = layout == "weight"
+    taps = 1 if layout == "matrix" else math.prod(x.shape[2:])
+    x = x.contiguous() if layout == "matrix" else x
     memory = _memory_view(x, view, dims)
     last = memory is not None and memory[3]
-    if last and weight:  # rows of such a weight are in the wanted order already, noise numbers are not
-        memory = None
-    transposed = not last and taps > 1
+    ordered = weight and is_channels_last(x) and not x.is_contiguous()
+    if ordered:  # its memory is in the wanted order already; noise numbers would not be
+        memory = _ordered_view(x, len(dims) == len(view), view, dims) if key is None else None
+    transposed = not last and not ordered and taps > 1
     if transposed and memory is not None:
         outer, channels, inner, _ = memory
         if channels == 1:
@@ -172,13 +191,13 @@ def encode_operand(
         elif not weight or (inner == taps and not (outer > 1 and inner < 64)) or (inner != taps and outer != 1):
             memory = None
     if x.numel() == 0 or memory is None:
-        return _encode_slowly(x.contiguous(), fmt, weight, sharing, levels, key, observed)
+        return _encode_slowly(x.contiguous(), fmt, layout, sharing, levels, key, observed)
     whole = len(dims) == len(view)
     lo, hi = observed or (extremes(x, rule=fmt.range, dims=tuple(range(x.dim()))) if whole else cpu.extremes(x, memory))
     scale, zero, low, high = grid_of(lo.reshape(-1), hi.reshape(-1), fmt, levels)
     grid = cpu.Grid(scale=scale, zero=zero, low=float(low), high=float(high), key=key)
     q = cpu.encode(x, memory, grid, signed=fmt.zero == "symmetric", taps=taps if transposed else 1)
-    return Codes(q=q, scale=scale, zero=_whole(zero), shape=x.shape, weight=weight)
+    return Codes(q=q, scale=scale, zero=_whole(zero), shape=x.shape, layout=layout)
 
 
 def _whole(zero: Tensor | None) -> int:
@@ -187,11 +206,11 @@ def _whole(zero: Tensor | None) -> int:
     return 0 if math.isnan(value) else int(value)
 
 
-def _in_order(x: Tensor, weight: bool) -> Tensor:
+def _in_order(x: Tensor, layout: Layout) -> Tensor:
     """The memory order that products read, flat."""
-    if x.dim() < 3:
+    if layout == "matrix":
         return x.contiguous().flatten()
-    if weight:
+    if layout == "weight":
         return x.flatten(2).transpose(1, 2).contiguous().flatten()
     return x.movedim(1, -1).contiguous().flatten()
 
@@ -199,7 +218,7 @@ def _in_order(x: Tensor, weight: bool) -> Tensor:
 def _encode_slowly(
     x: Tensor,
     fmt: Integer,
-    weight: bool,
+    layout: Layout,
     sharing: tuple[tuple[int, ...], tuple[int, ...]],
     levels: float,
     key: tuple[int, int] | None,
@@ -213,7 +232,7 @@ def _encode_slowly(
     codes = encode(x.reshape(view), fmt, dims=dims, levels=levels, noise=noise, observed=seen)
     scale, zeros = codes.scale.flatten().contiguous(), codes.zero
     q = codes.q.nan_to_num(0.0).to(torch.int8 if fmt.zero == "symmetric" else torch.uint8).reshape(x.shape)
-    return Codes(q=_in_order(q, weight), scale=scale, zero=_whole(zeros), shape=x.shape, weight=weight)
+    return Codes(q=_in_order(q, layout), scale=scale, zero=_whole(zeros), shape=x.shape, layout=layout)
 
 
 # ---- products ----
@@ -248,13 +267,22 @@ def grad_input(g: Operand, w: Operand, geometry: Geometry | None, shape: torch.S
     return reach(g, w, geometry, shape, None, dtype)
 
 
-def grad_weight(g: Operand, x: Operand, geometry: Geometry | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """``g x`` summed over positions in `shape`, in `dtype`."""
+def grad_weight(
+    g: Operand, x: Operand, geometry: Geometry | None, shape: torch.Size, dtype: torch.dtype, *, ordered: bool = False
+) -> Tensor:
+    """``g x`` summed over positions in `shape`, in `dtype`; `ordered` gives a convolution's memory channels last."""
     if geometry is None:
         return _matrix(_flat(g, False), _flat(x, False), g, x, shape, None, dtype)
     if geometry.transposed:  # the weight's first axis counts input channels
-        return _weight(x, g, geometry, shape, dtype)
-    return _weight(g, x, geometry, shape, dtype)
+        return _weight(x, g, geometry, shape, dtype, ordered)
+    return _weight(g, x, geometry, shape, dtype, ordered)
+
+
+def grad_bias(g: Tensor, geometry: Geometry | None) -> Tensor:
+    """The sum of g over all but its channels, float32."""
+    if geometry is None:
+        return cpu.sums(g.contiguous(), g.shape[-1])
+    return cpu.sums(g.movedim(1, -1).contiguous(), g.shape[1])
 
 
 def _flat(t: Operand, along: bool) -> Rows:
@@ -372,9 +400,11 @@ def _convolve(
     return out
 
 
-def _weight(small: Operand, large: Operand, geometry: Geometry, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _weight(
+    small: Operand, large: Operand, geometry: Geometry, shape: torch.Size, dtype: torch.dtype, ordered: bool
+) -> Tensor:
     """The gradient of a weight (first axis of `small`, second of `large`, *kernel)."""
-    out = torch.empty(shape, dtype=dtype)
+    out = _new(shape, dtype) if ordered else torch.empty(shape, dtype=dtype)
     groups, taps = geometry.groups, math.prod(shape[2:])
     count, channels = shape[0] // groups, shape[1]
     rows = small.shape.numel() // max(small.shape[1], 1)
@@ -392,7 +422,7 @@ def _weight(small: Operand, large: Operand, geometry: Geometry, shape: torch.Siz
         )  # fmt: skip
         scales = _of_group(small.scale, group, groups), _of_group(large.scale, group, groups)
         cpu.multiply(
-            left, right, out, first=group * count * taps * channels, stride=taps * channels, taps=taps,
-            scales=scales, bias=None, codes=_unit(small, large),
+            left, right, out, first=group * count * taps * channels, stride=taps * channels, scales=scales,
+            taps=1 if ordered else taps, bias=None, codes=_unit(small, large),
         )  # fmt: skip
     return out

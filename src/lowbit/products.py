@@ -597,8 +597,10 @@ def runs_integer(x: Tensor, w: Tensor, setting: Setting) -> bool:
 def _encoded(x: Tensor, op: Op, setting: Setting, product: str, operand: str) -> integer.Operand:
     """One operand of one product for the int8 engine."""
     fmt = setting.format(product, operand)
+    layout: integer.Layout = "activation" if operand != "weight" else "weight"
+    layout = "matrix" if op.geometry is None else layout
     if not isinstance(fmt, Integer):
-        return integer.encode_operand(x, fmt, operand=operand, sharing=((), ()), levels=0.0, key=None, observed=None)
+        return integer.encode_operand(x, fmt, layout=layout, sharing=((), ()), levels=0.0, key=None, observed=None)
     key = None
     if fmt.stochastic:
         key = None if setting.noise is None else setting.noise.words(product, operand)
@@ -613,7 +615,7 @@ def _encoded(x: Tensor, op: Op, setting: Setting, product: str, operand: str) ->
     return integer.encode_operand(
         x,
         fmt,
-        operand=operand,
+        layout=layout,
         sharing=(view, dims),
         levels=float(2 ** (bits - (fmt.zero == "symmetric")) - 1),
         key=key,
@@ -714,11 +716,13 @@ def _integer_gradients(
             setting,
             "grad_weight",
             {"grad_output": (g, g_out), "input": (g if kept.exact is None else kept.exact[0], x_codes)},
-            lambda: integer.grad_weight(g_out, x_codes, op.geometry, kept.w_shape, kept.dtypes[1]),
+            lambda: integer.grad_weight(
+                g_out, x_codes, op.geometry, kept.w_shape, kept.dtypes[1], ordered=integer.is_channels_last(w)
+            ),
             lambda a, b: op.grad_weight(a, b, kept.w_shape),
             shapes,
         )
-    grad_bias = op.grad_bias(g.float()).to(kept.dtypes[2]) if needs[2] else None
+    grad_bias = integer.grad_bias(g, op.geometry).to(kept.dtypes[2]) if needs[2] else None
     return grad_input, grad_weight, grad_bias
 
 

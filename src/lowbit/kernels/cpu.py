@@ -49,6 +49,13 @@ def extremes(x: Tensor, view: View) -> tuple[Tensor, Tensor]:
     return lo, hi
 
 
+def sums(x: Tensor, width: int) -> Tensor:
+    """The sum of each column of dense memory of rows of `width` numbers, float32 ``(width,)``."""
+    to = torch.empty(width)
+    _cpu.sums(x.data_ptr(), _TYPES[x.dtype], x.numel() // max(width, 1), width, to.data_ptr())
+    return to
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """Where codes lie: ``q = clamp(round(x / S) + z, low, high)``, with `offset` ``q = round(clamp((x - o) / S))``.

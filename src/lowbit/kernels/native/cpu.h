@@ -42,6 +42,8 @@ struct Grid {
 struct Elementwise {
     // The smallest and largest value of each channel; nan where a nan is.
     void (*extremes)(const void* x, Type type, View view, float* lo, float* hi);
+    // The sum of each of `width` columns of a matrix.
+    void (*sums)(const void* x, Type type, int64_t rows, int64_t width, float* to);
     // Codes plus `shift` as bytes, in the order of x; with `taps` > 1 each record of channels x inner numbers, or of inner
     // numbers where the scale is one or there is one channel to a row, is transposed from (.., taps) to (taps, ..).
     void (*encode)(const void* x, Type type, View view, const Grid& grid, int shift, int64_t taps, uint8_t* codes);

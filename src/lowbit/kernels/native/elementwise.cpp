@@ -181,6 +181,35 @@ void extremes(const void* x, Type type, View view, float* lo, float* hi) {
     }
 }
 
+// ---- sums ----
+
+// Of each of `width` columns of a matrix: in float32 over blocks of rows, in float64 over blocks.
+void sums(const void* x, Type type, int64_t rows, int64_t width, float* to) {
+    constexpr int64_t kBlock = 64;
+    std::vector<double> total(width, 0.0);
+#pragma omp parallel
+    {
+        std::vector<double> mine(width, 0.0);
+        float buffer[kRun], block[kRun];
+#pragma omp for schedule(static) nowait
+        for (int64_t first = 0; first < rows; first += kBlock) {
+            const int64_t last = std::min(first + kBlock, rows);
+            for (int64_t c = 0; c < width; c += kRun) {
+                const int64_t count = std::min(kRun, width - c);
+                std::fill_n(block, count, 0.0f);
+                for (int64_t r = first; r < last; r++) {
+                    const float* v = load(x, type, r * width + c, count, buffer);
+                    for (int64_t i = 0; i < count; i++) block[i] += v[i];
+                }
+                for (int64_t i = 0; i < count; i++) mine[c + i] += static_cast<double>(block[i]);
+            }
+        }
+#pragma omp critical(lowbit_sums)
+        for (int64_t c = 0; c < width; c++) total[c] += mine[c];
+    }
+    for (int64_t c = 0; c < width; c++) to[c] = static_cast<float>(total[c]);
+}
+
 // ---- codes ----
 
 // Correctly rounded x / S: two corrections of x times the rounded 1 / S (Markstein 1990), where nothing overflows.
@@ -399,7 +428,7 @@ void noise(int64_t count, uint32_t key0, uint32_t key1, float* u) {
 }  // namespace
 
 extern const Elementwise kernels;
-const Elementwise kernels = {extremes, encode, fake_quantize, noise};
+const Elementwise kernels = {extremes, sums, encode, fake_quantize, noise};
 
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit

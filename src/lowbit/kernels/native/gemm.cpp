@@ -497,8 +497,15 @@ void finish(const Product& p, int64_t m, int64_t n, int64_t count, float* y) {
         return;
     }
     const int64_t channels = p.n / r.taps;
-    for (int64_t j = 0; j < count; j++)
-        store(y + j, 1, r.type, r.data, m * r.stride + (n + j) % channels * r.taps + (n + j) / channels);
+    int64_t channel = n % channels, to = m * r.stride + channel * r.taps + n / channels;
+    for (int64_t j = 0; j < count; j++) {
+        store(y + j, 1, r.type, r.data, to);
+        to += r.taps;
+        if (++channel == channels) {
+            channel = 0;
+            to += 1 - channels * r.taps;
+        }
+    }
 }
 
 // Correct, scale and write out the sums of one panel of rows by one of columns.

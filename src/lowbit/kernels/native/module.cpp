@@ -87,6 +87,10 @@ NB_MODULE(_cpu, m) {
         const nb::gil_scoped_release release;
         elementwise().extremes(at<const void>(x), static_cast<Type>(type), view_of(view), at<float>(lo), at<float>(hi));
     });
+    m.def("sums", [](Address x, int type, int64_t rows, int64_t width, Address to) {
+        const nb::gil_scoped_release release;
+        elementwise().sums(at<const void>(x), static_cast<Type>(type), rows, width, at<float>(to));
+    });
     m.def("encode", [](Address x, int type, const Shape& view, Address scale, Address zero, int64_t scales, float low,
                        float high, bool offset, bool stochastic, uint32_t key0, uint32_t key1, int shift, int64_t taps,
                        Address codes) {
