@@ -243,7 +243,7 @@ class TestCodesAndValues:
     def test_numbers_far_beyond_a_given_range(
         self, dtype: torch.dtype, scale: float, zero: str, key: tuple[int, int] | None
     ) -> None:
-        """What a running range has never seen is clipped to the ends, also where x / S is more than the largest float."""
+        """What a running range has never seen is clipped to its ends, also where x / S overflows."""
         far = torch.tensor([3e38, -3e38, 1e30, -1e30, 1e10, -1e10, 1e-45, -1e-45, math.inf, -math.inf, 0.0, -0.0])
         if key is not None:  # the twin's stochastic rounding has no fraction of an infinite quotient
             far = far[(far / scale).isfinite()]
@@ -259,7 +259,7 @@ class TestCodesAndValues:
         assert (q[x.flatten() < -290 * scale] == low).all()
 
     def test_division_is_correctly_rounded(self) -> None:
-        """x / S within an ulp of a half decides the code as the correctly rounded quotient does, 1.3 million times."""
+        """Quotients within an ulp of a half give the codes of the correctly rounded quotient, 1.3 million times."""
         g = torch.Generator().manual_seed(1)
         for exponent in (-59, -30, -8, 0, 10, 19):
             scale = (1 + torch.rand(400, generator=g)) * 2.0**exponent
