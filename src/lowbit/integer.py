@@ -54,9 +54,8 @@ class Codes:
             q = self.q.view(shape[0], -1, shape[1]).transpose(1, 2).reshape(shape)
         else:
             q = self.q.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-        scale = self.scale.view([1 if d in dims else n for d, n in enumerate(view)]) if self.scale.numel() > 1 else (
-            self.scale.view((1,) * len(view))
-        )  # fmt: skip
+        one = self.scale.numel() == 1
+        scale = self.scale.view([1 if one or d in dims else n for d, n in enumerate(view)])
         return (q.reshape(view).float() - self.zero).mul_(scale).reshape(shape)
 
 

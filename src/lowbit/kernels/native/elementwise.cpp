@@ -326,11 +326,13 @@ void affine(const uint8_t* q, int64_t rows, int64_t channels, const float* a, co
 
 // ---- codes ----
 
-// Correctly rounded x / S: two corrections of x times the rounded 1 / S (Markstein 1990), where nothing overflows.
+// Correctly rounded x / S: two corrections of x times the rounded 1 / S (Markstein 1990). What is far beyond any grid
+// needs none: they would make nan of a product that overflowed.
 inline float divide(float x, float scale, float reciprocal) {
     const float first = x * reciprocal;
     const float second = std::fma(std::fma(-first, scale, x), reciprocal, first);
-    return std::fma(std::fma(-second, scale, x), reciprocal, second);
+    const float third = std::fma(std::fma(-second, scale, x), reciprocal, second);
+    return std::fabs(first) < 0x1p40f ? third : first;
 }
 
 // Halves to even for |t| < 2**22, which clamping saw to.
