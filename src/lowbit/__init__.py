@@ -10,12 +10,16 @@ from lowbit import hardware as hardware
 from lowbit import schedules as schedules
 from lowbit.convert import Report, convert_, load_state_dict, restore_, state_dict
 from lowbit.errors import RunError, UsageError
+from lowbit.ledger import Ledger
+from lowbit.meter import Meter
 from lowbit.recipe import Recipe, recipes
 from lowbit.verify import Proof, VerificationError, tripwire, verify
 
 __version__ = version("lowbit")
 
 __all__ = [
+    "Ledger",
+    "Meter",
     "Proof",
     "Recipe",
     "Report",
