@@ -208,7 +208,7 @@ class Meter:
             tuple((t.shape, t.dtype, t.requires_grad) for t in leaves),
             module.training,
             torch.is_grad_enabled(),
-            torch.is_autocast_enabled(leaves[0].device.type) if leaves else None,
+            torch.is_autocast_enabled(products.autocast_device(leaves[0])) if leaves else None,
             tuple(p.requires_grad for p in module.parameters()),
             tuple(map(type, self._modules)),
         )
@@ -385,7 +385,7 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name, converted = self._inside[-1]
-        if products.is_inside() or func.is_view:
+        if products.is_inside() or func.is_view or func._overloadpacket is torch.ops.aten._unsafe_view:
             return out
         packet = func._overloadpacket
         found = multiplications(packet, args, kwargs, out)
