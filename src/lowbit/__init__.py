@@ -14,6 +14,7 @@ from lowbit.errors import RunError, UsageError
 from lowbit.ledger import Ledger
 from lowbit.meter import Meter
 from lowbit.plan import plan
+from lowbit.probe import Probe, probe
 from lowbit.recipe import Recipe, recipes
 from lowbit.verify import Proof, VerificationError, tripwire, verify
 
@@ -23,6 +24,7 @@ __all__ = [
     "Cost",
     "Ledger",
     "Meter",
+    "Probe",
     "Proof",
     "Recipe",
     "Report",
@@ -32,6 +34,7 @@ __all__ = [
     "convert_",
     "load_state_dict",
     "plan",
+    "probe",
     "recipes",
     "restore_",
     "state_dict",

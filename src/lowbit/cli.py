@@ -115,11 +115,17 @@ def _parser() -> Any:
     commands.add_subcommand("resume", resume, help="continue a run from its last checkpoint")
 
     inspect = parser("Show which layers a recipe converts, which it skips and why, without training.")
-    inspect.add_argument("--model", type=str, required=True, help="name of the model")
+    inspect.add_argument("--model", type=str, help="name of the model")
     inspect.add_argument("--recipe", type=str, default="sbm8", help="name of the recipe")
     inspect.add_argument("--data", type=str, help="data set whose input and labels the model gets")
     inspect.add_argument("--shape", type=str, help="without --data: C,H,W of an image or T of a text (3,32,32)")
     inspect.add_argument("--classes", type=int, help="without --data: outputs of the model (10; 256 for text)")
+    inspect.add_argument("--probe", action="store_true", help="measure errors and sensitivity on batches of --data")
+    inspect.add_argument("--run", type=Path, help="probe: the model, weights, recipe and data of this run's checkpoint")
+    inspect.add_argument("--batches", type=int, default=2, help="probe: batches to take (2)")
+    inspect.add_argument("--batch_size", type=int, help="probe: samples in each (64; with --run its own)")
+    inspect.add_argument("--bits", type=str, default="2,3,4,6", help="probe: widths to try in each layer (2,3,4,6)")
+    inspect.add_argument("--budget", type=float, help="probe: suggest bits that take this share of the bit operations")
     commands.add_subcommand("inspect", inspect, help="show what a recipe converts, without training")
 
     cost = parser("Show what a run cost, from its folder, or what a planned run would cost.")
@@ -130,11 +136,11 @@ def _parser() -> Any:
     cost.add_argument("--backward", type=str, help="plan: gradient bits, written likewise")
     cost.add_argument("--input", type=str, help="plan: C,H,W of an image or T of a text (3,32,32)")
     cost.add_argument("--classes", type=int, help="plan: outputs of the model (10; 256 for text)")
-    cost.add_argument("--batch-size", dest="batch_size", type=int, help="plan: samples per step (128)")
+    cost.add_argument("--batch_size", type=int, help="plan: samples per step (128)")
     cost.add_argument("--steps", type=int, help="plan: steps of the run (1)")
-    cost.add_argument("--steps-per-epoch", dest="steps_per_epoch", type=int, help="plan: for times in epochs")
+    cost.add_argument("--steps_per_epoch", type=int, help="plan: for times in epochs")
     cost.add_argument("--hardware", type=Literal["bitfusion"], help="also estimate cycles and energy on this model")
-    cost.add_argument("--snap-bits", dest="snap_bits", action="store_true", help="round widths up to 2, 4, 8, 16 there")
+    cost.add_argument("--snap_bits", action="store_true", help="round widths up to 2, 4, 8, 16 there")
     cost.add_argument("--format", type=Literal["text", "json", "csv"], default="text", help="text, json or csv (text)")
     commands.add_subcommand("cost", cost, help="show what a run costs, before or after it")
 
@@ -156,11 +162,27 @@ def _resume(run: Path) -> None:
     _show(trainer.resume(run))
 
 
-def _inspect(*, model: str, recipe: str, data: str | None, shape: str | None, classes: int | None) -> None:
+def _inspect(
+    *,
+    model: str | None,
+    recipe: str,
+    data: str | None,
+    shape: str | None,
+    classes: int | None,
+    probe: bool,
+    **probing: Any,
+) -> None:
     import lowbit
     from lowbit.train import models
     from lowbit.train.data import Task, load
 
+    if probe:
+        if shape is not None or classes is not None:
+            raise UsageError("--probe runs real batches: give --data in place of --shape and --classes.")
+        _probe(model=model, recipe=recipe, data=data, **probing)
+        return
+    if model is None:
+        raise UsageError("missing: --model")
     if data is None:
         task = _task(shape or "3,32,32", classes)
     elif shape is None and classes is None:
@@ -169,6 +191,60 @@ def _inspect(*, model: str, recipe: str, data: str | None, shape: str | None, cl
         raise UsageError("--shape and --classes come from the data set: give either them or --data.")
     assert isinstance(task, Task)
     print(lowbit.convert_(models.build(model, task), recipe))
+
+
+def _probe(
+    *,
+    model: str | None,
+    recipe: str,
+    data: str | None,
+    run: Path | None,
+    batches: int,
+    batch_size: int | None,
+    bits: str,
+    budget: float | None,
+) -> None:
+    """Probe the model of a run's checkpoint, or a fresh one."""
+    from itertools import islice
+
+    import torch
+    import torch.nn.functional as F
+
+    import lowbit
+    from lowbit.train import models
+    from lowbit.train.data import load
+
+    if (run is None) == (model is None or data is None) or (run is not None and (model or data)):
+        raise UsageError("--probe needs either --run, or --model and --data.")
+    if run is not None and batch_size is not None:
+        raise UsageError("--batch-size is the run's own: leave it out with --run.")
+    for flag, count in (("--batches", batches), ("--batch-size", batch_size)):
+        if count is not None and count < 1:
+            raise UsageError(f"{flag} must be at least 1, got {count}.")
+    widths = [int(width) if width.isdecimal() else 0 for width in bits.split(",")]
+    if 0 in widths:
+        raise UsageError(f"--bits must be whole numbers with commas between, e.g. 2,3,4, got {bits!r}.")
+    if run is not None:
+        from lowbit.train.trainer import trained
+
+        network, loaded = trained(run)
+        print(f"checkpoint of {run}")
+    else:
+        assert model is not None
+        assert data is not None
+        loaded = load(data, batch_size=batch_size or 64, seed=0)
+        torch.manual_seed(0)
+        network = models.build(model, loaded.task)
+        lowbit.convert_(network, recipe)
+        print(f"{model} with fresh weights: give --run to probe a trained one")
+
+    def loss(net: Any, batch: Any) -> Any:
+        return F.cross_entropy(net(batch[0]).flatten(0, -2), batch[1].flatten())
+
+    found = lowbit.probe(network, islice(loaded.train, batches), loss, bits=widths)
+    print(found)
+    if budget is not None:
+        print(f"\n{found.suggest(budget)}")
 
 
 def _cost(

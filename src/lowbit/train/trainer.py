@@ -89,6 +89,24 @@ def resume(out: Path) -> Result:
     return _run(config)
 
 
+def trained(out: Path) -> tuple[nn.Module, data.Data]:
+    """The converted model of a run's last checkpoint, and its data.
+
+    Raises:
+        UsageError: `out` is no run folder, or has no checkpoint yet.
+        RunError: the settings or the checkpoint are damaged.
+    """
+    if not (out / CONFIG).is_file() or not (out / CHECKPOINT).is_file():
+        raise UsageError(f"{out} has no {CONFIG} with a {CHECKPOINT}: give the folder of a run that saved a checkpoint")
+    config = _read_config(out)
+    loaded, module, _ = _assemble(config)
+    _read_progress(out / CHECKPOINT, module)
+    content = _load_checkpoint(out / CHECKPOINT, config)
+    module.load_state_dict(content["state_dict"])
+    lowbit.load_state_dict(module.model, content["lowbit"]["state"])
+    return module.model, loaded
+
+
 def step_seed(seed: int, step: int) -> int:
     """The seed of torch's generator for one step: 63 bits of two rounds of splitmix64.
 
