@@ -235,19 +235,23 @@ class Meter:
             watching.close()
         if sys.exc_info()[1] is not local.raised:
             return
-        first = watching is not None
-        if first:
-            with self._lock:
-                self._forwards[local.signature] = _Forward(local.watch, local.held.bytes, self.ledger)
-        forward = self._forwards[local.signature]
+        ends = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        forward = self._forwards.get(local.signature)
         with self._lock:
+            if watching is not None:
+                forward = _Forward(local.watch, local.held.bytes, self.ledger)
+                # Where no gradient can be seen to come in, as with an output of a class of its own, each forward is
+                # watched.
+                if ends or not forward.due:
+                    self._forwards[local.signature] = forward
+            assert forward is not None
             (self._training if module.training else self._evaluation).take(forward)
-        if first:
+        if watching is not None:
             local.watch.see_backward(forward, self._add_gradients)
         elif forward.due:
-            self._see_backward(forward, output)
+            self._see_backward(forward, ends)
 
-    def _see_backward(self, forward: "_Forward", output: Any) -> None:
+    def _see_backward(self, forward: "_Forward", ends: list[Tensor]) -> None:
         """Count the gradients of a forward when the first gradient reaches one of its outputs."""
         came = False
 
@@ -257,9 +261,8 @@ class Meter:
                 came = True
                 self._add_gradients(forward.gradients())
 
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(arrived)
+        for end in ends:
+            end.register_hook(arrived)
 
     def _add_gradients(self, calls: Counter[int]) -> None:
         with self._lock:
