@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowbit import integer
 from lowbit.errors import UsageError
-from lowbit.formats import Format, Integer
+from lowbit.formats import FP32, Format, Integer
 from lowbit.quantizer import Quantized, levels_of, quantize
 from lowbit.recipe import SLOTS, Recipe
 from lowbit.rounding import Noise
@@ -500,6 +500,8 @@ def quantize_operand(x: Tensor, op: Op, setting: Setting, product: str, operand:
         operand: ``"input"``, ``"weight"`` or ``"grad_output"``.
     """
     fmt = setting.format(product, operand)
+    if x.is_meta:  # shapes without values, as when a run is planned
+        return Quantized(x if fmt == FP32 else torch.empty_like(x))
     if not isinstance(fmt, Integer):
         return quantize(x, fmt, measure=bool(_observers))
     noise = None
@@ -903,7 +905,7 @@ class _Products(torch.autograd.Function):
             with torch.autocast("cpu", enabled=False):
                 return (*_integer_gradients(grad_output, w, kept, ctx.needs_input_grad[:3]), None, None, None, None)
         x_hat, w = ctx.saved_tensors
-        with torch.autocast(grad_output.device.type, enabled=False):
+        with torch.autocast(autocast_device(grad_output), enabled=False):
             grads = gradients(_compute(grad_output), x_hat, w, kept, ctx.needs_input_grad[:3])
         return (*grads, None, None, None, None)
 
@@ -1008,9 +1010,14 @@ def bits_of(setting: Setting, product: str, operand: str) -> int:
     return fmt.bits if bits is None or not isinstance(fmt, Integer) else int(bits)
 
 
+def autocast_device(x: Tensor) -> str:
+    """The device whose autocast counts for `x`; the meta device, where runs are planned, has none of its own."""
+    return "cpu" if x.is_meta else x.device.type
+
+
 def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting) -> Tensor:
     """Check dtypes and compute outside autocast; the result has autocast's dtype where that is on, else that of `x`."""
-    device = x.device.type
+    device = autocast_device(x)
     autocast = torch.is_autocast_enabled(device)
     for name, tensor in (("input", x), ("weight", w), ("bias", bias)):
         if tensor is not None and not tensor.is_floating_point():

@@ -133,6 +133,8 @@ class NormSetting:
     def quantized(self, x: Tensor, operand: str, expected: tuple[str, ...] = ()) -> Tensor:
         """`x`, which is the layer's ``"input"`` or ``"grad_output"``, in its format; shown to observers."""
         fmt: Format = getattr(self.norm, operand)
+        if x.is_meta:  # shapes without values, as when a run is planned
+            return torch.empty_like(x)
         noise, levels, width = None, None, fmt.bits
         if isinstance(fmt, Integer):
             if fmt.stochastic and self.noise is not None:
@@ -470,7 +472,7 @@ def range_batch_norm(
             result: tuple[Tensor, Tensor, Tensor] = _RangeBatchNormOfCodes.apply(x, weight, bias, setting, fixed, codes)
         return result
     x = x.float() if dtype in (torch.bfloat16, torch.float16) else x
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(products.autocast_device(x), enabled=False):
         expected = ("grad_input",) if torch.is_grad_enabled() and x.requires_grad else ()
         y, mean, sigma = _RangeBatchNorm.apply(x, weight, bias, setting, fixed, expected)
     return y.to(dtype), mean, sigma
