@@ -8,15 +8,19 @@ from importlib.metadata import version
 
 from lowbit import hardware as hardware
 from lowbit import schedules as schedules
+from lowbit.controller import PrecisionController
 from lowbit.convert import Report, convert_, load_state_dict, restore_, state_dict
 from lowbit.errors import RunError, UsageError
+from lowbit.range_test import RangeTestResult, range_test
 from lowbit.recipe import Recipe, recipes
 from lowbit.verify import Proof, VerificationError, tripwire, verify
 
 __version__ = version("lowbit")
 
 __all__ = [
+    "PrecisionController",
     "Proof",
+    "RangeTestResult",
     "Recipe",
     "Report",
     "RunError",
@@ -24,6 +28,7 @@ __all__ = [
     "VerificationError",
     "convert_",
     "load_state_dict",
+    "range_test",
     "recipes",
     "restore_",
     "state_dict",

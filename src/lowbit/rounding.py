@@ -8,7 +8,7 @@ for every engine, thread count, memory layout and resume, and nothing is drawn f
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -132,6 +132,9 @@ class Noise(Protocol):
     def draw(self, product: str, operand: str, x: Tensor) -> Tensor:
         """Uniform draws in [0, 1) for rounding `x`, in its shape and on its device."""
 
+    def branch(self, name: str) -> "Noise":
+        """Other noise for a part of the same operands that is computed apart."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CounterNoise:
@@ -152,6 +155,10 @@ class CounterNoise:
         key = noise_key(self.key, tensor_id(self.layer, product, operand, self.use))
         return uniform_noise(key, x.shape, x.device)
 
+    def branch(self, name: str) -> "CounterNoise":
+        """The noise of a layer of another name."""
+        return replace(self, layer=f"{self.layer}#{name}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedNoise:
@@ -168,3 +175,7 @@ class RecordedNoise:
                 f"no recorded noise of shape {tuple(x.shape)} for {operand} in {product}; recorded: {have}"
             )
         return draws.to(x.device)
+
+    def branch(self, name: str) -> "RecordedNoise":  # noqa: ARG002 - records do not tell parts apart
+        """The same records: the draws of each part have its shape."""
+        return self
