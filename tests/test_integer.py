@@ -1,7 +1,6 @@
 """The int8 engine against the reference engine, which is the definition."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,13 +11,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
-import lowbit
-from lowbit import UsageError, integer, products
-from lowbit.formats import BF16, FP32, Format, Integer
-from lowbit.products import Convolution, Linear, ProductCall, ProductRun, Setting
+from lowbit import integer, products
+from lowbit.formats import BF16, Format, Integer
+from lowbit.products import ProductCall, ProductRun, Setting
 from lowbit.recipe import SLOTS, GradInput, GradWeight, Output, Recipe
 from lowbit.rounding import CounterNoise, step_key
 
@@ -275,6 +272,7 @@ class TestEquality:
     """Contract 5: the int8 engine gives the reference result."""
 
     def check(self, case: Case) -> None:
+        """Both engines on one case, compared within the contract's bound."""
         fast, slow = both(case.call, case.tensors, case.setting, **case.options)
 
         assert set(fast.engines.values()) <= {"int8", "bf16"}

@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from lowbit import hardware as hardware
 from lowbit import schedules as schedules
+from lowbit.controller import PrecisionController
 from lowbit.convert import Report, convert_, load_state_dict, restore_, state_dict
 from lowbit.cost import Cost
 from lowbit.errors import RunError, UsageError
@@ -15,6 +16,7 @@ from lowbit.ledger import Ledger
 from lowbit.meter import Meter
 from lowbit.plan import plan
 from lowbit.probe import Probe, probe
+from lowbit.range_test import RangeTestResult, range_test
 from lowbit.recipe import Recipe, recipes
 from lowbit.verify import Proof, VerificationError, tripwire, verify
 
@@ -24,8 +26,10 @@ __all__ = [
     "Cost",
     "Ledger",
     "Meter",
+    "PrecisionController",
     "Probe",
     "Proof",
+    "RangeTestResult",
     "Recipe",
     "Report",
     "RunError",
@@ -35,6 +39,7 @@ __all__ = [
     "load_state_dict",
     "plan",
     "probe",
+    "range_test",
     "recipes",
     "restore_",
     "state_dict",

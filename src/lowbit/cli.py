@@ -1,4 +1,4 @@
-"""The command line: ``lowbit train | resume | inspect | cost | recipes``."""
+"""The command line: ``lowbit train | resume | range-test | inspect | cost | recipes``."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowbit.errors import RunError, UsageError
-from lowbit.train.config import Result, TrainConfig
+from lowbit.train.config import RangeTestConfig, Result, TrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,19 +46,22 @@ def _tidy(message: str) -> str:
     """One line, in the words of the command line where jsonargparse speaks of parser keys and types."""
     message = " ".join(message.split())
     message = re.sub(r'^Parser key "(\w+)":', r"--\1:", message)
+    message = re.sub(r"Does not validate against any of the Union subtypes.*Given value: .+", _tidy_union, message)
     message = re.sub(r"Expected an? <class '(\w+)'>", r"expected \1", message)
-    message = re.sub(
-        r"Does not validate against any of the Union subtypes.*?expected (\w+).*Given value: (.+)",
-        r"expected \1, got \2",
-        message,
-        flags=re.IGNORECASE,
-    )
     message = message.replace("Expected a typing.Literal", "expected one of ").replace("Got value: ", "got ")
     required = re.fullmatch(r"the following arguments are required: (.+)", message)
     if required:
         names = [name.rpartition(".")[2] for name in required[1].split(", ")]
         message = f"missing: {', '.join(name if name == 'run' else f'--{name}' for name in names)}"
     return message
+
+
+def _tidy_union(match: re.Match[str]) -> str:
+    """What a setting of several types allows, and what it got."""
+    errors, _, given = match[0].rpartition("Given value: ")
+    kinds = re.findall(r"- Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", errors)
+    allowed = [name or f"one of {choices}" for name, choices in kinds if name != "NoneType"]
+    return f"expected {' or '.join(allowed)}, got {given}"
 
 
 def _command(argv: Sequence[str]) -> int:
@@ -74,6 +77,8 @@ def _command(argv: Sequence[str]) -> int:
             _train(TrainConfig(**own))
         case "resume":
             _resume(own.run)
+        case "range-test":
+            _range_test(RangeTestConfig(**own))
         case "inspect":
             _inspect(**own)
         case "cost":
@@ -113,6 +118,10 @@ def _parser() -> Any:
     resume = parser("Continue a run from its last checkpoint, bit for bit.")
     resume.add_argument("run", type=Path, help="run folder")
     commands.add_subcommand("resume", resume, help="continue a run from its last checkpoint")
+
+    range_test = parser("Find the lowest precision at which a fresh model makes progress, for a cyclic schedule.")
+    range_test.add_class_arguments(RangeTestConfig)
+    commands.add_subcommand("range-test", range_test, help="find the lowest precision that makes progress")
 
     inspect = parser("Show which layers a recipe converts, which it skips and why, without training.")
     inspect.add_argument("--model", type=str, help="name of the model")
@@ -160,6 +169,12 @@ def _resume(run: Path) -> None:
     from lowbit.train import trainer
 
     _show(trainer.resume(run))
+
+
+def _range_test(config: RangeTestConfig) -> None:
+    from lowbit.train import trainer
+
+    _print(str(trainer.range_test(config)))
 
 
 def _inspect(
@@ -355,6 +370,15 @@ def _recipes(name: str | None) -> None:
         formats = [getattr(getattr(recipe, product), operand, None) for operand in operands]
         table.add_row(product, *("" if format_ is None else str(format_) for format_ in formats))
     _print(table)
+    if recipe.schedule is not None:
+        backward = "as forward says" if recipe.schedule.backward is None else recipe.schedule.backward
+        _print(f"over the run: forward bits {recipe.schedule.forward}; backward bits {backward}")
+    if recipe.gates is not None:
+        choices = ", ".join(f"{a}/{g}" for a, g in recipe.gates.choices)
+        targets = ", then ".join(f"{target:g} %" for target in recipe.gates.targets)
+        _print(f"gates choose input/gradient bits by block and sample: {choices}; cost {targets} of full precision")
+    if recipe.depthwise is not None:
+        _print("depthwise convolutions: forward {} bits, backward {} bits".format(*recipe.depthwise))
     norm = recipe.normalization
     _print(f"bias: {recipe.bias}; first layer: {recipe.first}; last layer: {recipe.last}")
     if norm is None:
@@ -377,6 +401,12 @@ def _show(result: Result) -> None:
     table.add_row("seconds per step", "too few to say" if seconds is None else f"{seconds:.4g} (median)")
     table.add_row("steps", f"{result.steps:,}")
     table.add_row("recipe", f"{result.recipe}: {result.converted} of {result.layers} layers converted")
+    if result.macs:
+        table.add_row(
+            "bit operations", f"{result.bit_operations:.4g} ({result.bit_operations / result.macs:.4g} a MAC)"
+        )
+    if result.low is not None:
+        table.add_row("range test", f"{result.low} bits, {result.out / 'range-test.txt'}")
     table.add_row("what ran", f"{result.out / 'conversion.txt'}, {result.out / 'proof.txt'}")
     table.add_row("checkpoint", str(result.out / "last.ckpt"))
     table.add_row("logs", f"{result.out / 'csv' / 'metrics.csv'}, {result.out / 'tensorboard'}")
