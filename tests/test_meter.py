@@ -483,7 +483,7 @@ class TestWhatRan:
 
         assert by_product(meter.ledger) == [180, 60, 180]
 
-    @pytest.mark.parametrize("output", [lambda y: {"y": y}, lambda y: (None, [y]), _Opaque])
+    @pytest.mark.parametrize("output", [lambda y: {"y": y}, lambda y: (None, [y]), lambda y: _Opaque(y)])  # noqa: PLW0108 - defined below
     def test_outputs_of_any_kind(self, output: Callable[[Tensor], Any]) -> None:
         """The backward is seen whatever the model's output is wrapped in, in every step."""
 
