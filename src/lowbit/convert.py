@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit import products
 from lowbit.errors import UsageError, unknown
 from lowbit.formats import Format, Integer
 from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS
@@ -158,7 +159,7 @@ def convert_(
     if engine not in ("auto", *ENGINES):
         raise unknown("engine", engine, ("auto", *ENGINES))
     _check_model(model)
-    plans = _plan(model, recipe, resolved, strict)
+    plans = _plan(model, recipe, resolved, strict, engine)
     if strict and not any(plan.twin or plan.reason == LEFT_BY_RULE for plan in plans):
         reasons = "; ".join(f"{p.name or 'the model'} ({_type_name(p.layer)}): {p.reason}" for p in plans[:5])
         raise UsageError(f"nothing in this model would be converted. {reasons or 'It has no layer with products'}")
@@ -221,7 +222,7 @@ def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[
 
 
 def _plan(
-    model: nn.Module, recipe: Recipe, rules: Sequence[tuple[Matcher, Recipe | None]], strict: bool
+    model: nn.Module, recipe: Recipe, rules: Sequence[tuple[Matcher, Recipe | None]], strict: bool, engine: str
 ) -> list[_Plan]:
     layers = list(_walk(model, "", set()))
     with_products = [layer for _, layer in layers if isinstance(layer, (*PRODUCT_LAYERS, *_REFUSED))]
@@ -244,7 +245,7 @@ def _plan(
         elif rule is None and end is not None:
             reason = f"{recipe.name} leaves the {end} layer"
         else:
-            twin, reason, refused = _twin(layer, chosen)
+            twin, reason, refused = _twin(layer, chosen, engine)
             if refused:
                 refusals.append((name, f"{name or 'the model'} ({_type_name(layer)}): {reason}"))
         plans.append(_Plan(name, layer, twin, chosen if twin else None, reason))
@@ -287,11 +288,11 @@ def _check_rules(
         raise UsageError(f"rule {i + 1}, {shown!r}, decided nothing: {hint}")
 
 
-def _twin(layer: nn.Module, recipe: Recipe) -> tuple[type[QuantLayer] | None, str, bool]:
+def _twin(layer: nn.Module, recipe: Recipe, engine: str) -> tuple[type[QuantLayer] | None, str, bool]:
     """The quantised twin of a layer, or None with the reason, and whether that refuses what was asked for."""
     kind = type(layer)
     if kind in PRODUCT_LAYERS:
-        refusal = _unsupported(layer)
+        refusal = _unsupported(layer) or (_unsupported_by_int8(layer, recipe) if engine == "int8" else "")
         return (None, refusal, True) if refusal else (PRODUCT_LAYERS[kind], "", False)
     for refused, why in _REFUSED.items():
         if isinstance(layer, refused):
@@ -324,6 +325,24 @@ def _unsupported(layer: nn.Module) -> str:
         if layer.proj_size:
             return "projections (proj_size) have no quantised form"
     return ""
+
+
+def _unsupported_by_int8(layer: nn.Module, recipe: Recipe) -> str:
+    """Why the int8 engine cannot run a layer of a known type; empty where it can."""
+    for name, p in layer.named_parameters(recurse=False):
+        if p.dtype not in (torch.float32, torch.bfloat16):
+            return f"{name} is {p.dtype}, and the int8 engine takes float32 and bfloat16"
+    why = products.refusal(products.Linear(), recipe)
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        op = products.Convolution(
+            stride=layer.stride,
+            padding=(0,) * len(layer.stride),
+            dilation=layer.dilation,
+            groups=layer.groups,
+            transposed=layer.transposed,
+        )
+        why = products.refusal(op, recipe, dim=layer.weight.dim())
+    return f"the int8 engine cannot run {recipe.name}: {why}" if why else ""
 
 
 def _mark_shared_parameters(plans: list[_Plan]) -> None:
