@@ -188,6 +188,7 @@ def encode_operand(
     taps = 1 if layout == "matrix" else math.prod(x.shape[2:])
     x = x.contiguous() if layout == "matrix" else x
     memory = _memory_view(x, view, dims)
+    whole = len(dims) == len(view) or (memory is not None and memory[1] == 1)  # one scale
     last = memory is not None and memory[3]
     ordered = weight and is_channels_last(x) and not x.is_contiguous()
     if ordered:  # its memory is in the wanted order already; noise numbers would not be
@@ -201,7 +202,6 @@ def encode_operand(
             memory = None
     if x.numel() == 0 or memory is None:
         return _encode_slowly(x.contiguous(), fmt, layout, sharing, levels, key, observed)
-    whole = len(dims) == len(view)
     lo, hi = observed or (extremes(x, rule=fmt.range, dims=tuple(range(x.dim()))) if whole else cpu.extremes(x, memory))
     scale, zero, low, high = grid_of(lo.reshape(-1), hi.reshape(-1), fmt, levels)
     grid = cpu.Grid(scale=scale, zero=zero, low=float(low), high=float(high), key=key)
