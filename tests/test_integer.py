@@ -15,6 +15,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lowbit
 from lowbit import UsageError, integer, products
@@ -788,3 +789,340 @@ def test_a_processor_without_vnni() -> None:
     assert "int8 engine cannot run" in refused
     assert "avx512vnni" in refused or "without its native kernels" in refused
     assert shape == "torch.Size([3, 4])"
+
+
+def network() -> nn.Sequential:
+    """A small network with convolutions, a stride, groups, and linear layers, biases included."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=2, bias=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 9, 16),
+        nn.Tanh(),
+        nn.Linear(16, 5),
+    )
+
+
+def images(count: int = 4, seed: int = 0) -> Tensor:
+    """Inputs of `network`."""
+    return randn(count, 3, 8, 8, seed=seed)
+
+
+# Calls by engine in one step of `network`.
+EXPECTED = {"int8": {"int8": 11, "bf16": 0}, "sbm8": {"int8": 7, "bf16": 4}, "bf16": {"int8": 0, "bf16": 11}}
+
+
+@needs_units
+class TestVerify:
+    """`lowbit.verify` says which products ran on integer units, neither more nor less."""
+
+    def proven(self, model: nn.Module, patch: pytest.MonkeyPatch, steps: int = 1) -> tuple[dict[str, int], list[bool]]:
+        """Calls by engine as the proof has them, and of the kernel as it was really called."""
+        kernel, called = cpu.multiply, []
+
+        def multiply(*args: Any, codes: bool, **kwargs: Any) -> None:
+            called.append(codes)
+            kernel(*args, codes=codes, **kwargs)
+
+        patch.setattr(cpu, "multiply", multiply)
+        with lowbit.verify(model) as proof:
+            for _ in range(steps):
+                model(images()).square().sum().backward()
+        calls: dict[str, int] = {"int8": 0, "bf16": 0, "reference": 0}
+        for row in proof.rows:
+            calls[row.engine] += row.calls
+            assert row.kernel.startswith("lowbit::") == (row.engine != "reference")
+        return calls, called
+
+    @pytest.mark.parametrize("steps", [1, 3])
+    @pytest.mark.parametrize("recipe", sorted(EXPECTED))
+    def test_calls_are_those_of_the_kernel(self, recipe: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Four layers, three products each, but for grad_input of the first: 11, each by one call of its kernel."""
+        model = network()
+        lowbit.convert_(model, recipe, engine="int8")
+
+        calls, called = self.proven(model, monkeypatch, steps)
+
+        expected = {engine: steps * n for engine, n in EXPECTED[recipe].items()}
+        assert calls == {**expected, "reference": 0}
+        assert (called.count(True), called.count(False)) == (expected["int8"], expected["bf16"])
+
+    @pytest.mark.parametrize("how", ["engine", "bits"])
+    def test_a_layer_that_fell_back_is_missing(self, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One layer that does not run on integer units lowers the count by its three products."""
+        model = network()
+        lowbit.convert_(model, "int8", engine="int8")
+        if how == "engine":
+            model[5].site.engine = "reference"
+        else:
+            model[5].site.bits.fill_(9)
+
+        calls, called = self.proven(model, monkeypatch)
+
+        assert calls == {"int8": 8, "bf16": 0, "reference": 3}
+        assert called == [True] * 8
+
+    def test_the_reference_engine_calls_no_kernel(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And its proof says reference."""
+        model = network()
+        lowbit.convert_(model, "int8", engine="reference")
+
+        calls, called = self.proven(model, monkeypatch)
+
+        assert calls == {"int8": 0, "bf16": 0, "reference": 11}
+        assert called == []
+
+    @pytest.mark.parametrize("autocast", [False, True])
+    @pytest.mark.parametrize("recipe", ["int8", "sbm8"])
+    def test_figures_are_those_of_the_reference(self, recipe: str, autocast: bool) -> None:
+        """SQNR, cosine, clipped share and bits of a layer with a bias agree between engines."""
+        proofs = []
+        for engine in ("int8", "reference"):
+            model = nn.Sequential(nn.Linear(40, 30))
+            with torch.no_grad():
+                model[0].weight.copy_(randn(30, 40, seed=1))
+                model[0].bias.copy_(10 * randn(30, seed=2))
+            lowbit.convert_(model, recipe, engine=engine)
+            x = randn(16, 40).requires_grad_()
+            with lowbit.verify(model) as proof, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                model(x).float().square().sum().backward()
+            proofs.append(proof)
+
+        for ours, theirs in zip(proofs[0].rows, proofs[1].rows, strict=True):
+            assert (ours.layer, ours.product, ours.bits, ours.macs) == (
+                theirs.layer, theirs.product, theirs.bits, theirs.macs,
+            )  # fmt: skip
+            assert ours.clipped == theirs.clipped
+            # In bfloat16 the result's own rounding is noise too, up to that of a bias ten times as large.
+            assert abs(ours.sqnr_db - theirs.sqnr_db) < (12 if autocast and ours.product == "output" else 0.5)
+            assert abs(ours.cosine - theirs.cosine) < 1e-3
+
+    def test_around_the_backward_alone(self) -> None:
+        """An observer that comes after the forward sees the backward's two products of a layer."""
+        for recipe in ("int8", "sbm8"):
+            runs: list[ProductRun] = []
+            model = network()
+            lowbit.convert_(model, recipe, engine="int8")
+            loss = model(images()).square().sum()
+            with products.observed_by(runs.append):
+                loss.backward()
+
+            assert len(runs) == 7
+            assert {run.product for run in runs} == {"grad_input", "grad_weight"}
+            assert all(run.full_precision().shape == run.result.shape for run in runs)
+
+    @pytest.mark.parametrize("make", [lambda: nn.LSTM(6, 7, 2), lambda: nn.MultiheadAttention(8, 2)])
+    def test_layers_of_several_products(self, make: Callable[[], nn.Module]) -> None:
+        """Recurrent layers and attention run every product on integer units, near the reference's result."""
+        results = []
+        for engine in ("int8", "reference"):
+            torch.manual_seed(0)
+            model = make()
+            lowbit.convert_(model, "int8", engine=engine)
+            x = randn(5, 3, 6 if isinstance(model, nn.LSTM) else 8).requires_grad_()
+            calls: list[ProductCall] = []
+            with products.counted_by(calls.append):
+                y = model(x)[0] if isinstance(model, nn.LSTM) else model(x, x, x)[0]
+                y.square().sum().backward()
+            assert {call.engine for call in calls} == {engine}
+            results.append((len(calls), y.detach(), x.grad))
+
+        assert results[0][0] == results[1][0]
+        for ours, theirs in zip(results[0][1:], results[1][1:], strict=True):
+            assert (ours - theirs).norm() < 0.05 * theirs.norm()  # a code may differ where inputs differ by an ulp
+
+
+def kept_bytes(model: nn.Module, x: Tensor, layers: tuple[type[nn.Module], ...]) -> int:
+    """Bytes that layers of these types keep for the backward: saved tensors and what their nodes hold, each once.
+
+    Parameters are not counted, nor is what other layers keep, e.g. an activation function's own output.
+    """
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def add(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    graphs, hooks = [], []
+
+    def enter(_module: nn.Module, _args: object) -> None:
+        graphs.append(torch.autograd.graph.saved_tensors_hooks(add, lambda t: t))
+        graphs[-1].__enter__()
+
+    def leave(_module: nn.Module, _args: object, y: Tensor) -> None:
+        graphs.pop().__exit__(None, None, None)
+        for operand in ("x", "w"):
+            held = getattr(getattr(y.grad_fn, "kept", None), operand, None)
+            if held is not None:
+                add(held.scale)
+                add(held.q)
+
+    for layer in model.modules():
+        if isinstance(layer, layers):
+            hooks += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+    y = model(x)
+    for hook in hooks:
+        hook.remove()
+    assert y.requires_grad
+    return sum(sizes.values())
+
+
+@needs_units
+class TestMemory:
+    """What converted layers keep for the backward."""
+
+    @pytest.mark.parametrize("autocast", [False, True])
+    @pytest.mark.parametrize("recipe", ["int8", "sbm8"])
+    def test_of_an_mlp(self, recipe: str, autocast: bool) -> None:
+        """Its linear layers keep a byte a number and their scales: a quarter of fp32 to 0.35 of it."""
+
+        def make() -> nn.Sequential:
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 10))
+
+        x, plain, converted = randn(256, 64), make(), make()
+        lowbit.convert_(converted, recipe, engine="int8")
+
+        full = kept_bytes(plain, x, (nn.Linear,))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            ours = kept_bytes(converted, x, (nn.Linear,))
+
+        assert full == 4 * 256 * (64 + 128 + 128)
+        assert 0.25 * full <= ours <= 0.35 * full
+
+    @pytest.mark.parametrize("recipe", ["int8", "sbm8"])
+    def test_of_convolutions(self, recipe: str) -> None:
+        """The same of the convolutions of a small ResNet-like chain, at any memory format."""
+        for memory in (torch.contiguous_format, torch.channels_last):
+            sizes = []
+            for convert in (False, True):
+                torch.manual_seed(0)
+                model = nn.Sequential(
+                    *(
+                        nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+                        for _ in range(3)
+                    ),
+                    nn.Conv2d(16, 32, 1, stride=2),
+                ).to(memory_format=memory)
+                if convert:
+                    lowbit.convert_(model, recipe, engine="int8")
+                sizes.append(kept_bytes(model, randn(8, 16, 16, 16).contiguous(memory_format=memory), (nn.Conv2d,)))
+
+            assert 0.25 * sizes[0] <= sizes[1] <= 0.35 * sizes[0]
+
+    def test_a_frozen_weight_keeps_no_input(self) -> None:
+        """Without grad_weight no input is kept, and without grad_input no codes of the weight."""
+        model = nn.Linear(64, 64)
+        lowbit.convert_(model, recipe_of(SYMMETRIC), engine="int8")
+
+        model.weight.requires_grad_(False)
+        assert kept_bytes(model, randn(100, 64), (nn.Linear,)) <= 8
+        assert 4096 <= kept_bytes(model, randn(100, 64).requires_grad_(), (nn.Linear,)) < 4200
+        model.weight.requires_grad_(True)
+        assert 6400 <= kept_bytes(model, randn(100, 64), (nn.Linear,)) < 6500
+
+    def test_codes_go_as_soon_as_the_backward_used_them(self) -> None:
+        """The backward frees what the forward kept; a second one is torch's usual error."""
+        model = network()
+        lowbit.convert_(model, "int8", engine="int8")
+        loss = model(images()).sum()
+        loss.backward()
+
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+
+
+@needs_units
+class TestTraining:
+    """A converted model in loops of its user."""
+
+    @pytest.mark.parametrize("recipe", ["int8", "sbm8"])
+    def test_gradient_checkpointing(self, recipe: str) -> None:
+        """Gradients are those without checkpointing bit for bit, noise included."""
+        grads = []
+        for checkpointed in (False, True):
+            model = network()
+            lowbit.convert_(model, recipe, engine="int8")
+            if checkpointed:
+                inner, rest = model[:4], model[4:]
+                model.forward = lambda x, a=inner, b=rest: b(checkpoint(a, x, use_reentrant=False))
+            model(images().requires_grad_()).square().sum().backward()
+            grads.append([p.grad for p in model.parameters()])
+
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+        assert all(g.any() for g in grads[0])
+
+    def test_second_derivatives_are_refused(self) -> None:
+        """create_graph=True says that there is no second derivative, naming the layer."""
+        model = network()
+        lowbit.convert_(model, "int8", engine="int8")
+
+        with pytest.raises(RuntimeError, match=r"^7: create_graph=True.*none"):
+            torch.autograd.grad(model(images()).sum(), list(model.parameters()), create_graph=True)
+
+    @pytest.mark.parametrize("count", [1, 2])
+    @pytest.mark.parametrize("recipe", ["int8", "sbm8"])
+    def test_a_resumed_run_is_the_run(self, recipe: str, count: int) -> None:
+        """Six steps equal three, a save, a load into a new model, and three more, bit for bit; other noise does not."""
+
+        def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+            for t in steps:
+                optimizer.zero_grad()
+                model(images(seed=t)).square().sum().backward()
+                optimizer.step()
+
+        def fresh(seed: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:
+            model = network()
+            lowbit.convert_(model, recipe, engine="int8", seed=seed)
+            return model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+        with threads(count):
+            whole, half, rest, other = fresh(), fresh(), fresh(seed=8), fresh(seed=8)
+            train(*whole, range(6))
+            train(*other, range(6))
+            train(*half, range(3))
+            rest[0].load_state_dict(half[0].state_dict())
+            rest[1].load_state_dict(half[1].state_dict())
+            lowbit.load_state_dict(rest[0], lowbit.state_dict(half[0]))
+            train(*rest, range(3, 6))
+
+        assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), rest[0].parameters(), strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), other[0].parameters(), strict=True))
+        x = images(seed=9)
+        assert torch.equal(whole[0].eval()(x), rest[0].eval()(x))
+
+    def test_a_state_of_another_engine_is_refused(self) -> None:
+        """The engine is part of the saved state: loading it into another names both."""
+        models = []
+        for engine in ("int8", "reference"):
+            models.append(network())
+            lowbit.convert_(models[-1], "int8", engine=engine)
+
+        with pytest.raises(UsageError, match=r"engine reference.*engine int8"):
+            lowbit.load_state_dict(models[0], lowbit.state_dict(models[1]))
+
+    @pytest.mark.parametrize("recipe", ["int8", "sbm8"])
+    def test_training_learns(self, recipe: str) -> None:
+        """In twenty steps on one batch the loss falls to less than half, near where fp32 takes it."""
+        losses = {}
+        for converted in (False, True):
+            model = network()
+            if converted:
+                lowbit.convert_(model, recipe, engine="int8")
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+            x, labels = images(16), torch.arange(16) % 5
+            for _ in range(20):
+                loss = nn.functional.cross_entropy(model(x), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            losses[converted] = loss.item()
+
+        assert losses[False] < 0.8
+        assert 0 < losses[True] < 0.8 + losses[False]
