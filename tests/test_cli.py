@@ -83,6 +83,14 @@ def test_recipe_shows_the_format_of_each_operand(capsys: pytest.CaptureFixture[s
         (["train", "--model", "mlp", "--data", "digits", "--epochs", "x"], ["--epochs", "int", "x"]),
         (["train", "--model", "mlp", "--data", "digits", "--epochs=-1"], ["epochs", "at least 1", "-1"]),
         (["train", "--model", "mlp", "--data", "digits", "--schedule", "x"], ["--schedule", "one-cycle"]),
+        (["train", "--model", "mlp", "--data", "digits", "--profile", "x"], ["--profile", "'cosine'", "'rex'"]),
+        (["train", "--model", "mlp", "--data", "digits", "--low", "x"], ["--low", "int", "range-test", "got x"]),
+        (
+            ["train", "--model", "mlp", "--data", "digits", "--recipe", "pfq", "--cycles", "3"],
+            ["'cycles'", "grad_bits"],
+        ),
+        (["range-test", "--model", "mlp", "--data", "digits", "--low", "9"], ["low=9", "high=8"]),
+        (["range-test", "--model", "mlp", "--data", "digits", "--measure", "x"], ["--measure", "accuracy"]),
         (["train", "--model", "mlp", "--data", "digits", "--epoch", "3"], ["--epoch"]),
         (["train", "--model", "resnet21", "--data", "digits"], ["resnet21", "'resnet20'?", "mobilenetv2"]),
         (["train", "--model", "mlp", "--data", "digit"], ["'digit'", "'digits'?", "cifar10"]),
@@ -129,6 +137,52 @@ def test_train_prints_the_result_and_where_it_is(tmp_path: Path, capsys: pytest.
     assert words.startswith("result ")
     assert all(part in words for part in ("test accuracy", "test loss", "seconds per step", "recipe sbm8"))
     assert printed.err == ""
+
+
+def test_range_test_prints_its_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    """``range-test`` succeeds with a table, a plot and the choice, and writes nothing."""
+    code = cli.main(
+        [
+            "range-test",
+            "--model",
+            "mlp",
+            "--data",
+            "digits",
+            "--steps-per-bit",
+            "6",
+            "--threads",
+            "1",
+            "--every",
+            "true",
+        ]
+    )
+
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert printed.startswith("precision range test: ")
+    assert [line.split()[0] for line in printed.splitlines()[4:11]] == [str(bits) for bits in range(2, 9)]
+    assert "chosen" in printed
+    assert "█" in printed
+
+
+def test_cpt_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Flags override the recipe's schedule, are kept in config.yaml, and the result shows bit operations."""
+    code = train(tmp_path / "run", "--recipe", "cpt", "--cycles", "5", "--low", "4", "--eval-bits", "current")
+
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert code == 0
+    assert (settings["cycles"], settings["low"], settings["eval_bits"]) == (5, 4, "current")
+    assert "a MAC)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["cpt", "fractrain"])
+def test_recipes_show_what_changes_over_the_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """``recipes NAME`` shows schedule or gates, and the bits of depthwise convolutions."""
+    cli.main(["recipes", name])
+
+    printed = " ".join(capsys.readouterr().out.split())
+    assert {"cpt": "low=3, high=8, cycles=32", "fractrain": "3/6, 4/6, 4/8, 6/8, 6/12"}[name] in printed
+    assert "depthwise convolutions: forward 8 bits, backward 16 bits" in printed
 
 
 def test_second_run_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -345,3 +345,78 @@ def test_range_norm_takes_formats_per_tensor_only(granularity: str) -> None:
 
     with pytest.raises(UsageError, match="per tensor"):
         RangeNorm(input=fmt, grad_output=fmt)
+
+
+SCHEDULED = """
+summary = "s"
+source = "s"
+base = "sbm8-cpt"
+[schedule]
+forward = { kind = "cyclic", low = 4, high = 6, cycles = 2 }
+backward = 7
+"""
+
+
+def test_a_recipe_takes_the_fields_of_its_base() -> None:
+    """What the text leaves out is the base's; what it has is its own."""
+    mine, base = from_toml("mine", SCHEDULED), Recipe.from_name("sbm8-cpt")
+
+    assert (mine.output, mine.grad_weight, mine.last) == (base.output, base.grad_weight, "leave")
+    assert (mine.name, mine.summary) == ("mine", "s")
+    assert mine.schedule is not None
+    assert mine.schedule.forward.build(total_steps=8).max_bits == 6
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("cyclic", "cylic", "Did you mean 'cyclic'"),
+        ("low = 4", "lo = 4", "unknown setting of a cyclic schedule 'lo'"),
+        ("low = 4, ", "", "a cyclic schedule lacks low"),
+        ("low = 4", "low = 7", "low=7, high=6"),
+        ("low = 4", 'low = "test"', "low='test'"),
+        ('kind = "cyclic", ', "", "schedule.forward lacks kind"),
+        ("backward = 7", "backwards = 7", "Did you mean 'backward'"),
+        ("backward = 7", "backward = 99", "bits=99"),
+        ('base = "sbm8-cpt"', 'base = "sbm8-cpd"', "Did you mean 'sbm8-cpt'"),
+        ("[schedule]", "[gates]\nchoices = [[3, 6], [8, 8]]\ntargets = [3.0]\n[schedule]", "not both"),
+        ("[schedule]", "depthwise = [8]\n[schedule]", "depthwise=.8,.: give a pair"),
+    ],
+)
+def test_a_wrong_schedule_is_refused_at_once(old: str, new: str, message: str) -> None:
+    """A recipe whose schedule no run could have does not load, and the error says where."""
+    assert old in SCHEDULED
+
+    with pytest.raises(UsageError, match=message):
+        from_toml("mine", SCHEDULED.replace(old, new))
+
+
+def test_depthwise_bits_need_something_to_be_exempt_from() -> None:
+    """A static recipe has no use for bits of depthwise layers."""
+    with pytest.raises(UsageError, match="depthwise bits go with a schedule or gates"):
+        Recipe.from_name("sbm8").replace(depthwise=(8, 16))
+
+
+def test_tuned_changes_settings_and_only_them() -> None:
+    """Tuned gives the same recipe with other settings; the stored one stays."""
+    cpt = Recipe.from_name("cpt")
+    tuned = cpt.tuned(low=4, shape="triangular-vertical")
+
+    assert (cpt.settings()["low"], tuned.settings()["low"], tuned.settings()["high"]) == (3, 4, 8)
+    assert tuned.settings()["shape"] == "triangular-vertical"
+    assert tuned.output == cpt.output
+
+
+@pytest.mark.parametrize("name", ["cpt", "pfq", "dfq", "fractrain"])
+def test_dynamic_recipes_are_based_on_the_authors_formats(name: str) -> None:
+    """The formats of the dynamic recipes are those of sbm8-cpt but for the width of weights behind gates."""
+    recipe, base = Recipe.from_name(name), Recipe.from_name("sbm8-cpt")
+    same = [
+        dataclasses.replace(fmt, bits=8) == known if isinstance(fmt, Integer) else fmt == known
+        for (_, _, fmt), (_, _, known) in zip(recipe.operands(), base.operands(), strict=True)
+    ]
+
+    assert all(same)
+    assert recipe.is_dynamic
+    assert not base.is_dynamic
+    assert recipe.depthwise == (8, 16)

@@ -21,6 +21,7 @@ import yaml
 from torch import nn
 
 from lowbit.errors import RunError, UsageError
+from lowbit.schedules import Cyclic
 from lowbit.train import TrainConfig, checkpoint, models, trainer
 from lowbit.train.config import lr_factor
 
@@ -296,7 +297,24 @@ def test_warning_of_a_model_is_not_hidden(tmp_path: Path, monkeypatch: pytest.Mo
         trainer.train(config(tmp_path / "run", max_steps=1))
 
 
-@pytest.mark.parametrize("changes", [{}, {"max_steps": 12}, {"optimizer": "adamw", "amp": "bf16"}])
+# A stage ends after 5 epochs of any loss, so these 7 epochs have two.
+SHORT_EPOCHS = {"subset": 128, "epochs": 7, "threshold": 9.0}
+GATED = {"recipe": "fractrain", "blocks": r"0\.hidden\.\d", "targets": [1.9, 3.0], "decay": 0.3}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_steps": 12},
+        {"optimizer": "adamw", "amp": "bf16"},
+        {"recipe": "cpt", "cycles": 4},
+        {"recipe": "cpt", "cycles": 2, "low": "range-test", "high": 3, "epochs": 4},
+        {"recipe": "pfq", **SHORT_EPOCHS},
+        {**GATED, **SHORT_EPOCHS},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())) or "plain",
+)
 def test_every_checkpoint_resumes_to_the_same_end(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +346,79 @@ def test_every_checkpoint_resumes_to_the_same_end(
         assert dataclasses.replace(again, seconds_per_step=result.seconds_per_step, out=whole) == result
 
 
+def test_logs_show_bits_and_cost(tmp_path: Path) -> None:
+    """Cpt's rows have the bits of each layer at that step and the bit operations so far."""
+    result = trainer.train(config(tmp_path / "run", recipe="cpt", cycles=3))
+    with open(tmp_path / "run" / "csv" / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["train_loss"]]
+
+    assert [(row["step"], row["forward_bits"], row["bits/hidden.1.0"]) for row in rows] == [("10", "8.0", "8.0")]
+    schedule = Cyclic(low=3, high=8, cycles=3, total_steps=15)
+    first, others = 64 * 256, 2 * 256 * 256  # the first layer has no grad_input, the last one is left
+    costs = [(first + others) * (b * b + 8 * b) + others * 8 * b for b in map(schedule, range(15))]
+    macs = 2 * first + 3 * others
+    assert float(rows[0]["bit_operations_per_mac"]) == pytest.approx(sum(costs[:10]) / (10 * macs))
+    assert (result.bit_operations, result.macs) == (64 * sum(costs), 64 * 15 * macs)
+
+
+def test_logs_show_what_the_gates_chose(tmp_path: Path) -> None:
+    """Fractrain's rows have a histogram over choices for each block, the cost and its target."""
+    trainer.train(config(tmp_path / "run", **{**GATED, "blocks": None, "threshold": 0.1}))
+    with open(tmp_path / "run" / "csv" / "metrics.csv") as file:
+        row = next(row for row in csv.DictReader(file) if row["train_loss"])
+
+    for block in ("hidden.0", "hidden.1", "hidden.2"):
+        shares = [float(value) for name, value in row.items() if name.startswith(f"gates/{block}/")]
+        assert len(shares) == 5
+        assert sum(shares) == pytest.approx(1)
+    assert 1.7 < float(row["cost_percent"]) < 4.7
+    assert float(row["target_percent"]) == 1.9
+
+
+def test_range_test_in_the_run_leaves_its_table(tmp_path: Path) -> None:
+    """A run with low="range-test" writes the test's table, and its result names the choice."""
+    result = trainer.train(config(tmp_path / "run", recipe="cpt", cycles=2, low="range-test", high=3, epochs=4))
+
+    text = (tmp_path / "run" / "range-test.txt").read_text()
+    assert result.low in (2, 3)
+    assert text.startswith(f"precision range test: {result.low} bits")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "cpt", "cycles": 99}, "total_steps=15, cycles=99"),
+        ({"recipe": "cpt", "cycles": 2, "low": 9}, "low=9, high=8"),
+        ({"recipe": "cpt", "cycles": 2, "profile": "cosin"}, "'cosin'.*Did you mean 'cosine'"),
+        ({"recipe": "cpt", "bits": [3, 8]}, "'cpt' has no setting 'bits': it has low, high"),
+        ({"recipe": "sbm8", "cycles": 2}, "'sbm8' has no setting 'cycles': its bits are constant"),
+        ({"recipe": "sbm8", "eval_bits": 8}, "eval_bits goes with"),
+        ({"recipe": "cpt", "cycles": 2, "blocks": "x"}, "blocks goes with"),
+        ({"recipe": "dfq", "blocks": "x"}, r"matches the name of no module of 'mlp'; those of mlp match"),
+        ({"recipe": "dfq", "blocks": "x("}, "no regular expression"),
+    ],
+)
+def test_precision_settings_that_do_not_fit_leave_no_folder(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """A setting that the recipe does not have, or an impossible one, is refused before the run folder exists."""
+    with pytest.raises(UsageError, match=message):
+        trainer.train(config(tmp_path / "run", **changes))
+
+    assert not (tmp_path / "run").exists()
+
+
+def test_changed_schedule_on_resume_is_refused(tmp_path: Path) -> None:
+    """Editing the schedule in config.yaml of a stopped run is an error, not another run from its middle."""
+    out = tmp_path / "run"
+    trainer.train(config(out, recipe="cpt", cycles=3, checkpoint_every=4))
+    (out / "result.json").unlink()
+    (out / "config.yaml").write_text((out / "config.yaml").read_text().replace("cycles: 3", "cycles: 5"))
+
+    with pytest.raises(RunError, match="it has cycles=3"):
+        trainer.resume(out)
+
+
 KILLED_IN_STEP = """
 training_step = trainer._Module.training_step
 def step(self, batch):
@@ -357,6 +448,7 @@ def test_killed_run_resumes_bit_for_bit(moment: str, complete: Path, tmp_path: P
     script = f"""
 import os, signal, torch
 from pathlib import Path
+from lowbit.schedules import Cyclic
 from lowbit.train import TrainConfig, trainer
 {moment}
 trainer.train(TrainConfig.from_dict({settings!r}, out=Path({str(out)!r})))

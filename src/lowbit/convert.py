@@ -234,7 +234,7 @@ def _plan(
     used: set[int] = set()
     refusals: list[tuple[str, str]] = []
     for name, layer in layers:
-        rule = next((i for i, (which, _) in enumerate(rules) if _matches(which, name, layer)), None)
+        rule = next((i for i, (which, _) in enumerate(rules) if matches(which, name, layer)), None)
         if rule is not None:
             used.add(rule)
         chosen = recipe if rule is None else rules[rule][1]
@@ -259,13 +259,14 @@ def _plan(
     return plans
 
 
-def _matches(which: Matcher, name: str, layer: nn.Module) -> bool:
+def matches(which: Matcher, name: str, layer: nn.Module) -> bool:
+    """Whether a rule means this layer: by its exact name, a pattern of its whole name, or its exact plain type."""
     if isinstance(which, str):
         return which == name
     if isinstance(which, re.Pattern):
         return which.fullmatch(name) is not None
     if isinstance(which, type):
-        return type(layer) is which
+        return plain_type(layer) is which
     raise UsageError(f"rule for {which!r}: give a name, a compiled regular expression, or a module type")
 
 
@@ -387,12 +388,17 @@ def _row(plan: _Plan) -> Row:
 
 def _notes(clock: Clock) -> tuple[str, ...]:
     """What holds for many layers at once."""
+    notes = []
     kept = sum(isinstance(site.input_format, Integer) and site.input_format.running is not None for site in clock.sites)
-    if not kept:
-        return ()
-    return (
-        f"evaluation takes the running input range of {kept} layers; until training recorded one, that of its batch",
-    )
+    if kept:
+        notes.append(
+            f"evaluation takes the running input range of {kept} layers; until training recorded one, that of its batch"
+        )
+    for name in dict.fromkeys(site.recipe.name for site in clock.sites if site.recipe.is_dynamic):
+        notes.append(
+            f"the bits of {name} change during training: make a lowbit.PrecisionController.from_recipe(model, ...)"
+        )
+    return tuple(notes)
 
 
 def _call_my_layers(_module: nn.Module, _args: object) -> None:
@@ -426,6 +432,7 @@ def restore_(model: nn.Module) -> None:
     layers = [m for m in model.modules() if isinstance(m, QuantLayer)]
     if not layers:
         raise UsageError("restore_: nothing in this model is converted")
+    _remove_controllers(layers)
     for layer in layers:
         if type(layer) not in _PLAIN_TYPES:
             raise UsageError(
@@ -441,6 +448,20 @@ def restore_(model: nn.Module) -> None:
         plain.__class__ = _PLAIN_TYPES[type(layer)]
     for module in model.modules():
         _remove_hooks(module)
+
+
+def _remove_controllers(layers: list[QuantLayer]) -> None:
+    """Let the controllers of these layers go; one that also controls other layers refuses."""
+    sites = [site for layer in layers for site in layer.sites()]
+    controllers = list({id(s.controller): s.controller for s in sites if s.controller is not None}.values())
+    for controller in controllers:
+        if others := [site.name for site in controller.sites() if site not in sites]:
+            raise UsageError(
+                f"restore_: a PrecisionController of these layers also controls {others[0]!r}, which would stay "
+                "converted: call its remove() first"
+            )
+    for controller in controllers:
+        controller.remove()
 
 
 def clocks(model: nn.Module) -> list[Clock]:

@@ -141,7 +141,7 @@ def _memory_view(x: Tensor, view: tuple[int, ...], dims: tuple[int, ...]) -> cpu
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether memory is (B, *size, C) without gaps."""
-    return x.dim() > 2 and x.movedim(1, -1).is_contiguous()
+    return x.dim() > 1 and x.movedim(1, -1).is_contiguous()
 
 
 def _ordered_view(x: Tensor, whole: bool, view: tuple[int, ...], dims: tuple[int, ...]) -> cpu.View | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowbit import integer
 from lowbit.errors import UsageError
-from lowbit.formats import Format, Integer
+from lowbit.formats import FP32, Format, Integer
 from lowbit.quantizer import Quantized, levels_of, quantize
 from lowbit.recipe import SLOTS, Recipe
 from lowbit.rounding import Noise
@@ -278,6 +278,23 @@ class Convolution:
         return (0, 2) if self.transposed else (0, 1)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Samples:
+    """A choice of bits for each sample, the first axis of the input.
+
+    Args:
+        choice: int64 ``(B,)``, the index of each sample's choice.
+        bits: for each choice the widths of all operands, int64 ``(6,)`` as in `Setting.bits`; None for a choice that
+            no sample here has.
+        mask: float ``(B, K)``, one-hot, whose gradient tells what each choice would have changed; None where nobody
+            asks.
+    """
+
+    choice: Tensor
+    bits: tuple[Tensor | None, ...]
+    mask: Tensor | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """How the products of one call are to be computed.
@@ -291,6 +308,7 @@ class Setting:
         layer: name for reports and errors.
         engine: how products are executed, one of `ENGINES`.
         source: what calls, for observers.
+        samples: bits that differ between samples, in place of `bits`.
     """
 
     recipe: Recipe
@@ -300,6 +318,7 @@ class Setting:
     layer: str = ""
     engine: str = "reference"
     source: object = None
+    samples: Samples | None = None
 
     def format(self, product: str, operand: str) -> Format:
         """The format of one operand of one product."""
@@ -504,6 +523,8 @@ def quantize_operand(x: Tensor, op: Op, setting: Setting, product: str, operand:
         operand: ``"input"``, ``"weight"`` or ``"grad_output"``.
     """
     fmt = setting.format(product, operand)
+    if x.is_meta:  # shapes without values, as when a run is planned
+        return Quantized(x if fmt == FP32 else torch.empty_like(x))
     if not isinstance(fmt, Integer):
         return quantize(x, fmt, measure=bool(_observers))
     noise = None
@@ -934,7 +955,7 @@ class _Products(torch.autograd.Function):
             with torch.autocast("cpu", enabled=False):
                 return (*_integer_gradients(grad_output, w, kept, ctx.needs_input_grad[:3]), None, None, None, None)
         x_hat, w = ctx.saved_tensors
-        with torch.autocast(grad_output.device.type, enabled=False):
+        with torch.autocast(autocast_device(grad_output), enabled=False):
             grads = gradients(_compute(grad_output), x_hat, w, kept, ctx.needs_input_grad[:3])
         return (*grads, None, None, None, None)
 
@@ -1039,9 +1060,14 @@ def bits_of(setting: Setting, product: str, operand: str) -> int:
     return fmt.bits if bits is None or not isinstance(fmt, Integer) else int(bits)
 
 
+def autocast_device(x: Tensor) -> str:
+    """The device whose autocast counts for `x`; the meta device, where runs are planned, has none of its own."""
+    return "cpu" if x.is_meta else x.device.type
+
+
 def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting) -> Tensor:
     """Check dtypes and compute outside autocast; the result has autocast's dtype where that is on, else that of `x`."""
-    device = x.device.type
+    device = autocast_device(x)
     autocast = torch.is_autocast_enabled(device)
     for name, tensor in (("input", x), ("weight", w), ("bias", bias)):
         if tensor is not None and not tensor.is_floating_point():
@@ -1051,12 +1077,67 @@ def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting) 
                 f"{setting.layer or op.kind}: input is {x.dtype} and {name} is {tensor.dtype}: give one dtype, or use "
                 "autocast"
             )
+    if setting.samples is not None:
+        return _by_choice(x, w, bias, op, setting, setting.samples)
     dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
     recorded = torch.is_grad_enabled()
     expected = ("grad_input",) * (recorded and x.requires_grad) + ("grad_weight",) * (recorded and w.requires_grad)
     with torch.autocast(device, enabled=False):
         result: Tensor = _Products.apply(x, w, bias, op, setting, dtype, expected)
     return result
+
+
+def _by_choice(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting, samples: Samples) -> Tensor:
+    """Run the samples of each choice together at its bits; what no sample chose is not executed.
+
+    Since a product works on each sample alone, this equals one product of the mixed input
+    ``sum_k mask_k Q_k(x)``, whose gradient for ``mask_k`` is ``<grad_input, Q_k(x)>``.
+
+    Source: Fu et al. 2020, FracTrain, arXiv:2012.13113, section 3.2, mixed as in the authors' ImageNet code.
+    """
+    if len(samples.choice) != len(x):
+        raise ValueError(
+            f"{setting.layer or op.kind}: input of shape {tuple(x.shape)} where bits were chosen for "
+            f"{len(samples.choice)} samples: inside a gated block the first axis counts samples"
+        )
+    if samples.mask is not None and samples.mask.requires_grad:
+        x = _TellMask.apply(x, samples.mask, op, setting, samples)
+    chosen: list[int] = samples.choice.unique().tolist()
+    indices = [(samples.choice == k).nonzero().squeeze(1) for k in chosen]
+    outputs = []
+    for k, index in zip(chosen, indices, strict=True):
+        noise = None if setting.noise is None else setting.noise.branch(str(k))
+        own = replace(setting, samples=None, bits=samples.bits[k], noise=noise)
+        outputs.append(_apply(x if len(chosen) == 1 else x[index], w, bias, op, own))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)[torch.cat(indices).argsort()]
+
+
+class _TellMask(torch.autograd.Function):
+    """The input as it is; the mask receives the gradient that it would have as a factor of each choice's codes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, op: Op, setting: Setting, samples: Samples) -> Tensor:
+        ctx.save_for_backward(x, mask)
+        ctx.arguments = op, setting, samples.bits
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask = ctx.saved_tensors
+        with torch.autocast(g.device.type, enabled=False):
+            grad_mask = mask_gradient(_compute(g), _compute(x), *ctx.arguments)
+        return g, grad_mask.to(mask.dtype), None, None, None
+
+
+def mask_gradient(g: Tensor, x: Tensor, op: Op, setting: Setting, bits: Sequence[Tensor | None]) -> Tensor:
+    """``<g, Q_k(x)>`` of each sample and choice, ``(B, K)``; choices with equal bits of `input` are quantised once."""
+    columns: dict[int | None, Tensor] = {None: g.new_zeros(len(g))}
+    widths = [None if b is None else bits_of(replace(setting, bits=b), "output", "input") for b in bits]
+    for width, b in zip(widths, bits, strict=True):
+        if width not in columns:
+            x_hat = quantize_operand(x, op, replace(setting, bits=b, samples=None), "output", "input").values
+            columns[width] = (g.flatten(1) * x_hat.flatten(1)).sum(1)
+    return torch.stack([columns[width] for width in widths], 1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, setting: Setting) -> Tensor:

@@ -14,10 +14,12 @@ from typing import Any, Literal
 
 from lowbit.errors import UsageError, check_choice, unknown
 from lowbit.formats import BF16, FP32, Float, Format, Integer
+from lowbit.schedules import PlateauRule, Template
 
 Policy = Literal["convert", "leave"]
 Constant = Literal["paper", "authors"]
 EpsilonPlace = Literal["inside", "outside"]
+Mixing = Literal["input", "output"]
 
 ON_THE_FLY = "wXaYgZ"
 
@@ -84,6 +86,109 @@ class RangeNorm:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scheduling:
+    """Bits that change over the run; a `lowbit.PrecisionController` applies them.
+
+    Args:
+        forward: bits of `input` and `weight`.
+        backward: bits of `grad_output`; None: what a plateau rule in `forward` says, else the formats' own.
+    """
+
+    forward: Template
+    backward: Template | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gating:
+    """Bits that a gate chooses for each block and sample; a `lowbit.PrecisionController` applies them.
+
+    Costs are in percent of full precision: ``100 (w a + w g + a g) / (3 * 32**2)`` for w, a, g bits of `weight`,
+    `input` and `grad_output`, averaged over the MACs of the gated blocks.
+
+    Args:
+        choices: pairs (bits of `input`, bits of `grad_output`) to choose from; bits of `input` 0 skip the block, and
+            then those of `grad_output` are 0 too.
+        targets: the cost to train towards, in percent; several: one for each stage of PFQ's plateau rule.
+        strength: beta, weight of the cost in the loss.
+        band: the cost term counts in full only where the cost is farther than this from its target.
+        inside: weight of the cost term inside the band.
+        mixing: ``"input"``: a layer runs each sample at its choice and batch normalisation sees them all together;
+            ``"output"``: a block runs all samples at every choice in training, and its outputs are mixed.
+        hidden: outputs of the first projection of the gate; None leaves it and its ReLU out.
+        features: outputs of the last projection, the inputs of the LSTM.
+        state: hidden units of the LSTM.
+        threshold: epsilon of the plateau rule; needed iff there are several targets.
+        decay: alpha of the plateau rule; needed iff there are several targets.
+
+    Raises:
+        UsageError: a value outside the above.
+    """
+
+    choices: tuple[tuple[int, int], ...]
+    targets: tuple[float, ...]
+    strength: float = 1e-3
+    band: float = 0.0
+    inside: float = 0.1
+    mixing: Mixing = "input"
+    hidden: int | None = 32
+    features: int = 16
+    state: int = 16
+    threshold: float | None = None
+    decay: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("choices", "targets"):
+            if not isinstance(getattr(self, name), tuple):
+                raise UsageError(f"{name}={getattr(self, name)!r}: give a list")
+        pairs = [
+            pair
+            for pair in self.choices
+            if isinstance(pair, tuple) and len(pair) == 2 and all(_is_whole(bits) for bits in pair)
+        ]
+        if len(self.choices) < 2 or len(pairs) < len(self.choices):
+            raise UsageError(
+                f"choices={self.choices}: give two or more pairs (bits of input, bits of grad_output), e.g. [4, 8]"
+            )
+        if any((a == 0) != (g == 0) for a, g in pairs) or sum(a == 0 for a, _ in pairs) > 1:
+            raise UsageError(f"choices={self.choices}: the pair that skips a block is [0, 0], once")
+        if len(set(pairs)) < len(pairs):
+            raise UsageError(f"choices={self.choices}: give each pair once")
+        if not self.targets or not all(_is_real(t) and 0 < t <= 100 for t in self.targets):
+            raise UsageError(
+                f"targets={self.targets}: give costs in percent of full precision, above 0 and at most 100"
+            )
+        check_choice("mixing", self.mixing, Mixing)
+        for name in ("strength", "band", "inside"):
+            if not _is_real(getattr(self, name)) or not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(f"{name}={getattr(self, name)!r}: give a finite number, 0 or more")
+        for name in ("hidden", "features", "state"):
+            value = getattr(self, name)
+            if not (_is_whole(value) and value > 0) and not (name == "hidden" and value is None):
+                raise UsageError(f"{name}={value!r}: give a whole number, 1 or more")
+        needed = len(self.targets) > 1
+        if (self.threshold is not None) != needed or (self.decay is not None) != needed:
+            raise UsageError(
+                f"targets={self.targets}, threshold={self.threshold}, decay={self.decay}: threshold and decay belong "
+                "to the plateau rule between several targets; give both with several, neither with one"
+            )
+        self.rule()
+
+    def rule(self) -> PlateauRule | None:
+        """A new plateau rule that goes from target to target; None where there is one."""
+        if self.threshold is None or self.decay is None:
+            return None
+        return PlateauRule(stages=len(self.targets), threshold=self.threshold, decay=self.decay)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One method of low-precision training.
 
@@ -99,6 +204,10 @@ class Recipe:
         normalization: what replaces batch normalisation; None keeps it.
         first: whether the first layer with products, in registration order, is converted or left.
         last: the same for the last one.
+        schedule: how bits change over the run; None: they do not.
+        gates: what chooses bits for each block and sample; None: nothing does.
+        depthwise: bits (forward, backward) of convolutions with one input channel per group, which follow neither
+            schedule nor gates; None: they follow like any layer.
     """
 
     name: str
@@ -111,10 +220,20 @@ class Recipe:
     normalization: RangeNorm | None = None
     first: Policy = "convert"
     last: Policy = "convert"
+    schedule: Scheduling | None = None
+    gates: Gating | None = None
+    depthwise: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         check_choice("policy for the first layer", self.first, Policy)
         check_choice("policy for the last layer", self.last, Policy)
+        if self.schedule is not None and self.gates is not None:
+            raise UsageError("a recipe has a schedule or gates, not both: each sets the bits of its layers")
+        if self.depthwise is not None:
+            if not self.is_dynamic:
+                raise UsageError("depthwise bits go with a schedule or gates; without them give the layers a rule")
+            if len(self.depthwise) != 2 or not all(_is_whole(bits) and bits for bits in self.depthwise):
+                raise UsageError(f"depthwise={self.depthwise!r}: give a pair of bits (forward, backward), e.g. [8, 16]")
         if self.bias.stochastic:
             raise UsageError("the bias rounds to nearest: no noise is drawn for it")
         if isinstance(self.bias, Integer) and (self.bias.granularity != "tensor" or self.bias.running is not None):
@@ -134,6 +253,38 @@ class Recipe:
     def replace(self, **changes: Any) -> "Recipe":
         """The same recipe with some fields changed, e.g. ``recipe.replace(name="mine", last="leave")``."""
         return dataclasses.replace(self, **changes)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether its bits change in a run, so that training needs a `lowbit.PrecisionController`."""
+        return self.schedule is not None or self.gates is not None
+
+    def settings(self) -> dict[str, Any]:
+        """What `tuned` can change, with the present values: the settings of the schedule or of the gates."""
+        if self.schedule is not None:
+            return {**dict.fromkeys(self.schedule.forward.allowed), **dict(self.schedule.forward.settings)}
+        if self.gates is not None:
+            return {f.name: getattr(self.gates, f.name) for f in dataclasses.fields(self.gates)}
+        return {}
+
+    def tuned(self, **settings: Any) -> "Recipe":
+        """The same recipe with other settings of its schedule or gates, e.g. ``Recipe.from_name("cpt").tuned(low=4)``.
+
+        Raises:
+            UsageError: the recipe has no such setting, or the value is impossible.
+        """
+        known = self.settings()
+        for name in settings:
+            if name not in known:
+                has = f"it has {', '.join(known)}" if known else "its bits are constant"
+                raise UsageError(f"recipe {self.name!r} has no setting {name!r}: {has}")
+        settings = {name: _frozen(value) for name, value in settings.items()}
+        if self.schedule is not None:
+            forward = self.schedule.forward.replace(**settings)
+            return self.replace(schedule=dataclasses.replace(self.schedule, forward=forward))
+        if self.gates is not None:
+            return self.replace(gates=dataclasses.replace(self.gates, **settings))
+        return self
 
     def operands(self) -> list[tuple[str, str, Format]]:
         """The table as rows (product, operand, format), in the order of `SLOTS`."""
@@ -229,7 +380,9 @@ def _load(name: str) -> Recipe:
 def from_toml(name: str, text: str) -> Recipe:
     """Read a recipe from TOML: `[formats]` names formats, the tables of the products use the names.
 
-    ``"fp32"`` and ``"bf16"`` are names that always exist.
+    ``"fp32"`` and ``"bf16"`` are names that always exist. ``base = "sbm8-cpt"`` takes every field that the text leaves
+    out from that stored recipe. `[schedule]` has a schedule for `forward`, ``{ kind = "cyclic", low = 3, ... }`` or a
+    number of bits, and may have one for `backward`; `[gates]` has the fields of `Gating`.
 
     Raises:
         UsageError: no TOML, or a name or value that does not exist.
@@ -256,6 +409,17 @@ def from_toml(name: str, text: str) -> Recipe:
             {k: _named(formats, f"{where}.{k}", v) if k in operands else v for k, v in fields.items()},
         )
 
+    if "schedule" in data:
+        data["schedule"] = _scheduling(name, data["schedule"])
+    if "gates" in data:
+        gates = _table(f"recipe {name}: gates", data["gates"])
+        data["gates"] = _construct(Gating, "gates", {key: _frozen(value) for key, value in gates.items()})
+    if "depthwise" in data:
+        data["depthwise"] = _frozen(data["depthwise"])
+    inherited: dict[str, Any] = {}
+    if "base" in data:
+        base = Recipe.from_name(data.pop("base"))
+        inherited = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
     for key, table in (
         ("output", Output),
         ("grad_input", GradInput),
@@ -264,10 +428,31 @@ def from_toml(name: str, text: str) -> Recipe:
     ):
         if key in data:
             data[key] = resolved(table, key, data[key])
-    result: Recipe = resolved(Recipe, f"recipe {name}", {"name": name, **data})
+    result: Recipe = resolved(Recipe, f"recipe {name}", {**inherited, **data, "name": name})
     if unused:
         raise UsageError(f"recipe {name}: no product uses the format {sorted(unused)[0]!r}")
     return result
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, to any depth."""
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _scheduling(name: str, fields: object) -> Scheduling:
+    where = f"recipe {name}: schedule"
+    schedules = {key: _template(f"{where}.{key}", value) for key, value in _table(where, fields).items()}
+    result: Scheduling = _construct(Scheduling, where, schedules)
+    return result
+
+
+def _template(where: str, value: object) -> Template:
+    if _is_whole(value):
+        return Template(kind="constant", settings=(("bits", value),))
+    settings = dict(_table(where, value))
+    if "kind" not in settings:
+        raise UsageError(f"{where} lacks kind: give a number of bits, or a table with kind and its settings")
+    return Template(kind=settings.pop("kind"), settings=tuple((key, _frozen(value)) for key, value in settings.items()))
 
 
 def _table(where: str, value: object) -> dict[str, Any]:
@@ -277,6 +462,8 @@ def _table(where: str, value: object) -> dict[str, Any]:
 
 
 def _named(formats: dict[str, Format], where: str, name: object) -> Format:
+    if isinstance(name, Float | Integer):  # of the recipe that this one is based on
+        return name
     if not isinstance(name, str):
         raise UsageError(
             f"{where} is {name!r}: give the name of a format; a format's fields stand under [formats.NAME]"

@@ -8,7 +8,7 @@ for every engine, thread count, memory layout and resume, and nothing is drawn f
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -135,6 +135,9 @@ class Noise(Protocol):
     def words(self, product: str, operand: str) -> tuple[int, int] | None:
         """The two words that select the noise field, for kernels that make it as they go; None where it is recorded."""
 
+    def branch(self, name: str) -> "Noise":
+        """Other noise for a part of the same operands that is computed apart."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CounterNoise:
@@ -160,6 +163,10 @@ class CounterNoise:
         first, second = noise_key(self.key, tensor_id(self.layer, product, operand, self.use)).tolist()
         return first, second
 
+    def branch(self, name: str) -> "CounterNoise":
+        """The noise of a layer of another name."""
+        return replace(self, layer=f"{self.layer}#{name}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedNoise:
@@ -180,3 +187,7 @@ class RecordedNoise:
     def words(self, product: str, operand: str) -> None:  # noqa: ARG002 - recorded noise has none
         """None."""
         return
+
+    def branch(self, name: str) -> "RecordedNoise":  # noqa: ARG002 - records do not tell parts apart
+        """The same records: the draws of each part have its shape."""
+        return self

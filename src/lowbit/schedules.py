@@ -6,21 +6,24 @@ a cycle in steps, u = (t mod T)/T the part of a cycle that is done, span = high 
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import cached_property
+from inspect import Parameter, signature
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Literal, Protocol, TypedDict, runtime_checkable
+from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
 
-from lowbit.errors import RunError, UsageError, check_choice
+from lowbit.errors import RunError, UsageError, check_choice, unknown
 
 Profile = Literal["cosine", "linear", "rex", "exponential"]
 Shape = Literal["repeated", "triangular-vertical", "triangular-horizontal"]
 Final = Literal["high"]
+Better = Literal["higher", "lower"]
 # A step, or "400" steps, "10ep" epochs, "0.9" of the run.
 Time = int | str
+RANGE_TEST: Literal["range-test"] = "range-test"
 
 
 @runtime_checkable
@@ -37,6 +40,35 @@ class Schedule(Protocol):
 
     def __call__(self, step: int) -> int:
         """Bits of batch `step`, counted from 0; a UsageError outside ``0 .. total_steps - 1``."""
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """What every rule is that follows the run: bits now, changed by `update`, with a state to save."""
+
+    @property
+    def current_bits(self) -> int:
+        """Bits of `input` and `weight` now."""
+
+    @property
+    def current_grad_bits(self) -> int | None:
+        """Bits of `grad_output` now; None where it leaves them alone."""
+
+    @property
+    def max_bits(self) -> int:
+        """The highest bits it ever takes, e.g. for evaluation."""
+
+    def update(self, value: float, /) -> bool:
+        """Take what the run measured; whether anything changes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that it remembers, as plain values."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave."""
+
+
+Source = Schedule | Rule
 
 
 def parse_steps(given: Time, *, total_steps: int | None = None, steps_per_epoch: int | None = None) -> int:
@@ -171,7 +203,8 @@ class Cyclic:
     ``G(1 - u)``. The defaults are CPT's schedule, bit for bit.
 
     Args:
-        low: the lowest bits, 1 to `high`.
+        low: the lowest bits, 1 to `high`; ``"range-test"``: a `lowbit.PrecisionController` finds it in the first
+            cycle (see `RangeTest`), and until then this schedule has no bits of its own.
         high: the highest bits, up to 32. Short cycles may stop short of it: cycles of 3 steps from 3 to 8 end at 7.
         cycles: how many; even for triangular shapes, so that the last one grows.
         total_steps: length of the run in steps, at least `cycles`.
@@ -186,7 +219,7 @@ class Cyclic:
     Source: Fu et al. 2021, CPT, arXiv:2101.09868; profiles and shapes: Wolfe and Kyrillidis 2024, arXiv:2403.02243.
     """
 
-    low: int
+    low: int | Literal["range-test"]
     high: int
     cycles: int
     total_steps: int
@@ -195,10 +228,13 @@ class Cyclic:
     final: Final | None = None
 
     def __post_init__(self) -> None:
-        _check_bits("low", self.low)
+        if isinstance(self.low, str) and self.low != RANGE_TEST:
+            raise UsageError(f"low={self.low!r}: bits are whole numbers from 1 to 32, or {RANGE_TEST!r} finds them")
         _check_bits("high", self.high)
-        if self.low > self.high:
-            raise UsageError(f"low={self.low}, high={self.high}: low is at most high")
+        if not isinstance(self.low, str):
+            _check_bits("low", self.low)
+            if self.low > self.high:
+                raise UsageError(f"low={self.low}, high={self.high}: low is at most high")
         _count("cycles", self.cycles)
         _count("total_steps", self.total_steps)
         if self.total_steps < self.cycles:
@@ -224,12 +260,19 @@ class Cyclic:
     @property
     def max_bits(self) -> int:
         """The highest bits it ever takes; fewer than `high` where all cycles are too short to reach it."""
+        if self.low == RANGE_TEST:
+            return self.high
         # A growing cycle is highest at its end, a falling one at its start.
         return max(self(0), self(self.period - 1), self(self.total_steps - 1))
 
     def __call__(self, step: int) -> int:
         """Bits of batch `step`."""
         _check_step(step, self.total_steps)
+        if isinstance(self.low, str):
+            raise UsageError(
+                f"low={self.low!r} is not a number yet: give this schedule to a lowbit.PrecisionController, which "
+                "finds it in the first cycle, or find it before with lowbit.range_test"
+            )
         if self.final == "high" and step >= min(self.cycles * self.period, self.total_steps - 1):
             return self.high
         cycle, position = divmod(step, self.period)
@@ -408,15 +451,103 @@ class _Plateau:
         return all(move / self.scale <= self.threshold for move in moves)
 
 
-class Progressive:
-    """The plateau rule of PFQ: a list of stages, and the next one whenever the loss of the epochs has settled.
+class PlateauRule:
+    """PFQ's plateau rule: the next of several stages whenever the loss of the epochs has settled.
 
     After each epoch, with its mean loss L: sigma is the mean of the losses so far, from epoch 10 on that of the first
     ten. A stage ends when it saw five epochs or more and the last five agree: ``|L_j - L| / sigma <= threshold`` for
     each of the four before the newest. Then the next stage begins, the five are forgotten, and after the first and
-    the second switch ``threshold <- threshold * decay``. Precision never goes down.
+    the second switch ``threshold <- threshold * decay``. It never goes back to an earlier stage.
 
     It is a small state machine: `update` is its only transition and `state_dict` all that it remembers.
+
+    Args:
+        stages: how many there are.
+        threshold: epsilon of the paper, 0 or more.
+        decay: alpha of the paper, 0 to 1.
+
+    Raises:
+        UsageError: a value outside the above.
+
+    Source: Fu et al. 2020, FracTrain, arXiv:2012.13113, algorithm 1; window and scale as in the authors' code.
+    """
+
+    def __init__(self, *, stages: int, threshold: float, decay: float) -> None:
+        _count("stages", stages)
+        if not _is_number(threshold) or not 0 <= threshold < math.inf:
+            raise UsageError(f"threshold={threshold!r}: give a finite number, 0 or more")
+        if not _is_number(decay) or not 0 <= decay <= 1:
+            raise UsageError(f"decay={decay!r}: give a number from 0 to 1")
+        self._stages, self._decay = stages, float(decay)
+        self._state = _Plateau(threshold=float(threshold))
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self._stages_shown()}, threshold={self.threshold}, decay={self._decay}, "
+            f"stage={self.stage})"
+        )
+
+    def _stages_shown(self) -> str:
+        return f"stages={self._stages}"
+
+    @property
+    def stage(self) -> int:
+        """The present stage, from 0."""
+        return self._state.stage
+
+    @property
+    def threshold(self) -> float:
+        """Epsilon of the present stage."""
+        return self._state.threshold
+
+    @property
+    def scale(self) -> float:
+        """Sigma: the mean of the first losses, at most 10 of them; 1 before the first."""
+        return self._state.scale
+
+    def update(self, epoch_loss: float) -> bool:
+        """Take the mean loss of the epoch that just ended; what follows is of the present stage.
+
+        Returns:
+            Whether a new stage began.
+
+        Raises:
+            RunError: the loss is inf or nan; nothing changed.
+            UsageError: the mean of the first losses is negative, so that changes cannot be measured by it.
+        """
+        loss = float(epoch_loss)
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss of epoch {self._state.epochs + 1} is {loss}: training diverged; resume from an earlier "
+                "checkpoint with more bits or a smaller learning rate"
+            )
+        state = self._state.after(loss, last_stage=self._stages - 1, decay=self._decay)
+        if state.scale < 0:
+            raise UsageError(
+                f"the mean loss of the first epochs is {state.scale}: the plateau rule divides by it and needs losses "
+                "that are not negative; add a constant to the loss"
+            )
+        switched = state.stage > self.stage
+        self._state = state
+        return switched
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `update` depends on besides the arguments, as plain numbers and one list of them."""
+        return asdict(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave; a UsageError where it is not the state of such a rule."""
+        _check_keys("a plateau rule", state, _Plateau)
+        loaded = _Plateau(**{**state, "window": list(state["window"])})
+        if not 0 <= loaded.stage < self._stages:
+            raise UsageError(
+                f"stage {loaded.stage} of a rule with {self._stages} stages: give the stages that it was saved with"
+            )
+        self._state = loaded
+
+
+class Progressive(PlateauRule):
+    """PFQ: a list of bits, and the next one whenever the loss of the epochs has settled (see `PlateauRule`).
 
     Args:
         bits: bits of `input` and `weight` in each stage, never falling.
@@ -427,7 +558,7 @@ class Progressive:
     Raises:
         UsageError: a value outside the above.
 
-    Source: Fu et al. 2020, FracTrain, arXiv:2012.13113, algorithm 1; window and scale as in the authors' code.
+    Source: as `PlateauRule`.
     """
 
     def __init__(self, *, bits: Sequence[int], grad_bits: Sequence[int], threshold: float, decay: float) -> None:
@@ -440,23 +571,21 @@ class Progressive:
                 _check_bits(name, width)
             if any(later < earlier for earlier, later in pairwise(stages)):
                 raise UsageError(f"{name}={list(stages)}: precision never goes down from one stage to the next")
-        if not 0 <= threshold < math.inf:
-            raise UsageError(f"threshold={threshold}: give a finite number, 0 or more")
-        if not 0 <= decay <= 1:
-            raise UsageError(f"decay={decay}: give a number from 0 to 1")
-        self._bits, self._grad_bits, self._decay = tuple(bits), tuple(grad_bits), float(decay)
-        self._state = _Plateau(threshold=float(threshold))
+        super().__init__(stages=len(bits), threshold=threshold, decay=decay)
+        self._bits, self._grad_bits = tuple(bits), tuple(grad_bits)
 
-    def __repr__(self) -> str:
-        return (
-            f"Progressive(bits={list(self._bits)}, grad_bits={list(self._grad_bits)}, "
-            f"threshold={self.threshold}, decay={self._decay}, stage={self.stage})"
-        )
+    def _stages_shown(self) -> str:
+        return f"bits={list(self._bits)}, grad_bits={list(self._grad_bits)}"
 
     @property
-    def stage(self) -> int:
-        """The present stage, from 0."""
-        return self._state.stage
+    def bits(self) -> tuple[int, ...]:
+        """Bits of `input` and `weight` in each stage."""
+        return self._bits
+
+    @property
+    def grad_bits(self) -> tuple[int, ...]:
+        """Bits of `grad_output` in each stage."""
+        return self._grad_bits
 
     @property
     def current_bits(self) -> int:
@@ -473,58 +602,244 @@ class Progressive:
         """Bits of `input` and `weight` in the last stage."""
         return self._bits[-1]
 
-    @property
-    def threshold(self) -> float:
-        """Epsilon of the present stage."""
-        return self._state.threshold
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """What a range test saw at one width.
+
+    Args:
+        bits: the width.
+        steps: training steps at it.
+        first: mean of the measure over the first half of them.
+        last: mean over the last half.
+        gain: how much the measure got better, see `RangeTest`.
+    """
+
+    bits: int
+    steps: int
+    first: float
+    last: float
+    gain: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ladder:
+    """What a range test remembers, as plain numbers: the measures at the present width and the widths done."""
+
+    measures: list[float] = field(default_factory=list)
+    tried: list[tuple[int, int, float, float, float]] = field(default_factory=list)
+    chosen: int | None = None
+
+
+class RangeTest:
+    """CPT's precision range test: train at 2 bits, then 3, ... until a width makes training progress.
+
+    Each width b trains for n steps. With m_1 and m_2 the means of the measure over the first and the last n // 2 of
+    them, the gain is ``m_2 - m_1`` of a measure that should rise (an accuracy), and ``(m_1 - m_2) / |m_1|`` of one
+    that should fall (a loss, whose unit is free). The first width with a gain above `threshold` is chosen; `high`
+    where none has.
+
+    It is a small state machine: `update` is its only transition and `state_dict` all that it remembers.
+
+    Args:
+        low: the first width.
+        high: the last one, at least `low`; it is not trained at unless `every`, since nothing is left to choose.
+        steps_per_bit: n, 2 or more.
+        threshold: the gain that is progress.
+        better: whether the measure should get ``"higher"`` or ``"lower"``.
+        every: True goes on to train at each width up to `high`, for the table; the choice is the same.
+
+    Raises:
+        UsageError: a value outside the above.
+
+    Source: Fu et al. 2021, CPT, arXiv:2101.09868, section 3.3, which states neither window nor threshold; the
+    authors' code has no range test.
+    """
+
+    def __init__(
+        self,
+        *,
+        low: int = 2,
+        high: int = 8,
+        steps_per_bit: int = 100,
+        threshold: float = 0.01,
+        better: Better = "lower",
+        every: bool = False,
+    ) -> None:
+        _check_bits("low", low)
+        _check_bits("high", high)
+        if low > high:
+            raise UsageError(f"low={low}, high={high}: low is at most high")
+        if _count("steps_per_bit", steps_per_bit) < 2:
+            raise UsageError(f"steps_per_bit={steps_per_bit}: a gain needs two steps or more at each width")
+        if not _is_number(threshold) or not math.isfinite(threshold):
+            raise UsageError(f"threshold={threshold!r}: give a finite number, e.g. 0.01")
+        check_choice("direction", better, Better)
+        self.low, self.high, self.steps_per_bit = low, high, steps_per_bit
+        self.threshold, self.better, self.every = float(threshold), better, every
+        self._state = _Ladder()
+        self._close()
+
+    def __repr__(self) -> str:
+        now = f"at {self.current_bits} bits" if self.chosen is None else f"chose {self.chosen} bits"
+        return f"RangeTest(low={self.low}, high={self.high}, steps_per_bit={self.steps_per_bit}, {now})"
 
     @property
-    def scale(self) -> float:
-        """Sigma: the mean of the first losses, at most 10 of them; 1 before the first."""
-        return self._state.scale
+    def tried(self) -> tuple[Tried, ...]:
+        """A row for each width that is done."""
+        return tuple(
+            Tried(bits=bits, steps=steps, first=first, last=last, gain=gain)
+            for bits, steps, first, last, gain in self._state.tried
+        )
 
-    def update(self, epoch_loss: float) -> bool:
-        """Take the mean loss of the epoch that just ended; what follows runs at `current_bits`.
+    @property
+    def chosen(self) -> int | None:
+        """The lowest width that makes progress; None while no width has shown it."""
+        return self._state.chosen
+
+    @property
+    def done(self) -> bool:
+        """Whether no width is left to train at."""
+        return len(self._state.tried) == self.most_steps // self.steps_per_bit or (
+            self.chosen is not None and not self.every
+        )
+
+    @property
+    def most_steps(self) -> int:
+        """Training steps that the whole test may take."""
+        return (self.high - self.low + self.every) * self.steps_per_bit
+
+    @property
+    def current_bits(self) -> int:
+        """The width to train the next step at: the chosen one once the test is over."""
+        return self.chosen if self.done and self.chosen else self.low + len(self._state.tried)
+
+    @property
+    def current_grad_bits(self) -> None:
+        """None: gradients stay as they are."""
+        return
+
+    @property
+    def max_bits(self) -> int:
+        """The highest width of the test."""
+        return self.high
+
+    def update(self, measure: float) -> bool:
+        """Take the measure of the step that just ended.
 
         Returns:
-            Whether a new stage began.
+            Whether the width changes, or the test is over.
 
         Raises:
-            RunError: the loss is inf or nan; nothing changed.
-            UsageError: the mean of the first losses is negative, so that changes cannot be measured by it.
+            RunError: the measure is inf or nan; nothing changed.
+            UsageError: the test is over.
         """
-        loss = float(epoch_loss)
-        if not math.isfinite(loss):
+        value = float(measure)
+        if self.done:
+            raise UsageError(f"this range test is over: it chose {self.chosen} bits")
+        if not math.isfinite(value):
             raise RunError(
-                f"the loss of epoch {self._state.epochs + 1} is {loss}: training diverged; resume from an earlier "
-                "checkpoint with more bits or a smaller learning rate"
+                f"the measure of the range test is {value} at {self.current_bits} bits: training diverged; begin the "
+                "test at more bits, or with a smaller learning rate"
             )
-        state = self._state.after(loss, last_stage=len(self._bits) - 1, decay=self._decay)
-        if state.scale < 0:
-            raise UsageError(
-                f"the mean loss of the first epochs is {state.scale}: the plateau rule divides by it and needs losses "
-                "that are not negative; add a constant to the loss"
-            )
-        switched = state.stage > self.stage
-        self._state = state
-        return switched
+        measures = [*self._state.measures, value]
+        if len(measures) < self.steps_per_bit:
+            self._state = replace(self._state, measures=measures)
+            return False
+        half = self.steps_per_bit // 2
+        first, last = math.fsum(measures[:half]) / half, math.fsum(measures[-half:]) / half
+        gain = last - first
+        if self.better == "lower":
+            gain = (first - last) / abs(first) if first else first - last
+        bits = self.current_bits
+        chosen = bits if self.chosen is None and gain > self.threshold else self.chosen
+        row = (bits, self.steps_per_bit, first, last, gain)
+        self._state = _Ladder(tried=[*self._state.tried, row], chosen=chosen)
+        self._close()
+        return True
 
-    def state_dict(self) -> dict[str, int | float | list[float]]:
-        """All that `update` depends on besides the arguments, as plain numbers and one list of them."""
-        return asdict(self._state)
+    def _close(self) -> None:
+        """Choose `high` where no lower width is left."""
+        if self.done and self.chosen is None:
+            self._state = replace(self._state, chosen=self.high)
 
-    def load_state_dict(self, state: Mapping[str, int | float | list[float]]) -> None:
-        """Continue from what `state_dict` gave; a UsageError where it is not the state of such a rule."""
-        names = {f.name for f in fields(_Plateau)}
-        if set(state) != names:
-            raise UsageError(f"state of a plateau rule with {sorted(state)}: it has exactly {sorted(names)}")
-        loaded = _Plateau(**{**state, "window": list(state["window"])})  # type: ignore[arg-type]
-        if not 0 <= loaded.stage < len(self._bits):
+    def state_dict(self) -> dict[str, Any]:
+        """All that `update` depends on besides the arguments, as plain numbers and lists of them."""
+        return {**asdict(self._state), "tried": [list(row) for row in self._state.tried]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave; a UsageError where it is not the state of such a test."""
+        _check_keys("a range test", state, _Ladder)
+        tried = [tuple(row) for row in state["tried"]]
+        widths = [row[0] for row in tried]
+        fits = len(tried) * self.steps_per_bit <= self.most_steps and len(state["measures"]) < self.steps_per_bit
+        if not fits or widths != [*range(self.low, self.low + len(widths))]:
             raise UsageError(
-                f"stage {loaded.stage} of a rule with {len(self._bits)} stages: give the lists of bits that it was "
-                "saved with"
+                f"state of a range test that tried {widths} bits: this one goes from {self.low} to {self.high} with "
+                f"{self.steps_per_bit} steps at each; give the arguments that it was saved with"
             )
-        self._state = loaded
+        self._state = _Ladder(measures=list(state["measures"]), tried=tried, chosen=state["chosen"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A schedule before the length of the run is known, as recipes hold it.
+
+    Args:
+        kind: ``"constant"``, ``"piecewise"``, ``"cyclic"`` or ``"progressive"``.
+        settings: the arguments of that class, without `total_steps` and `steps_per_epoch`.
+
+    Raises:
+        UsageError: no such kind or argument, or a value that no run could have.
+    """
+
+    kind: str
+    settings: tuple[tuple[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise unknown("kind of schedule", self.kind, _KINDS)
+        for name in dict(self.settings):
+            if name not in self.allowed:
+                raise unknown(f"setting of a {self.kind} schedule", name, self.allowed)
+        if absent := [name for name in self.allowed if self._is_needed(name) and name not in dict(self.settings)]:
+            raise UsageError(f"a {self.kind} schedule lacks {', '.join(absent)}")
+        # A run long enough for any setting: what fails here fails in every run.
+        self.build(total_steps=10**9, steps_per_epoch=10**6)
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The names of the settings that this kind has."""
+        return tuple(name for name in signature(_KINDS[self.kind]).parameters if name not in _OF_THE_RUN)
+
+    def _is_needed(self, name: str) -> bool:
+        return signature(_KINDS[self.kind]).parameters[name].default is Parameter.empty
+
+    def replace(self, **settings: Any) -> "Template":
+        """The same with some settings changed, e.g. ``template.replace(cycles=8)``."""
+        return replace(self, settings=tuple({**dict(self.settings), **settings}.items()))
+
+    def build(self, *, total_steps: int, steps_per_epoch: int | None = None) -> Source:
+        """The schedule of a run of that length.
+
+        Raises:
+            UsageError: the settings do not fit the run, e.g. more cycles than steps.
+        """
+        run = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
+        parameters = signature(_KINDS[self.kind]).parameters
+        schedule: Source = _KINDS[self.kind](
+            **dict(self.settings), **{name: value for name, value in run.items() if name in parameters}
+        )
+        return schedule
+
+    def __str__(self) -> str:
+        return f"{self.kind}({', '.join(f'{name}={value}' for name, value in self.settings)})"
+
+
+_KINDS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {"constant": Constant, "piecewise": Piecewise, "cyclic": Cyclic, "progressive": Progressive}
+)
+_OF_THE_RUN = ("total_steps", "steps_per_epoch")
 
 
 def bit_operations(schedule: Schedule, grad_bits: int | Schedule) -> float:
@@ -569,6 +884,17 @@ def _check_bits(what: str, bits: object) -> None:
     """Raise a UsageError unless `bits` is a whole number from 1 to 32."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 32:
         raise UsageError(f"{what}={bits!r}: bits are whole numbers from 1 to 32")
+
+
+def _is_number(given: object) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool)
+
+
+def _check_keys(what: str, state: Mapping[str, Any], expected: type[Any]) -> None:
+    """Raise a UsageError unless a saved state has exactly the fields of that class."""
+    names = {f.name for f in fields(expected)}
+    if set(state) != names:
+        raise UsageError(f"state of {what} with {sorted(state)}: it has exactly {sorted(names)}")
 
 
 def _check_step(step: int, total_steps: int | None) -> None:

@@ -56,6 +56,48 @@ def sums(x: Tensor, width: int) -> Tensor:
     return to
 
 
+def code_extremes(q: Tensor, channels: int, starts: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Largest and smallest code of each channel in each chunk of rows, and the first row that has them.
+
+    Args:
+        q: uint8 codes of rows by channels.
+        channels: numbers in a row.
+        starts: the first row of each chunk, then the number of rows.
+
+    Returns:
+        high, low uint8 ``(chunks, channels)``; rows of the first such code, int32, likewise.
+    """
+    shape = (len(starts) - 1, channels)
+    high, low = torch.empty(shape, dtype=torch.uint8), torch.empty(shape, dtype=torch.uint8)
+    argmax, argmin = torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.int32)
+    _cpu.code_extremes(
+        q.data_ptr(), channels, starts, high.data_ptr(), low.data_ptr(), argmax.data_ptr(), argmin.data_ptr()
+    )
+    return high, low, argmax, argmin
+
+
+def code_sums(a: Tensor, b: Tensor | None, channels: int) -> tuple[Tensor, Tensor]:
+    """Sums of codes of each channel, int64 ``(channels,)``: of `a`, and of `a` times `b` (zeros without `b`)."""
+    total, product = torch.zeros(channels, dtype=torch.int64), torch.zeros(channels, dtype=torch.int64)
+    rows, other = a.numel() // max(channels, 1), 0 if b is None else b.data_ptr()
+    _cpu.code_sums(a.data_ptr(), other, rows, channels, total.data_ptr(), product.data_ptr())
+    return total, product
+
+
+def affine(q: Tensor, a: Tensor, b: Tensor, y: Tensor) -> None:
+    """Write ``a q + b`` of each channel into `y`, float32 or bfloat16, of the memory order of `q`.
+
+    Args:
+        q: uint8 codes of rows by channels.
+        a: float32 ``(channels,)``.
+        b: float32 ``(channels,)``.
+        y: as many numbers as `q`.
+    """
+    a, b = a.float().contiguous(), b.float().contiguous()
+    rows = q.numel() // max(a.numel(), 1)
+    _cpu.affine(q.data_ptr(), rows, a.numel(), a.data_ptr(), b.data_ptr(), False, y.data_ptr(), _TYPES[y.dtype])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """Where codes lie: ``q = clamp(round(x / S) + z, low, high)``, with `offset` ``q = round(clamp((x - o) / S))``.

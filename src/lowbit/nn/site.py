@@ -4,16 +4,17 @@ A converted model has one `Clock` (seed and step), shared by all its sites.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from lowbit.errors import UsageError
 from lowbit.formats import Format, Integer
-from lowbit.products import Setting
+from lowbit.products import Samples, Setting
 from lowbit.ranges import new_running_range, observed_extremes
-from lowbit.recipe import Recipe
+from lowbit.recipe import SLOTS, Recipe
 from lowbit.rounding import CounterNoise, step_key
 
 # torch.compile leaves what this decorates to run eagerly: a converted layer counts steps and keeps ranges. It is the
@@ -51,11 +52,32 @@ class Clock:
                 del module._forward_pre_hooks[key]
             return
         if module.training:
+            self._check_controlled()
             # New tensors, not in place: a backward that is still to come keeps the noise of its own forward.
             self.step = self.step + 1
             self.key = step_key(self.seed, self.step)
         for site in self.sites:
             site.uses = 0
+
+    def _check_controlled(self) -> None:
+        """Raise where a recipe's bits should change over the run and nothing changes them."""
+        for site in self.sites:
+            if site.recipe.is_dynamic and site.controller is None:
+                raise UsageError(
+                    f"{site.name or 'the model'}: the bits of recipe {site.recipe.name!r} change during training, and "
+                    "no controller is attached: make one with lowbit.PrecisionController.from_recipe(model, "
+                    "total_steps=...) and call its step(loss) after each step"
+                )
+
+
+class Controller(Protocol):
+    """What writes the bits of a model's sites."""
+
+    def sites(self) -> "list[Site]":
+        """Every site that it writes."""
+
+    def remove(self) -> None:
+        """Let go of all of them."""
 
 
 def is_recomputing() -> bool:
@@ -76,6 +98,11 @@ class Site(nn.Module):
         bits: the width of each operand, in the order that the layer gives them meaning. Operands of one format in
             several products have one width: the first.
         engine: how products are executed.
+
+    Attributes:
+        controller: what writes the bits during training; None: they stay.
+        gated: whether a gate chooses the bits for each sample.
+        samples: what it chose for the forward that runs now.
     """
 
     bits: Tensor
@@ -91,6 +118,9 @@ class Site(nn.Module):
         self.input_format = input_format
         self.engine = engine
         self.uses = 0
+        self.controller: Controller | None = None
+        self.gated = False
+        self.samples: Samples | None = None
         self.register_buffer("bits", torch.tensor(bits, device="cpu"), persistent=False)
         self.register_buffer("running_range", new_running_range(), persistent=False)
         clock.sites.append(self)
@@ -109,7 +139,7 @@ class Site(nn.Module):
 
     def input_range(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The extremes to use for `x`: recorded in training, the running ones in evaluation, None for its own."""
-        if not isinstance(self.input_format, Integer) or not x.is_floating_point():
+        if not isinstance(self.input_format, Integer) or not x.is_floating_point() or x.is_meta:
             return None
         if is_recomputing() and self.training:
             return None  # that of its own batch, as in the first run, which recorded it
@@ -118,6 +148,12 @@ class Site(nn.Module):
 
     def setting(self, x: Tensor) -> Setting:
         """How the products of this call are computed for input `x`."""
+        if self.gated and self.samples is None:
+            raise RuntimeError(
+                f"{self.name}: this layer runs in a gated block and was called outside of the block's forward. "
+                "Gradient checkpointing inside gated blocks and sharing their layers with other blocks do not work: "
+                "name other blocks, or leave this layer out of them with a rule"
+            )
         return Setting(
             recipe=self.recipe,
             noise=self.noise(),
@@ -126,7 +162,29 @@ class Site(nn.Module):
             layer=self.name,
             engine=self.engine,
             source=self,
+            samples=self.samples,
         )
+
+    def formats(self) -> list[tuple[str, str, Format]]:
+        """What each of its bits is the width of: (product, operand, format)."""
+        norm = self.recipe.normalization
+        if len(self.bits) == len(SLOTS) or norm is None:
+            return self.recipe.operands()
+        return [("output", "input", norm.input), ("grad_input", "grad_output", norm.grad_output)]
+
+    def slots(self, *operands: str) -> dict[int, Integer]:
+        """Where the widths of these operands stand in `bits`, and their formats; floats have no width to set.
+
+        A bifurcated gradient keeps its width in `grad_weight`: its formats were chosen apart.
+        """
+        table = {(product, operand): fmt for product, operand, fmt in self.formats()}
+        gradients = {table.get((product, "grad_output")) for product in ("grad_input", "grad_weight")}
+        bifurcated = ("grad_weight", "grad_output") if len(gradients - {None}) > 1 else None
+        return {
+            i: fmt
+            for i, ((product, operand), fmt) in enumerate(table.items())
+            if operand in operands and isinstance(fmt, Integer) and (product, operand) != bifurcated
+        }
 
     def extra_repr(self) -> str:
         """Recipe and engine."""

@@ -8,13 +8,26 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, get_args, get_type_hints
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 from lowbit.errors import UsageError, unknown
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["one-cycle", "cosine", "step", "constant"]
 Amp = Literal["none", "bf16"]
+Low = int | Literal["range-test"]
+EvalBits = int | Literal["highest", "current"]
+Profile = Literal["cosine", "linear", "rex", "exponential"]
+Shape = Literal["repeated", "triangular-vertical", "triangular-horizontal"]
+Final = Literal["high"]
+Mixing = Literal["input", "output"]
+Measure = Literal["accuracy", "loss"]
+
+# The settings that change a recipe's schedule or gates, by their names there.
+_TUNED = (
+    *("cycles", "low", "high", "profile", "shape", "final"),
+    *("bits", "grad_bits", "threshold", "decay", "targets", "choices", "mixing"),
+)
 
 _LR: dict[Optimizer, float] = {"sgd": 0.1, "adamw": 1e-3}
 _WEIGHT_DECAY: dict[Optimizer, float] = {"sgd": 1e-4, "adamw": 0.01}
@@ -44,6 +57,23 @@ class TrainConfig:
         context: bytes in one sample of a text; other data sets refuse it. Left open: 128.
         amp: ``bf16`` runs the operations that no recipe covers under bfloat16 autocast.
         max_steps: stop after this many steps, even within an epoch.
+        cycles: of recipes whose bits swing, e.g. ``cpt``: how many cycles. This setting and the following ones, left
+            open, are what the recipe says.
+        low: of such recipes: the lowest bits; ``range-test`` finds them in the first cycle.
+        high: of such recipes: the highest bits.
+        profile: of such recipes: how bits grow in a cycle.
+        shape: of such recipes: whether every cycle grows, or cycles fall and grow by turns.
+        final: of such recipes: ``high`` keeps the steps after the last whole cycle at the highest bits.
+        bits: of recipes of stages, e.g. ``pfq``: bits of each stage, ``[3,4,6,8]``.
+        grad_bits: of such recipes: bits of gradients in each stage.
+        threshold: of such recipes and ``fractrain``: how flat the loss is at a plateau.
+        decay: of such recipes and ``fractrain``: factor of the threshold at each stage.
+        targets: of recipes with gates, ``dfq`` and ``fractrain``: cost of each stage in percent of full precision.
+        choices: of such recipes: pairs of bits of inputs and gradients to choose from, ``[[3,6],[8,8]]``.
+        mixing: of such recipes: ``input`` runs each sample at its choice, ``output`` runs all choices in training.
+        blocks: of such recipes: a regular expression that matches the names of the blocks. Left open: the
+            repeated blocks of this library's own models.
+        eval_bits: bits of inputs and weights in evaluation where a schedule sets them. Left open: the highest.
 
     Raises:
         UsageError: a value is out of its range; the message names the setting.
@@ -66,6 +96,21 @@ class TrainConfig:
     context: int | None = None
     amp: Amp = "none"
     max_steps: int | None = None
+    cycles: int | None = None
+    low: Low | None = None
+    high: int | None = None
+    profile: Profile | None = None
+    shape: Shape | None = None
+    final: Final | None = None
+    bits: list[int] | None = None
+    grad_bits: list[int] | None = None
+    threshold: float | None = None
+    decay: float | None = None
+    targets: list[float] | None = None
+    choices: list[list[int]] | None = None
+    mixing: Mixing | None = None
+    blocks: str | None = None
+    eval_bits: EvalBits | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "data", "recipe"):
@@ -87,6 +132,10 @@ class TrainConfig:
             if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
                 raise UsageError(f"{name} must be a finite number of at least 0, got {value!r}.")
 
+    def tuned(self) -> dict[str, object]:
+        """The settings that change the recipe's schedule or gates."""
+        return {name: getattr(self, name) for name in _TUNED if getattr(self, name) is not None}
+
     def resolved(self, *, threads: int) -> Self:
         """The same run with nothing left open but what only some runs have (subset, steps, context).
 
@@ -103,7 +152,7 @@ class TrainConfig:
             threads=self.threads or threads,
         )
 
-    def to_dict(self) -> dict[str, str | int | float | None]:
+    def to_dict(self) -> dict[str, Any]:
         """All settings but the run folder (which may be moved) as plain values, for YAML and checkpoints."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "out"}
 
@@ -139,6 +188,10 @@ class Result:
         converted: layers that ran the recipe.
         layers: layers of the model, whatever they ran; conversion.txt in the run folder lists them.
         out: run folder.
+        macs: multiply-accumulates of the products of converted layers in training, all three products of each.
+        bit_operations: the same, each counted as the product of its two operands' bits. Evaluation, layers that were
+            left in full precision, gates, additions and quantisation are in neither.
+        low: the lowest bits that a range test in the run found; None without one.
     """
 
     test_loss: float
@@ -150,6 +203,61 @@ class Result:
     converted: int
     layers: int
     out: Path
+    macs: int
+    bit_operations: int
+    low: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RangeTestConfig:
+    """The settings of a precision range test.
+
+    Args:
+        model: name of the model, e.g. ``resnet20``.
+        data: name of the data set, e.g. ``fashion-mnist``.
+        recipe: the recipe whose formats are used; what it says of bits over time does not count.
+        low: the first width.
+        high: the last width, chosen where no lower one makes progress.
+        backward: bits of gradients. Left open: the recipe's.
+        steps_per_bit: training steps at each width.
+        measure: what should get better: ``accuracy`` of the training batches, or their ``loss``.
+        gain: what counts as progress: rise of the accuracy, or relative fall of the loss.
+        every: train at each width up to the last one, also after the choice.
+        batch_size: samples per step.
+        optimizer: as for training.
+        lr: learning rate, constant. Left open: 0.1 for sgd, 0.001 for adamw.
+        seed: as for training.
+        subset: use this many samples only.
+        context: bytes in one sample of a text.
+        threads: threads of torch. Left open: torch's own choice.
+    """
+
+    model: str
+    data: str
+    recipe: str = "cpt"
+    low: int = 2
+    high: int = 8
+    backward: int | None = None
+    steps_per_bit: int = 100
+    measure: Measure = "accuracy"
+    gain: float = 0.01
+    every: bool = False
+    batch_size: int = 128
+    optimizer: Optimizer = "sgd"
+    lr: float | None = None
+    seed: int = 0
+    subset: int | None = None
+    context: int | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.measure not in get_args(Measure):
+            raise unknown("measure", self.measure, get_args(Measure))
+
+    def training(self) -> TrainConfig:
+        """The same as settings of a training run, which checks them."""
+        names = ("model", "data", "recipe", "batch_size", "optimizer", "lr", "seed", "subset", "context", "threads")
+        return TrainConfig(**{name: getattr(self, name) for name in names}, schedule="constant")
 
 
 def lr_factor(schedule: Schedule, step: int, total: int) -> float:

@@ -354,6 +354,12 @@ def build(name: str, task: Task) -> nn.Module:
     return entry.build(task, rest) if rest else entry.build(task)
 
 
+def blocks(name: str) -> str | None:
+    """A regular expression that matches the names of the repeated blocks of a model of `names`; None: it has none."""
+    entry = _MODELS.get(name)
+    return None if entry is None else entry.blocks
+
+
 def names() -> tuple[str, ...]:
     """Every model that `build` knows; ``NAME`` stands for a model of the package before the colon."""
     return tuple(_MODELS)
@@ -448,21 +454,25 @@ def _import(module: str) -> Any:
 
 
 class _Model(NamedTuple):
+    """A network by its task, how it is built, and the pattern of the names of its repeated blocks."""
+
     kind: Literal["image", "text"]
     build: Callable[..., nn.Module]
+    blocks: str | None = None
 
 
+_GROUPS = r"groups\.\d+\.\d+"
 _MODELS = {
-    "mlp": _Model("image", _mlp),
-    "resnet20": _Model("image", partial(_cifar_resnet, 3)),
-    "resnet38": _Model("image", partial(_cifar_resnet, 6)),
-    "resnet74": _Model("image", partial(_cifar_resnet, 12)),
-    "resnet110": _Model("image", partial(_cifar_resnet, 18)),
-    "resnet18": _Model("image", partial(_imagenet_resnet, (2, 2, 2, 2), BasicBlock)),
-    "resnet50": _Model("image", partial(_imagenet_resnet, (3, 4, 6, 3), Bottleneck)),
-    "mobilenetv2": _Model("image", _mobilenetv2),
-    "gpt": _Model("text", _gpt),
-    "lstm": _Model("text", _lstm),
+    "mlp": _Model("image", _mlp, r"hidden\.\d+"),
+    "resnet20": _Model("image", partial(_cifar_resnet, 3), _GROUPS),
+    "resnet38": _Model("image", partial(_cifar_resnet, 6), _GROUPS),
+    "resnet74": _Model("image", partial(_cifar_resnet, 12), _GROUPS),
+    "resnet110": _Model("image", partial(_cifar_resnet, 18), _GROUPS),
+    "resnet18": _Model("image", partial(_imagenet_resnet, (2, 2, 2, 2), BasicBlock), _GROUPS),
+    "resnet50": _Model("image", partial(_imagenet_resnet, (3, 4, 6, 3), Bottleneck), _GROUPS),
+    "mobilenetv2": _Model("image", _mobilenetv2, r"blocks\.\d+"),
+    "gpt": _Model("text", _gpt, r"blocks\.\d+"),
+    "lstm": _Model("text", _lstm, "lstm"),
     "torchvision:NAME": _Model("image", _torchvision),
     "timm:NAME": _Model("image", _timm),
 }

@@ -1,7 +1,8 @@
 """Training runs on Lightning's Trainer that continue bit for bit after a kill.
 
 A run is a folder: ``config.yaml`` (every setting), ``conversion.txt``, ``proof.txt`` (what its first step ran),
-``last.ckpt``, ``csv/metrics.csv``, ``tensorboard/`` and, once it is complete, ``result.json``. What is random in
+``ledger.jsonl`` (what every step computed), ``measured.jsonl`` (seconds and joules), ``last.ckpt``,
+``csv/metrics.csv``, ``tensorboard/`` and, once it is complete, ``result.json``. What is random in
 step i follows from the settings and i alone: the loader is a pure function of (seed, epoch, batch), torch is seeded
 anew before each step, and lowbit counts its own noise.
 """
@@ -14,12 +15,13 @@ import io
 import json
 import logging
 import math
+import re
 import signal
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,15 +37,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.controller import PrecisionController, is_depthwise
 from lowbit.errors import RunError, UsageError
+from lowbit.meter import layer_names
+from lowbit.products import ProductCall, counted_by
+from lowbit.range_test import RangeTestResult
 from lowbit.train import checkpoint as files
 from lowbit.train import data, models
-from lowbit.train.config import Result, TrainConfig, lr_factor
+from lowbit.train.config import RangeTestConfig, Result, TrainConfig, lr_factor
+from lowbit.train.measured import measured
 
 CHECKPOINT = "last.ckpt"
 CONFIG = "config.yaml"
+LEDGER = "ledger.jsonl"
 PROOF = "proof.txt"
 RESULT = "result.json"
+RANGE_TEST = "range-test.txt"
 
 _WARM_UP = 5  # steps of each start whose time is not counted
 _LOG_EVERY = 10  # steps between two rows of metrics.csv
@@ -83,6 +92,78 @@ def resume(out: Path) -> Result:
     if (out / RESULT).is_file():
         return _read_result(out)
     return _run(config)
+
+
+def trained(out: Path) -> tuple[nn.Module, data.Data]:
+    """The converted model of a run's last checkpoint, and its data.
+
+    Raises:
+        UsageError: `out` is no run folder, or has no checkpoint yet.
+        RunError: the settings or the checkpoint are damaged.
+    """
+    if not (out / CONFIG).is_file() or not (out / CHECKPOINT).is_file():
+        raise UsageError(f"{out} has no {CONFIG} with a {CHECKPOINT}: give the folder of a run that saved a checkpoint")
+    config = _read_config(out)
+    loaded, module, _ = _assemble(config)
+    _read_progress(out / CHECKPOINT, module)
+    content = _load_checkpoint(out / CHECKPOINT, config)
+    module.load_state_dict(content["state_dict"])
+    lowbit.load_state_dict(module.model, content["lowbit"]["state"])
+    return module.model, loaded
+
+
+def range_test(config: RangeTestConfig) -> RangeTestResult:
+    """Train a fresh model at rising precision until a width makes progress, see `lowbit.range_test`.
+
+    Raises:
+        UsageError: a name is unknown, or the settings do not fit together.
+        RunError: the loss is not finite.
+    """
+    settings = config.training().resolved(threads=torch.get_num_threads())
+    loaded, model = _build(settings)
+    recipe = lowbit.Recipe.from_name(config.recipe)
+    static = recipe.replace(schedule=None, gates=None, depthwise=None)
+    lowbit.convert_(model, static, seed=config.seed)
+    depthwise = recipe.depthwise if any(map(is_depthwise, model.modules())) else None
+    optimizer = _optimizer(settings, list(model.parameters()))
+    batches = _endless(loaded.train)
+    steps = 0
+
+    def step() -> float:
+        nonlocal steps
+        torch.manual_seed(step_seed(config.seed, steps))
+        x, y = next(batches)
+        loss, accuracy = _score(model(x), y)
+        if not loss.isfinite():
+            raise RunError(f"the loss is {loss.item()} at step {steps}: {explain_non_finite(model, x)}.")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        steps += 1
+        return accuracy.item() if config.measure == "accuracy" else loss.item()
+
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(settings.threads or threads_before)
+    try:
+        return lowbit.range_test(
+            model.train(),
+            step,
+            low=config.low,
+            high=config.high,
+            backward=config.backward,
+            rules=[] if depthwise is None else [(is_depthwise, depthwise)],
+            steps_per_bit=config.steps_per_bit,
+            threshold=config.gain,
+            better="higher" if config.measure == "accuracy" else "lower",
+            every=config.every,
+        )
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def _endless(loader: data.Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield from loader
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -133,7 +214,13 @@ def explain_non_finite(model: nn.Module, x: Tensor) -> str:
 class _Module(LightningModule):
     """A model with its loss, optimizer and schedule, and lowbit's state inside the checkpoint."""
 
-    def __init__(self, config: TrainConfig, loaded: data.Data, model: nn.Module) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        loaded: data.Data,
+        model: nn.Module,
+        control: Callable[[int], PrecisionController | None],
+    ) -> None:
         super().__init__()
         steps = config.epochs * len(loaded.train)
         self.config = config
@@ -142,19 +229,52 @@ class _Module(LightningModule):
         self.model = model
         self.total_steps = steps if config.max_steps is None else min(steps, config.max_steps)
         self.test: dict[str, float] = {}
+        self.controller = control(self.total_steps)
+        self.gates = None if self.controller is None else self.controller.gates
+        self.cost = {"macs": 0, "bit_operations": 0}
 
     def on_train_batch_start(self, *_: object) -> None:
         torch.manual_seed(step_seed(self.config.seed, self.global_step))
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
         x, y = batch
-        loss, accuracy = _score(self.model(x), y)
+        with counted_by(self.count):
+            loss, accuracy = _score(self.model(x), y)
         if not loss.isfinite():
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
                 cause = explain_non_finite(self.model, x)
             raise RunError(f"the loss is {loss.item()} at step {self.global_step}: {cause}.")
         lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]  # there is one optimizer
-        return {"loss": loss, "accuracy": accuracy, "lr": lr}
+        penalty = 0.0 if self.gates is None else self.gates.penalty()
+        return {"loss": loss + penalty, "task_loss": loss.detach(), "accuracy": accuracy, "lr": lr}
+
+    def backward(self, loss: Tensor) -> None:
+        with counted_by(self.count):
+            loss.backward()
+
+    def count(self, call: ProductCall) -> None:
+        """Add a product of a converted layer to the run's cost."""
+        self.cost["macs"] += call.macs
+        self.cost["bit_operations"] += call.macs * call.bits[0] * call.bits[1]
+
+    def precision(self) -> dict[str, float]:
+        """What the precision of the present batch is, and what the run cost so far: figures for the logs."""
+        if self.controller is None:
+            return {}
+        values: dict[str, float | None] = {
+            "forward_bits": self.controller.forward_bits,
+            "backward_bits": self.controller.backward_bits,
+            "stage": self.controller.stage,
+            "bit_operations_per_mac": self.cost["bit_operations"] / max(self.cost["macs"], 1),
+        }
+        for name, (forward, _) in self.controller.bits().items():
+            values[f"bits/{name}"] = forward
+        if self.gates is not None:
+            values |= {"cost_percent": self.gates.cost, "target_percent": self.gates.target}
+            for block, counts in zip(self.gates.blocks, self.gates.histogram().tolist(), strict=True):
+                for (forward, backward), count in zip(self.gates.choices, counts, strict=True):
+                    values[f"gates/{block}/{forward}-{backward}"] = count / max(sum(counts), 1)
+        return {name: float(value) for name, value in values.items() if value is not None}
 
     def on_validation_epoch_start(self) -> None:
         self.sums = torch.zeros(3, dtype=torch.float64)
@@ -172,15 +292,8 @@ class _Module(LightningModule):
 
     def configure_optimizers(self) -> Any:
         config = self.config
-        assert config.lr is not None
-        assert config.weight_decay is not None
-        optimizer: torch.optim.Optimizer
-        if config.optimizer == "sgd":
-            optimizer = torch.optim.SGD(
-                self.model.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay
-            )
-        else:
-            optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        gates = [] if self.gates is None else list(self.gates.parameters())
+        optimizer = _optimizer(config, [*self.model.parameters(), *gates])
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_factor(config.schedule, step, self.total_steps)
         )
@@ -192,6 +305,8 @@ class _Module(LightningModule):
             "state": lowbit.state_dict(self.model),
             "loader": self.loader.state_dict(),
             "test": self.test,
+            "controller": None if self.controller is None else self.controller.state_dict(),
+            "cost": self.cost,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -237,12 +352,48 @@ class _StepTimer(Callback):
         return statistics.median(counted) if counted else None
 
 
+class _Meter(Callback):
+    """Ends the ledger's steps and evaluations where those of the run end."""
+
+    def __init__(self, meter: lowbit.Meter) -> None:
+        self.meter = meter
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.meter.step()
+
+    def on_validation_end(self, _: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, _Module)
+        name = "test_bits_per_byte" if pl_module.text else "test_accuracy"
+        self.meter.evaluated(name, pl_module.test[name], higher_is_better=not pl_module.text)
+
+    def on_save_checkpoint(self, *_: object) -> None:
+        self.meter.ledger.sync()  # a checkpoint never knows of a step that the ledger lost
+
+
 class _Rows(Callback):
     """A row of training figures every few steps, before that step's checkpoint (Lightning's come after)."""
 
-    def on_train_batch_end(self, trainer: Trainer, _: LightningModule, outputs: Any, *__: object) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: object) -> None:
+        assert isinstance(pl_module, _Module)
         if trainer.global_step % _LOG_EVERY == 0:
-            _log(trainer, {f"train_{name}": float(value) for name, value in outputs.items()})
+            names = {"loss": "task_loss", "accuracy": "accuracy", "lr": "lr"}
+            values = {f"train_{name}": float(outputs[key]) for name, key in names.items()}
+            _log(trainer, values | pl_module.precision())
+
+
+class _Precision(Callback):
+    """Sets the bits of the next batch once the present one is logged, and before it is saved."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def on_train_batch_end(self, _: Trainer, pl_module: LightningModule, outputs: Any, *__: object) -> None:
+        assert isinstance(pl_module, _Module)
+        if pl_module.controller is not None:
+            pl_module.controller.step(outputs["task_loss"])
+            test = pl_module.controller.range_test
+            if test is not None and test.done and not (self.out / RANGE_TEST).exists():
+                _write_text(self.out / RANGE_TEST, f"{RangeTestResult.of(test)}\n")
 
 
 class _Stop(Callback):
@@ -294,14 +445,26 @@ class _Bar(Callback):
     def on_train_start(self, *_: object) -> None:
         self.progress.start()
 
+    @staticmethod
+    def _precision(module: LightningModule) -> str:
+        """The bits of the next batch, or the gates' cost."""
+        assert isinstance(module, _Module)
+        if module.controller is None:
+            return ""
+        if module.gates is not None and module.gates.cost is not None:
+            return f"  cost {module.gates.cost:.2f} % of {module.gates.target:g} %"
+        test = module.controller.range_test
+        testing = "  range test" if test is not None and not test.done else ""
+        return f"  bits {module.controller.forward_bits or '-'}/{module.controller.backward_bits or '-'}{testing}"
+
     def on_train_batch_end(
-        self, trainer: Trainer, _: LightningModule, outputs: Any, __: object, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, _: object, batch_idx: int
     ) -> None:
         if self.line is None:
             name = f"epoch {trainer.current_epoch + 1}/{self.config.epochs}"
             self.line = self.progress.add_task(name, total=int(trainer.num_training_batches), state="")
-        loss, accuracy, lr = (float(outputs[name]) for name in ("loss", "accuracy", "lr"))
-        state = f"loss {loss:.3f}  accuracy {accuracy:.3f}  lr {lr:.2g}"
+        loss, accuracy, lr = (float(outputs[name]) for name in ("task_loss", "accuracy", "lr"))
+        state = f"loss {loss:.3f}  accuracy {accuracy:.3f}  lr {lr:.2g}{self._precision(pl_module)}"
         self.progress.update(self.line, completed=batch_idx + 1, state=state)
 
     def on_validation_start(self, *_: object) -> None:
@@ -343,11 +506,16 @@ def _run(config: TrainConfig) -> Result:
             proof = _prove(config, loaded, module.model)
             _write_text(config.out / PROOF, f"{proof.summary()}\n\n{proof}\n")
         if began < module.total_steps:
-            with _quiet():
-                trainer = _make_trainer(config, timer, began)
+            with (
+                _quiet(),
+                measured(config.out, steps=lambda: began + len(timer.seconds), seconds_per_step=timer.median),
+                lowbit.Meter(module.model, _open_ledger(config, module.model, began)) as meter,
+            ):
+                trainer = _make_trainer(config, timer, began, meter)
                 _fit(trainer, module, loaded, config.out, path if began else None)
     finally:
         torch.set_num_threads(threads_before)
+    test = None if module.controller is None else module.controller.range_test
     result = Result(
         test_loss=module.test["test_loss"],
         test_accuracy=module.test.get("test_accuracy"),
@@ -358,6 +526,9 @@ def _run(config: TrainConfig) -> Result:
         converted=sum(row.converted for row in report.rows),
         layers=len(report.rows),
         out=config.out,
+        macs=module.cost["macs"],
+        bit_operations=module.cost["bit_operations"],
+        low=None if test is None else test.chosen,
     )
     _write_result(result)
     return result
@@ -365,6 +536,56 @@ def _run(config: TrainConfig) -> Result:
 
 def _assemble(config: TrainConfig) -> tuple[data.Data, _Module, lowbit.Report]:
     """The data, the converted model and the report of its conversion: functions of the settings alone."""
+    recipe, blocks = _recipe(config)
+    loaded, model = _build(config)
+    rules: list[Any] = []
+    if blocks is not None:
+        if not any(re.fullmatch(blocks, name) for name, _ in model.named_modules()):
+            known = models.blocks(config.model)
+            hint = f"; those of {config.model} match {known!r}" if known else ""
+            raise UsageError(f"blocks={blocks!r} matches the name of no module of {config.model!r}{hint}.")
+        # What has a gate is converted, whatever the recipe says of the first layer.
+        rules = [(re.compile(rf"(?:{blocks})(\..*)?"), recipe)]
+    report = lowbit.convert_(model, recipe, rules=rules, seed=config.seed)
+
+    def control(total_steps: int) -> PrecisionController | None:
+        if not recipe.is_dynamic:
+            return None
+        return PrecisionController.from_recipe(
+            model,
+            total_steps=total_steps,
+            steps_per_epoch=len(loaded.train),
+            blocks=() if blocks is None else [re.compile(blocks)],
+            eval_bits=config.eval_bits or "highest",
+        )
+
+    return loaded, _Module(config, loaded, model, control), report
+
+
+def _recipe(config: TrainConfig) -> tuple[lowbit.Recipe, str | None]:
+    """The recipe with the settings of the run, and the pattern of the blocks that it gates."""
+    recipe = lowbit.Recipe.from_name(config.recipe).tuned(**config.tuned())
+    if config.eval_bits is not None and recipe.schedule is None:
+        raise UsageError(f"eval_bits goes with a recipe whose bits follow a schedule, and {recipe.name!r} has none.")
+    if recipe.gates is None:
+        if config.blocks is not None:
+            raise UsageError(f"blocks goes with a recipe that has gates, and {recipe.name!r} has none.")
+        return recipe, None
+    blocks = config.blocks or models.blocks(config.model)
+    if blocks is None:
+        raise UsageError(
+            f"recipe {recipe.name!r} chooses bits by block: say which with --blocks, a regular expression that matches "
+            f"the names of the repeated blocks of {config.model!r}."
+        )
+    try:
+        re.compile(blocks)
+    except re.error as error:
+        raise UsageError(f"blocks={blocks!r} is no regular expression: {error}.") from error
+    return recipe, blocks
+
+
+def _build(config: TrainConfig) -> tuple[data.Data, nn.Module]:
+    """The data and the plain model."""
     loaded = data.load(
         config.data,
         batch_size=config.batch_size,
@@ -375,9 +596,15 @@ def _assemble(config: TrainConfig) -> tuple[data.Data, _Module, lowbit.Report]:
     if config.context is not None and loaded.task.kind != "text":
         raise UsageError(f"context is a setting of text, and the data set {config.data!r} is not text.")
     torch.manual_seed(config.seed)
-    model = models.build(config.model, loaded.task)
-    report = lowbit.convert_(model, config.recipe, seed=config.seed)
-    return loaded, _Module(config, loaded, model), report
+    return loaded, models.build(config.model, loaded.task)
+
+
+def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    assert config.lr is not None
+    assert config.weight_decay is not None
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def _create_folder(config: TrainConfig, report: lowbit.Report) -> None:
@@ -405,9 +632,28 @@ def _prove(config: TrainConfig, loaded: data.Data, model: nn.Module) -> lowbit.P
     return proof
 
 
-def _make_trainer(config: TrainConfig, timer: _StepTimer, began: int) -> Trainer:
+def _open_ledger(config: TrainConfig, model: nn.Module, began: int) -> lowbit.Ledger:
+    """The ledger of the run, without the records that follow the checkpoint of step `began`."""
     assert config.out is not None
-    callbacks = [timer, _Rows(), _Stop(), _Checkpoints(config.out / CHECKPOINT, config.checkpoint_every)]
+    path = config.out / LEDGER
+    if began and path.exists():
+        return lowbit.Ledger.resume(path, steps=began)
+    ledger = lowbit.Ledger.create(path, model=config.model, layers=layer_names(model), first_step=began)
+    if began:
+        ledger.add_note(f"the run had no ledger when it was resumed at step {began}: earlier steps are not in it")
+    return ledger
+
+
+def _make_trainer(config: TrainConfig, timer: _StepTimer, began: int, meter: lowbit.Meter) -> Trainer:
+    assert config.out is not None
+    callbacks = [
+        _Meter(meter),
+        timer,
+        _Rows(),
+        _Precision(config.out),
+        _Stop(),
+        _Checkpoints(config.out / CHECKPOINT, config.checkpoint_every),
+    ]
     if sys.stdout.isatty():
         callbacks.append(_Bar(config))
     return Trainer(
@@ -495,7 +741,7 @@ def _load_checkpoint(path: Path, config: TrainConfig) -> dict[str, Any]:
     """
     content: dict[str, Any] = files.load(path)
     own = content.get("lowbit")
-    if not isinstance(own, dict) or set(own) != {"config", "state", "loader", "test"}:
+    if not isinstance(own, dict) or set(own) != {"config", "state", "loader", "test", "controller", "cost"}:
         raise RunError(f"{path} has no state of lowbit; expected a checkpoint that `lowbit train` wrote.")
     for name, value in config.to_dict().items():
         if own["config"].get(name) != value:
@@ -507,7 +753,7 @@ def _load_checkpoint(path: Path, config: TrainConfig) -> dict[str, Any]:
 
 
 def _read_progress(path: Path, module: _Module) -> tuple[int, dict[str, float]]:
-    """The step a checkpoint of `module` is at, and the last evaluation before it.
+    """The step a checkpoint of `module` is at, and the last evaluation before it; cost and precision go on from there.
 
     Raises:
         RunError: as `_load_checkpoint`, or the tensors are not those of the model.
@@ -520,6 +766,9 @@ def _read_progress(path: Path, module: _Module) -> tuple[int, dict[str, float]]:
     step = content["global_step"]
     if not 0 < step <= module.total_steps:
         raise RunError(f"{path} is at step {step}; expected a step from 1 to {module.total_steps}.")
+    module.cost = dict(content["lowbit"]["cost"])
+    if module.controller is not None:
+        module.controller.load_state_dict(content["lowbit"]["controller"])
     return step, content["lowbit"]["test"]
 
 

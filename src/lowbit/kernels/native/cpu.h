@@ -44,6 +44,15 @@ struct Elementwise {
     void (*extremes)(const void* x, Type type, View view, float* lo, float* hi);
     // The sum of each of `width` columns of a matrix.
     void (*sums)(const void* x, Type type, int64_t rows, int64_t width, float* to);
+    // Of codes of rows by channels, in each chunk of rows and each channel: extremes and the first row that has them.
+    void (*code_extremes)(const uint8_t* q, int64_t channels, const int64_t* starts, int64_t chunks, uint8_t* high,
+                          uint8_t* low, int32_t* argmax, int32_t* argmin);
+    // Of each channel: the sum of a's codes, and of a's times b's where there is a b.
+    void (*code_sums)(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t channels, int64_t* sum,
+                      int64_t* product);
+    // y = a q + b in each channel, with `relu` no less than 0.
+    void (*affine)(const uint8_t* q, int64_t rows, int64_t channels, const float* a, const float* b, bool relu, void* y,
+                   Type type);
     // Codes plus `shift` as bytes, in the order of x; with `taps` > 1 each record of channels x inner numbers, or of inner
     // numbers where the scale is one or there is one channel to a row, is transposed from (.., taps) to (taps, ..).
     void (*encode)(const void* x, Type type, View view, const Grid& grid, int shift, int64_t taps, uint8_t* codes);

@@ -210,6 +210,120 @@ void sums(const void* x, Type type, int64_t rows, int64_t width, float* to) {
     for (int64_t c = 0; c < width; c++) to[c] = static_cast<float>(total[c]);
 }
 
+// ---- codes of a matrix of rows by channels ----
+
+// Of each channel in rows [first, last): the largest and the smallest code, and the first row that has it.
+void chunk_extremes(const uint8_t* q, int64_t first, int64_t last, int64_t channels, uint8_t* high, uint8_t* low,
+                    int32_t* argmax, int32_t* argmin) {
+    std::fill_n(high, channels, uint8_t{0});
+    std::fill_n(low, channels, uint8_t{255});
+    for (int64_t r = first; r < last; r++) {
+        const uint8_t* row = q + r * channels;
+        for (int64_t c = 0; c < channels; c++) {
+            high[c] = row[c] > high[c] ? row[c] : high[c];
+            low[c] = row[c] < low[c] ? row[c] : low[c];
+        }
+    }
+    std::fill_n(argmax, channels, -1);
+    std::fill_n(argmin, channels, -1);
+    // Channels whose extreme is still to be found, 255 each, so that most rows are passed over in one look.
+    std::vector<uint8_t> want_high(channels, 255), want_low(channels, 255);
+    int64_t missing = 2 * channels;
+    for (int64_t r = first; r < last && missing > 0; r++) {
+        const uint8_t* row = q + r * channels;
+        uint8_t hit = 0;
+        for (int64_t c = 0; c < channels; c++)
+            hit |= static_cast<uint8_t>((row[c] == high[c] ? want_high[c] : 0) | (row[c] == low[c] ? want_low[c] : 0));
+        if (!hit) continue;
+        for (int64_t c = 0; c < channels; c++) {
+            if (want_high[c] && row[c] == high[c]) {
+                argmax[c] = static_cast<int32_t>(r);
+                want_high[c] = 0;
+                missing--;
+            }
+            if (want_low[c] && row[c] == low[c]) {
+                argmin[c] = static_cast<int32_t>(r);
+                want_low[c] = 0;
+                missing--;
+            }
+        }
+    }
+}
+
+void code_extremes(const uint8_t* q, int64_t channels, const int64_t* starts, int64_t chunks, uint8_t* high,
+                   uint8_t* low, int32_t* argmax, int32_t* argmin) {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t k = 0; k < chunks; k++) {
+        const int64_t at = k * channels;
+        chunk_extremes(q, starts[k], starts[k + 1], channels, high + at, low + at, argmax + at, argmin + at);
+    }
+}
+
+// Of each channel: the sum of a's codes, and of a's times b's where there is a b.
+void code_sums(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t channels, int64_t* sum, int64_t* product) {
+    constexpr int64_t kBlock = 1 << 12;  // rows whose sums of products fit in 32 bits
+    std::fill_n(sum, channels, 0);
+    if (b) std::fill_n(product, channels, 0);
+#pragma omp parallel
+    {
+        std::vector<uint32_t> s(channels), p(channels);
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t first = 0; first < rows; first += kBlock) {
+            const int64_t last = std::min(first + kBlock, rows);
+            std::fill(s.begin(), s.end(), 0u);
+            std::fill(p.begin(), p.end(), 0u);
+            uint32_t *sums = s.data(), *products = p.data();
+            for (int64_t r = first; r < last; r++) {
+                const uint8_t* x = a + r * channels;
+                if (b) {
+                    const uint8_t* y = b + r * channels;
+                    for (int64_t c = 0; c < channels; c++) {
+                        sums[c] += x[c];
+                        products[c] += static_cast<uint32_t>(x[c]) * y[c];
+                    }
+                } else {
+                    for (int64_t c = 0; c < channels; c++) sums[c] += x[c];
+                }
+            }
+#pragma omp critical(lowbit_code_sums)
+            for (int64_t c = 0; c < channels; c++) {
+                sum[c] += sums[c];
+                if (b) product[c] += products[c];
+            }
+        }
+    }
+}
+
+// y = a q + b in each channel, and where `relu` no less than 0.
+void affine(const uint8_t* q, int64_t rows, int64_t channels, const float* a, const float* b, bool relu, void* y,
+            Type type) {
+    const int64_t together = std::max<int64_t>(1, kRun / channels);  // rows of one piece, whose scales are repeated
+    const int64_t width = std::min(together * channels, std::max(kRun, channels));
+    std::vector<float> all_a(width), all_b(width);
+    for (int64_t i = 0; i < width; i++) {
+        all_a[i] = a[i % channels];
+        all_b[i] = b[i % channels];
+    }
+    const float bottom = relu ? 0.0f : -std::numeric_limits<float>::infinity();
+    const int64_t total = rows * channels;
+#pragma omp parallel
+    {
+        float values[kRun];
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < total; first += width)
+            for (int64_t i = first; i < std::min(first + width, total); i += kRun) {
+                const int64_t count = std::min({kRun, total - i, first + width - i});
+                const float *scale = all_a.data() + (i - first), *add = all_b.data() + (i - first);
+                const uint8_t* codes = q + i;
+                for (int64_t j = 0; j < count; j++) {
+                    const float v = static_cast<float>(codes[j]) * scale[j] + add[j];
+                    values[j] = v < bottom ? bottom : v;
+                }
+                store(values, count, type, y, i);
+            }
+    }
+}
+
 // ---- codes ----
 
 // Correctly rounded x / S: two corrections of x times the rounded 1 / S (Markstein 1990). What is far beyond any grid
@@ -430,7 +544,7 @@ void noise(int64_t count, uint32_t key0, uint32_t key1, float* u) {
 }  // namespace
 
 extern const Elementwise kernels;
-const Elementwise kernels = {extremes, sums, encode, fake_quantize, noise};
+const Elementwise kernels = {extremes, sums, code_extremes, code_sums, affine, encode, fake_quantize, noise};
 
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit

@@ -58,6 +58,14 @@ uint16_t float_to_bf16(float f) {
     return static_cast<uint16_t>((u & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
 
+// Of a whole number of 8 bits and a sign, which bf16 holds.
+uint16_t exact_bf16(int32_t q) {
+    const float f = static_cast<float>(q);
+    uint32_t u;
+    std::memcpy(&u, &f, 4);
+    return static_cast<uint16_t>(u >> 16);
+}
+
 // Codes: bytes, unsigned on the left of a product and signed on its right.
 struct Codes {
     using Number = uint8_t;
@@ -102,12 +110,12 @@ struct Halves {
                 return;
             case Type::u8: {
                 const uint8_t* q = static_cast<const uint8_t*>(from) + first;
-                for (int64_t i = 0; i < count; i++) to[i] = float_to_bf16(static_cast<float>(q[i] - rows.zero));
+                for (int64_t i = 0; i < count; i++) to[i] = exact_bf16(q[i] - rows.zero);
                 return;
             }
             case Type::s8: {
                 const int8_t* q = static_cast<const int8_t*>(from) + first;
-                for (int64_t i = 0; i < count; i++) to[i] = float_to_bf16(static_cast<float>(q[i] - rows.zero));
+                for (int64_t i = 0; i < count; i++) to[i] = exact_bf16(q[i] - rows.zero);
                 return;
             }
         }
@@ -140,29 +148,43 @@ void load_row(const Kind& kind, const Rows& rows, int64_t r, int64_t first, int6
         return;
     }
     const Window& w = *rows.window;
-    int64_t p[4];
+    uint32_t p[4], rest = static_cast<uint32_t>(r);
     for (int axis = 3; axis >= 0; axis--) {
-        p[axis] = r % w.position[axis];
-        r /= w.position[axis];
+        p[axis] = rest % static_cast<uint32_t>(w.position[axis]);
+        rest /= static_cast<uint32_t>(w.position[axis]);
     }
-    const int64_t last = first + count;
-    int64_t tap = first / w.channels;
-    int64_t t[3] = {tap / (w.kernel[1] * w.kernel[2]), tap / w.kernel[2] % w.kernel[1], tap % w.kernel[2]};
-    for (int64_t begin = tap * w.channels; begin < last; begin += w.channels) {
-        const int64_t from = std::max(begin, first), to_end = std::min(begin + w.channels, last);
-        const int64_t d = reach(w, 0, p[1], t[0]), h = reach(w, 1, p[2], t[1]), c = reach(w, 2, p[3], t[2]);
-        if (d < 0 || h < 0 || c < 0) {
-            std::fill(to + (from - first), to + (to_end - first), kind.outside());
-        } else {
-            const int64_t place = ((p[0] * w.size[0] + d) * w.size[1] + h) * w.size[2] + c;
-            kind.load(rows, data + place * rows.stride * size, from - begin, to_end - from, to + (from - first));
+    const int64_t last = first + count, line = w.kernel[2] * w.channels;
+    // Taps of the last axis lie side by side where they go forward in steps of one place.
+    const bool forward = !w.transposed && w.dilation[2] == 1 && w.channels == rows.stride;
+    for (int64_t row = first / line; row * line < last; row++) {
+        const int64_t d = reach(w, 0, p[1], row / w.kernel[1]), h = reach(w, 1, p[2], row % w.kernel[1]);
+        const int64_t begin = std::max(row * line, first), end = std::min((row + 1) * line, last);
+        if (d < 0 || h < 0) {
+            std::fill(to + (begin - first), to + (end - first), kind.outside());
+            continue;
         }
-        if (++t[2] == w.kernel[2]) {
-            t[2] = 0;
-            if (++t[1] == w.kernel[1]) {
-                t[1] = 0;
-                t[0]++;
-            }
+        const uint8_t* places = data + ((p[0] * w.size[0] + d) * w.size[1] + h) * w.size[2] * rows.stride * size;
+        if (forward) {
+            // Places left of 0 and right of the size are outside; what is between is one run.
+            const int64_t left = p[3] * w.stride[2] - w.padding[2];
+            const int64_t from = std::max<int64_t>(0, -left), until = std::min(w.kernel[2], w.size[2] - left);
+            const int64_t inner = std::clamp(row * line + from * w.channels, begin, end);
+            const int64_t outer = std::clamp(row * line + until * w.channels, inner, end);
+            std::fill(to + (begin - first), to + (inner - first), kind.outside());
+            if (outer > inner)
+                kind.load(rows, places, left * w.channels + inner - row * line, outer - inner, to + (inner - first));
+            std::fill(to + (outer - first), to + (end - first), kind.outside());
+            continue;
+        }
+        for (int64_t at = begin; at < end;) {
+            const int64_t tap = (at - row * line) / w.channels, channel = (at - row * line) % w.channels;
+            const int64_t until = std::min(end, at - channel + w.channels);
+            const int64_t c = reach(w, 2, p[3], tap);
+            if (c < 0)
+                std::fill(to + (at - first), to + (until - first), kind.outside());
+            else
+                kind.load(rows, places + c * rows.stride * size, channel, until - at, to + (at - first));
+            at = until;
         }
     }
 }
@@ -508,16 +530,54 @@ void finish(const Product& p, int64_t m, int64_t n, int64_t count, float* y) {
     }
 }
 
+// `correct` and `float_to_bf16` of 16 numbers.
+__m512 corrected(const int32_t* sum, __m512i column, uint32_t row) {
+    const __m512i s = _mm512_sub_epi32(_mm512_loadu_si512(sum), column);
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(s, _mm512_set1_epi32(static_cast<int>(row))));
+}
+__m512 corrected(const float* sum, __m512i, uint32_t) { return _mm512_loadu_ps(sum); }
+__m256i to_bf16(__m512 y) {
+    const __m512i u = _mm512_castps_si512(y);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+    const __mmask16 bad = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, bad, _mm512_set1_epi32(0x7FC0)));
+}
+
 // Correct, scale and write out the sums of one panel of rows by one of columns.
 template <class Sum>
 void finish_panel(const Product& p, const Sum* sum, int64_t stride, Zero zero, int64_t row_panel, int64_t column_panel,
                   const int32_t* row_sums, const int32_t* column_sums) {
+    const Result& r = p.result;
     const int64_t m = row_panel * kPanel, n = column_panel * kPanel;
     const int64_t rows = std::min(kPanel, p.m - m), columns = std::min(kPanel, p.n - n);
-    float y[kPanel];
-    for (int64_t i = 0; i < rows; i++) {
-        correct(sum + i * stride, zero, row_sums[i], column_sums, columns, y);
-        finish(p, m + i, n, columns, y);
+    if (columns < kPanel || r.taps != 1 || (r.column_scales != 1 && r.column_scales != p.n)) {
+        float y[kPanel];
+        for (int64_t i = 0; i < rows; i++) {
+            correct(sum + i * stride, zero, row_sums[i], column_sums, columns, y);
+            finish(p, m + i, n, columns, y);
+        }
+        return;
+    }
+    for (int64_t half = 0; half < kPanel; half += 16) {  // the same, two vectors wide
+        const __m512i column = _mm512_mullo_epi32(_mm512_set1_epi32(static_cast<int>(zero.a)),
+                                                  _mm512_loadu_si512(column_sums + half));
+        const __m512 scale = r.column_scales == 1 ? _mm512_set1_ps(r.column_scale[0])
+                                                  : _mm512_loadu_ps(r.column_scale + n + half);
+        const __m512 bias = r.bias ? _mm512_loadu_ps(r.bias + n + half) : _mm512_setzero_ps();
+        for (int64_t i = 0; i < rows; i++) {
+            const uint32_t row = zero.b * static_cast<uint32_t>(row_sums[i]) - zero.k * zero.a * zero.b;
+            __m512 y = corrected(sum + i * stride + half, column, row);
+            const __m512 by = _mm512_mul_ps(_mm512_set1_ps(r.row_scale[r.row_scales == 1 ? 0 : m + i]), scale);
+            y = _mm512_mul_ps(y, by);
+            if (r.bias) y = _mm512_add_ps(y, bias);
+            const int64_t to = (m + i) * r.stride + n + half;
+            if (r.type == Type::f32)
+                _mm512_storeu_ps(static_cast<float*>(r.data) + to, y);
+            else
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(r.data) + to), to_bf16(y));
+        }
     }
 }
 

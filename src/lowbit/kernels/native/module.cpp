@@ -91,6 +91,23 @@ NB_MODULE(_cpu, m) {
         const nb::gil_scoped_release release;
         elementwise().sums(at<const void>(x), static_cast<Type>(type), rows, width, at<float>(to));
     });
+    m.def("code_extremes", [](Address q, int64_t channels, const std::vector<int64_t>& starts, Address high, Address low,
+                              Address argmax, Address argmin) {
+        const nb::gil_scoped_release release;
+        elementwise().code_extremes(at<const uint8_t>(q), channels, starts.data(),
+                                    static_cast<int64_t>(starts.size()) - 1, at<uint8_t>(high), at<uint8_t>(low),
+                                    at<int32_t>(argmax), at<int32_t>(argmin));
+    });
+    m.def("code_sums", [](Address a, Address b, int64_t rows, int64_t channels, Address sum, Address product) {
+        const nb::gil_scoped_release release;
+        elementwise().code_sums(at<const uint8_t>(a), at<const uint8_t>(b), rows, channels, at<int64_t>(sum),
+                                at<int64_t>(product));
+    });
+    m.def("affine", [](Address q, int64_t rows, int64_t channels, Address a, Address b, bool relu, Address y, int type) {
+        const nb::gil_scoped_release release;
+        elementwise().affine(at<const uint8_t>(q), rows, channels, at<const float>(a), at<const float>(b), relu,
+                             at<void>(y), static_cast<Type>(type));
+    });
     m.def("encode", [](Address x, int type, const Shape& view, Address scale, Address zero, int64_t scales, float low,
                        float high, bool offset, bool stochastic, uint32_t key0, uint32_t key1, int shift, int64_t taps,
                        Address codes) {

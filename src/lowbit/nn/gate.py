@@ -1,0 +1,488 @@
+"""Gates: a small network that chooses bits for each block of a model and each sample, and the cost it is trained by.
+
+Notation: B samples, n blocks, K choices, p probabilities ``(B, K)``, m MACs of a block per sample, w, a, g bits of
+`weight`, `input` and `grad_output`.
+
+Source: Fu et al. 2020, FracTrain, arXiv:2012.13113, section 3.2; sizes, mixing and sign rule as in the authors' code.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowbit.errors import UsageError
+from lowbit.formats import Zero, check_bits
+from lowbit.nn.site import Site, is_recomputing, runs_eagerly
+from lowbit.products import ProductCall, Samples, counted_by
+from lowbit.recipe import Gating
+
+# A full-precision multiplication counts as one of 32 by 32 bits.
+_FULL = 32 * 32
+SKIP = (0, 0)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The largest of each row as one-hot, the first one of a tie; its gradient goes to the row as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor) -> Tensor:  # noqa: ARG004 - autograd's signature
+        return F.one_hot(p.argmax(1), p.shape[1]).to(p.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_mask: Tensor) -> Tensor:  # noqa: ARG004
+        return grad_mask
+
+
+class RecurrentGate(nn.Module):
+    """One LSTM step and a projection: ``p = softmax(W h + b)``, of which the largest is chosen.
+
+    Args:
+        features: inputs of the LSTM.
+        state: its hidden units.
+        choices: K.
+    """
+
+    def __init__(self, *, features: int, state: int, choices: int) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(features, state)
+        self.projection = nn.Linear(state, choices)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Map ``(B, features)`` and the state after the block before (None: zeros) to ``(B, K)`` one-hot and the state.
+
+        The gradient of the one-hot mask is passed to p as it is: no noise, no temperature.
+        """
+        state = self.cell(x, state)
+        mask: Tensor = _StraightThrough.apply(torch.softmax(self.projection(state[0]), 1))
+        return mask, state
+
+
+def pooled(x: Tensor, *, channels_last: bool) -> Tensor:
+    """The mean over all axes but samples and channels: ``(B, C)`` in float32."""
+    x = x.float()
+    if channels_last:
+        return x.flatten(1, -2).mean(1) if x.dim() > 2 else x
+    return x.flatten(2).mean(2) if x.dim() > 2 else x
+
+
+def direction(cost: float, *, target: float, band: float, inside: float) -> float:
+    """The factor of the cost term: +1 above the target, -1 below it, `inside` times that within the band.
+
+    Args:
+        cost: of the present batch, in percent of full precision.
+        target: what it should be, in percent.
+        band: half the width of the band, in percent; 0: none.
+        inside: factor within the band.
+    """
+    if cost >= target + band:
+        return 1.0
+    if cost < target - band:
+        return -1.0
+    return inside if cost >= target else -inside
+
+
+@dataclass(eq=False)
+class Block:
+    """A block whose bits are gated.
+
+    Args:
+        name: its name in the model.
+        module: the block.
+        gated: the sites whose bits are chosen.
+        inputs: channels of its input.
+        channels_last: whether these are the last axis of the input, as for linear layers, or the second.
+    """
+
+    name: str
+    module: nn.Module
+    gated: list[Site]
+    inputs: int
+    channels_last: bool
+
+
+class _GatedBlock(nn.Module):
+    """A block that asks its gates before it runs; `Gates.attach` changes the class of the plain block to this."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        gates, index = self.__dict__["_lowbit_gates"]
+        return gates.run(index, super().forward, args, kwargs)
+
+
+@cache
+def _gated(plain: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Gated{plain.__name__}", (_GatedBlock, plain), {"__module__": plain.__module__})
+
+
+class Gates(nn.Module):
+    """The gates of a model: for each block a head on its pooled input, for all of them one LSTM and one projection.
+
+    A `lowbit.PrecisionController` makes and attaches them. Give their parameters to the optimizer, and add `penalty()`
+    to the loss of each step. Before a block runs, its gate has chosen one pair of bits for each sample; the block's
+    layers then run the samples of each choice together, and what no sample chose is not executed.
+
+    Args:
+        blocks: what is gated, in order.
+        gating: choices, target and sizes.
+
+    Attributes:
+        target: the cost to train towards now, in percent of full precision.
+    """
+
+    sizes: Tensor
+    costs: Tensor
+
+    def __init__(self, blocks: Sequence[Block], gating: Gating) -> None:
+        super().__init__()
+        self._blocks = list(blocks)
+        self._gating = gating
+        self._check_choices()
+        hidden, features = gating.hidden, gating.features
+        self.heads = nn.ModuleList(
+            nn.Linear(block.inputs, features)
+            if hidden is None
+            else nn.Sequential(nn.Linear(block.inputs, hidden), nn.ReLU(), nn.Linear(hidden, features))
+            for block in blocks
+        )
+        self.gate = RecurrentGate(features=features, state=gating.state, choices=len(gating.choices))
+        # MACs of each block, and its cost at each choice in MACs of full precision, as of the latest training forward.
+        self.register_buffer("sizes", torch.zeros(len(blocks), dtype=torch.float64))
+        self.register_buffer("costs", torch.zeros(len(blocks), len(gating.choices), dtype=torch.float64))
+        self.target = gating.targets[0]
+        self._masks: dict[int, Tensor] = {}
+        self._counts: dict[int, Tensor] = {}
+        self._state: tuple[Tensor, Tensor] | None = None
+        self._inside = False
+        self._last_cost: float | None = None
+
+    def _check_choices(self) -> None:
+        for block in self._blocks:
+            for site in block.gated:
+                for operand, place in (("input", 0), ("grad_output", 1)):
+                    for fmt in site.slots(operand).values():
+                        for pair in self._gating.choices:
+                            if pair[place]:
+                                _check_width(site, operand, pair[place], fmt.zero)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The names of the gated blocks."""
+        return tuple(block.name for block in self._blocks)
+
+    @property
+    def gating(self) -> Gating:
+        """The settings they were made from."""
+        return self._gating
+
+    @property
+    def choices(self) -> tuple[tuple[int, int], ...]:
+        """The pairs (bits of `input`, bits of `grad_output`)."""
+        return self._gating.choices
+
+    def histogram(self) -> Tensor:
+        """How many samples took each choice in the latest forward: int64 ``(n, K)``."""
+        none = torch.zeros(len(self.choices), dtype=torch.int64)
+        return torch.stack([self._counts.get(i, none) for i in range(len(self._blocks))])
+
+    @property
+    def cost(self) -> float | None:
+        """The cost of the batch that `penalty` was last asked about, in percent of full precision."""
+        return self._last_cost
+
+    def penalty(self) -> Tensor:
+        """The cost term of the loss for the latest training forward: ``r beta C``, a scalar with a gradient.
+
+        ``C = sum over samples, blocks, choices of mask (w a + w g + a g)/32**2 m/mean(m)``, and r as in `direction` for
+        the cost ``100 C / (3 B n)``. It is a sum over the batch, not a mean.
+
+        Raises:
+            UsageError: no training forward ran since the last call.
+        """
+        if len(self._masks) < len(self._blocks):
+            missing = [block.name for i, block in enumerate(self._blocks) if i not in self._masks]
+            raise UsageError(
+                f"penalty() without a training forward of block {missing[0]!r} before it: call it once after each "
+                "model(x) in training mode; a block that the model does not always run cannot be gated"
+            )
+        masks = torch.stack([self._masks[i] for i in range(len(self._blocks))])
+        total = (masks * (self.costs / self.sizes.mean()).to(masks).unsqueeze(1)).sum()
+        self._last_cost = 100 * total.item() / (3 * masks.shape[0] * masks.shape[1])
+        self._masks = {}
+        gating = self._gating
+        sign = direction(self._last_cost, target=self.target, band=gating.band, inside=gating.inside)
+        penalty: Tensor = sign * gating.strength * total
+        return penalty
+
+    def attach(self, model: nn.Module) -> list[Any]:
+        """Change the class of each block to its gated twin; the hooks on `model` begin and end each forward."""
+        for index, block in enumerate(self._blocks):
+            plain: Any = block.module
+            plain.__class__ = _gated(plain.__class__)
+            plain.__dict__["_lowbit_gates"] = (self, index)
+            for site in block.gated:
+                site.gated = True
+        return [
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        """Make every block plain again."""
+        for block in self._blocks:
+            module: Any = block.module
+            module.__class__ = type(block.module).__mro__[2]
+            del module.__dict__["_lowbit_gates"]
+            for site in block.gated:
+                site.gated = False
+
+    @runs_eagerly
+    def _begin(self, model: nn.Module, _args: object) -> None:
+        if is_recomputing():
+            return
+        self._state, self._inside = None, True
+        self._counts = {}
+        if model.training:
+            self._masks = {}
+
+    @runs_eagerly
+    def _end(self, *_: object) -> None:
+        if not is_recomputing():
+            self._state, self._inside = None, False
+
+    @runs_eagerly
+    def run(self, index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a block with the bits that its gate chooses for each sample of its first argument."""
+        block = self._blocks[index]
+        if is_recomputing():
+            raise RuntimeError(
+                f"{block.name}: gradient checkpointing runs a gated block again, which would choose again from the "
+                "state of another block. Checkpoint inside none and around none of the gated blocks"
+            )
+        if not self._inside:
+            raise RuntimeError(f"{block.name}: a gated block runs only within the forward of the model it is gated in")
+        x = args[0] if args else None
+        if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[-1 if block.channels_last else 1] != block.inputs:
+            given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            axis = "last" if block.channels_last else "second"
+            raise UsageError(
+                f"{block.name}: the first argument of this gated block is {given}; it must be a tensor (B, ...) whose "
+                f"{axis} axis has the {block.inputs} channels of the block's first layer. Name other blocks"
+            )
+        mask = self._decide(index, x)
+        choice = mask.argmax(1)
+        self._counts[index] = torch.bincount(choice, minlength=len(self.choices)).cpu()
+        mixes_outputs = self._gating.mixing == "output" and block.module.training
+        if (mixes_outputs or SKIP in self.choices) and (len(args) > 1 or kwargs):
+            raise UsageError(
+                f"{block.name}: a gated block whose outputs are mixed or that may be skipped takes one argument, its "
+                f"input; this one got {len(args) + len(kwargs)}"
+            )
+
+        def at(part: Tensor, chosen: Tensor, told: Tensor | None = None) -> Any:
+            return self._execute(block, chosen, told, lambda: forward(part, *args[1:], **kwargs))
+
+        shortcut = self._way_past(block)
+        self._measure_first(index, x, at)
+        with self._measured(index):
+            if mixes_outputs:
+                return _output_mixed(x, mask, self.choices, at, shortcut)
+            if SKIP not in self.choices:
+                return at(x, choice, mask)
+            return _with_skips(x, mask, choice, self.choices.index(SKIP), at, shortcut)
+
+    def _decide(self, index: int, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            features = self.heads[index](pooled(x, channels_last=self._blocks[index].channels_last))
+            mask: Tensor
+            mask, self._state = self.gate(features, self._state)
+        if self._blocks[index].module.training:
+            self._masks[index] = mask
+        return mask
+
+    def _way_past(self, block: Block) -> Callable[[Tensor], Tensor] | None:
+        """What a sample takes that skips the block, at the recipe's bits; None for the sample itself."""
+        path = _shortcut(block.module)
+        if path is None:
+            return None
+
+        def past(x: Tensor) -> Tensor:
+            for site in block.gated:
+                site.samples = Samples(choice=torch.zeros(len(x), dtype=torch.int64), bits=(site.bits.clone(),))
+            try:
+                y: Tensor = path(x)
+                return y
+            finally:
+                for site in block.gated:
+                    site.samples = None
+
+        return past
+
+    def _execute(self, block: Block, choice: Tensor, mask: Tensor | None, run: Callable[[], Any]) -> Any:
+        """Run the block with these choices at its gated sites."""
+        for site in block.gated:
+            bits = tuple(_bits_at(site, pair) for pair in self.choices)
+            site.samples = Samples(choice=choice, bits=bits, mask=mask)
+        try:
+            return run()
+        finally:
+            for site in block.gated:
+                site.samples = None
+
+    @contextmanager
+    def _measured(self, index: int) -> Iterator[None]:
+        """Count the MACs of the block's sites while it runs in training, and what each choice costs."""
+        block = self._blocks[index]
+        macs: dict[Site, int] = {}
+        samples: dict[Site, int] = {}
+
+        def count(call: ProductCall) -> None:
+            if call.product == "output" and isinstance(call.source, Site):
+                macs[call.source] = macs.get(call.source, 0) + call.macs
+                samples[call.source] = samples.get(call.source, 0) + call.input[0]
+
+        if not block.module.training:
+            yield
+            return
+        with counted_by(count):
+            yield
+        self._keep_sizes(index, {site: macs[site] / samples[site] for site in macs})
+
+    def _measure_first(self, index: int, x: Tensor, at: "_At") -> None:
+        """Where the first batch may skip a block whole: learn the block's MACs from one sample, changing nothing."""
+        block = self._blocks[index]
+        if SKIP not in self.choices or not block.module.training or self.sizes[index] > 0:
+            return
+        modes = [(module, module.training) for module in block.module.modules()]
+        macs: dict[Site, int] = {}
+
+        def count(call: ProductCall) -> None:
+            if isinstance(call.source, Site):
+                macs[call.source] = macs.get(call.source, 0) + call.macs
+
+        block.module.eval()
+        try:
+            with torch.no_grad(), counted_by(count):
+                at(x[:1], torch.full((1,), next(k for k, pair in enumerate(self.choices) if pair != SKIP)))
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        self._keep_sizes(index, {site: float(count) for site, count in macs.items()})
+
+    def _keep_sizes(self, index: int, macs: dict[Site, float]) -> None:
+        """Keep what one sample costs at each choice, where the block ran."""
+        if macs:
+            block = self._blocks[index]
+            self.sizes[index] = sum(macs.values())
+            self.costs[index] = torch.tensor([self._cost_of(block, macs, pair) for pair in self.choices])
+
+    @staticmethod
+    def _cost_of(block: Block, macs: dict[Site, float], pair: tuple[int, int]) -> float:
+        """MACs of full precision that one sample costs at a choice; of its way past the block where it skips."""
+        if pair == SKIP:
+            path = _shortcut(block.module)
+            on_path = set() if path is None else set(path.modules())
+            return sum(m * products_cost(site.bits) for site, m in macs.items() if site in on_path)
+        return sum(m * products_cost(_bits_at(site, pair) if site.gated else site.bits) for site, m in macs.items())
+
+
+def products_cost(bits: Tensor | None) -> float:
+    """Full-precision multiplications per MAC of the three products: ``(w a + w g + a g) / 32**2``.
+
+    Args:
+        bits: widths of the operands, int64 ``(6,)`` in the order of `lowbit.recipe.SLOTS`.
+    """
+    assert bits is not None
+    b = bits.tolist()
+    return float(b[0] * b[1] + b[2] * b[3] + b[4] * b[5]) / _FULL
+
+
+def _bits_at(site: Site, pair: tuple[int, int]) -> Tensor | None:
+    """The site's bits with those of a choice; None for the choice that skips."""
+    if pair == SKIP:
+        return None
+    bits = site.bits.clone()
+    bits[list(site.slots("input"))] = pair[0]
+    bits[list(site.slots("grad_output"))] = pair[1]
+    return bits
+
+
+class _At(Protocol):
+    """Runs a block on some samples, each at its choice, and tells their mask its gradient."""
+
+    def __call__(self, part: Tensor, chosen: Tensor, told: Tensor | None = None, /) -> Any: ...
+
+
+def _shortcut(block: nn.Module) -> nn.Module | None:
+    """The child `shortcut` or `downsample` of a block, where it does anything."""
+    for name in ("shortcut", "downsample"):
+        path = getattr(block, name, None)
+        if isinstance(path, nn.Module) and not isinstance(path, nn.Identity):
+            return path
+    return None
+
+
+def _weighed(values: Tensor, weights: Tensor) -> Tensor:
+    """Each sample times its weight."""
+    return values * weights.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
+
+
+def _output_mixed(
+    x: Tensor, mask: Tensor, choices: Sequence[tuple[int, int]], at: _At, shortcut: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """``sum_k mask_k block_k(x)``: the block runs all samples at every choice, as in the authors' CIFAR code."""
+    total: Tensor | None = None
+    for k, pair in enumerate(choices):
+        if pair == SKIP:
+            y = x if shortcut is None else shortcut(x)
+        else:
+            y = at(x, torch.full((len(x),), k, device=x.device))
+        if not isinstance(y, Tensor) or (total is not None and y.shape != total.shape):
+            raise UsageError(_cannot_mix(x, y))
+        term = _weighed(y, mask[:, k])
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def _with_skips(
+    x: Tensor, mask: Tensor, choice: Tensor, skip: int, at: _At, shortcut: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """The block for the samples that do not skip it, the way past it for the others.
+
+    The mask of the skip receives its gradient from the samples that skip, and from the others too where the way past
+    the block is the sample itself.
+    """
+    skips = choice == skip
+    kept, left = (~skips).nonzero().squeeze(1), skips.nonzero().squeeze(1)
+    parts: list[Tensor] = []
+    if len(kept):
+        y = at(x[kept], choice[kept], mask[kept])
+        if not isinstance(y, Tensor) or (shortcut is None and y.shape != x[kept].shape):
+            raise UsageError(_cannot_mix(x, y))
+        parts.append(y + _weighed(x[kept], mask[kept, skip]) if shortcut is None else y)
+    if len(left):
+        past = x[left] if shortcut is None else shortcut(x[left])
+        parts.append(_weighed(past, mask[left, skip]))
+    if len(parts) == 2 and parts[0].shape[1:] != parts[1].shape[1:]:
+        raise UsageError(_cannot_mix(x, parts[0]))
+    return torch.cat(parts)[torch.cat([kept, left]).argsort()]
+
+
+def _cannot_mix(x: Tensor, y: object) -> str:
+    given = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+    return (
+        f"a gated block maps {tuple(x.shape)} to {given}: to be skipped or to have its outputs mixed, a block gives "
+        "one tensor, of the shape of its input or of what its child `shortcut` or `downsample` makes of that"
+    )
+
+
+def _check_width(site: Site, operand: str, bits: int, zero: Zero) -> None:
+    try:
+        check_bits(bits, zero)
+    except UsageError as error:
+        raise UsageError(f"{site.name}: {operand} cannot have {bits} bits: {error}") from error
