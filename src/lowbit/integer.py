@@ -8,6 +8,7 @@ Codes lie in memory as the products read them: activations (rows, channels) or (
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -15,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lowbit.errors import UsageError
 from lowbit.formats import Float, Format, Integer
 from lowbit.kernels import cpu
 from lowbit.kernels.cpu import Rows, Window
@@ -24,8 +26,8 @@ from lowbit.ranges import extremes
 Unit = Literal["int8", "bf16"]
 Layout = Literal["matrix", "activation", "weight"]
 
-# The most numbers k whose products of codes, at most 255 * 127 each, fit in a signed 32-bit sum.
-MOST_SUMMED = (2**31 - 1) // (255 * 128)
+# The largest distance of a code from the code of zero.
+_REACH = {torch.uint8: 255, torch.int8: 127}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +50,11 @@ class Codes:
 
     def values(self, sharing: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
         """The real values, float32 in the shape of the tensor; `sharing` as for `encode_operand`."""
-        shape, view, dims = self.shape, *sharing
-        if self.layout == "matrix":
-            q = self.q.view(shape)
-        elif self.layout == "weight":
-            q = self.q.view(shape[0], -1, shape[1]).transpose(1, 2).reshape(shape)
-        else:
-            q = self.q.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+        view, dims = sharing
+        q = _in_shape(self.q, self.shape, self.layout)
         one = self.scale.numel() == 1
         scale = self.scale.view([1 if one or d in dims else n for d, n in enumerate(view)])
-        return (q.reshape(view).float() - self.zero).mul_(scale).reshape(shape)
+        return (q.reshape(view).float() - self.zero).mul_(scale).reshape(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +70,19 @@ class Values:
     def scale(self) -> Tensor:
         """One."""
         return torch.ones(1)
+
+    def values(self, sharing: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:  # noqa: ARG002 - there is no scale
+        """The real values rounded to bfloat16, float32 in the shape of the tensor."""
+        return _in_shape(self.q, self.shape, self.layout).to(torch.bfloat16).float()
+
+
+def _in_shape(q: Tensor, shape: torch.Size, layout: Layout) -> Tensor:
+    """Numbers in the memory order of a layout as a tensor of that shape."""
+    if layout == "matrix":
+        return q.view(shape)
+    if layout == "weight":
+        return q.view(shape[0], math.prod(shape[2:]), shape[1]).transpose(1, 2).reshape(shape)
+    return q.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
 Operand = Codes | Values
@@ -207,6 +217,7 @@ def encode_operand(
     taps = 1 if layout == "matrix" else math.prod(x.shape[2:])
     x = x.contiguous() if layout == "matrix" else x
     memory = _memory_view(x, view, dims)
+    whole = len(dims) == len(view) or (memory is not None and memory[1] == 1)  # one scale
     last = memory is not None and memory[3]
     ordered = weight and is_channels_last(x) and not x.is_contiguous()
     if ordered:  # its memory is in the wanted order already; noise numbers would not be
@@ -220,7 +231,6 @@ def encode_operand(
             memory = None
     if x.numel() == 0 or memory is None:
         return _encode_slowly(x.contiguous(), fmt, layout, sharing, levels, key, observed)
-    whole = len(dims) == len(view)
     lo, hi = observed or (extremes(x, rule=fmt.range, dims=tuple(range(x.dim()))) if whole else cpu.extremes(x, memory))
     scale, zero, low, high = grid_of(lo.reshape(-1), hi.reshape(-1), fmt, levels)
     grid = cpu.Grid(scale=scale, zero=zero, low=float(low), high=float(high), key=key)
@@ -332,11 +342,32 @@ def _matrix(
     k = a.width if a.along else a.rows
     if k == 0 or out.numel() == 0:
         return out.zero_() if bias is None else out.zero_().add_(bias.to(dtype))
+    most = most_summed(left, right)
+    if k > most:
+        total = torch.zeros(shape) if bias is None else bias.expand(shape).clone()
+        for start in range(0, k, most):
+            parts = _part(a, start, most), _part(b, start, most)
+            total += _matrix(*parts, left, right, shape, None, torch.float32)
+        return total.to(dtype)
     cpu.multiply(
         a, b, out, first=0, stride=shape[-1], taps=1, scales=(left.scale, right.scale), bias=bias,
         codes=_unit(left, right),
     )  # fmt: skip
     return out
+
+
+def most_summed(a: Operand, b: Operand) -> int:
+    """The largest number of products of two operands' numbers whose sum the units hold: 32 bits, signed, for codes."""
+    if isinstance(a, Values) or isinstance(b, Values):
+        return 2**62
+    return (2**31 - 1) // (_REACH[a.q.dtype] * _REACH[b.q.dtype])
+
+
+def _part(t: Rows, start: int, count: int) -> Rows:
+    """Of what is summed over, at most `count` numbers from `start` on; without a window."""
+    if t.along:
+        return replace(t, first=t.first + start, width=min(count, t.width - start))
+    return replace(t, first=t.first + start * t.stride, rows=min(count, t.rows - start))
 
 
 def _three(values: tuple[int, ...], fill: int) -> tuple[int, int, int]:
@@ -406,6 +437,11 @@ def _convolve(
     k = taps * channels
     if out.numel() == 0 or k == 0:
         return out.zero_()
+    if k > most_summed(a, w):
+        raise UsageError(
+            f"a convolution that sums {taps} taps of {channels} channels: more than {most_summed(a, w)} products of "
+            "codes overflow 32 bits. Use the reference engine for this layer"
+        )
     window = _window(geometry, w.shape[2:], shape, a.shape, transposed)
     rows = shape.numel() // shape[1]
     for group in range(groups):
@@ -433,19 +469,58 @@ def _weight(
 ) -> Tensor:
     """The gradient of a weight (first axis of `small`, second of `large`, *kernel)."""
     out = _new(shape, dtype) if ordered else torch.empty(shape, dtype=dtype)
-    groups, taps = geometry.groups, math.prod(shape[2:])
-    count, channels = shape[0] // groups, shape[1]
-    rows = small.shape.numel() // max(small.shape[1], 1)
-    if out.numel() == 0 or rows == 0:
+    if out.numel() == 0 or small.shape.numel() == 0:
         return out.zero_()
     window = _window(geometry, shape[2:], small.shape, large.shape, False)
+    pieces = list(_pieces(window, most_summed(small, large)))
+    if len(pieces) > 1:
+        total = torch.zeros_like(out, dtype=torch.float32)
+        for piece in pieces:
+            total += _weight_of(piece, small, large, geometry, torch.empty_like(total), ordered)
+        return out.copy_(total)
+    return _weight_of(pieces[0], small, large, geometry, out, ordered)
+
+
+def _pieces(window: Window, most: int) -> Iterator[tuple[int, int, Window]]:
+    """Cut the positions that rows count into runs of at most `most`: (first row, first sample, the run as a window).
+
+    Each run is a range of one axis, whole in the axes after it, at one index of those before it.
+    """
+    position = window.position
+    axis = next(a for a in range(4) if a == 3 or math.prod(position[a + 1 :]) <= most)
+    inner = math.prod(position[axis + 1 :])
+    length = most // inner
+    for before in range(math.prod(position[:axis])):
+        index = [before // math.prod(position[a + 1 : axis]) % position[a] for a in range(axis)]
+        for start in range(0, position[axis], length):
+            count = min(length, position[axis] - start)
+            at = [*index, start, *[0] * (3 - axis)]
+            size = [*[1] * axis, count, *position[axis + 1 :]]
+            # Positions count from 0 again, so the taps reach further by where the run begins.
+            padding = [p - a * s for p, a, s in zip(window.padding, at[1:], window.stride, strict=True)]
+            run = replace(
+                window,
+                position=(size[0], size[1], size[2], size[3]),
+                padding=(padding[0], padding[1], padding[2]),
+            )
+            yield (before * position[axis] + start) * inner, at[0], run
+
+
+def _weight_of(
+    piece: tuple[int, int, Window], small: Operand, large: Operand, geometry: Geometry, out: Tensor, ordered: bool
+) -> Tensor:
+    """The gradient of a weight from one run of positions, in `out`."""
+    row, sample, window = piece
+    groups, taps = geometry.groups, math.prod(out.shape[2:])
+    count, channels = out.shape[0] // groups, out.shape[1]
+    rows, before = math.prod(window.position), sample * math.prod(window.size) * large.shape[1]
     for group in range(groups):
         left = Rows(
-            data=small.q, first=group * count, rows=rows, width=count, stride=small.shape[1], along=False,
-            zero=small.zero,
+            data=small.q, first=row * small.shape[1] + group * count, rows=rows, width=count, stride=small.shape[1],
+            along=False, zero=small.zero,
         )  # fmt: skip
         right = Rows(
-            data=large.q, first=group * channels, rows=rows, width=taps * channels, stride=large.shape[1],
+            data=large.q, first=before + group * channels, rows=rows, width=taps * channels, stride=large.shape[1],
             along=False, zero=large.zero, window=window,
         )  # fmt: skip
         scales = _of_group(small.scale, group, groups), _of_group(large.scale, group, groups)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,9 @@ ENGINES = ("reference", "int8")
 
 class Op(Protocol):
     """What is multiplied: the three products of one kind of layer on plain tensors, and where its channels lie."""
+
+    def __hash__(self) -> int:
+        """Equal operators have equal hashes."""
 
     @property
     def kind(self) -> str:
@@ -601,11 +605,27 @@ def op_groups(op: Op) -> int:
     return 1 if op.geometry is None else op.geometry.groups
 
 
-def runs_integer(x: Tensor, w: Tensor, setting: Setting) -> bool:
-    """Whether this call runs on the int8 engine: it was chosen, and the bits of the moment fit its units."""
+@lru_cache(maxsize=4096)
+def _refusal(op: Op, recipe: Recipe, bits: tuple[int, ...] | None, dim: int) -> str:
+    """`refusal`, found once."""
+    return refusal(op, recipe, bits, dim)
+
+
+def runs_integer(x: Tensor, w: Tensor, dtype: torch.dtype, op: Op, setting: Setting) -> bool:
+    """Whether this call runs on the int8 engine: it was chosen, and the bits and dtypes of the moment fit its units.
+
+    Raises:
+        UsageError: it was chosen and cannot run this recipe at any bits.
+    """
     if setting.engine != "int8":
         return False
-    if x.device.type != "cpu" or not all(t.dtype in (torch.float32, torch.bfloat16) for t in (x, w)):
+    why = _refusal(op, setting.recipe, None if setting.bits is None else (8,) * len(SLOTS), w.dim())
+    if why:
+        raise UsageError(
+            f"{setting.layer or op.kind}: the int8 engine cannot run recipe {setting.recipe.name!r}: {why}. Choose "
+            "engine='reference'"
+        )
+    if x.device.type != "cpu" or not all(t in (torch.float32, torch.bfloat16) for t in (x.dtype, w.dtype, dtype)):
         return False
     if setting.bits is None:
         return True
@@ -682,6 +702,7 @@ def _integer_outputs(
         op.output,
         (x.shape, w.shape, shape),
         expected,
+        b_hat,
     )
     kept_x: integer.Operand | None = None
     if needs[1]:
@@ -736,7 +757,7 @@ def _integer_gradients(
             op,
             setting,
             "grad_weight",
-            {"grad_output": (g, g_out), "input": (g if kept.exact is None else kept.exact[0], x_codes)},
+            {"grad_output": (g, g_out), "input": (None if kept.exact is None else kept.exact[0], x_codes)},
             lambda: integer.grad_weight(
                 g_out, x_codes, op.geometry, kept.w_shape, kept.dtypes[1], ordered=integer.is_channels_last(w)
             ),
@@ -751,13 +772,17 @@ def _run_integer(
     op: Op,
     setting: Setting,
     product: str,
-    operands: dict[str, tuple[Tensor, integer.Operand]],
+    operands: dict[str, tuple[Tensor | None, integer.Operand]],
     multiply: Callable[[], Tensor],
     in_full: Callable[[Tensor, Tensor], Tensor],
     shapes: tuple[torch.Size, torch.Size, torch.Size],
     expected: tuple[str, ...] = (),
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Execute one product on the int8 engine and show it to counters and observers."""
+    """Execute one product on the int8 engine and show it, without the bias, to counters and observers.
+
+    An operand that was not kept as it was before its codes is shown as its codes' values.
+    """
     first, second = operands
     with inside():
         result = multiply()
@@ -766,8 +791,14 @@ def _run_integer(
         if _counters:
             _count(op, setting, product, engine, (first, second), shapes)
         if _observers:
-            shown = {name: (x.float(), _shown(x, o, op, setting, product, name)) for name, (x, o) in operands.items()}
+            shown = {}
+            for name, (x, codes_of) in operands.items():
+                hat = _shown(x, codes_of, op, setting, product, name)
+                shown[name] = (hat.values if x is None else x.float(), hat)
             exact = [x for x, _ in shown.values()]
+            plain = result.float()
+            if bias is not None:
+                plain = plain - (bias if op.has_rows else bias.reshape(-1, *[1] * (plain.dim() - 2)))
             notify(
                 ProductRun(
                     source=setting.source,
@@ -778,7 +809,7 @@ def _run_integer(
                     kernel="lowbit::multiply_codes" if codes else "lowbit::multiply_halves",
                     macs=op.macs(*shapes),
                     operands={n: _operand_run(op, setting, product, n, x, hat) for n, (x, hat) in shown.items()},
-                    result=result,
+                    result=plain,
                     full_precision=lambda: in_full(exact[0], exact[1]),
                     expected=expected,
                 )
@@ -786,13 +817,13 @@ def _run_integer(
     return result
 
 
-def _shown(x: Tensor, hat: integer.Operand, op: Op, setting: Setting, product: str, operand: str) -> Quantized:
-    """The values that the product saw, for an observer."""
-    if isinstance(hat, integer.Values):
-        return Quantized(x.to(torch.bfloat16).float(), 0.0)
+def _shown(x: Tensor | None, hat: integer.Operand, op: Op, setting: Setting, product: str, operand: str) -> Quantized:
+    """The values that the product saw, for an observer; clipped ones are counted in `x`, the operand before."""
     fmt = setting.format(product, operand)
-    view, dims, _ = scale_sharing(op, product, operand, fmt, x.shape)
+    view, dims, _ = scale_sharing(op, product, operand, fmt, hat.shape)
     values = hat.values((view, dims))
+    if x is None or isinstance(hat, integer.Values):
+        return Quantized(values, 0.0)
     # More than half a step away, and not by rounding, which stochastic rounding takes up to a whole step.
     bits = bits_of(setting, product, operand)
     levels = 2 ** (bits - (isinstance(fmt, Integer) and fmt.zero == "symmetric")) - 1
@@ -899,7 +930,7 @@ class _Products(torch.autograd.Function):
         expected: tuple[str, ...],
     ) -> Tensor:
         needs = ctx.needs_input_grad[:2]
-        if runs_integer(x, w, setting):
+        if runs_integer(x, w, dtype, op, setting):
             y, kept = _integer_outputs(x, w, bias, op, setting, dtype, expected, needs)
             # Codes are saved as tensors, so that they go as soon as the backward has used them.
             ctx.save_for_backward(w, *(None if o is None else o.q for o in (kept.x, kept.w)))
