@@ -50,6 +50,13 @@ def by_product(ledger: Ledger, layer: str | None = None) -> list[int]:
     return [sum(n for (name, p), n in found.items() if p == q and layer in (None, name)) for q in PRODUCTS]
 
 
+class Opaque:
+    """An output of a class that torch knows nothing of."""
+
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
+
+
 def mlp() -> nn.Sequential:
     """Two linear layers, 6 to 5 to 3."""
     return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
@@ -483,7 +490,7 @@ class TestWhatRan:
 
         assert by_product(meter.ledger) == [180, 60, 180]
 
-    @pytest.mark.parametrize("output", [lambda y: {"y": y}, lambda y: (None, [y]), lambda y: _Opaque(y)])
+    @pytest.mark.parametrize("output", [lambda y: {"y": y}, lambda y: (None, [y]), Opaque])
     def test_outputs_of_any_kind(self, output: Callable[[Tensor], Any]) -> None:
         """The backward is seen whatever the model's output is wrapped in, in every step."""
 
@@ -514,11 +521,6 @@ class TestWhatRan:
         inner.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
 
         assert by_product(metered(model, torch.randn(4, 6, requires_grad=True)))[0] == 2 * 180 + 36
-
-
-class _Opaque:
-    def __init__(self, y: Tensor) -> None:
-        self.y = y
 
 
 class TestHeld:
