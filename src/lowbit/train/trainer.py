@@ -510,7 +510,7 @@ def _assemble(config: TrainConfig) -> tuple[data.Data, _Module, lowbit.Report]:
         return PrecisionController.from_recipe(
             model,
             total_steps=total_steps,
-            steps_per_epoch=len(loaded.train),
+            steps_per_epoch=config.plateau_every or len(loaded.train),
             blocks=() if blocks is None else [re.compile(blocks)],
             eval_bits=config.eval_bits or "highest",
         )
@@ -523,6 +523,8 @@ def _recipe(config: TrainConfig) -> tuple[lowbit.Recipe, str | None]:
     recipe = lowbit.Recipe.from_name(config.recipe).tuned(**config.tuned())
     if config.eval_bits is not None and recipe.schedule is None:
         raise UsageError(f"eval_bits goes with a recipe whose bits follow a schedule, and {recipe.name!r} has none.")
+    if config.plateau_every is not None and "threshold" not in recipe.settings():
+        raise UsageError(f"plateau_every goes with a recipe that follows the loss, and {recipe.name!r} does not.")
     if recipe.gates is None:
         if config.blocks is not None:
             raise UsageError(f"blocks goes with a recipe that has gates, and {recipe.name!r} has none.")
