@@ -407,15 +407,18 @@ class _Bar(Callback):
 
     @staticmethod
     def _precision(module: LightningModule) -> str:
-        """The bits of the next batch, or the gates' cost."""
+        """The bits of the next batch, or the gates' cost, and the bit operations of the run so far."""
         assert isinstance(module, _Module)
         if module.controller is None:
             return ""
+        so_far = f"  {module.cost['bit_operations'] / max(module.cost['macs'], 1):.1f} bit ops/MAC"
         if module.gates is not None and module.gates.cost is not None:
-            return f"  cost {module.gates.cost:.2f} % of {module.gates.target:g} %"
+            return f"  cost {module.gates.cost:.2f} % of {module.gates.target:g} %{so_far}"
         test = module.controller.range_test
         testing = "  range test" if test is not None and not test.done else ""
-        return f"  bits {module.controller.forward_bits or '-'}/{module.controller.backward_bits or '-'}{testing}"
+        return (
+            f"  bits {module.controller.forward_bits or '-'}/{module.controller.backward_bits or '-'}{testing}{so_far}"
+        )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, _: object, batch_idx: int
