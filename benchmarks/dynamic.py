@@ -2,7 +2,7 @@
 
 Runs that are complete are read, runs that were stopped are resumed, so the command can be given again. Example:
 
-    python benchmarks/dynamic.py --epochs 10 --subset 25600 --threads 1
+    python benchmarks/dynamic.py --epochs 8 --subset 25600 --threads 1
 
 Recipes are names with settings: `cpt:cycles=8,low=4`. Bit operations are counted from the bits and shapes of every
 product of the run, multiplications of m by n bits as m n. "with fp32" adds the products of layers that a recipe leaves
@@ -23,8 +23,10 @@ from lowbit.tables import text_table
 from lowbit.train import Result, TrainConfig
 from lowbit.train.trainer import PROOF, resume, train
 
-# CPT's authors have 2,000 steps in a cycle and PFQ's 160 looks at the loss in a run; these keep both in a short one.
-RECIPES = ["sbm8-cpt", "cpt:cycles=8", "pfq:plateau_every=40", "fractrain:plateau_every=40"]
+# CPT has 2,000 steps in a cycle and PFQ looks at the loss 160 times in a run: these keep about that in a short one.
+# Threshold and decay are those of the authors' CIFAR script.
+PLATEAU = "plateau_every=40,threshold=0.15,decay=0.4"
+RECIPES = ["sbm8-cpt", "cpt:cycles=8", f"pfq:{PLATEAU}", f"fractrain:{PLATEAU}"]
 
 
 def run(config: TrainConfig) -> Result:
@@ -81,7 +83,7 @@ def main() -> int:
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--subset", type=int, default=25_600)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.1, help="peak of the one-cycle schedule")
     parser.add_argument("--threads", type=int)
