@@ -23,7 +23,7 @@ setup: $(READY)
 
 # torch comes first and pinned, so that no other package's range picks a larger build of it.
 # A new package folder needs a new editable install: the old one does not know it.
-$(READY): pyproject.toml constraints.txt CMakeLists.txt src/lowbit/kernels/cpu.cpp $(wildcard src/lowbit/*/__init__.py)
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/lowbit/kernels/native/*) $(wildcard src/lowbit/*/__init__.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'

@@ -19,27 +19,35 @@ LAYERS = {
     "rounding": 0,
     "schedules": 0,
     "ledger": 0,
+    "metrics": 1,
     "recipe": 1,
     "recipes": 1,
     "kernels": 1,
     "report": 1,
     "ranges": 2,
     "quantizer": 2,
+    "integer": 2,
     "products": 3,
     "nn": 4,
+    "outside": 4,
     "convert": 5,
     "controller": 5,
+    "memory": 5,
+    "energy": 5,
     "meter": 5,
+    "plan": 5,
+    "probe": 5,
     "verify": 5,
     "range_test": 5,
     "hardware": 5,
+    "cost": 5,
     "": 5,  # the package itself: `import lowbit`
     "train": 6,
     "integrations": 6,
     "cli": 7,
 }
 # Parts that may need more than torch.
-OPTIONAL = ("train", "cli", "report", "integrations")
+OPTIONAL = ("train", "cli", "report", "integrations", "energy")
 
 
 def _part(path: Path) -> str:

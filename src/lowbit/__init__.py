@@ -10,7 +10,12 @@ from lowbit import hardware as hardware
 from lowbit import schedules as schedules
 from lowbit.controller import PrecisionController
 from lowbit.convert import Report, convert_, load_state_dict, restore_, state_dict
+from lowbit.cost import Cost
 from lowbit.errors import RunError, UsageError
+from lowbit.ledger import Ledger
+from lowbit.meter import Meter
+from lowbit.plan import plan
+from lowbit.probe import Probe, probe
 from lowbit.range_test import RangeTestResult, range_test
 from lowbit.recipe import Recipe, recipes
 from lowbit.verify import Proof, VerificationError, tripwire, verify
@@ -18,7 +23,11 @@ from lowbit.verify import Proof, VerificationError, tripwire, verify
 __version__ = version("lowbit")
 
 __all__ = [
+    "Cost",
+    "Ledger",
+    "Meter",
     "PrecisionController",
+    "Probe",
     "Proof",
     "RangeTestResult",
     "Recipe",
@@ -28,6 +37,8 @@ __all__ = [
     "VerificationError",
     "convert_",
     "load_state_dict",
+    "plan",
+    "probe",
     "range_test",
     "recipes",
     "restore_",

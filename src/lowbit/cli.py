@@ -1,4 +1,4 @@
-"""The command line: ``lowbit train | resume | range-test | inspect | recipes``."""
+"""The command line: ``lowbit train | resume | range-test | inspect | cost | recipes``."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lowbit.errors import RunError, UsageError
 from lowbit.train.config import RangeTestConfig, Result, TrainConfig
@@ -81,6 +81,8 @@ def _command(argv: Sequence[str]) -> int:
             _range_test(RangeTestConfig(**own))
         case "inspect":
             _inspect(**own)
+        case "cost":
+            _cost(**own)
         case "recipes":
             _recipes(own.name)
     return 0
@@ -122,12 +124,34 @@ def _parser() -> Any:
     commands.add_subcommand("range-test", range_test, help="find the lowest precision that makes progress")
 
     inspect = parser("Show which layers a recipe converts, which it skips and why, without training.")
-    inspect.add_argument("--model", type=str, required=True, help="name of the model")
+    inspect.add_argument("--model", type=str, help="name of the model")
     inspect.add_argument("--recipe", type=str, default="sbm8", help="name of the recipe")
     inspect.add_argument("--data", type=str, help="data set whose input and labels the model gets")
     inspect.add_argument("--shape", type=str, help="without --data: C,H,W of an image or T of a text (3,32,32)")
     inspect.add_argument("--classes", type=int, help="without --data: outputs of the model (10; 256 for text)")
+    inspect.add_argument("--probe", action="store_true", help="measure errors and sensitivity on batches of --data")
+    inspect.add_argument("--run", type=Path, help="probe: the model, weights, recipe and data of this run's checkpoint")
+    inspect.add_argument("--batches", type=int, default=2, help="probe: batches to take (2)")
+    inspect.add_argument("--batch_size", type=int, help="probe: samples in each (64; with --run its own)")
+    inspect.add_argument("--bits", type=str, default="2,3,4,6", help="probe: widths to try in each layer (2,3,4,6)")
+    inspect.add_argument("--budget", type=float, help="probe: suggest bits that take this share of the bit operations")
     commands.add_subcommand("inspect", inspect, help="show what a recipe converts, without training")
+
+    cost = parser("Show what a run cost, from its folder, or what a planned run would cost.")
+    cost.add_argument("run", type=Path, nargs="?", help="run folder or ledger; without it, plan a run of --model")
+    cost.add_argument("--model", type=str, help="plan: name of the model")
+    cost.add_argument("--recipe", type=str, help="plan: name of the recipe (sbm8)")
+    cost.add_argument("--schedule", type=str, help="plan: forward bits, e.g. 8, 3-8x32, RTH:3-8x8 or 4,6@80ep,8@0.9")
+    cost.add_argument("--backward", type=str, help="plan: gradient bits, written likewise")
+    cost.add_argument("--input", type=str, help="plan: C,H,W of an image or T of a text (3,32,32)")
+    cost.add_argument("--classes", type=int, help="plan: outputs of the model (10; 256 for text)")
+    cost.add_argument("--batch_size", type=int, help="plan: samples per step (128)")
+    cost.add_argument("--steps", type=int, help="plan: steps of the run (1)")
+    cost.add_argument("--steps_per_epoch", type=int, help="plan: for times in epochs")
+    cost.add_argument("--hardware", type=Literal["bitfusion"], help="also estimate cycles and energy on this model")
+    cost.add_argument("--snap_bits", action="store_true", help="round widths up to 2, 4, 8, 16 there")
+    cost.add_argument("--format", type=Literal["text", "json", "csv"], default="text", help="text, json or csv (text)")
+    commands.add_subcommand("cost", cost, help="show what a run costs, before or after it")
 
     recipes = parser("List the recipes, or show the number formats of one.")
     recipes.add_argument("name", type=str, nargs="?", help="the recipe to show")
@@ -153,11 +177,27 @@ def _range_test(config: RangeTestConfig) -> None:
     _print(str(trainer.range_test(config)))
 
 
-def _inspect(*, model: str, recipe: str, data: str | None, shape: str | None, classes: int | None) -> None:
+def _inspect(
+    *,
+    model: str | None,
+    recipe: str,
+    data: str | None,
+    shape: str | None,
+    classes: int | None,
+    probe: bool,
+    **probing: Any,
+) -> None:
     import lowbit
     from lowbit.train import models
     from lowbit.train.data import Task, load
 
+    if probe:
+        if shape is not None or classes is not None:
+            raise UsageError("--probe runs real batches: give --data in place of --shape and --classes.")
+        _probe(model=model, recipe=recipe, data=data, **probing)
+        return
+    if model is None:
+        raise UsageError("missing: --model")
     if data is None:
         task = _task(shape or "3,32,32", classes)
     elif shape is None and classes is None:
@@ -168,12 +208,142 @@ def _inspect(*, model: str, recipe: str, data: str | None, shape: str | None, cl
     print(lowbit.convert_(models.build(model, task), recipe))
 
 
-def _task(shape: str, classes: int | None) -> Any:
+def _probe(
+    *,
+    model: str | None,
+    recipe: str,
+    data: str | None,
+    run: Path | None,
+    batches: int,
+    batch_size: int | None,
+    bits: str,
+    budget: float | None,
+) -> None:
+    """Probe the model of a run's checkpoint, or a fresh one."""
+    from itertools import islice
+
+    import torch
+    import torch.nn.functional as F
+
+    import lowbit
+    from lowbit.train import models
+    from lowbit.train.data import load
+
+    if (run is None) == (model is None or data is None) or (run is not None and (model or data)):
+        raise UsageError("--probe needs either --run, or --model and --data.")
+    if run is not None and batch_size is not None:
+        raise UsageError("--batch-size is the run's own: leave it out with --run.")
+    for flag, count in (("--batches", batches), ("--batch-size", batch_size)):
+        if count is not None and count < 1:
+            raise UsageError(f"{flag} must be at least 1, got {count}.")
+    widths = [int(width) if width.isdecimal() else 0 for width in bits.split(",")]
+    if 0 in widths:
+        raise UsageError(f"--bits must be whole numbers with commas between, e.g. 2,3,4, got {bits!r}.")
+    if run is not None:
+        from lowbit.train.trainer import trained
+
+        network, loaded = trained(run)
+        print(f"checkpoint of {run}")
+    else:
+        assert model is not None
+        assert data is not None
+        loaded = load(data, batch_size=batch_size or 64, seed=0)
+        torch.manual_seed(0)
+        network = models.build(model, loaded.task)
+        lowbit.convert_(network, recipe)
+        print(f"{model} with fresh weights: give --run to probe a trained one")
+
+    def loss(net: Any, batch: Any) -> Any:
+        return F.cross_entropy(net(batch[0]).flatten(0, -2), batch[1].flatten())
+
+    found = lowbit.probe(network, islice(loaded.train, batches), loss, bits=widths)
+    print(found)
+    if budget is not None:
+        print(f"\n{found.suggest(budget)}")
+
+
+def _cost(
+    *,
+    run: Path | None,
+    hardware: str | None,
+    snap_bits: bool,
+    format: str,  # noqa: A002 - the flag
+    **planned: Any,
+) -> None:
+    from lowbit.cost import Cost
+    from lowbit.hardware import BitFusion
+
+    given = [f"--{name.replace('_', '-')}" for name, value in planned.items() if value is not None]
+    if run is not None and given:
+        raise UsageError(f"{', '.join(given)} plan a run, and {run} is one that ran: give either.")
+    if snap_bits and hardware is None:
+        raise UsageError("--snap-bits is of a hardware model: give --hardware bitfusion too.")
+    if run is None:
+        ledger, measured = _plan(**planned), dict[str, str]()
+    else:
+        ledger, measured = _ran(run)
+    cost = Cost(ledger, BitFusion(snap_bits=snap_bits) if hardware else None, measured)
+    # Tables are as wide as they are: folded by the terminal's width they could not be read or piped.
+    print({"text": cost.__str__, "json": cost.to_json, "csv": cost.to_csv}[format]().rstrip("\n"))
+
+
+def _plan(
+    *,
+    model: str | None,
+    recipe: str | None,
+    schedule: str | None,
+    backward: str | None,
+    input: str | None,  # noqa: A002 - the flag
+    classes: int | None,
+    batch_size: int | None,
+    steps: int | None,
+    steps_per_epoch: int | None,
+) -> Any:
+    import torch
+
+    import lowbit
+    from lowbit.plan import parse_schedule, plan
+    from lowbit.train import models
+
+    if model is None:
+        raise UsageError("cost needs a run folder, or --model to plan a run of.")
+    task = _task(input or "3,32,32", classes, flag="--input")
+    for flag, value in (("--batch-size", batch_size), ("--steps", steps), ("--steps-per-epoch", steps_per_epoch)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} must be at least 1, got {value}.")
+    steps, batch_size = steps or 1, batch_size or 128
+    with torch.device("meta"):
+        network = models.build(model, task)
+        shape = (batch_size, *task.shape)
+        batch = torch.zeros(shape, dtype=torch.int64) if task.kind == "text" else torch.zeros(shape)
+    lowbit.convert_(network, recipe or "sbm8", engine="reference")
+    schedules = [
+        None if text is None else parse_schedule(text, total_steps=steps, steps_per_epoch=steps_per_epoch)
+        for text in (schedule, backward)
+    ]
+    return plan(network, batch, steps=steps, forward=schedules[0], backward=schedules[1], name=model)
+
+
+def _ran(run: Path) -> tuple[Any, dict[str, str]]:
+    """The ledger of a run folder, or a ledger file, and what was measured beside it."""
+    from lowbit.ledger import Ledger
+    from lowbit.train.measured import read
+
+    if run.is_dir():
+        if not (run / "ledger.jsonl").is_file():
+            raise UsageError(
+                f"{run} has no ledger.jsonl: give the folder of a run of `lowbit train`, or a ledger file."
+            )
+        return Ledger.load(run / "ledger.jsonl"), read(run)
+    return Ledger.load(run), {}
+
+
+def _task(shape: str, classes: int | None, flag: str = "--shape") -> Any:
     from lowbit.train.data import Task
 
     sizes = tuple(int(size) if size.isdecimal() else 0 for size in shape.split(","))
     if len(sizes) not in {1, 3} or 0 in sizes:
-        raise UsageError(f"--shape must be C,H,W for images or T for text, e.g. 3,32,32, got {shape!r}.")
+        raise UsageError(f"{flag} must be C,H,W for images or T for text, e.g. 3,32,32, got {shape!r}.")
     if classes is not None and classes < 1:
         raise UsageError(f"--classes must be at least 1, got {classes}.")
     if len(sizes) == 1:

@@ -168,7 +168,7 @@ def convert_(
         if plan.twin is not None and plan.recipe is not None:
             plan.layer.__class__ = plan.twin
             layer: Any = plan.layer
-            layer.attach(name=plan.name, recipe=plan.recipe, clock=clock, engine="reference")
+            layer.attach(name=plan.name, recipe=plan.recipe, clock=clock, engine=engine)
             layer.site.train(layer.training)
     if clock.sites:
         model.register_forward_pre_hook(clock.advance)

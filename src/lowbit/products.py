@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit import integer
 from lowbit.errors import UsageError
-from lowbit.formats import Format, Integer
+from lowbit.formats import FP32, Format, Integer
 from lowbit.quantizer import Quantized, levels_of, quantize
 from lowbit.recipe import SLOTS, Recipe
 from lowbit.rounding import Noise
 
-ENGINES = ("reference",)
+ENGINES = ("reference", "int8")
 
 
 class Op(Protocol):
@@ -35,6 +36,9 @@ class Op(Protocol):
 
     def output(self, x: Tensor, w: Tensor) -> Tensor:
         """The product of input and weight."""
+
+    def output_shape(self, x: torch.Size, w: torch.Size) -> torch.Size:
+        """The shape of the output."""
 
     def grad_input(self, g: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
         """The product of grad_output and weight, in the shape of the input."""
@@ -64,6 +68,10 @@ class Op(Protocol):
     def has_rows(self) -> bool:
         """Whether operands are matrices whose last axis is one row."""
 
+    @property
+    def geometry(self) -> integer.Geometry | None:
+        """The convolution as integer kernels take it; None for a matrix product."""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -71,6 +79,13 @@ class Linear:
 
     kind: str = field(default="linear", init=False)
     has_rows: bool = field(default=True, init=False)
+    geometry: None = field(default=None, init=False)
+
+    def output_shape(self, x: torch.Size, w: torch.Size) -> torch.Size:
+        """``(..., N)``."""
+        if x[-1] != w[1]:
+            raise RuntimeError(f"linear got an input of shape {tuple(x)} and a weight of shape {tuple(w)}")
+        return torch.Size((*x[:-1], w[0]))
 
     def output(self, x: Tensor, w: Tensor) -> Tensor:
         """``x w^T``."""
@@ -122,6 +137,11 @@ class Matmul:
 
     kind: str = field(default="matmul", init=False)
     has_rows: bool = field(default=True, init=False)
+    geometry: None = field(default=None, init=False)
+
+    def output_shape(self, x: torch.Size, w: torch.Size) -> torch.Size:
+        """``(..., M, N)``."""
+        return torch.Size((*torch.broadcast_shapes(x[:-2], w[:-2]), x[-2], w[-1]))
 
     def output(self, x: Tensor, w: Tensor) -> Tensor:
         """``x w``."""
@@ -185,9 +205,25 @@ class Convolution:
         """``conv2d``, ``conv_transpose1d``, ..."""
         return f"{'conv_transpose' if self.transposed else 'conv'}{len(self.stride)}d"
 
+    @property
+    def geometry(self) -> integer.Geometry:
+        """Without the output padding, which the shape of the result says."""
+        return integer.Geometry(
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            transposed=self.transposed,
+        )
+
     def _arguments(self) -> tuple[Any, ...]:
         output_padding = self.output_padding or (0,) * len(self.stride)
         return self.stride, self.padding, self.dilation, self.transposed, output_padding, self.groups
+
+    def output_shape(self, x: torch.Size, w: torch.Size) -> torch.Size:
+        """``(B, channels, *size)``, as torch works it out, errors included."""
+        empty = torch.empty(x, device="meta"), torch.empty(w, device="meta")
+        return self.output(*empty).shape
 
     def output(self, x: Tensor, w: Tensor) -> Tensor:
         """The convolution."""
@@ -483,6 +519,8 @@ def quantize_operand(x: Tensor, op: Op, setting: Setting, product: str, operand:
         operand: ``"input"``, ``"weight"`` or ``"grad_output"``.
     """
     fmt = setting.format(product, operand)
+    if x.is_meta:  # shapes without values, as when a run is planned
+        return Quantized(x if fmt == FP32 else torch.empty_like(x))
     if not isinstance(fmt, Integer):
         return quantize(x, fmt, measure=bool(_observers))
     noise = None
@@ -518,6 +556,276 @@ def _shares(op: Op, setting: Setting, operand: str, shape: torch.Size, first: st
     return formats[0] == formats[1] and (
         scale_sharing(op, first, operand, formats[0], shape) == scale_sharing(op, second, operand, formats[1], shape)
     )
+
+
+def refusal(op: Op, recipe: Recipe, bits: Sequence[int] | None = None, dim: int = 2) -> str:
+    """Why the int8 engine cannot run the three products of an operator; empty where it can.
+
+    Args:
+        op: the operator.
+        recipe: the formats.
+        bits: widths in the order of `SLOTS`; None: the recipe's own.
+        dim: axes of its tensors.
+    """
+    if isinstance(op, Matmul):
+        return "a product of two activations has no integer kernel here"
+    widths = dict(zip(SLOTS, bits, strict=True)) if bits is not None else {}
+    for product in ("output", "grad_input", "grad_weight"):
+        formats, kept = [], []
+        for slot in (slot for slot in SLOTS if slot[0] == product):
+            fmt: Format = getattr(getattr(recipe, product), slot[1])
+            if isinstance(fmt, Integer) and slot in widths:
+                fmt = replace(fmt, bits=widths[slot])
+            formats.append(fmt)
+            kept.append(_is_kept(op, product, slot[1], fmt, dim))
+        why = integer.refusal((formats[0], formats[1]), (kept[0], kept[1]))
+        if why:
+            return f"{product}: {why}"
+    return ""
+
+
+def _is_kept(op: Op, product: str, operand: str, fmt: Format, dim: int) -> bool:
+    """Whether every axis with scales of its own is one that the product keeps."""
+    if not isinstance(fmt, Integer) or fmt.granularity == "tensor":
+        return True
+    if fmt.granularity == "block" or (fmt.granularity == "sample" and product == "grad_weight"):
+        return False
+    if fmt.granularity == "sample":
+        return dim > 2
+    view, dims, _ = scale_sharing(op, product, operand, fmt, torch.Size((op_groups(op) * 2,) * dim))
+    return set(op.summed(product, operand, len(view))) <= set(dims)
+
+
+def op_groups(op: Op) -> int:
+    """Groups of a convolution, 1 for a matrix product."""
+    return 1 if op.geometry is None else op.geometry.groups
+
+
+def runs_integer(x: Tensor, w: Tensor, setting: Setting) -> bool:
+    """Whether this call runs on the int8 engine: it was chosen, and the bits of the moment fit its units."""
+    if setting.engine != "int8":
+        return False
+    if x.device.type != "cpu" or not all(t.dtype in (torch.float32, torch.bfloat16) for t in (x, w)):
+        return False
+    if setting.bits is None:
+        return True
+    return all(
+        bits <= 8 or not isinstance(setting.format(*slot), Integer)
+        for slot, bits in zip(SLOTS, setting.bits.tolist(), strict=True)
+    )
+
+
+def _encoded(x: Tensor, op: Op, setting: Setting, product: str, operand: str) -> integer.Operand:
+    """One operand of one product for the int8 engine."""
+    fmt = setting.format(product, operand)
+    layout: integer.Layout = "activation" if operand != "weight" else "weight"
+    layout = "matrix" if op.geometry is None else layout
+    if not isinstance(fmt, Integer):
+        return integer.encode_operand(x, fmt, layout=layout, sharing=((), ()), levels=0.0, key=None, observed=None)
+    key = None
+    if fmt.stochastic:
+        key = None if setting.noise is None else setting.noise.words(product, operand)
+        if key is None:
+            raise ValueError(
+                f"{setting.layer or op.kind}: {operand} in {product} rounds stochastically and got no counter-based "
+                "noise, which the int8 engine needs: use the reference engine with recorded noise"
+            )
+    view, dims, _ = scale_sharing(op, product, operand, fmt, x.shape)
+    bits = bits_of(setting, product, operand)
+    keeps_range = operand == "input" and fmt.running is not None
+    return integer.encode_operand(
+        x,
+        fmt,
+        layout=layout,
+        sharing=(view, dims),
+        levels=float(2 ** (bits - (fmt.zero == "symmetric")) - 1),
+        key=key,
+        observed=setting.input_range if keeps_range else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _KeptCodes:
+    """What the forward of the int8 engine keeps for the backward beside tensors."""
+
+    op: Op
+    setting: Setting
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None]
+    x: integer.Operand | None
+    w: integer.Operand | None
+    x_shape: torch.Size
+    w_shape: torch.Size
+    exact: tuple[Tensor, Tensor] | None
+
+
+def _integer_outputs(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    op: Op,
+    setting: Setting,
+    dtype: torch.dtype,
+    expected: tuple[str, ...],
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, _KeptCodes]:
+    """`outputs` on the int8 engine: what it keeps are codes."""
+    x_codes = _encoded(x, op, setting, "output", "input")
+    w_codes = _encoded(w, op, setting, "output", "weight")
+    b_hat = None if bias is None else quantize(bias.detach().float(), setting.recipe.bias).values.contiguous()
+    shape = op.output_shape(x.shape, w.shape)
+    y = _run_integer(
+        op,
+        setting,
+        "output",
+        {"input": (x, x_codes), "weight": (w, w_codes)},
+        lambda: integer.output(x_codes, w_codes, op.geometry, shape, b_hat, dtype),
+        op.output,
+        (x.shape, w.shape, shape),
+        expected,
+    )
+    kept_x: integer.Operand | None = None
+    if needs[1]:
+        shared = _shares(op, setting, "input", x.shape, "output", "grad_weight")
+        kept_x = x_codes if shared else _encoded(x, op, setting, "grad_weight", "input")
+    shares_w = _shares(op, setting, "weight", w.shape, "output", "grad_input")
+    return y, _KeptCodes(
+        op=op,
+        setting=setting,
+        dtypes=(x.dtype, w.dtype, None if bias is None else bias.dtype),
+        x=kept_x,
+        w=w_codes if needs[0] and shares_w else None,
+        x_shape=x.shape,
+        w_shape=w.shape,
+        exact=(x, w) if _observers else None,
+    )
+
+
+_NOTHING = torch.empty(0, device="cpu")
+
+
+def _without(operand: integer.Operand | None) -> integer.Operand | None:
+    """An operand without its numbers."""
+    return None if operand is None else replace(operand, q=_NOTHING)
+
+
+def _integer_gradients(
+    g: Tensor, w: Tensor, kept: _KeptCodes, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`gradients` on the int8 engine."""
+    op, setting = kept.op, kept.setting
+    shapes = (kept.x_shape, kept.w_shape, g.shape)
+    grad_input = grad_weight = None
+    g_codes: integer.Operand | None = None
+    if needs[0]:
+        g_in = g_codes = _encoded(g, op, setting, "grad_input", "grad_output")
+        w_codes = kept.w or _encoded(w, op, setting, "grad_input", "weight")
+        grad_input = _run_integer(
+            op,
+            setting,
+            "grad_input",
+            {"grad_output": (g, g_in), "weight": (w, w_codes)},
+            lambda: integer.grad_input(g_in, w_codes, op.geometry, kept.x_shape, kept.dtypes[0]),
+            lambda a, b: op.grad_input(a, b, kept.x_shape),
+            shapes,
+        )
+    if needs[1] and kept.x is not None:
+        if g_codes is None or not _shares(op, setting, "grad_output", g.shape, "grad_input", "grad_weight"):
+            g_codes = _encoded(g, op, setting, "grad_weight", "grad_output")
+        x_codes, g_out = kept.x, g_codes
+        grad_weight = _run_integer(
+            op,
+            setting,
+            "grad_weight",
+            {"grad_output": (g, g_out), "input": (g if kept.exact is None else kept.exact[0], x_codes)},
+            lambda: integer.grad_weight(
+                g_out, x_codes, op.geometry, kept.w_shape, kept.dtypes[1], ordered=integer.is_channels_last(w)
+            ),
+            lambda a, b: op.grad_weight(a, b, kept.w_shape),
+            shapes,
+        )
+    grad_bias = integer.grad_bias(g, op.geometry).to(kept.dtypes[2]) if needs[2] else None
+    return grad_input, grad_weight, grad_bias
+
+
+def _run_integer(
+    op: Op,
+    setting: Setting,
+    product: str,
+    operands: dict[str, tuple[Tensor, integer.Operand]],
+    multiply: Callable[[], Tensor],
+    in_full: Callable[[Tensor, Tensor], Tensor],
+    shapes: tuple[torch.Size, torch.Size, torch.Size],
+    expected: tuple[str, ...] = (),
+) -> Tensor:
+    """Execute one product on the int8 engine and show it to counters and observers."""
+    first, second = operands
+    with inside():
+        result = multiply()
+        codes = all(isinstance(o, integer.Codes) for _, o in operands.values())
+        engine = "int8" if codes else "bf16"
+        if _counters:
+            _count(op, setting, product, engine, (first, second), shapes)
+        if _observers:
+            shown = {name: (x.float(), _shown(x, o, op, setting, product, name)) for name, (x, o) in operands.items()}
+            exact = [x for x, _ in shown.values()]
+            notify(
+                ProductRun(
+                    source=setting.source,
+                    layer=setting.layer,
+                    product=product,
+                    kind=op.kind,
+                    engine=engine,
+                    kernel="lowbit::multiply_codes" if codes else "lowbit::multiply_halves",
+                    macs=op.macs(*shapes),
+                    operands={n: _operand_run(op, setting, product, n, x, hat) for n, (x, hat) in shown.items()},
+                    result=result,
+                    full_precision=lambda: in_full(exact[0], exact[1]),
+                    expected=expected,
+                )
+            )
+    return result
+
+
+def _shown(x: Tensor, hat: integer.Operand, op: Op, setting: Setting, product: str, operand: str) -> Quantized:
+    """The values that the product saw, for an observer."""
+    if isinstance(hat, integer.Values):
+        return Quantized(x.to(torch.bfloat16).float(), 0.0)
+    fmt = setting.format(product, operand)
+    view, dims, _ = scale_sharing(op, product, operand, fmt, x.shape)
+    values = hat.values((view, dims))
+    # More than half a step away, and not by rounding, which stochastic rounding takes up to a whole step.
+    bits = bits_of(setting, product, operand)
+    levels = 2 ** (bits - (isinstance(fmt, Integer) and fmt.zero == "symmetric")) - 1
+    low = -levels if isinstance(fmt, Integer) and fmt.zero == "symmetric" else 0
+    scale = hat.scale if hat.scale.numel() == 1 else hat.scale.view([1 if d in dims else n for d, n in enumerate(view)])
+    t = x.float().reshape(view) / scale + hat.zero
+    clipped = ((t < low - 0.5) | (t > levels + 0.5)).float().mean() if x.numel() else torch.zeros(())
+    return Quantized(values, float(clipped))
+
+
+def _count(
+    op: Op,
+    setting: Setting,
+    product: str,
+    engine: str,
+    names: tuple[str, str],
+    shapes: tuple[torch.Size, torch.Size, torch.Size],
+) -> None:
+    """Show the shapes of a product to every counter."""
+    call = ProductCall(
+        source=setting.source,
+        layer=setting.layer,
+        product=product,
+        kind=op.kind,
+        engine=engine,
+        bits=(bits_of(setting, product, names[0]), bits_of(setting, product, names[1])),
+        op=op,
+        input=shapes[0],
+        weight=shapes[1],
+        output=shapes[2],
+    )
+    for counter in _counters:
+        counter(call)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -590,21 +898,33 @@ class _Products(torch.autograd.Function):
         dtype: torch.dtype,
         expected: tuple[str, ...],
     ) -> Tensor:
-        y, saved, ctx.kept = outputs(x, w, bias, op, setting, expected, ctx.needs_input_grad[:2])
+        needs = ctx.needs_input_grad[:2]
+        if runs_integer(x, w, setting):
+            y, kept = _integer_outputs(x, w, bias, op, setting, dtype, expected, needs)
+            # Codes are saved as tensors, so that they go as soon as the backward has used them.
+            ctx.save_for_backward(w, *(None if o is None else o.q for o in (kept.x, kept.w)))
+            ctx.kept = replace(kept, x=_without(kept.x), w=_without(kept.w))
+            return y
+        y, saved, ctx.kept = outputs(x, w, bias, op, setting, expected, needs)
         ctx.save_for_backward(*saved)
         return y.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        kept: _Kept = ctx.kept
+        kept: _Kept | _KeptCodes = ctx.kept
         if torch.is_grad_enabled():
             raise RuntimeError(
                 f"{kept.setting.layer or kept.op.kind}: create_graph=True asks for a second derivative, and quantised "
                 "products have none: rounding is differentiated once, straight through. Call backward without "
                 "create_graph, or restore_ this layer"
             )
+        if isinstance(kept, _KeptCodes):
+            w, x_q, w_q = ctx.saved_tensors
+            kept = replace(kept, x=kept.x and replace(kept.x, q=x_q), w=kept.w and replace(kept.w, q=w_q))
+            with torch.autocast("cpu", enabled=False):
+                return (*_integer_gradients(grad_output, w, kept, ctx.needs_input_grad[:3]), None, None, None, None)
         x_hat, w = ctx.saved_tensors
-        with torch.autocast(grad_output.device.type, enabled=False):
+        with torch.autocast(autocast_device(grad_output), enabled=False):
             grads = gradients(_compute(grad_output), x_hat, w, kept, ctx.needs_input_grad[:3])
         return (*grads, None, None, None, None)
 
@@ -666,27 +986,14 @@ def _run(
         x_shape, w_shape, y_shape = shapes[0], shapes[1], shapes[2] or result.shape
         if _counters:
             first, second = operands
-            call = ProductCall(
-                source=setting.source,
-                layer=setting.layer,
-                product=product,
-                kind=op.kind,
-                engine=setting.engine,
-                bits=(bits_of(setting, product, first), bits_of(setting, product, second)),
-                op=op,
-                input=x_shape,
-                weight=w_shape,
-                output=y_shape,
-            )
-            for counter in _counters:
-                counter(call)
+            _count(op, setting, product, "reference", (first, second), (x_shape, w_shape, y_shape))
         if _observers:
             run = ProductRun(
                 source=setting.source,
                 layer=setting.layer,
                 product=product,
                 kind=op.kind,
-                engine=setting.engine,
+                engine="reference",
                 kernel=op.kernel(product),
                 macs=op.macs(x_shape, w_shape, y_shape),
                 operands={
@@ -722,9 +1029,14 @@ def bits_of(setting: Setting, product: str, operand: str) -> int:
     return fmt.bits if bits is None or not isinstance(fmt, Integer) else int(bits)
 
 
+def autocast_device(x: Tensor) -> str:
+    """The device whose autocast counts for `x`; the meta device, where runs are planned, has none of its own."""
+    return "cpu" if x.is_meta else x.device.type
+
+
 def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting) -> Tensor:
     """Check dtypes and compute outside autocast; the result has autocast's dtype where that is on, else that of `x`."""
-    device = x.device.type
+    device = autocast_device(x)
     autocast = torch.is_autocast_enabled(device)
     for name, tensor in (("input", x), ("weight", w), ("bias", bias)):
         if tensor is not None and not tensor.is_floating_point():

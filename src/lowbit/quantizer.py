@@ -106,16 +106,33 @@ def encode(
     dims = tuple(range(x.dim())) if dims is None else dims
     levels = float(fmt.code_range[1]) if levels is None else levels
     lo, hi = observed or extremes(x, rule=fmt.range, dims=dims)
+    scale, zero, low, high = grid_of(lo, hi, fmt, levels)
     if fmt.zero == "symmetric":
-        scale = reference.scale_of(torch.maximum(-lo, hi), levels, fmt.floor)
-        return Codes(reference.codes_symmetric(x, scale, levels, noise), scale, None, None, -levels, levels)
+        return Codes(reference.codes_symmetric(x, scale, levels, noise), scale, None, None, low, high)
+    assert zero is not None
+    if fmt.zero == "integer":
+        return Codes(reference.codes_affine(x, scale, zero, levels, noise), scale, zero, None, low, high)
+    return Codes(reference.codes_offset(x, scale, zero, levels, noise), scale, None, zero, low, high)
+
+
+def grid_of(
+    lo: Tensor, hi: Tensor, fmt: Integer, levels: Tensor | float
+) -> tuple[Tensor, Tensor | None, Tensor | float, Tensor | float]:
+    """The grid of a format over a range: scale, zero point or float offset (None for 0), smallest and largest code.
+
+    Args:
+        lo: smallest values, any shape.
+        hi: largest values, the same shape.
+        fmt: the format.
+        levels: the largest code.
+    """
+    if fmt.zero == "symmetric":
+        return reference.scale_of(torch.maximum(-lo, hi), levels, fmt.floor), None, -levels, levels
     if fmt.zero == "integer":
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         scale = reference.scale_of(hi - lo, levels, fmt.floor)
-        zero = reference.zero_point(lo, scale, levels)
-        return Codes(reference.codes_affine(x, scale, zero, levels, noise), scale, zero, None, 0.0, levels)
-    scale = reference.scale_of(hi - lo, levels, fmt.floor)
-    return Codes(reference.codes_offset(x, scale, lo, levels, noise), scale, None, lo, 0.0, levels)
+        return scale, reference.zero_point(lo, scale, levels), 0.0, levels
+    return reference.scale_of(hi - lo, levels, fmt.floor), lo, 0.0, levels
 
 
 def _check_tensor(x: Tensor) -> None:

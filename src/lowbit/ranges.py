@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import Integer, RangeRule, RunningStart
+from lowbit.kernels import cpu
 
 
 def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -33,12 +34,22 @@ def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...]) -> tuple[Tens
     if x.numel() == 0:
         zeros = x.new_zeros(shape)
         return zeros, zeros
-    if rule == "sample-mean" and x.dim() > 1:
-        samples = x.flatten(1)
-        return samples.amin(1).mean().reshape(shape), samples.amax(1).mean().reshape(shape)
     if not dims:
         return x, x
-    return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+    by_sample = rule == "sample-mean" and x.dim() > 1
+    if cpu.runs(x) and len(dims) == x.dim() and _is_dense(x):
+        samples = x.shape[0] if by_sample else 1
+        lo, hi = cpu.extremes(x, (1, samples, x.numel() // samples, False))
+    elif by_sample:
+        lo, hi = x.flatten(1).amin(1), x.flatten(1).amax(1)
+    else:
+        return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+    return lo.mean().reshape(shape), hi.mean().reshape(shape)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether memory holds the samples one after the other, without gaps."""
+    return x.is_contiguous() or (x.dim() > 2 and x.movedim(1, -1).is_contiguous())
 
 
 def new_running_range() -> Tensor:

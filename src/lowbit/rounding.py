@@ -132,6 +132,9 @@ class Noise(Protocol):
     def draw(self, product: str, operand: str, x: Tensor) -> Tensor:
         """Uniform draws in [0, 1) for rounding `x`, in its shape and on its device."""
 
+    def words(self, product: str, operand: str) -> tuple[int, int] | None:
+        """The two words that select the noise field, for kernels that make it as they go; None where it is recorded."""
+
     def branch(self, name: str) -> "Noise":
         """Other noise for a part of the same operands that is computed apart."""
 
@@ -155,6 +158,11 @@ class CounterNoise:
         key = noise_key(self.key, tensor_id(self.layer, product, operand, self.use))
         return uniform_noise(key, x.shape, x.device)
 
+    def words(self, product: str, operand: str) -> tuple[int, int]:
+        """The words of that field."""
+        first, second = noise_key(self.key, tensor_id(self.layer, product, operand, self.use)).tolist()
+        return first, second
+
     def branch(self, name: str) -> "CounterNoise":
         """The noise of a layer of another name."""
         return replace(self, layer=f"{self.layer}#{name}")
@@ -175,6 +183,10 @@ class RecordedNoise:
                 f"no recorded noise of shape {tuple(x.shape)} for {operand} in {product}; recorded: {have}"
             )
         return draws.to(x.device)
+
+    def words(self, product: str, operand: str) -> None:  # noqa: ARG002 - recorded noise has none
+        """None."""
+        return
 
     def branch(self, name: str) -> "RecordedNoise":  # noqa: ARG002 - records do not tell parts apart
         """The same records: the draws of each part have its shape."""

@@ -20,6 +20,7 @@ from lowbit.convert import plain_type
 from lowbit.errors import RunError, UsageError
 from lowbit.formats import Integer
 from lowbit.nn.layers import QuantLayer
+from lowbit.outside import UNCOUNTED, multiplications
 from lowbit.products import OperandRun, ProductRun
 from lowbit.tables import text_table
 
@@ -353,37 +354,11 @@ def _macs_of_rnn(x: Tensor, w_input: Tensor, w_recurrent: Tensor) -> int:
 
 
 _aten = torch.ops.aten
-# Operators whose MACs torch's own counter does not give or gives wrongly on a CPU; (arguments, result) -> MACs.
-_FORMULAS: dict[Any, Callable[[Sequence[Any], Any], int]] = {
-    _aten.linear: lambda a, out: out.numel() * a[0].shape[-1],
-    _aten.mv: lambda a, _: a[0].numel(),
-    _aten.addmv: lambda a, _: a[1].numel(),
-    _aten.dot: lambda a, _: a[0].numel(),
-    _aten.vdot: lambda a, _: a[0].numel(),
-    _aten.addr: lambda _, out: out.numel(),
-    _aten.addbmm: lambda a, _: a[1].numel() * a[2].shape[-1],
-    _aten._addmm_activation: lambda a, out: out.numel() * a[1].shape[-1],
-    _aten.convolution: lambda a, out: _macs_of_convolution(out.shape, a[0], a[1], a[6]),
-    _aten.convolution_backward: lambda a, _: sum(a[10][:2]) * _macs_of_convolution(a[0].shape, a[1], a[2], a[7]),
-    _aten._scaled_dot_product_flash_attention_for_cpu: lambda a, _: _macs_of_attention(*a[:3], inner=1, outer=1),
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda a, _: _macs_of_attention(
-        *a[1:4], inner=3, outer=2
-    ),
-    _aten.mkldnn_rnn_layer: lambda a, _: _macs_of_rnn(*a[:3]),
-    _aten.mkldnn_rnn_layer_backward: lambda a, _: 2 * _macs_of_rnn(*a[:3]),
-}
-# Operators that multiply inside and have no formula: listed without a count.
-_UNCOUNTED = {
-    getattr(_aten, name)
-    for name in (
-        "_transformer_encoder_layer_fwd",
-        "_native_multi_head_attention",
-        "_int_mm",
-        "_trilinear",
-        "_cudnn_rnn",
-        "_cdist_forward",
-    )
-    if hasattr(_aten, name)
+# Operators of the backward pass whose MACs torch's own counter does not give or gives wrongly on a CPU.
+_BACKWARD: dict[Any, Callable[[Sequence[Any]], int]] = {
+    _aten.convolution_backward: lambda a: sum(a[10][:2]) * _macs_of_convolution(a[0].shape, a[1], a[2], a[7]),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda a: _macs_of_attention(*a[1:4], inner=3, outer=2),
+    _aten.mkldnn_rnn_layer_backward: lambda a: 2 * _macs_of_rnn(*a[:3]),
 }
 
 
@@ -402,11 +377,13 @@ class _Outside(TorchDispatchMode):
         packet = func._overloadpacket
         if products.is_inside():
             return out
-        if packet in _FORMULAS:
-            self._add(packet, _FORMULAS[packet](args, out))
+        if packet in _BACKWARD:
+            self._add(packet, _BACKWARD[packet](args))
+        elif (found := multiplications(packet, args, kwargs or {}, out)) is not None:
+            self._add(packet, sum(m.macs * m.times for m in found))
         elif packet in flop_registry:
             self._add(packet, flop_registry[packet](*args, **(kwargs or {}), out_val=out) // 2)
-        elif packet in _UNCOUNTED:
+        elif packet in UNCOUNTED:
             self._add(packet, None)
         return out
 
@@ -418,7 +395,7 @@ class _Outside(TorchDispatchMode):
         row.macs = None if macs is None or row.macs is None else row.macs + macs
 
 
-def _site_names(model: nn.Module) -> dict[object, str]:
+def site_names(model: nn.Module) -> dict[object, str]:
     """The layers' names in this model by their sites; a site of a recurrent layer is named after its weight."""
     names: dict[object, str] = {}
     for name, layer in model.named_modules():
@@ -456,7 +433,7 @@ def verify(model: nn.Module) -> Iterator[Proof]:
     """
     if not any(isinstance(m, QuantLayer) for m in model.modules()):
         raise UsageError("verify: nothing in this model is converted; call lowbit.convert_ first")
-    proof, collector = Proof(), _Collector(_site_names(model))
+    proof, collector = Proof(), _Collector(site_names(model))
     with ModuleTracker() as tracker, _Outside(tracker) as outside, products.observed_by(collector):
         yield proof
     proof.rows.extend(_by_layer(collector.rows))

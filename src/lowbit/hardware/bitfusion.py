@@ -27,10 +27,22 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lowbit.errors import UsageError
+from lowbit.errors import UsageError, unknown
 
 OUTPUT_BITS = 32  # a partial sum, in the output buffer and in DRAM, whatever the widths of the operands
 MAX_BITS = 16  # the widest operand that Fusion Units can be combined for
+
+# The arguments of `BitFusion.estimate` in the order K, O, S, I, F, B, a, w.
+_LAYER_ARGUMENTS = (
+    "kernel",
+    "output_size",
+    "stride",
+    "in_channels",
+    "out_channels",
+    "batch",
+    "input_bits",
+    "weight_bits",
+)
 
 LOOPS = "bwhio"
 NAMES = {"b": "batch", "w": "output_column", "h": "output_row", "i": "in_channels", "o": "out_channels"}
@@ -424,46 +436,74 @@ class BitFusion:
         Raises:
             UsageError: as `estimate`.
         """
-        _check_count("input_size", input_size)
         _check_bits("grad_bits", grad_bits)
         if bifurcated_bits is not None:
             _check_bits("bifurcated_bits", bifurcated_bits)
-        output = self.estimate(
-            kernel=kernel,
-            output_size=output_size,
-            stride=stride,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            batch=batch,
-            input_bits=input_bits,
-            weight_bits=weight_bits,
-            first_layer=first_layer,
-        )
-        grad_input = (
-            None
-            if first_layer
-            else self.estimate(
+        grad_weight_bits = grad_bits if bifurcated_bits is None else bifurcated_bits
+
+        def product(name: str, bits: tuple[int, int]) -> Estimate:
+            return self.product(
+                name,
                 kernel=kernel,
-                output_size=input_size,
-                stride=1,
-                in_channels=out_channels,
-                out_channels=in_channels,
+                output_size=output_size,
+                input_size=input_size,
+                stride=stride,
+                in_channels=in_channels,
+                out_channels=out_channels,
                 batch=batch,
-                input_bits=grad_bits,
-                weight_bits=weight_bits,
+                bits=bits,
+                first_layer=first_layer,
             )
+
+        return TrainingEstimate(
+            output=product("output", (input_bits, weight_bits)),
+            grad_input=None if first_layer else product("grad_input", (grad_bits, weight_bits)),
+            grad_weight=product("grad_weight", (grad_weight_bits, input_bits)),
         )
-        grad_weight = self.estimate(
-            kernel=1,
-            output_size=1,
-            stride=1,
-            in_channels=batch * output_size**2,
-            out_channels=out_channels,
-            batch=kernel**2 * in_channels,
-            input_bits=input_bits,
-            weight_bits=grad_bits if bifurcated_bits is None else bifurcated_bits,
-        )
-        return TrainingEstimate(output=output, grad_input=grad_input, grad_weight=grad_weight)
+
+    def product(
+        self,
+        name: str,
+        *,
+        kernel: int,
+        output_size: int,
+        input_size: int,
+        stride: int,
+        in_channels: int,
+        out_channels: int,
+        batch: int,
+        bits: tuple[int, int],
+        first_layer: bool = False,
+    ) -> Estimate:
+        """One of the three products of a layer, mapped as `training` does.
+
+        Args:
+            name: ``"output"``, ``"grad_input"`` or ``"grad_weight"``.
+            kernel: as in `training`, and so the others that are not here.
+            output_size: O, in pixels.
+            input_size: side of the layer's input in pixels, padding left out.
+            stride: S, in pixels.
+            in_channels: I.
+            out_channels: F.
+            batch: samples.
+            bits: widths of its operands: (input, weight), (grad_output, weight) or (grad_output, input).
+            first_layer: whether the layer reads the network's input; counts for its output.
+
+        Raises:
+            UsageError: no such product, or as `estimate`.
+        """
+        _check_count("input_size", input_size)
+        first, second = bits
+        # K, O, S, I, F, B, a and w of the layer that the product is on the array.
+        mapped = {
+            "output": (kernel, output_size, stride, in_channels, out_channels, batch, first, second),
+            "grad_input": (kernel, input_size, 1, out_channels, in_channels, batch, first, second),
+            "grad_weight": (1, 1, 1, batch * output_size**2, out_channels, kernel**2 * in_channels, second, first),
+        }
+        if name not in mapped:
+            raise unknown("product", name, mapped)
+        layer = dict(zip(_LAYER_ARGUMENTS, mapped[name], strict=True))
+        return self.estimate(**layer, first_layer=first_layer and name == "output")
 
     def peak(self, *, input_bits: int, weight_bits: int) -> float:
         """The roof: multiply-accumulates per cycle with every Fusion Unit busy, ``N M P``.

@@ -6,6 +6,7 @@ Notation: x input ``(B, C, *size)``, mu mean, N = B * prod(size) values per chan
 ``sigma = kappa / K * sum_k R_k / sqrt(2 ln n_k)``, ``y = gamma (x - mu) / d + beta``.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 
 from lowbit import products
 from lowbit.formats import Format, Integer
+from lowbit.integer import is_channels_last
+from lowbit.kernels import cpu
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Clock, Site, is_recomputing, runs_eagerly
-from lowbit.quantizer import levels_of, quantize
+from lowbit.quantizer import grid_of, levels_of, quantize
+from lowbit.ranges import extremes
 from lowbit.recipe import Constant, EpsilonPlace, RangeNorm, Recipe
 from lowbit.rounding import Noise
 
@@ -68,10 +72,10 @@ def range_statistics(x: Tensor, *, constant: Constant, chunks: int) -> Statistic
             f"Range BN got an input of shape {tuple(x.shape)}: {count} value(s) per channel have no range. Use a "
             "larger batch, or leave this layer out with a rule"
         )
-    number = min(chunks, count // 2)
-    short, longer = divmod(count, number)
-    lengths = [short + 1] * longer + [short] * (number - longer)
-    starts = torch.tensor([0, *lengths[:-1]], device=x.device).cumsum(0)
+    lengths, first = chunk_lengths(count, chunks)
+    number, longer = len(lengths), lengths.count(lengths[-1] + 1)
+    short = lengths[-1]
+    starts = torch.tensor(first, device=x.device)
     split = longer * (short + 1)
     parts = [rows[:, :split].unflatten(1, (longer, short + 1))] if longer else []
     parts.append(rows[:, split:].unflatten(1, (number - longer, short)))
@@ -87,6 +91,14 @@ def range_statistics(x: Tensor, *, constant: Constant, chunks: int) -> Statistic
         argmin=torch.cat([w.indices for w in low], 1) + starts,
         slope=slope,
     )
+
+
+def chunk_lengths(count: int, chunks: int) -> tuple[list[int], list[int]]:
+    """Lengths and first indices of the chunks that `count` values are cut into, the longer ones first."""
+    number = min(chunks, count // 2)
+    short, longer = divmod(count, number)
+    lengths = [short + 1] * longer + [short] * (number - longer)
+    return lengths, [0, *itertools.accumulate(lengths[:-1])]
 
 
 def divisor(sigma: Tensor, eps: float, place: EpsilonPlace) -> Tensor:
@@ -121,6 +133,8 @@ class NormSetting:
     def quantized(self, x: Tensor, operand: str, expected: tuple[str, ...] = ()) -> Tensor:
         """`x`, which is the layer's ``"input"`` or ``"grad_output"``, in its format; shown to observers."""
         fmt: Format = getattr(self.norm, operand)
+        if x.is_meta:  # shapes without values, as when a run is planned
+            return torch.empty_like(x)
         noise, levels, width = None, None, fmt.bits
         if isinstance(fmt, Integer):
             if fmt.stochastic and self.noise is not None:
@@ -252,6 +266,174 @@ def _flat_index(index: Tensor, shape: torch.Size) -> Tensor:
     return ((index // positions * shape[1] + channel) * positions + index % positions).flatten()
 
 
+def _codes(x: Tensor, setting: NormSetting, operand: str) -> tuple[Tensor, float, int] | None:
+    """Codes of x as rows by channels, with scale and zero point; None where the native passes do not take it."""
+    fmt: Format = getattr(setting.norm, operand)
+    channels = x.shape[1]
+    if setting.engine != "int8" or not cpu.runs(x) or not isinstance(fmt, Integer) or fmt.zero != "integer":
+        return None
+    bits = fmt.bits if setting.bits is None else int(setting.bits[0 if operand == "input" else 1])
+    if bits > 8 or x.numel() == 0 or products.is_observed() or not is_channels_last(x):
+        return None
+    key = None
+    if fmt.stochastic:
+        key = None if setting.noise is None else setting.noise.words("normalization", operand)
+        if key is None:
+            return None
+    observed = setting.input_range if operand == "input" else None
+    lo, hi = observed or extremes(x, rule=fmt.range, dims=tuple(range(x.dim())))
+    scale, zero, low, high = grid_of(lo.reshape(1), hi.reshape(1), fmt, float(2**bits - 1))
+    grid = cpu.Grid(scale=scale, zero=zero, low=float(low), high=float(high), key=key)
+    q = cpu.encode(x, (x.shape[0], channels, math.prod(x.shape[2:]), True), grid, signed=False)
+    assert zero is not None
+    point = float(zero)
+    return q, float(scale), 0 if math.isnan(point) else int(point)
+
+
+class _RangeBatchNormOfCodes(torch.autograd.Function):
+    """The same on codes: one pass to encode, one for statistics, one to normalise; codes are kept for the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        setting: NormSetting,
+        fixed: tuple[Tensor, Tensor] | None,
+        codes: tuple[Tensor, float, int],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, scale, zero = codes
+        channels = x.shape[1]
+        found = None
+        if fixed is None:
+            found = code_statistics(q, channels, scale, zero, setting.norm)
+            mean, sigma = found.mean, found.sigma
+        else:
+            mean, sigma = fixed
+        d = divisor(sigma, setting.eps, setting.norm.epsilon)
+        gamma = torch.ones_like(d) if weight is None else weight.float()
+        beta = torch.zeros_like(d) if bias is None else bias.float()
+        slope = gamma / d
+        y = torch.empty_like(x)
+        cpu.affine(q, slope * scale, beta - slope * (mean + zero * scale), y)
+        ctx.save_for_backward(q, weight, mean, sigma, d)
+        ctx.kept = (setting, found, scale, zero, bias is not None, x.shape, x.dtype)
+        ctx.mark_non_differentiable(mean, sigma)
+        return y, mean, sigma
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "Range BN has no second derivative here: call backward without create_graph=True, or restore_ the layer"
+            )
+        q, weight, mean, sigma, d = ctx.saved_tensors
+        setting, found, scale, zero, has_bias, shape, dtype = ctx.kept
+        if not is_channels_last(grad_output):
+            grad_output = torch.empty_like(_in_rows(shape, grad_output.dtype)).copy_(grad_output)
+        codes = _codes(grad_output, setting, "grad_output")
+        if codes is None:  # an observer came, or recorded noise: the definition, on the values of the codes
+            values = (_in_rows(shape, torch.float32, q).float() - zero) * scale
+            normalized = (values - _per_channel(mean, values)) / _per_channel(d, values)
+            stats = None if found is None else found.statistics(setting.norm)
+            g = setting.quantized(grad_output.float(), "grad_output")
+            grads = range_batch_norm_backward(g, normalized, weight, sigma, d, stats, setting.norm.epsilon)
+            dx = grads[0].to(dtype)
+        else:
+            dx = _in_rows(shape, dtype)
+            grads = _backward_of_codes(codes, q, scale, zero, weight, mean, sigma, d, found, setting, dx)
+        grad_weight = None if weight is None else grads[1].to(weight.dtype)
+        return dx, grad_weight, grads[2] if has_bias else None, None, None, None
+
+
+def _in_rows(shape: torch.Size, dtype: torch.dtype, numbers: Tensor | None = None) -> Tensor:
+    """A tensor (B, C, *size) whose memory is rows by channels: new, or of these numbers."""
+    order = (shape[0], *shape[2:], shape[1])
+    rows = torch.empty(order, dtype=dtype) if numbers is None else numbers.view(order)
+    return rows.movedim(-1, 1)
+
+
+@dataclass(frozen=True)
+class CodeStatistics:
+    """`Statistics` of codes: rows of the extremes ``(K, C)`` and the chunks' slopes ``(K,)``."""
+
+    mean: Tensor
+    sigma: Tensor
+    argmax: Tensor
+    argmin: Tensor
+    slope: Tensor
+
+    def statistics(self, _norm: RangeNorm) -> Statistics:
+        """The same with indices as `range_statistics` gives them."""
+        return Statistics(self.mean, self.sigma, self.argmax.t().long(), self.argmin.t().long(), self.slope)
+
+
+def code_statistics(q: Tensor, channels: int, scale: float, zero: int, norm: RangeNorm) -> CodeStatistics:
+    """`range_statistics` of the values ``(q - zero) * scale`` of codes that are rows by channels.
+
+    Raises:
+        ValueError: fewer than 2 rows.
+    """
+    count = q.numel() // channels
+    if count < 2:
+        raise ValueError(
+            f"Range BN got {count} value(s) per channel, which have no range. Use a larger batch, or leave this layer "
+            "out with a rule"
+        )
+    lengths, starts = chunk_lengths(count, norm.chunks)
+    high, low, argmax, argmin = cpu.code_extremes(q, channels, [*starts, count])
+    slope = torch.tensor([KAPPA[norm.constant] / len(lengths) / math.sqrt(2 * math.log(n)) for n in lengths])
+    total, _ = cpu.code_sums(q, None, channels)
+    mean = ((total.double() / count - zero) * scale).float()
+    spread = (high.float() - low.float()) * scale
+    return CodeStatistics(mean, (spread * slope[:, None]).sum(0), argmax, argmin, slope)
+
+
+def _backward_of_codes(
+    codes: tuple[Tensor, float, int],
+    q: Tensor,
+    scale: float,
+    zero: int,
+    weight: Tensor | None,
+    mean: Tensor,
+    sigma: Tensor,
+    d: Tensor,
+    found: CodeStatistics | None,
+    setting: NormSetting,
+    dx: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`range_batch_norm_backward` on codes, into `dx`; sums are exact integers until they are scaled."""
+    g, g_scale, g_zero = codes
+    channels = d.numel()
+    count = q.numel() // channels
+    total, product = cpu.code_sums(g, q, channels)
+    x_total = (mean.double() / scale + zero) * count if found is None else None
+    sum_q = cpu.code_sums(q, None, channels)[0].double() if x_total is None or g_zero else x_total
+    sum_g = total.double() - count * g_zero
+    both = product.double() - g_zero * sum_q - zero * sum_g
+    grad_bias = sum_g * g_scale
+    grad_weight = ((both * (g_scale * scale) - mean.double() * grad_bias) / d.double()).float()
+    grad_bias = grad_bias.float()
+    gamma = torch.ones_like(d) if weight is None else weight.float()
+    slope = gamma / d
+    average = grad_bias / count if found is not None else torch.zeros_like(grad_bias)
+    a, b = slope * g_scale, -slope * (g_zero * g_scale + average)
+    cpu.affine(g, a, b, dx)
+    if found is not None:
+        slope_d = sigma / d if setting.norm.epsilon == "inside" else torch.ones_like(d)
+        share = (-gamma * grad_weight / d * slope_d) * found.slope[:, None]
+        # Chunks are apart, so a value gets the share of one largest and one smallest at most; of a constant chunk both.
+        same = found.argmax == found.argmin
+        rows = dx.movedim(1, -1).reshape(-1, channels)
+        channel = torch.arange(channels).expand_as(found.argmax)
+        for index, sign in ((found.argmax, 1.0), (found.argmin, -1.0)):
+            at = index.long()
+            exact = a * g.view(-1, channels)[at, channel].float() + b + torch.where(same, 0.0, sign * share)
+            rows[at, channel] = exact.to(dx.dtype)
+    return dx, grad_weight, grad_bias
+
+
 def range_batch_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -278,8 +460,19 @@ def range_batch_norm(
     Source: Banner et al. 2018, arXiv:1805.11046, section 3; backward derived and checked against the authors' code.
     """
     dtype = x.dtype
+    if setting.engine == "int8" and x.device.type == "cpu" and not is_channels_last(x) and x.dim() > 1:
+        x = (
+            x.contiguous(memory_format=torch.channels_last)
+            if x.dim() == 4
+            else x.movedim(1, -1).contiguous().movedim(-1, 1)
+        )
+    codes = _codes(x, setting, "input")
+    if codes is not None:
+        with torch.autocast("cpu", enabled=False):
+            result: tuple[Tensor, Tensor, Tensor] = _RangeBatchNormOfCodes.apply(x, weight, bias, setting, fixed, codes)
+        return result
     x = x.float() if dtype in (torch.bfloat16, torch.float16) else x
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(products.autocast_device(x), enabled=False):
         expected = ("grad_input",) if torch.is_grad_enabled() and x.requires_grad else ()
         y, mean, sigma = _RangeBatchNorm.apply(x, weight, bias, setting, fixed, expected)
     return y.to(dtype), mean, sigma

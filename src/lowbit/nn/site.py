@@ -139,11 +139,11 @@ class Site(nn.Module):
 
     def input_range(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The extremes to use for `x`: recorded in training, the running ones in evaluation, None for its own."""
-        if not isinstance(self.input_format, Integer) or not x.is_floating_point():
+        if not isinstance(self.input_format, Integer) or not x.is_floating_point() or x.is_meta:
             return None
         if is_recomputing() and self.training:
             return None  # that of its own batch, as in the first run, which recorded it
-        values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        values = x.float() if x.dtype == torch.float16 else x
         return observed_extremes(values, self.input_format, self.running_range, training=self.training)
 
     def setting(self, x: Tensor) -> Setting:

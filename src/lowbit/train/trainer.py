@@ -1,7 +1,8 @@
 """Training runs on Lightning's Trainer that continue bit for bit after a kill.
 
 A run is a folder: ``config.yaml`` (every setting), ``conversion.txt``, ``proof.txt`` (what its first step ran),
-``last.ckpt``, ``csv/metrics.csv``, ``tensorboard/`` and, once it is complete, ``result.json``. What is random in
+``ledger.jsonl`` (what every step computed), ``measured.jsonl`` (seconds and joules), ``last.ckpt``,
+``csv/metrics.csv``, ``tensorboard/`` and, once it is complete, ``result.json``. What is random in
 step i follows from the settings and i alone: the loader is a pure function of (seed, epoch, batch), torch is seeded
 anew before each step, and lowbit counts its own noise.
 """
@@ -38,14 +39,17 @@ from torch import Tensor, nn
 import lowbit
 from lowbit.controller import PrecisionController, is_depthwise
 from lowbit.errors import RunError, UsageError
+from lowbit.meter import layer_names
 from lowbit.products import ProductCall, counted_by
 from lowbit.range_test import RangeTestResult
 from lowbit.train import checkpoint as files
 from lowbit.train import data, models
 from lowbit.train.config import RangeTestConfig, Result, TrainConfig, lr_factor
+from lowbit.train.measured import measured
 
 CHECKPOINT = "last.ckpt"
 CONFIG = "config.yaml"
+LEDGER = "ledger.jsonl"
 PROOF = "proof.txt"
 RESULT = "result.json"
 RANGE_TEST = "range-test.txt"
@@ -88,6 +92,24 @@ def resume(out: Path) -> Result:
     if (out / RESULT).is_file():
         return _read_result(out)
     return _run(config)
+
+
+def trained(out: Path) -> tuple[nn.Module, data.Data]:
+    """The converted model of a run's last checkpoint, and its data.
+
+    Raises:
+        UsageError: `out` is no run folder, or has no checkpoint yet.
+        RunError: the settings or the checkpoint are damaged.
+    """
+    if not (out / CONFIG).is_file() or not (out / CHECKPOINT).is_file():
+        raise UsageError(f"{out} has no {CONFIG} with a {CHECKPOINT}: give the folder of a run that saved a checkpoint")
+    config = _read_config(out)
+    loaded, module, _ = _assemble(config)
+    _read_progress(out / CHECKPOINT, module)
+    content = _load_checkpoint(out / CHECKPOINT, config)
+    module.load_state_dict(content["state_dict"])
+    lowbit.load_state_dict(module.model, content["lowbit"]["state"])
+    return module.model, loaded
 
 
 def range_test(config: RangeTestConfig) -> RangeTestResult:
@@ -330,6 +352,24 @@ class _StepTimer(Callback):
         return statistics.median(counted) if counted else None
 
 
+class _Meter(Callback):
+    """Ends the ledger's steps and evaluations where those of the run end."""
+
+    def __init__(self, meter: lowbit.Meter) -> None:
+        self.meter = meter
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.meter.step()
+
+    def on_validation_end(self, _: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, _Module)
+        name = "test_bits_per_byte" if pl_module.text else "test_accuracy"
+        self.meter.evaluated(name, pl_module.test[name], higher_is_better=not pl_module.text)
+
+    def on_save_checkpoint(self, *_: object) -> None:
+        self.meter.ledger.sync()  # a checkpoint never knows of a step that the ledger lost
+
+
 class _Rows(Callback):
     """A row of training figures every few steps, before that step's checkpoint (Lightning's come after)."""
 
@@ -469,8 +509,12 @@ def _run(config: TrainConfig) -> Result:
             proof = _prove(config, loaded, module.model)
             _write_text(config.out / PROOF, f"{proof.summary()}\n\n{proof}\n")
         if began < module.total_steps:
-            with _quiet():
-                trainer = _make_trainer(config, timer, began)
+            with (
+                _quiet(),
+                measured(config.out, steps=lambda: began + len(timer.seconds), seconds_per_step=timer.median),
+                lowbit.Meter(module.model, _open_ledger(config, module.model, began)) as meter,
+            ):
+                trainer = _make_trainer(config, timer, began, meter)
                 _fit(trainer, module, loaded, config.out, path if began else None)
     finally:
         torch.set_num_threads(threads_before)
@@ -593,9 +637,22 @@ def _prove(config: TrainConfig, loaded: data.Data, model: nn.Module) -> lowbit.P
     return proof
 
 
-def _make_trainer(config: TrainConfig, timer: _StepTimer, began: int) -> Trainer:
+def _open_ledger(config: TrainConfig, model: nn.Module, began: int) -> lowbit.Ledger:
+    """The ledger of the run, without the records that follow the checkpoint of step `began`."""
+    assert config.out is not None
+    path = config.out / LEDGER
+    if began and path.exists():
+        return lowbit.Ledger.resume(path, steps=began)
+    ledger = lowbit.Ledger.create(path, model=config.model, layers=layer_names(model), first_step=began)
+    if began:
+        ledger.add_note(f"the run had no ledger when it was resumed at step {began}: earlier steps are not in it")
+    return ledger
+
+
+def _make_trainer(config: TrainConfig, timer: _StepTimer, began: int, meter: lowbit.Meter) -> Trainer:
     assert config.out is not None
     callbacks = [
+        _Meter(meter),
         timer,
         _Rows(),
         _Precision(config.out),

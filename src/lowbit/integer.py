@@ -1,0 +1,427 @@
+"""The three products of linear layers and convolutions on integer codes, and on bf16 values where a recipe has them.
+
+Notation: x input, w weight, g grad_output; q code, S scale, z zero point; P positions, T taps of a kernel,
+C, O input and output channels of one group.
+
+Codes lie in memory as the products read them: activations (rows, channels) or (B, *size, channels), weights
+(first axis, T, second axis). A product is one call of `lowbit.kernels.cpu.multiply` for each group.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import Float, Format, Integer
+from lowbit.kernels import cpu
+from lowbit.kernels.cpu import Rows, Window
+from lowbit.quantizer import encode, grid_of
+from lowbit.ranges import extremes
+
+Unit = Literal["int8", "bf16"]
+Layout = Literal["matrix", "activation", "weight"]
+
+# The most numbers k whose products of codes, at most 255 * 127 each, fit in a signed 32-bit sum.
+MOST_SUMMED = (2**31 - 1) // (255 * 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codes:
+    """One operand as 8-bit codes: ``x ~ (q - zero) * scale``.
+
+    Args:
+        q: uint8 or int8, in the memory order that products read.
+        scale: float32, one or one for each row or channel that the product keeps.
+        zero: the code of a real zero.
+        shape: of the tensor the codes were made of.
+        layout: of the memory: as it is (``"matrix"``), (B, *size, C) or (first axis, taps, second axis).
+    """
+
+    q: Tensor
+    scale: Tensor
+    zero: int
+    shape: torch.Size
+    layout: Layout
+
+    def values(self, sharing: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+        """The real values, float32 in the shape of the tensor; `sharing` as for `encode_operand`."""
+        shape, view, dims = self.shape, *sharing
+        if self.layout == "matrix":
+            q = self.q.view(shape)
+        elif self.layout == "weight":
+            q = self.q.view(shape[0], -1, shape[1]).transpose(1, 2).reshape(shape)
+        else:
+            q = self.q.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+        one = self.scale.numel() == 1
+        scale = self.scale.view([1 if one or d in dims else n for d, n in enumerate(view)])
+        return (q.reshape(view).float() - self.zero).mul_(scale).reshape(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """One operand as it is, to be rounded to bf16 while it is multiplied: float32 or bfloat16, memory as of `Codes`."""
+
+    q: Tensor
+    shape: torch.Size
+    layout: Layout
+    zero: int = 0
+
+    @property
+    def scale(self) -> Tensor:
+        """One."""
+        return torch.ones(1)
+
+
+Operand = Codes | Values
+
+
+def missing(unit: Unit) -> str:
+    """Why this machine has not the units; empty where it has."""
+    sets = cpu.instruction_sets()
+    if sets is None:
+        return "lowbit was installed without its native kernels (no compiler): reinstall with a C++17 compiler"
+    wanted = "avx512vnni" if unit == "int8" else "avx512bf16"
+    if wanted not in sets:
+        return f"this processor, or ONEDNN_MAX_CPU_ISA, offers {', '.join(sets) or 'no vectors'} and not {wanted}"
+    return ""
+
+
+def refusal(formats: tuple[Format, Format], kept: tuple[bool, bool]) -> str:
+    """Why two operands cannot be multiplied on integer or bf16 units; empty where they can.
+
+    Args:
+        formats: of the two operands, with the bits of the moment.
+        kept: whether each operand's scales lie along axes that the product keeps.
+    """
+    for fmt, keeps in zip(formats, kept, strict=True):
+        if isinstance(fmt, Float) and fmt.name != "bf16":
+            return f"{fmt} has no units of 16 bits or fewer"
+        if isinstance(fmt, Integer):
+            if fmt.bits > 8:
+                return f"codes of {fmt.bits} bits do not fit 8-bit units"
+            if fmt.zero == "offset":
+                return "a float offset is no integer code"
+            if fmt.zero == "integer" and fmt.granularity != "tensor":
+                return f"a zero point per {fmt.granularity} is not one zero point"
+            if not keeps:
+                return f"scales per {fmt.granularity} lie along what the product sums over"
+    return missing(unit_of(formats))
+
+
+def unit_of(formats: tuple[Format, Format]) -> Unit:
+    """The units that multiply two formats: int8 for two integers, bf16 where one of them is bf16."""
+    return "int8" if all(isinstance(fmt, Integer) for fmt in formats) else "bf16"
+
+
+def _memory_view(x: Tensor, view: tuple[int, ...], dims: tuple[int, ...]) -> cpu.View | None:
+    """(outer, channels, inner, channels last) of x's memory, channels being what has a scale each; None if neither."""
+    kept = [d for d in range(len(view)) if d not in dims]
+    if kept and kept != list(range(kept[0], kept[-1] + 1)):
+        return None
+    first, last = (kept[0], kept[-1] + 1) if kept else (0, 0)
+    sizes = math.prod(view[:first]), math.prod(view[first:last]), math.prod(view[last:])
+    if x.is_contiguous():
+        return *sizes, False
+    if not kept:
+        return (x.shape[0], x.shape[1], math.prod(x.shape[2:]), True) if is_channels_last(x) else None
+    return (*sizes, True) if is_channels_last(x) and sizes[:2] == tuple(x.shape[:2]) else None
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether memory is (B, *size, C) without gaps."""
+    return x.dim() > 1 and x.movedim(1, -1).is_contiguous()
+
+
+def _ordered_view(x: Tensor, whole: bool, view: tuple[int, ...], dims: tuple[int, ...]) -> cpu.View | None:
+    """The view of a weight whose memory is (first axis, taps, second axis)."""
+    first, second = x.shape[:2]
+    taps = math.prod(x.shape[2:])
+    kept = [n for d, n in enumerate(view) if d not in dims and n > 1]
+    if whole:
+        return 1, 1, x.numel(), False
+    if kept == [first] and first != second:
+        return 1, first, taps * second, False
+    if kept == [second] and first != second:
+        return first * taps, second, 1, False
+    if first == second and view[0] == 1 and len(kept) == 1:  # (groups 1, first, second, *kernel)
+        return (1, first, taps * second, False) if 1 not in dims else (first * taps, second, 1, False)
+    return None
+
+
+def encode_operand(
+    x: Tensor,
+    fmt: Format,
+    *,
+    layout: Layout,
+    sharing: tuple[tuple[int, ...], tuple[int, ...]],
+    levels: float,
+    key: tuple[int, int] | None,
+    observed: tuple[Tensor, Tensor] | None,
+) -> Operand:
+    """Codes of one operand of one product, or its values where the format is bf16.
+
+    Args:
+        x: float32 or bfloat16 on the CPU, in its own shape.
+        fmt: a format that `refusal` lets pass.
+        layout: the memory order that products read.
+        sharing: view shape and the dims of it that share a scale.
+        levels: the largest code.
+        key: words of the noise field; needed iff the format rounds stochastically.
+        observed: lo and hi in place of those of `x`.
+    """
+    if isinstance(fmt, Float):
+        return Values(q=_in_order(x, layout), shape=x.shape, layout=layout)
+    view, dims = sharing
+    weight = layout == "weight"
+    taps = 1 if layout == "matrix" else math.prod(x.shape[2:])
+    x = x.contiguous() if layout == "matrix" else x
+    memory = _memory_view(x, view, dims)
+    last = memory is not None and memory[3]
+    ordered = weight and is_channels_last(x) and not x.is_contiguous()
+    if ordered:  # its memory is in the wanted order already; noise numbers would not be
+        memory = _ordered_view(x, len(dims) == len(view), view, dims) if key is None else None
+    transposed = not last and not ordered and taps > 1
+    if transposed and memory is not None:
+        outer, channels, inner, _ = memory
+        if channels == 1:
+            memory = (x.shape[0], x.shape[1], taps, False)
+        elif not weight or (inner == taps and not (outer > 1 and inner < 64)) or (inner != taps and outer != 1):
+            memory = None
+    if x.numel() == 0 or memory is None:
+        return _encode_slowly(x.contiguous(), fmt, layout, sharing, levels, key, observed)
+    whole = len(dims) == len(view)
+    lo, hi = observed or (extremes(x, rule=fmt.range, dims=tuple(range(x.dim()))) if whole else cpu.extremes(x, memory))
+    scale, zero, low, high = grid_of(lo.reshape(-1), hi.reshape(-1), fmt, levels)
+    grid = cpu.Grid(scale=scale, zero=zero, low=float(low), high=float(high), key=key)
+    q = cpu.encode(x, memory, grid, signed=fmt.zero == "symmetric", taps=taps if transposed else 1)
+    return Codes(q=q, scale=scale, zero=_whole(zero), shape=x.shape, layout=layout)
+
+
+def _whole(zero: Tensor | None) -> int:
+    """A zero point as a number; 0 where it is nan, and the scale with it."""
+    value = 0.0 if zero is None else float(zero)
+    return 0 if math.isnan(value) else int(value)
+
+
+def _in_order(x: Tensor, layout: Layout) -> Tensor:
+    """The memory order that products read, flat."""
+    if layout == "matrix":
+        return x.contiguous().flatten()
+    if layout == "weight":
+        return x.flatten(2).transpose(1, 2).contiguous().flatten()
+    return x.movedim(1, -1).contiguous().flatten()
+
+
+def _encode_slowly(
+    x: Tensor,
+    fmt: Integer,
+    layout: Layout,
+    sharing: tuple[tuple[int, ...], tuple[int, ...]],
+    levels: float,
+    key: tuple[int, int] | None,
+    observed: tuple[Tensor, Tensor] | None,
+) -> Codes:
+    """The same through the torch twin, for tensors whose memory the native passes do not take."""
+    view, dims = sharing
+    x = x.float()
+    noise = None if key is None else cpu.noise(x.numel(), key).view(view)
+    seen = None if observed is None else (observed[0].view((1,) * len(view)), observed[1].view((1,) * len(view)))
+    codes = encode(x.reshape(view), fmt, dims=dims, levels=levels, noise=noise, observed=seen)
+    scale, zeros = codes.scale.flatten().contiguous(), codes.zero
+    q = codes.q.nan_to_num(0.0).to(torch.int8 if fmt.zero == "symmetric" else torch.uint8).reshape(x.shape)
+    return Codes(q=_in_order(q, layout), scale=scale, zero=_whole(zeros), shape=x.shape, layout=layout)
+
+
+# ---- products ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """The convolution that a layer's products are, with one to three axes; a linear layer has none."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool
+
+
+def output(
+    x: Operand, w: Operand, geometry: Geometry | None, shape: torch.Size, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``x w`` in `shape` plus bias, in `dtype`."""
+    if geometry is None:
+        return _matrix(_flat(x, True), _flat(w, True), x, w, shape, bias, dtype)
+    reach = _transposed if geometry.transposed else _plain
+    return reach(x, w, geometry, shape, bias, dtype)
+
+
+def grad_input(g: Operand, w: Operand, geometry: Geometry | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """``g w`` in `shape`, in `dtype`."""
+    if geometry is None:
+        return _matrix(_flat(g, True), _flat(w, False), g, w, shape, None, dtype)
+    reach = _plain if geometry.transposed else _transposed
+    return reach(g, w, geometry, shape, None, dtype)
+
+
+def grad_weight(
+    g: Operand, x: Operand, geometry: Geometry | None, shape: torch.Size, dtype: torch.dtype, *, ordered: bool = False
+) -> Tensor:
+    """``g x`` summed over positions in `shape`, in `dtype`; `ordered` gives a convolution's memory channels last."""
+    if geometry is None:
+        return _matrix(_flat(g, False), _flat(x, False), g, x, shape, None, dtype)
+    if geometry.transposed:  # the weight's first axis counts input channels
+        return _weight(x, g, geometry, shape, dtype, ordered)
+    return _weight(g, x, geometry, shape, dtype, ordered)
+
+
+def grad_bias(g: Tensor, geometry: Geometry | None) -> Tensor:
+    """The sum of g over all but its channels, float32."""
+    if geometry is None:
+        return cpu.sums(g.contiguous(), g.shape[-1])
+    return cpu.sums(g.movedim(1, -1).contiguous(), g.shape[1])
+
+
+def _flat(t: Operand, along: bool) -> Rows:
+    """A tensor ``(..., width)`` as rows."""
+    width = t.shape[-1]
+    return Rows(
+        data=t.q, rows=t.shape.numel() // max(width, 1), width=width, stride=width, along=along, zero=t.zero
+    )  # fmt: skip
+
+
+def _unit(a: Operand, b: Operand) -> bool:
+    return isinstance(a, Codes) and isinstance(b, Codes)
+
+
+def _matrix(
+    a: Rows, b: Rows, left: Operand, right: Operand, shape: torch.Size, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    out = torch.empty(shape, dtype=dtype)
+    k = a.width if a.along else a.rows
+    if k == 0 or out.numel() == 0:
+        return out.zero_() if bias is None else out.zero_().add_(bias.to(dtype))
+    cpu.multiply(
+        a, b, out, first=0, stride=shape[-1], taps=1, scales=(left.scale, right.scale), bias=bias,
+        codes=_unit(left, right),
+    )  # fmt: skip
+    return out
+
+
+def _three(values: tuple[int, ...], fill: int) -> tuple[int, int, int]:
+    padded = (*(fill,) * (3 - len(values)), *values)
+    return padded[0], padded[1], padded[2]
+
+
+def _window(geometry: Geometry, kernel: torch.Size, rows: torch.Size, reached: torch.Size, transposed: bool) -> Window:
+    """Rows count the positions of shape `rows`, taps reach for the side of shape `reached`, both (B, C, *size)."""
+    return Window(
+        position=(rows[0], *_three(tuple(rows[2:]), 1)),
+        size=_three(tuple(reached[2:]), 1),
+        kernel=_three(tuple(kernel), 1),
+        stride=_three(geometry.stride, 1),
+        padding=_three(geometry.padding, 0),
+        dilation=_three(geometry.dilation, 1),
+        transposed=transposed,
+        channels=reached[1] // geometry.groups,
+    )
+
+
+def _new(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """An empty (B, C, *size) whose memory is (B, *size, C)."""
+    return torch.empty((shape[0], *shape[2:], shape[1]), dtype=dtype).movedim(-1, 1)
+
+
+def _of_group(scale: Tensor, group: int, groups: int) -> Tensor:
+    """The scales of one group's channels."""
+    if scale.numel() == 1:
+        return scale
+    count = scale.numel() // groups
+    return scale[group * count : (group + 1) * count]
+
+
+def _row_scales(t: Operand, positions: int) -> Tensor:
+    """One scale, or one for each row where each sample has its own."""
+    return t.scale if t.scale.numel() == 1 else t.scale.repeat_interleave(positions)
+
+
+def _plain(
+    a: Operand, w: Operand, geometry: Geometry, shape: torch.Size, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Taps reach from each position of the smaller side; w is (N, T, C): N of the result, C of `a`."""
+    return _convolve(a, w, geometry, shape, bias, dtype, transposed=False)
+
+
+def _transposed(
+    a: Operand, w: Operand, geometry: Geometry, shape: torch.Size, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Taps reach from each position of the larger side; w is (C, T, N): C of `a`, N of the result."""
+    return _convolve(a, w, geometry, shape, bias, dtype, transposed=True)
+
+
+def _convolve(
+    a: Operand,
+    w: Operand,
+    geometry: Geometry,
+    shape: torch.Size,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    transposed: bool,
+) -> Tensor:
+    out = _new(shape, dtype)
+    groups, taps = geometry.groups, math.prod(w.shape[2:])
+    channels, wanted = a.shape[1] // groups, shape[1] // groups
+    k = taps * channels
+    if out.numel() == 0 or k == 0:
+        return out.zero_()
+    window = _window(geometry, w.shape[2:], shape, a.shape, transposed)
+    rows = shape.numel() // shape[1]
+    for group in range(groups):
+        left = Rows(
+            data=a.q, first=group * channels, rows=rows, width=k, stride=a.shape[1], along=True, zero=a.zero,
+            window=window,
+        )  # fmt: skip
+        first = group * (w.shape[0] // groups) * taps * w.shape[1]
+        if transposed:
+            right = Rows(
+                data=w.q, first=first, rows=k, width=wanted, stride=wanted, along=False, fold=channels, zero=w.zero
+            )  # fmt: skip
+        else:
+            right = Rows(data=w.q, first=first, rows=wanted, width=k, stride=k, along=True, zero=w.zero)
+        cpu.multiply(
+            left, right, out, first=group * wanted, stride=shape[1], taps=1,
+            scales=(_row_scales(a, rows // shape[0]), _of_group(w.scale, group, groups)),
+            bias=None if bias is None else bias[group * wanted : (group + 1) * wanted], codes=_unit(a, w),
+        )  # fmt: skip
+    return out
+
+
+def _weight(
+    small: Operand, large: Operand, geometry: Geometry, shape: torch.Size, dtype: torch.dtype, ordered: bool
+) -> Tensor:
+    """The gradient of a weight (first axis of `small`, second of `large`, *kernel)."""
+    out = _new(shape, dtype) if ordered else torch.empty(shape, dtype=dtype)
+    groups, taps = geometry.groups, math.prod(shape[2:])
+    count, channels = shape[0] // groups, shape[1]
+    rows = small.shape.numel() // max(small.shape[1], 1)
+    if out.numel() == 0 or rows == 0:
+        return out.zero_()
+    window = _window(geometry, shape[2:], small.shape, large.shape, False)
+    for group in range(groups):
+        left = Rows(
+            data=small.q, first=group * count, rows=rows, width=count, stride=small.shape[1], along=False,
+            zero=small.zero,
+        )  # fmt: skip
+        right = Rows(
+            data=large.q, first=group * channels, rows=rows, width=taps * channels, stride=large.shape[1],
+            along=False, zero=large.zero, window=window,
+        )  # fmt: skip
+        scales = _of_group(small.scale, group, groups), _of_group(large.scale, group, groups)
+        cpu.multiply(
+            left, right, out, first=group * count * taps * channels, stride=taps * channels, scales=scales,
+            taps=1 if ordered else taps, bias=None, codes=_unit(small, large),
+        )  # fmt: skip
+    return out

@@ -1,0 +1,260 @@
+"""The native kernels on torch tensors: types, shapes and memory checked here, addresses passed on.
+
+Notation: x real value, q code, S scale, z zero point. Views are (outer, channels, inner, channels last): a tensor whose
+memory is outer x channels x inner, or with channels last outer x inner x channels.
+"""
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int8: 3}
+
+View = tuple[int, int, int, bool]
+
+
+def _load() -> Any:
+    """The native module; None in an install without a compiler."""
+    if importlib.util.find_spec("lowbit.kernels._cpu") is None:
+        return None
+    return importlib.import_module("lowbit.kernels._cpu")
+
+
+_cpu = _load()
+
+
+def instruction_sets() -> list[str] | None:
+    """Instruction sets that native kernels use here, e.g. ``["avx2", "avx512", "avx512vnni"]``; None without them."""
+    return None if _cpu is None else list(_cpu.instruction_sets())
+
+
+def runs(x: Tensor) -> bool:
+    """Whether the native passes over memory take this tensor: dense float32 or bfloat16 on the CPU."""
+    return _cpu is not None and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+
+
+def extremes(x: Tensor, view: View) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each channel, float32 ``(channels,)``; nan where a nan is.
+
+    Args:
+        x: dense float32 or bfloat16 with at least one element, its memory as `view` says.
+        view: see the top of this file.
+    """
+    lo, hi = torch.empty(view[1]), torch.empty(view[1])
+    _cpu.extremes(x.data_ptr(), _TYPES[x.dtype], view, lo.data_ptr(), hi.data_ptr())
+    return lo, hi
+
+
+def sums(x: Tensor, width: int) -> Tensor:
+    """The sum of each column of dense memory of rows of `width` numbers, float32 ``(width,)``."""
+    to = torch.empty(width)
+    _cpu.sums(x.data_ptr(), _TYPES[x.dtype], x.numel() // max(width, 1), width, to.data_ptr())
+    return to
+
+
+def code_extremes(q: Tensor, channels: int, starts: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Largest and smallest code of each channel in each chunk of rows, and the first row that has them.
+
+    Args:
+        q: uint8 codes of rows by channels.
+        channels: numbers in a row.
+        starts: the first row of each chunk, then the number of rows.
+
+    Returns:
+        high, low uint8 ``(chunks, channels)``; rows of the first such code, int32, likewise.
+    """
+    shape = (len(starts) - 1, channels)
+    high, low = torch.empty(shape, dtype=torch.uint8), torch.empty(shape, dtype=torch.uint8)
+    argmax, argmin = torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.int32)
+    _cpu.code_extremes(
+        q.data_ptr(), channels, starts, high.data_ptr(), low.data_ptr(), argmax.data_ptr(), argmin.data_ptr()
+    )
+    return high, low, argmax, argmin
+
+
+def code_sums(a: Tensor, b: Tensor | None, channels: int) -> tuple[Tensor, Tensor]:
+    """Sums of codes of each channel, int64 ``(channels,)``: of `a`, and of `a` times `b` (zeros without `b`)."""
+    total, product = torch.zeros(channels, dtype=torch.int64), torch.zeros(channels, dtype=torch.int64)
+    rows, other = a.numel() // max(channels, 1), 0 if b is None else b.data_ptr()
+    _cpu.code_sums(a.data_ptr(), other, rows, channels, total.data_ptr(), product.data_ptr())
+    return total, product
+
+
+def affine(q: Tensor, a: Tensor, b: Tensor, y: Tensor) -> None:
+    """Write ``a q + b`` of each channel into `y`, float32 or bfloat16, of the memory order of `q`.
+
+    Args:
+        q: uint8 codes of rows by channels.
+        a: float32 ``(channels,)``.
+        b: float32 ``(channels,)``.
+        y: as many numbers as `q`.
+    """
+    a, b = a.float().contiguous(), b.float().contiguous()
+    rows = q.numel() // max(a.numel(), 1)
+    _cpu.affine(q.data_ptr(), rows, a.numel(), a.data_ptr(), b.data_ptr(), False, y.data_ptr(), _TYPES[y.dtype])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Where codes lie: ``q = clamp(round(x / S) + z, low, high)``, with `offset` ``q = round(clamp((x - o) / S))``.
+
+    Args:
+        scale: S, float32 contiguous, one or one for each channel.
+        zero: z, or o with `offset`; the shape of `scale`, or None for 0.
+        low: the smallest code.
+        high: the largest code.
+        offset: whether `zero` is a float offset.
+        key: the two words of the noise field, for stochastic rounding; None rounds to nearest.
+    """
+
+    scale: Tensor
+    zero: Tensor | None
+    low: float
+    high: float
+    offset: bool = False
+    key: tuple[int, int] | None = None
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As the native functions take it."""
+        first, second = self.key or (0, 0)
+        zero = 0 if self.zero is None else self.zero.data_ptr()
+        low, high, stochastic = float(self.low), float(self.high), self.key is not None
+        return (
+            self.scale.data_ptr(), zero, self.scale.numel(), low, high, self.offset, stochastic, first, second,
+        )  # fmt: skip
+
+
+def encode(x: Tensor, view: View, grid: Grid, *, signed: bool, taps: int = 1) -> Tensor:
+    """Codes as bytes, uint8 or int8, in the memory order of `x`.
+
+    Args:
+        x: as for `extremes`.
+        view: see the top of this file.
+        grid: scales and limits; codes must fit in a byte of the wanted sign.
+        signed: whether the bytes are int8.
+        taps: more than 1 transposes each record of (channels, taps) numbers to (taps, channels); a record is one
+            index of `outer`, or one channel where `outer` is 1 and each channel has a scale.
+
+    Returns:
+        A flat tensor of ``x.numel()`` codes.
+    """
+    codes = torch.empty(x.numel(), dtype=torch.int8 if signed else torch.uint8)
+    _cpu.encode(x.data_ptr(), _TYPES[x.dtype], view, *grid.arguments(), 0, taps, codes.data_ptr())
+    return codes
+
+
+def fake_quantize(x: Tensor, view: View, grid: Grid) -> Tensor:
+    """The values of the codes in the dtype, shape and memory order of `x`."""
+    y = torch.empty_like(x)
+    _cpu.fake_quantize(x.data_ptr(), _TYPES[x.dtype], view, *grid.arguments(), y.data_ptr())
+    return y
+
+
+def noise(count: int, key: tuple[int, int]) -> Tensor:
+    """The noise of elements 0 to count - 1, float32, as `lowbit.rounding.uniform_noise` makes it."""
+    u = torch.empty(count)
+    _cpu.noise(count, *key, u.data_ptr())
+    return u
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """How rows unfold a convolution, always with three spatial axes.
+
+    Args:
+        position: batch and sizes of the side that rows count.
+        size: of the side that the taps reach for.
+        kernel: taps along each axis.
+        stride: of the convolution.
+        padding: of the convolution.
+        dilation: of the convolution.
+        transposed: False: rows are output positions and taps reach for the input; True the other way.
+        channels: numbers at one place, of one group.
+    """
+
+    position: tuple[int, int, int, int]
+    size: tuple[int, int, int]
+    kernel: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    padding: tuple[int, int, int]
+    dilation: tuple[int, int, int]
+    transposed: bool
+    channels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """One side of a product as rows in memory.
+
+    Args:
+        data: codes (uint8, int8) or float32 or bfloat16.
+        first: number of the element that the first row starts at.
+        rows: number of rows.
+        width: numbers in a row.
+        stride: elements between rows, or with a window between places.
+        along: whether a row runs along the index that is summed; else each row is one such index.
+        fold: more than 0: row r is at ``r % fold * (rows / fold) + r / fold``.
+        zero: the code of a real zero.
+        window: how rows are found in a convolution.
+    """
+
+    data: Tensor
+    first: int = 0
+    rows: int
+    width: int
+    stride: int
+    along: bool
+    fold: int = 0
+    zero: int = 0
+    window: Window | None = None
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As the native function takes it."""
+        w = self.window
+        window = None if w is None else (
+            w.position, w.size, w.kernel, w.stride, w.padding, w.dilation, w.transposed, w.channels,
+        )  # fmt: skip
+        address = self.data.data_ptr() + self.first * self.data.element_size()
+        return (
+            address, _TYPES[self.data.dtype], self.rows, self.width, self.stride, self.fold, self.zero, window,
+        )  # fmt: skip
+
+
+def multiply(
+    a: Rows,
+    b: Rows,
+    out: Tensor,
+    *,
+    first: int,
+    stride: int,
+    taps: int,
+    scales: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    codes: bool,
+) -> None:
+    """Write ``out (m, n) = sum_k A B`` times the scales plus bias, into `out`.
+
+    Args:
+        a: the left side, whose rows are m, or k where not `along`.
+        b: the right side, whose rows are n, or k where not `along`.
+        out: float32 or bfloat16 memory.
+        first: number of the element of `out` that the result starts at.
+        stride: elements of `out` between rows.
+        taps: more than 1: columns (tap, channel) are written as (channel, tap).
+        scales: float32 of each row (one or m) and of each column (one, n or n / taps).
+        bias: float32 ``(n,)``.
+        codes: True multiplies bytes and sums in int32; False rounds both sides to bf16, codes to ``q - z``, and sums
+            in float32.
+    """
+    m, k = (a.rows, a.width) if a.along else (a.width, a.rows)
+    n = b.rows if b.along else b.width
+    rows, columns = scales
+    result = (
+        out.data_ptr() + first * out.element_size(), _TYPES[out.dtype], stride, taps,
+        rows.data_ptr(), rows.numel(), columns.data_ptr(), columns.numel(), 0 if bias is None else bias.data_ptr(),
+    )  # fmt: skip
+    _cpu.multiply(codes, a.arguments(), a.along, b.arguments(), b.along, m, n, k, result)

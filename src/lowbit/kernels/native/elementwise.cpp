@@ -1,0 +1,550 @@
+// Passes over memory: extremes, codes, values on the grid, noise. Plain loops that the compiler turns into vectors; this
+// file is compiled once for each instruction set, and LOWBIT_ISA names the copy.
+//
+// Every result equals that of the torch twin bit for bit: rounding is to even, x / S is correctly rounded, and nothing is
+// contracted.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "cpu.h"
+
+namespace lowbit {
+namespace LOWBIT_ISA {
+namespace {
+
+constexpr int64_t kRun = 1024;      // numbers that are worked on at a time, in the first-level cache
+constexpr int64_t kTask = 1 << 15;  // numbers of one thread's piece of work
+constexpr int64_t kShort = 64;      // runs of one scale shorter than this are worked on with a scale for each number
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The numbers x[0, count) as float: in place for float32, else converted into `buffer`.
+const float* load(const void* x, Type type, int64_t first, int64_t count, float* buffer) {
+    if (type == Type::f32) return static_cast<const float*>(x) + first;
+    const uint16_t* half = static_cast<const uint16_t*>(x) + first;
+    for (int64_t i = 0; i < count; i++) {
+        const uint32_t bits = static_cast<uint32_t>(half[i]) << 16;
+        std::memcpy(buffer + i, &bits, 4);
+    }
+    return buffer;
+}
+
+void store(const float* from, int64_t count, Type type, void* y, int64_t first) {
+    if (type == Type::f32) {
+        std::memcpy(static_cast<float*>(y) + first, from, count * sizeof(float));
+        return;
+    }
+    uint16_t* half = static_cast<uint16_t*>(y) + first;
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t u;
+        std::memcpy(&u, from + i, 4);
+        const uint32_t rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
+        half[i] = static_cast<uint16_t>((u & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+    }
+}
+
+// ---- extremes ----
+
+struct Extremes {
+    float lo = std::numeric_limits<float>::infinity(), hi = -std::numeric_limits<float>::infinity();
+    bool nan = false;
+
+    void add(const Extremes& other) {
+        lo = std::min(lo, other.lo);
+        hi = std::max(hi, other.hi);
+        nan = nan || other.nan;
+    }
+    void write(float* to_lo, float* to_hi) const {
+        const float bad = std::numeric_limits<float>::quiet_NaN();
+        *to_lo = nan ? bad : lo;
+        *to_hi = nan ? bad : hi;
+    }
+};
+
+// Of one run, in 64 lanes, since a running minimum in one number would wait for itself.
+Extremes run_extremes(const float* x, int64_t count) {
+    constexpr int kLanes = 64;
+    Extremes e;
+    float lo[kLanes], hi[kLanes];
+    uint32_t bad[kLanes];
+    for (int j = 0; j < kLanes; j++) {
+        lo[j] = e.lo;
+        hi[j] = e.hi;
+        bad[j] = 0;
+    }
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+        for (int j = 0; j < kLanes; j++) {
+            const float v = x[i + j];
+            lo[j] = v < lo[j] ? v : lo[j];
+            hi[j] = v > hi[j] ? v : hi[j];
+            bad[j] |= v != v;
+        }
+    for (; i < count; i++) {
+        lo[0] = x[i] < lo[0] ? x[i] : lo[0];
+        hi[0] = x[i] > hi[0] ? x[i] : hi[0];
+        bad[0] |= x[i] != x[i];
+    }
+    for (int j = 0; j < kLanes; j++) {
+        e.lo = std::min(e.lo, lo[j]);
+        e.hi = std::max(e.hi, hi[j]);
+        e.nan = e.nan || bad[j];
+    }
+    return e;
+}
+
+// Of each channel of outer x channels x inner, the inner runs contiguous.
+void block_extremes(const void* x, Type type, View view, float* lo, float* hi) {
+    const int64_t pieces = ceil_div(view.inner, kTask);
+    std::vector<Extremes> parts(view.outer * view.channels * pieces);
+#pragma omp parallel
+    {
+        float buffer[kRun];
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < static_cast<int64_t>(parts.size()); task++) {
+            const int64_t block = task / pieces, begin = task % pieces * kTask;
+            const int64_t end = std::min(begin + kTask, view.inner);
+            for (int64_t i = begin; i < end; i += kRun) {
+                const int64_t count = std::min(kRun, end - i);
+                parts[task].add(run_extremes(load(x, type, block * view.inner + i, count, buffer), count));
+            }
+        }
+    }
+    for (int64_t c = 0; c < view.channels; c++) {
+        Extremes e;
+        for (int64_t o = 0; o < view.outer; o++)
+            for (int64_t p = 0; p < pieces; p++) e.add(parts[(o * view.channels + c) * pieces + p]);
+        e.write(lo + c, hi + c);
+    }
+}
+
+// Of each of `width` columns of a matrix.
+void column_extremes(const void* x, Type type, int64_t rows, int64_t width, float* lo, float* hi) {
+    const float infinity = std::numeric_limits<float>::infinity();
+    std::vector<uint32_t> bad(width, 0);
+    std::fill_n(lo, width, infinity);
+    std::fill_n(hi, width, -infinity);
+#pragma omp parallel
+    {
+        std::vector<float> my_lo(width, infinity), my_hi(width, -infinity);
+        std::vector<uint32_t> my_bad(width, 0);
+        float buffer[kRun];
+#pragma omp for schedule(static) nowait
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t c = 0; c < width; c += kRun) {
+                const int64_t count = std::min(kRun, width - c);
+                const float* v = load(x, type, r * width + c, count, buffer);
+                float *l = my_lo.data() + c, *h = my_hi.data() + c;
+                uint32_t* b = my_bad.data() + c;
+#pragma omp simd
+                for (int64_t i = 0; i < count; i++) {
+                    l[i] = v[i] < l[i] ? v[i] : l[i];
+                    h[i] = v[i] > h[i] ? v[i] : h[i];
+                    b[i] |= v[i] != v[i];
+                }
+            }
+#pragma omp critical(lowbit_extremes)
+        for (int64_t c = 0; c < width; c++) {
+            lo[c] = std::min(lo[c], my_lo[c]);
+            hi[c] = std::max(hi[c], my_hi[c]);
+            bad[c] |= my_bad[c];
+        }
+    }
+    for (int64_t c = 0; c < width; c++)
+        if (bad[c]) lo[c] = hi[c] = std::numeric_limits<float>::quiet_NaN();
+}
+
+void extremes(const void* x, Type type, View view, float* lo, float* hi) {
+    if (view.channels_last || view.inner == 1) {
+        column_extremes(x, type, view.outer * view.inner, view.channels, lo, hi);
+        return;
+    }
+    if (view.inner >= kShort || view.outer == 1 || view.channels == 1) {
+        block_extremes(x, type, view, lo, hi);
+        return;
+    }
+    const int64_t width = view.channels * view.inner;
+    std::vector<float> all_lo(width), all_hi(width);
+    column_extremes(x, type, view.outer, width, all_lo.data(), all_hi.data());
+    for (int64_t c = 0; c < view.channels; c++) {
+        Extremes e;
+        for (int64_t i = c * view.inner; i < (c + 1) * view.inner; i++) {
+            e.nan = e.nan || all_lo[i] != all_lo[i];
+            e.lo = std::min(e.lo, all_lo[i]);
+            e.hi = std::max(e.hi, all_hi[i]);
+        }
+        e.write(lo + c, hi + c);
+    }
+}
+
+// ---- sums ----
+
+// Of each of `width` columns of a matrix: in float32 over blocks of rows, in float64 over blocks.
+void sums(const void* x, Type type, int64_t rows, int64_t width, float* to) {
+    constexpr int64_t kBlock = 64;
+    std::vector<double> total(width, 0.0);
+#pragma omp parallel
+    {
+        std::vector<double> mine(width, 0.0);
+        float buffer[kRun], block[kRun];
+#pragma omp for schedule(static) nowait
+        for (int64_t first = 0; first < rows; first += kBlock) {
+            const int64_t last = std::min(first + kBlock, rows);
+            for (int64_t c = 0; c < width; c += kRun) {
+                const int64_t count = std::min(kRun, width - c);
+                std::fill_n(block, count, 0.0f);
+                for (int64_t r = first; r < last; r++) {
+                    const float* v = load(x, type, r * width + c, count, buffer);
+                    for (int64_t i = 0; i < count; i++) block[i] += v[i];
+                }
+                for (int64_t i = 0; i < count; i++) mine[c + i] += static_cast<double>(block[i]);
+            }
+        }
+#pragma omp critical(lowbit_sums)
+        for (int64_t c = 0; c < width; c++) total[c] += mine[c];
+    }
+    for (int64_t c = 0; c < width; c++) to[c] = static_cast<float>(total[c]);
+}
+
+// ---- codes of a matrix of rows by channels ----
+
+// Of each channel in rows [first, last): the largest and the smallest code, and the first row that has it.
+void chunk_extremes(const uint8_t* q, int64_t first, int64_t last, int64_t channels, uint8_t* high, uint8_t* low,
+                    int32_t* argmax, int32_t* argmin) {
+    std::fill_n(high, channels, uint8_t{0});
+    std::fill_n(low, channels, uint8_t{255});
+    for (int64_t r = first; r < last; r++) {
+        const uint8_t* row = q + r * channels;
+        for (int64_t c = 0; c < channels; c++) {
+            high[c] = row[c] > high[c] ? row[c] : high[c];
+            low[c] = row[c] < low[c] ? row[c] : low[c];
+        }
+    }
+    std::fill_n(argmax, channels, -1);
+    std::fill_n(argmin, channels, -1);
+    // Channels whose extreme is still to be found, 255 each, so that most rows are passed over in one look.
+    std::vector<uint8_t> want_high(channels, 255), want_low(channels, 255);
+    int64_t missing = 2 * channels;
+    for (int64_t r = first; r < last && missing > 0; r++) {
+        const uint8_t* row = q + r * channels;
+        uint8_t hit = 0;
+        for (int64_t c = 0; c < channels; c++)
+            hit |= static_cast<uint8_t>((row[c] == high[c] ? want_high[c] : 0) | (row[c] == low[c] ? want_low[c] : 0));
+        if (!hit) continue;
+        for (int64_t c = 0; c < channels; c++) {
+            if (want_high[c] && row[c] == high[c]) {
+                argmax[c] = static_cast<int32_t>(r);
+                want_high[c] = 0;
+                missing--;
+            }
+            if (want_low[c] && row[c] == low[c]) {
+                argmin[c] = static_cast<int32_t>(r);
+                want_low[c] = 0;
+                missing--;
+            }
+        }
+    }
+}
+
+void code_extremes(const uint8_t* q, int64_t channels, const int64_t* starts, int64_t chunks, uint8_t* high,
+                   uint8_t* low, int32_t* argmax, int32_t* argmin) {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t k = 0; k < chunks; k++) {
+        const int64_t at = k * channels;
+        chunk_extremes(q, starts[k], starts[k + 1], channels, high + at, low + at, argmax + at, argmin + at);
+    }
+}
+
+// Of each channel: the sum of a's codes, and of a's times b's where there is a b.
+void code_sums(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t channels, int64_t* sum, int64_t* product) {
+    constexpr int64_t kBlock = 1 << 12;  // rows whose sums of products fit in 32 bits
+    std::fill_n(sum, channels, 0);
+    if (b) std::fill_n(product, channels, 0);
+#pragma omp parallel
+    {
+        std::vector<uint32_t> s(channels), p(channels);
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t first = 0; first < rows; first += kBlock) {
+            const int64_t last = std::min(first + kBlock, rows);
+            std::fill(s.begin(), s.end(), 0u);
+            std::fill(p.begin(), p.end(), 0u);
+            uint32_t *sums = s.data(), *products = p.data();
+            for (int64_t r = first; r < last; r++) {
+                const uint8_t* x = a + r * channels;
+                if (b) {
+                    const uint8_t* y = b + r * channels;
+                    for (int64_t c = 0; c < channels; c++) {
+                        sums[c] += x[c];
+                        products[c] += static_cast<uint32_t>(x[c]) * y[c];
+                    }
+                } else {
+                    for (int64_t c = 0; c < channels; c++) sums[c] += x[c];
+                }
+            }
+#pragma omp critical(lowbit_code_sums)
+            for (int64_t c = 0; c < channels; c++) {
+                sum[c] += sums[c];
+                if (b) product[c] += products[c];
+            }
+        }
+    }
+}
+
+// y = a q + b in each channel, and where `relu` no less than 0.
+void affine(const uint8_t* q, int64_t rows, int64_t channels, const float* a, const float* b, bool relu, void* y,
+            Type type) {
+    const int64_t together = std::max<int64_t>(1, kRun / channels);  // rows of one piece, whose scales are repeated
+    const int64_t width = std::min(together * channels, std::max(kRun, channels));
+    std::vector<float> all_a(width), all_b(width);
+    for (int64_t i = 0; i < width; i++) {
+        all_a[i] = a[i % channels];
+        all_b[i] = b[i % channels];
+    }
+    const float bottom = relu ? 0.0f : -std::numeric_limits<float>::infinity();
+    const int64_t total = rows * channels;
+#pragma omp parallel
+    {
+        float values[kRun];
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < total; first += width)
+            for (int64_t i = first; i < std::min(first + width, total); i += kRun) {
+                const int64_t count = std::min({kRun, total - i, first + width - i});
+                const float *scale = all_a.data() + (i - first), *add = all_b.data() + (i - first);
+                const uint8_t* codes = q + i;
+                for (int64_t j = 0; j < count; j++) {
+                    const float v = static_cast<float>(codes[j]) * scale[j] + add[j];
+                    values[j] = v < bottom ? bottom : v;
+                }
+                store(values, count, type, y, i);
+            }
+    }
+}
+
+// ---- codes ----
+
+// Correctly rounded x / S: two corrections of x times the rounded 1 / S (Markstein 1990). What is far beyond any grid
+// needs none: they would make nan of a product that overflowed.
+inline float divide(float x, float scale, float reciprocal) {
+    const float first = x * reciprocal;
+    const float second = std::fma(std::fma(-first, scale, x), reciprocal, first);
+    const float third = std::fma(std::fma(-second, scale, x), reciprocal, second);
+    return std::fabs(first) < 0x1p40f ? third : first;
+}
+
+// Halves to even for |t| < 2**22, which clamping saw to.
+inline float round_even(float t) {
+    constexpr float kMagic = 12582912.0f;  // 1.5 * 2**23
+    return (t + kMagic) - kMagic;
+}
+
+inline float uniform(uint32_t h, uint32_t key1) {
+    h ^= h >> 16;
+    h *= 0x7FEB352Du;
+    h ^= key1;
+    h ^= h >> 15;
+    h *= 0x846CA68Bu;
+    h ^= h >> 16;
+    return static_cast<float>(static_cast<int32_t>(h >> 8)) * 0x1p-24f;
+}
+
+constexpr uint32_t kSpread = 0x9E3779B1u;
+
+// Scales and zeros of a run: one for all numbers of it, or one for each.
+struct Run {
+    const float *scale, *reciprocal, *zero;
+    float low, high;
+    uint32_t first, step, key1;  // hashed number of the first element, its growth
+};
+
+// Codes of x as floats, without the zero point: q - z, or q with an offset.
+template <bool each, bool fast, bool offset, bool stochastic>
+void quantize_run(const float* x, int64_t count, const Run& r, float* q) {
+    const float one_scale = *r.scale, one_reciprocal = *r.reciprocal, one_zero = r.zero ? *r.zero : 0.0f;
+    const float low = r.low, high = r.high;
+    const uint32_t first = r.first, step = r.step, key1 = r.key1;
+    const float *scales = r.scale, *reciprocals = r.reciprocal, *zeros = r.zero;
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        const float scale = each ? scales[i] : one_scale;
+        const float zero = each ? zeros[i] : one_zero;
+        const float v = offset ? x[i] - zero : x[i];
+        float t = fast ? divide(v, scale, each ? reciprocals[i] : one_reciprocal) : v / scale;
+        const float bottom = offset ? low : low - zero, top = offset ? high : high - zero;
+        t = t < bottom ? bottom : t;
+        t = t > top ? top : t;
+        float whole = round_even(t);
+        if (stochastic) {
+            whole -= whole > t ? 1.0f : 0.0f;
+            whole += t - whole > uniform(first + static_cast<uint32_t>(i) * step, key1) ? 1.0f : 0.0f;
+        }
+        q[i] = whole;
+    }
+}
+
+using QuantizeRun = void (*)(const float*, int64_t, const Run&, float*);
+
+template <bool each, bool fast>
+QuantizeRun choose(bool offset, bool stochastic) {
+    if (offset) return stochastic ? quantize_run<each, fast, true, true> : quantize_run<each, fast, true, false>;
+    return stochastic ? quantize_run<each, fast, false, true> : quantize_run<each, fast, false, false>;
+}
+
+// A grid laid out for runs: with `each` a scale for each number of a run, else one for each run.
+struct Plan {
+    std::vector<float> scale, reciprocal, zero;
+    bool each = false, has_zero = false;
+    QuantizeRun quantize = nullptr;
+    Grid grid;
+
+    Plan(const Grid& g, int64_t repeat, bool each_number) : each(each_number), has_zero(g.zero != nullptr), grid(g) {
+        bool fast = true;
+        for (int64_t s = 0; s < g.scales; s++) {
+            const float value = g.scale[s];
+            fast = fast && value > 0x1p-60f && value < 0x1p20f;
+            scale.insert(scale.end(), repeat, value);
+            reciprocal.insert(reciprocal.end(), repeat, 1.0f / value);
+            zero.insert(zero.end(), repeat, g.zero ? g.zero[s] : 0.0f);
+        }
+#ifndef LOWBIT_HAS_FMA
+        fast = false;
+#endif
+        if (each)
+            quantize = fast ? choose<true, true>(g.offset, g.stochastic) : choose<true, false>(g.offset, g.stochastic);
+        else
+            quantize = fast ? choose<false, true>(g.offset, g.stochastic) : choose<false, false>(g.offset, g.stochastic);
+    }
+    Run run(int64_t at, int64_t number, int64_t step) const {
+        return {scale.data() + at,
+                reciprocal.data() + at,
+                zero.data() + at,
+                grid.low,
+                grid.high,
+                static_cast<uint32_t>(number) * kSpread + grid.key0,
+                static_cast<uint32_t>(step) * kSpread,
+                grid.key1};
+    }
+};
+
+// What a tensor is cut into: `records` of `length` numbers. A record has one scale, or a scale for each number.
+struct Records {
+    int64_t records, length;
+    bool each;
+    int64_t repeat;  // of each channel's scale, to have one for each number
+};
+
+Records records_of(View view, const Grid& grid) {
+    if (view.channels_last) {
+        if (grid.scales == 1) return {view.outer * view.inner, view.channels, false, 1};
+        return {view.outer * view.inner, view.channels, true, 1};
+    }
+    if (grid.scales == 1) return {view.outer, view.channels * view.inner, false, 1};
+    if (view.inner < kShort && view.outer > 1) return {view.outer, view.channels * view.inner, true, view.inner};
+    return {view.outer * view.channels, view.inner, false, 1};
+}
+
+// Visit the tensor in runs: work(quantised floats, Run, first number in memory, count).
+template <class Work>
+void visit(const void* x, Type type, View view, const Grid& grid, bool whole_records, const Work& work) {
+    const Records cut = records_of(view, grid);
+    const Plan plan(grid, cut.repeat, cut.each);
+    if (cut.records == 0 || cut.length == 0) return;
+    const int64_t piece = whole_records ? cut.length : std::min(cut.length, kTask);
+    const int64_t pieces = ceil_div(cut.length, piece);
+    const int64_t batch = std::max<int64_t>(1, kTask / cut.length);  // short records share a task
+    const int64_t tasks = ceil_div(cut.records * pieces, batch);
+#pragma omp parallel
+    {
+        float buffer[kRun], q[kRun];
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < tasks; task++) {
+            const int64_t last = std::min((task + 1) * batch, cut.records * pieces);
+            for (int64_t part = task * batch; part < last; part++) {
+                const int64_t record = part / pieces, begin = part % pieces * piece;
+                const int64_t end = std::min(begin + piece, cut.length);
+                for (int64_t i = begin; i < end; i += kRun) {
+                    const int64_t count = std::min(kRun, end - i), at = record * cut.length + i;
+                    int64_t number = at, step = 1;
+                    if (view.channels_last) {
+                        number = record / view.inner * view.channels * view.inner + record % view.inner + i * view.inner;
+                        step = view.inner;
+                    }
+                    const Run run = plan.run(cut.each ? i : grid.scales == 1 ? 0 : record % view.channels, number, step);
+                    plan.quantize(load(x, type, at, count, buffer), count, run, q);
+                    work(q, run, cut.each, record, i, count, cut.length);
+                }
+            }
+        }
+    }
+}
+
+void encode(const void* x, Type type, View view, const Grid& grid, int shift, int64_t taps, uint8_t* codes) {
+    const float extra = static_cast<float>(shift);
+    const bool offset = grid.offset;
+    visit(x, type, view, grid, taps > 1,
+          [=](const float* q, const Run& run, bool each, int64_t record, int64_t first, int64_t count, int64_t length) {
+              uint8_t bytes[kRun];
+              if (each && !offset) {
+                  for (int64_t i = 0; i < count; i++)
+                      bytes[i] = static_cast<uint8_t>(static_cast<int32_t>(q[i] + run.zero[i] + extra));
+              } else {
+                  const float add = extra + (offset ? 0.0f : *run.zero);
+                  for (int64_t i = 0; i < count; i++)
+                      bytes[i] = static_cast<uint8_t>(static_cast<int32_t>(q[i] + add));
+              }
+              uint8_t* to = codes + record * length;
+              if (taps == 1) {
+                  std::memcpy(to + first, bytes, count);
+                  return;
+              }
+              const int64_t channels = length / taps;
+              int64_t channel = first / taps, tap = first % taps;
+              for (int64_t i = 0; i < count; i++) {
+                  to[tap * channels + channel] = bytes[i];
+                  if (++tap == taps) {
+                      tap = 0;
+                      channel++;
+                  }
+              }
+          });
+}
+
+void fake_quantize(const void* x, Type type, View view, const Grid& grid, void* y) {
+    const bool offset = grid.offset;
+    visit(x, type, view, grid, false,
+          [=](const float* q, const Run& run, bool each, int64_t record, int64_t first, int64_t count, int64_t length) {
+              float values[kRun];
+              const float scale = *run.scale, zero = offset ? *run.zero : 0.0f;
+              if (each) {
+                  for (int64_t i = 0; i < count; i++) {
+                      const float v = q[i] * run.scale[i];
+                      values[i] = offset ? v + run.zero[i] : v;
+                  }
+              } else {
+                  for (int64_t i = 0; i < count; i++) {
+                      const float v = q[i] * scale;
+                      values[i] = offset ? v + zero : v;
+                  }
+              }
+              store(values, count, type, y, record * length + first);
+          });
+}
+
+void noise(int64_t count, uint32_t key0, uint32_t key1, float* u) {
+#pragma omp parallel for schedule(static)
+    for (int64_t begin = 0; begin < count; begin += kTask) {
+        const int64_t end = std::min(begin + kTask, count);
+        for (int64_t i = begin; i < end; i++) u[i] = uniform(static_cast<uint32_t>(i) * kSpread + key0, key1);
+    }
+}
+
+}  // namespace
+
+extern const Elementwise kernels;
+const Elementwise kernels = {extremes, sums, code_extremes, code_sums, affine, encode, fake_quantize, noise};
+
+}  // namespace LOWBIT_ISA
+}  // namespace lowbit

@@ -1,0 +1,465 @@
+"""The meter: counts every product of a model as it runs, into a ledger.
+
+Products of converted layers report themselves, each with the bits of its moment. Those of plain layers and of
+functions such as attention are counted at the width of their dtype (32 bits for float32): the first forward pass of
+each distinct signature (shapes and dtypes of the input, mode, which parameters are trained) is watched operator by
+operator, and counts for all later ones of that signature. Watching takes that one pass longer; every other step costs
+microseconds for each converted product.
+"""
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lowbit import products
+from lowbit.errors import UsageError
+from lowbit.ledger import PLAIN, Ledger, Product, Program
+from lowbit.memory import held_for_backward
+from lowbit.nn import PRODUCT_LAYERS
+from lowbit.nn.layers import QuantLayer
+from lowbit.nn.site import Site
+from lowbit.outside import UNCOUNTED, Multiplication, multiplications
+from lowbit.products import Convolution, ProductCall, Setting
+from lowbit.verify import site_names
+
+
+class Meter:
+    """Counts what a model runs, step by step, into a ledger.
+
+    As a context manager, or between `attach` and `close`. After each update of the weights call `step`; what ran since
+    the last one is one step, however many forwards it took. What runs in evaluation mode is kept apart, and
+    `evaluated` gives it a score. Closing ends a step that is open.
+
+    >>> with lowbit.Meter(model) as meter:
+    ...     for x, y in loader:
+    ...         loss_fn(model(x), y).backward()
+    ...         optimizer.step()
+    ...         optimizer.zero_grad()
+    ...         meter.step()
+    >>> print(lowbit.Cost(meter.ledger))
+
+    Args:
+        model: the model whose forward is called, converted or not.
+        ledger: where records go; None for a new one in memory.
+
+    Raises:
+        UsageError: `model` is no module.
+    """
+
+    def __init__(self, model: nn.Module, ledger: Ledger | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"Meter got a {type(model).__name__}: give the torch.nn.Module whose forward you call")
+        self.ledger = Ledger(model=type(model).__name__, layers=layer_names(model)) if ledger is None else ledger
+        self._model = model
+        self._modules = list(model.modules())
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._attached = ExitStack()
+        self._is_attached = False
+        self._names: dict[tuple[object, str], str] = {}
+        self._known: dict[object, int | None] = {}
+        self._forwards: dict[object, _Forward] = {}
+        self._training, self._evaluation = _Pending(), _Pending()
+        self._without_grad_input: set[object] = set()
+
+    def attach(self) -> Self:
+        """Begin to count."""
+        if self._is_attached:
+            raise UsageError("this meter is attached already: close it first, or make another")
+        self._is_attached = True
+        self._names = _layers_of(self._model)
+        self._attached.enter_context(products.counted_by(self._count))
+        before = self._model.register_forward_pre_hook(self._before, with_kwargs=True)
+        # First of all hooks, so that two meters leave their modes in the opposite order of entering them.
+        after = self._model.register_forward_hook(self._after, prepend=True, with_kwargs=True, always_call=True)
+        self._attached.callback(before.remove)
+        self._attached.callback(after.remove)
+        return self
+
+    def close(self) -> None:
+        """Stop counting; an open step ends, and the ledger's file is closed."""
+        self._detach()
+        self._end_evaluation()
+        if self._training.calls:
+            self._end_step(None)
+        self.ledger.close()
+
+    def __enter__(self) -> Self:
+        return self.attach()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:  # what raised is no step
+            self._training, self._evaluation = _Pending(), _Pending()
+        self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of the model takes hooks along that belong to the original; they ignore it."""
+        return self
+
+    def step(self, *, samples: int | None = None) -> None:
+        """End a step: call it after each update of the weights.
+
+        Args:
+            samples: how many it took; None: the length of the first axis of the first tensor of each forward.
+
+        Raises:
+            UsageError: the meter is not attached, or nothing ran since the last step.
+        """
+        if not self._is_attached:
+            raise UsageError("this meter is not attached: use `with lowbit.Meter(model) as meter`, or call attach()")
+        if not self._training.calls:
+            raise UsageError(
+                "no product of this model ran in training mode since the last step: call step() once after each "
+                "update, and give Meter the very module whose forward you call"
+            )
+        self._end_step(samples)
+        self._end_evaluation()
+
+    def evaluated(self, name: str, score: float, *, higher_is_better: bool = True) -> None:
+        """Give what ran in evaluation mode since the last step a score; the best one marks the best checkpoint.
+
+        Args:
+            name: of the score, the same each time, e.g. ``"test_accuracy"``.
+            score: its value.
+            higher_is_better: its direction.
+        """
+        pending, self._evaluation = self._evaluation, _Pending()
+        self.ledger.add_evaluation(
+            pending.program() if pending.calls else None,
+            samples=pending.samples,
+            name=name,
+            score=float(score),
+            higher_is_better=higher_is_better,
+        )
+
+    def _end_step(self, samples: int | None) -> None:
+        pending, self._training = self._training, _Pending()
+        self.ledger.add_step(pending.program(), samples=pending.samples if samples is None else samples)
+
+    def _end_evaluation(self) -> None:
+        if self._evaluation.calls:
+            pending, self._evaluation = self._evaluation, _Pending()
+            self.ledger.add_evaluation(pending.program(), samples=pending.samples)
+
+    def _detach(self) -> None:
+        self._is_attached = False
+        self._attached.close()
+        watching = self._local.__dict__.pop("watching", None)
+        if watching is not None:  # a forward that an interrupt ended, which runs no hook
+            watching.close()
+
+    # Products of converted layers.
+
+    def _count(self, call: ProductCall) -> None:
+        """Take in one product of a converted layer: this runs for each product, so it only looks it up."""
+        source, product = call.source, call.product
+        place = (getattr(source, "clock", None), call.layer)
+        with self._lock:
+            charged = None
+            if product == "grad_input":
+                self._without_grad_input.discard(place)
+            else:
+                # The gradient of the input comes before that of the weight, if it comes.
+                if product == "grad_weight" and place in self._without_grad_input and isinstance(source, Site):
+                    charged = _widths_of_grad_input(source)
+                self._without_grad_input.add(place)
+            key = (place, product, call.kind, call.engine, call.bits, call.input, call.weight, call.output, charged)
+            index = self._known[key] if key in self._known else self._learn(key, call, place, charged)
+            if index is not None:
+                forward = product == "output"
+                pending = self._evaluation if forward and not self._model.training else self._training
+                pending.calls[index] += 1
+
+    def _learn(
+        self, key: object, call: ProductCall, place: tuple[object, str], charged: tuple[int, int] | None
+    ) -> int | None:
+        """The index of a product that comes for the first time; None for one of another model."""
+        name: str | None = call.layer or call.kind
+        if place[0] is not None:
+            if place not in self._names:
+                self._names |= _layers_of(self._model)  # converted since
+            name = self._names.get(place)
+        index = None if name is None else self.ledger.intern(_record(name, call, call.bits, charged))
+        self._known[key] = index
+        return index
+
+    # Products outside them.
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin a forward of the model: watch it where its signature is new."""
+        local = self._local
+        if module is not self._model:
+            return
+        local.depth = getattr(local, "depth", 0) + 1
+        if local.depth > 1:
+            return
+        if module.training:
+            self._end_evaluation()
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        local.signature = (
+            tuple((t.shape, t.dtype, t.requires_grad) for t in leaves),
+            module.training,
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled(products.autocast_device(leaves[0])) if leaves else None,
+            tuple(p.requires_grad for p in module.parameters()),
+            tuple(map(type, self._modules)),
+        )
+        with self._lock:
+            pending = self._training if module.training else self._evaluation
+            pending.samples += leaves[0].shape[0] if leaves and leaves[0].dim() else 1
+        local.raised = sys.exc_info()[1]
+        if local.signature not in self._forwards:
+            local.watch = _Watch(module)
+            local.watching = ExitStack()
+            local.held = local.watching.enter_context(held_for_backward([*module.parameters(), *module.buffers()]))
+            local.watching.enter_context(local.watch)
+
+    def _after(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        """End a forward of the model: count it, and see to its backward."""
+        local = self._local
+        if module is not self._model:
+            return
+        local.depth -= 1
+        if local.depth:
+            return
+        watching = local.__dict__.pop("watching", None)
+        if watching is not None:
+            watching.close()
+        if sys.exc_info()[1] is not local.raised:
+            return
+        ends = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        forward = self._forwards.get(local.signature)
+        with self._lock:
+            if watching is not None:
+                forward = _Forward(local.watch, local.held.bytes, self.ledger)
+                # Where no gradient can be seen to come in, as with an output of a class of its own, each forward is
+                # watched.
+                if ends or not forward.due:
+                    self._forwards[local.signature] = forward
+            assert forward is not None
+            (self._training if module.training else self._evaluation).take(forward)
+        if watching is not None:
+            local.watch.see_backward(forward, self._add_gradients)
+        elif forward.due:
+            self._see_backward(forward, ends)
+
+    def _see_backward(self, forward: "_Forward", ends: list[Tensor]) -> None:
+        """Count the gradients of a forward when the first gradient reaches one of its outputs."""
+        came = False
+
+        def arrived(_: Tensor) -> None:
+            nonlocal came
+            if not came:
+                came = True
+                self._add_gradients(forward.gradients())
+
+        for end in ends:
+            end.register_hook(arrived)
+
+    def _add_gradients(self, calls: Counter[int]) -> None:
+        with self._lock:
+            self._training.calls.update(calls)
+
+
+class _Pending:
+    """What ran and has no record yet."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[int] = Counter()
+        self.uncounted: Counter[str] = Counter()
+        self.samples = 0
+        self.held: int | None = None
+
+    def take(self, forward: "_Forward") -> None:
+        """Add one forward of the model."""
+        self.calls.update(forward.calls)
+        self.uncounted.update(forward.uncounted)
+        self.held = max(self.held or 0, forward.held)
+
+    def program(self) -> Program:
+        """All of it as a program."""
+        return Program(
+            calls=tuple(sorted(self.calls.items())),
+            uncounted=tuple(sorted(self.uncounted.items())),
+            held_bytes=self.held,
+        )
+
+
+class _Forward:
+    """What one watched forward ran outside converted layers; it stands for all of its signature.
+
+    Attributes:
+        calls: how often each product ran.
+        due: the gradients that its backward computes at most.
+        seen: those that the backward of the watched forward did compute.
+        uncounted: operators that were not counted.
+        held: bytes that it left to its backward.
+    """
+
+    def __init__(self, watch: "_Watch", held: int, ledger: Ledger) -> None:
+        self.calls: Counter[int] = Counter()
+        self.due: Counter[int] = Counter()
+        self.seen: Counter[int] = Counter()
+        self.uncounted = watch.uncounted
+        self.held = held
+        for found in watch.found:
+            self.calls[ledger.intern(found.product("output"))] += found.times
+            for product in found.gradients:
+                index = ledger.intern(found.product(product))
+                found.indices.append(index)
+                self.due[index] += found.times
+
+    def gradients(self) -> Counter[int]:
+        """What a backward computes: as seen, or all that may be where none was watched."""
+        return self.seen or self.due
+
+
+class _Found:
+    """One product of a plain operator in a watched forward."""
+
+    def __init__(self, layer: str, what: Multiplication, result: Any) -> None:
+        self.layer = layer
+        self.what = what
+        self.times = what.times
+        self.result = result  # autograd gives it its node after the operator
+        self.indices: list[int] = []
+        recorded = torch.is_grad_enabled()
+        self.gradients = [
+            product
+            for product, needed in zip(("grad_input", "grad_weight"), what.needs, strict=True)
+            if needed and recorded
+        ]
+
+    def product(self, product: str) -> Product:
+        """Its record; a gradient has the width of the first factor's dtype."""
+        first, second = self.what.bits
+        bits = (first, first) if product == "grad_weight" else (first, second)
+        charged = (first, second) if product == "grad_weight" and "grad_input" not in self.gradients else None
+        return _record(self.layer, self.what, bits, charged, product=product)
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every operator that one forward dispatches outside converted layers, and the module it runs in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.found: list[_Found] = []
+        self.uncounted: Counter[str] = Counter()
+        self._inside: list[tuple[str, bool]] = [("", isinstance(model, QuantLayer))]
+        self._hooks = ExitStack()
+        self._thread = threading.get_ident()
+
+    def __enter__(self) -> Self:
+        for name, module in self.model.named_modules():
+            if module is self.model:
+                continue
+            entry = (name, isinstance(module, QuantLayer))
+            before = module.register_forward_pre_hook(lambda _m, _a, entry=entry: self._enter(entry))
+            after = module.register_forward_hook(lambda _m, _a, _o: self._leave(), prepend=True, always_call=True)
+            self._hooks.callback(before.remove)
+            self._hooks.callback(after.remove)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._hooks.close()
+
+    def _enter(self, entry: tuple[str, bool]) -> None:
+        if threading.get_ident() == self._thread:
+            self._inside.append(entry)
+
+    def _leave(self) -> None:
+        if threading.get_ident() == self._thread:
+            self._inside.pop()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name, converted = self._inside[-1]
+        if products.is_inside() or func.is_view or func._overloadpacket is torch.ops.aten._unsafe_view:
+            return out
+        packet = func._overloadpacket
+        found = multiplications(packet, args, kwargs, out)
+        if found is not None:
+            self.found.extend(_Found(name, what, out) for what in found)
+        elif packet in UNCOUNTED:
+            self.uncounted[f"{packet} (multiplies)"] += 1
+        elif not converted and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
+            self.uncounted[str(packet)] += 1
+        return out
+
+    def see_backward(self, forward: _Forward, add: Callable[[Counter[int]], None]) -> None:
+        """Count the gradients of each product when the backward comes to it."""
+        for found in self.found:
+            result = found.result if isinstance(found.result, Tensor) else found.result[0]
+            node, found.result = result.grad_fn, None
+            if node is not None and found.indices:
+                calls = Counter(dict.fromkeys(found.indices, found.times))
+
+                def arrived(_: Any, calls: Counter[int] = calls) -> None:
+                    forward.seen.update(calls)
+                    add(calls)
+
+                node.register_prehook(arrived)
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """The layers of a model that are expected to multiply, once each, attention without the modules inside it."""
+    names: list[str] = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, tuple(PRODUCT_LAYERS)) and not any(name.startswith(known + ".") for known in names):
+            names.append(name)
+    return names
+
+
+def _layers_of(model: nn.Module) -> dict[tuple[object, str], str]:
+    """The converted layers' names in this model, by what a product says of its source; replicas share both."""
+    return {(site.clock, site.name): name for site, name in site_names(model).items() if isinstance(site, Site)}
+
+
+def _widths_of_grad_input(site: Site) -> tuple[int, int]:
+    """The widths that the gradient of a layer's input has now, whether it runs or not."""
+    setting = Setting(recipe=site.recipe, bits=site.bits)
+    return (
+        products.bits_of(setting, "grad_input", "grad_output"),
+        products.bits_of(setting, "grad_input", "weight"),
+    )
+
+
+def _record(
+    layer: str,
+    ran: ProductCall | Multiplication,
+    bits: tuple[int, int],
+    charged: tuple[int, int] | None,
+    *,
+    product: str = "",
+) -> Product:
+    """The record of a product, of a converted layer or of a plain operator."""
+    window: dict[str, Any] = {}
+    if isinstance(ran.op, Convolution):
+        window = {"stride": ran.op.stride, "groups": ran.op.groups, "transposed": ran.op.transposed}
+    return Product(
+        layer=layer,
+        product=ran.product if isinstance(ran, ProductCall) else product,
+        kind=ran.op.kind,
+        engine=ran.engine if isinstance(ran, ProductCall) else PLAIN,
+        bits=bits,
+        macs=ran.macs,
+        input=tuple(ran.input),
+        weight=tuple(ran.weight),
+        output=tuple(ran.output),
+        grad_input_bits=charged,
+        **window,
+    )

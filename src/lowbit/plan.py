@@ -1,0 +1,187 @@
+"""The ledger of a run before it runs: the shapes of one step without values, and the bits of a schedule.
+
+The model runs on torch's meta device, where tensors have shapes and no values, so that a plan of any network at any
+batch takes moments and no memory. One step runs for each pair of widths that the schedules take.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lowbit.errors import RunError, UsageError
+from lowbit.formats import Integer, check_bits
+from lowbit.ledger import Ledger, Program
+from lowbit.meter import Meter, layer_names
+from lowbit.nn.layers import QuantLayer
+from lowbit.nn.site import Site
+from lowbit.recipe import SLOTS, Recipe
+from lowbit.schedules import SUITE, Constant, Cyclic, Piecewise, Schedule
+
+Bits = Schedule | int | None
+
+
+def plan(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    steps: int,
+    forward: Bits = None,
+    backward: Bits = None,
+    loss: Callable[[Any], Tensor] | None = None,
+    name: str = "",
+) -> Ledger:
+    """The ledger that training would give, without training.
+
+    Args:
+        model: converted or plain, on any device, the meta device too; it is not changed.
+        inputs: one batch: what the model is called with; a tuple for several arguments, a dict for named ones.
+        steps: updates of the weights.
+        forward: bits of `input` and `weight` at each step; None: the recipes' own.
+        backward: bits of `grad_output`; where a recipe has it in two formats (gradient bifurcation) only those of
+            `grad_input`. None: the recipes' own.
+        loss: from the model's output to a scalar; None: the sum of all tensors in it, so that everything gets a
+            gradient.
+        name: of the model, for reports.
+
+    Returns:
+        A ledger in memory. Evaluations are not in it.
+
+    Raises:
+        UsageError: no step, a schedule of another length, bits that a format lacks, or a schedule for a model that
+            nothing of has bits.
+        RunError: the model needs values to run, e.g. a size that depends on its input.
+    """
+    if isinstance(steps, bool) or steps < 1:
+        raise UsageError(f"steps={steps}: give a whole number of at least 1")
+    schedules = [_schedule(what, bits, steps) for what, bits in (("forward", forward), ("backward", backward))]
+    model = copy.deepcopy(model).to("meta").train()
+    if any(schedules) and not any(True for _ in _integer_slots(model)):
+        raise UsageError(
+            "a schedule was given and nothing in this model has bits to set: convert it to integer formats"
+        )
+    batch = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, inputs)
+    ledger = Ledger(model=name or type(model).__name__, layers=layer_names(model))
+    programs: dict[tuple[int | None, ...], tuple[Program, int]] = {}
+    for step in range(steps):
+        widths = tuple(None if schedule is None else schedule(step) for schedule in schedules)
+        if widths not in programs:
+            _set_bits(model, *widths)
+            programs[widths] = _one_step(model, batch, loss, ledger)
+        program, samples = programs[widths]
+        ledger.add_step(program, samples=samples)
+    return ledger
+
+
+def _schedule(what: str, bits: Bits, steps: int) -> Schedule | None:
+    schedule = Constant(bits=bits) if isinstance(bits, int) else bits
+    if schedule is not None and schedule.total_steps not in (None, steps):
+        raise UsageError(f"the {what} schedule has total_steps={schedule.total_steps} and the run {steps} steps")
+    return schedule
+
+
+def _integer_slots(model: nn.Module) -> "list[tuple[Site, int, str, str, Integer]]":
+    """Every operand of every product in a model that has bits to set: site, index, product, operand, format."""
+    sites = [site for layer in model.modules() if isinstance(layer, QuantLayer) for site in layer.sites()]
+    return [
+        (site, i, product, operand, fmt)
+        for site in sites
+        if len(site.bits) == len(SLOTS)  # else a normalisation, which has no product
+        for i, (product, operand) in enumerate(SLOTS)
+        if isinstance(fmt := getattr(getattr(site.recipe, product), operand), Integer)
+    ]
+
+
+def _set_bits(model: nn.Module, forward: int | None, backward: int | None) -> None:
+    """Give every integer operand its width; a float operand, and a gradient's second format, keep theirs."""
+    for site, i, product, operand, fmt in _integer_slots(model):
+        if operand != "grad_output":
+            width = forward
+        else:
+            bifurcated = product == "grad_weight" and is_bifurcated(site.recipe)
+            width = None if bifurcated else backward
+        if width is not None:
+            check_bits(width, fmt.zero)
+            site.bits[i] = width
+
+
+def is_bifurcated(recipe: Recipe) -> bool:
+    """Whether `grad_output` has one format in `grad_input` and another in `grad_weight`."""
+    return recipe.grad_input.grad_output != recipe.grad_weight.grad_output
+
+
+def _one_step(
+    model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None, ledger: Ledger
+) -> tuple[Program, int]:
+    """What one step runs, with its products in `ledger`, and its samples."""
+    step = Ledger()
+    try:
+        with Meter(model, step) as meter:
+            if isinstance(batch, Mapping):
+                output = model(**batch)
+            else:
+                output = model(*batch) if isinstance(batch, tuple) else model(batch)
+            scalar = _sum(output) if loss is None else loss(output)
+            scalar.backward()
+            meter.step()
+    except (RuntimeError, NotImplementedError) as error:
+        if not ("meta" in str(error).lower() or isinstance(error, NotImplementedError)):
+            raise
+        raise RunError(
+            f"{type(model).__name__} needs values to run ({str(error).splitlines()[0]}), and a plan has shapes only: "
+            "measure a real step with lowbit.Meter instead"
+        ) from error
+    (done,) = step.steps
+    program = step.programs[done.program]
+    calls = tuple(sorted((ledger.intern(step.products[product]), n) for product, n in program.calls))
+    return Program(calls=calls, uncounted=program.uncounted, held_bytes=program.held_bytes), done.samples
+
+
+def _sum(output: Any) -> Tensor:
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not tensors:
+        raise UsageError("the model's output has no tensor with a gradient: give plan() a loss")
+    total = tensors[0].sum()
+    for tensor in tensors[1:]:
+        total = total + tensor.sum()
+    return total
+
+
+_GRAMMAR = "8 | 3-8 | 3-8x32 | RTH:3-8x8 | 4,6@80ep,8@0.9"
+
+
+def parse_schedule(text: str, *, total_steps: int, steps_per_epoch: int | None = None) -> Schedule:
+    """A schedule from a short text, as on the command line.
+
+    ``"8"`` is constant; ``"3-8x32"`` is CPT's cosine from 3 to 8 bits in 32 cycles (32 where left out);
+    ``"RTH:3-8x8"`` one of the ten of Wolfe and Kyrillidis (8 cycles where left out); ``"4,6@80ep,8@0.9"`` has 4 bits,
+    from epoch 80 on 6, and 8 in the last tenth (a start may also be a step).
+
+    Raises:
+        UsageError: none of these, or values that the schedule refuses.
+    """
+    if re.fullmatch(r"\d+", text):
+        return Constant(bits=int(text))
+    cyclic = re.fullmatch(r"(?:([A-Z]+):)?(\d+)-(\d+)(?:x(\d+))?", text)
+    if cyclic is not None:
+        curve, low, high, cycles = cyclic.groups()
+        if curve is not None and curve not in SUITE:
+            raise UsageError(f"schedule {text!r}: no curve {curve!r}; there are {', '.join(SUITE)}")
+        return Cyclic(
+            low=int(low),
+            high=int(high),
+            cycles=int(cycles or (8 if curve else 32)),
+            total_steps=total_steps,
+            **SUITE[curve or "CR"],
+        )
+    pieces = [re.fullmatch(r"(\d+)(?:@([\d.]+(?:ep)?))?", piece) for piece in text.split(",")]
+    if all(pieces):
+        return Piecewise(
+            pieces=[(piece[2] or "0", int(piece[1])) for piece in pieces if piece is not None],
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+        )
+    raise UsageError(f"schedule {text!r}: write {_GRAMMAR}")

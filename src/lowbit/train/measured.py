@@ -1,0 +1,70 @@
+"""What a run took in seconds and joules: one line for each start of it, beside the ledger, which has no clock.
+
+A start that is killed leaves no line; one that is stopped or fails does.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lowbit.energy import Energy, measured_energy
+from lowbit.errors import RunError
+
+MEASURED = "measured.jsonl"
+
+
+@contextmanager
+def measured(out: Path, *, steps: Callable[[], int], seconds_per_step: Callable[[], float | None]) -> Iterator[None]:
+    """Measure what happens in this context and append it to the run folder `out`.
+
+    Args:
+        out: run folder.
+        steps: gives the number of steps done, before and after.
+        seconds_per_step: gives the median seconds of a step; None where too few ran.
+    """
+    began = steps()
+
+    def write(energy: Energy) -> None:
+        line = {"from_step": began, "to_step": steps(), "seconds_per_step": seconds_per_step()}
+        with open(out / MEASURED, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line | asdict(energy)) + "\n")
+
+    energy = Energy()
+    try:
+        with measured_energy() as energy:
+            yield
+    except BaseException:
+        with suppress(OSError):  # what stopped the run is the news, not that its time could not be written
+            write(energy)
+        raise
+    try:
+        write(energy)
+    except OSError as error:
+        raise RunError(f"cannot write {out / MEASURED}: {error.strerror or error}") from error
+
+
+def read(out: Path) -> dict[str, str]:
+    """What was measured in a run folder, as text by name; empty where nothing was.
+
+    Raises:
+        RunError: a line is damaged.
+    """
+    path = out / MEASURED
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        starts: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        joules = [start["joules"] for start in starts]
+        seconds = [start["seconds_per_step"] for start in starts if start["seconds_per_step"] is not None]
+        steps = sum(start["to_step"] - start["from_step"] for start in starts)
+        reason = starts[-1]["reason"]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise RunError(f"{path} is damaged ({error}): delete it to see the rest of the cost") from error
+    return {
+        "seconds per step": f"{seconds[-1]:.4g} (median, last start)" if seconds else "too few steps to say",
+        "energy": reason if None in joules else f"{sum(joules):.4g} J over {steps:,} steps ({reason})",
+    }

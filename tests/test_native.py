@@ -1,0 +1,417 @@
+"""The native passes over memory against their torch twins, bit for bit."""
+
+import hashlib
+import itertools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lowbit.kernels import cpu, reference
+from lowbit.kernels.cpu import Grid, View
+from lowbit.rounding import uniform_noise
+
+pytestmark = pytest.mark.skipif(cpu.instruction_sets() is None, reason="lowbit has no native kernels in this install")
+
+# Around the widths of vectors, of the lanes of the extremes and of the runs that a pass works on.
+LENGTHS = [1, 15, 16, 17, 63, 64, 65, 1023, 1024, 1025]
+KEY = (0x9E3779B9, 0xDEADBEEF)
+DTYPES = [torch.float32, torch.bfloat16]
+ZEROS = ["symmetric", "integer", "offset"]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with this many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers of a generator of their own."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def in_memory(x: Tensor, view: View) -> Tensor:
+    """A tensor (outer, channels, inner) as memory of that view, flat."""
+    return (x.transpose(1, 2) if view[3] else x).contiguous().flatten()
+
+
+def grid_for(x: Tensor, zero: str, bits: int, per_channel: bool, key: tuple[int, int] | None) -> Grid:
+    """A grid over the range of (outer, channels, inner), one for each channel or one for all."""
+    dims = (0, 2) if per_channel else (0, 1, 2)
+    lo, hi = x.float().amin(dims).reshape(-1), x.float().amax(dims).reshape(-1)
+    if zero == "symmetric":
+        top = float(2 ** (bits - 1) - 1)
+        return Grid(scale=reference.scale_of(torch.maximum(-lo, hi), top, 0.0), zero=None, low=-top, high=top, key=key)
+    top = float(2**bits - 1)
+    if zero == "integer":
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    scale = reference.scale_of(hi - lo, top, 0.0)
+    offset = reference.zero_point(lo, scale, top) if zero == "integer" else lo
+    return Grid(scale=scale, zero=offset, low=0.0, high=top, offset=zero == "offset", key=key)
+
+
+def twin_codes(x: Tensor, grid: Grid) -> Tensor:
+    """Codes of (outer, channels, inner) by the definition."""
+    x = x.float()
+    noise = None if grid.key is None else uniform_noise(torch.tensor(grid.key), x.shape)
+    scale = grid.scale.view(1, -1, 1)
+    if grid.zero is None:
+        return reference.codes_symmetric(x, scale, grid.high, noise)
+    make = reference.codes_offset if grid.offset else reference.codes_affine
+    return make(x, scale, grid.zero.view(1, -1, 1), grid.high, noise)
+
+
+def twin_values(x: Tensor, grid: Grid) -> Tensor:
+    """Values on the grid by the definition, in the dtype of x."""
+    q, scale = twin_codes(x, grid), grid.scale.view(1, -1, 1)
+    if grid.zero is None:
+        return (q * scale).to(x.dtype)
+    zero = grid.zero.view(1, -1, 1)
+    return (q * scale + zero if grid.offset else (q - zero) * scale).to(x.dtype)
+
+
+def check(x: Tensor, grid: Grid, view: View) -> None:
+    """Codes (of 8 bits or fewer) and values of (outer, channels, inner) equal those of the twin."""
+    memory = in_memory(x, view)
+    values = cpu.fake_quantize(memory, view, grid)
+
+    expected = in_memory(twin_values(x, grid), view)
+    assert values.dtype == x.dtype
+    torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
+    if grid.high <= 255:
+        signed = grid.low < 0
+        codes = cpu.encode(memory, view, grid, signed=signed)
+        assert codes.dtype == (torch.int8 if signed else torch.uint8)
+        assert torch.equal(codes.float(), in_memory(twin_codes(x, grid), view))
+
+
+class TestExtremes:
+    """Smallest and largest value of each channel."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("last", [False, True])
+    @pytest.mark.parametrize("length", LENGTHS)
+    def test_equal_the_twin(self, length: int, last: bool, dtype: torch.dtype) -> None:
+        """One channel, several in one block and several in many blocks, at lengths around those of vectors."""
+        for outer, channels in ((1, 1), (1, 3), (5, 3), (3, 1)):
+            x = randn(outer, channels, length).to(dtype)
+            view = (outer, channels, length, last)
+
+            lo, hi = cpu.extremes(in_memory(x, view), view)
+
+            assert torch.equal(lo, x.float().amin((0, 2)))
+            assert torch.equal(hi, x.float().amax((0, 2)))
+
+    @pytest.mark.parametrize("last", [False, True])
+    @pytest.mark.parametrize("shape", [(1, 1, 200), (1, 3, 70), (4, 3, 70), (4, 3, 7), (4, 3, 1), (2, 70, 3)])
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    def test_nan_and_inf_at_any_place(self, shape: tuple[int, int, int], last: bool, bad: float) -> None:
+        """One such number anywhere shows in its own channel and in no other."""
+        view = (*shape, last)
+        count = math.prod(shape)
+        for at in {0, 1, count // 2, count - 1}:
+            x = randn(*shape)
+            x.view(-1)[at] = bad
+
+            lo, hi = cpu.extremes(in_memory(x, view), view)
+
+            torch.testing.assert_close(lo, x.amin((0, 2)), rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(hi, x.amax((0, 2)), rtol=0, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize("shape", [(1, 1, 200_000), (700, 3, 90), (700, 90, 3), (70_000, 3, 1)])
+    @pytest.mark.parametrize("last", [False, True])
+    def test_two_threads_and_large_tensors(self, shape: tuple[int, int, int], last: bool) -> None:
+        """What many tasks find is put together: the extremes sit in single places far apart."""
+        view = (*shape, last)
+        x = randn(*shape)
+        x.view(-1)[math.prod(shape) - 1], x.view(-1)[math.prod(shape) // 2] = 99.0, -77.0
+        with threads(2):
+            lo, hi = cpu.extremes(in_memory(x, view), view)
+
+        assert torch.equal(lo, x.amin((0, 2)))
+        assert torch.equal(hi, x.amax((0, 2)))
+        assert hi.max() == 99
+        assert lo.min() == -77
+
+
+class TestCodesAndValues:
+    """`encode` and `fake_quantize`."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("zero", ZEROS)
+    @pytest.mark.parametrize("length", LENGTHS)
+    def test_lengths(self, length: int, zero: str, dtype: torch.dtype) -> None:
+        """Every length around those of vectors, nearest and stochastic, one scale and one for each channel."""
+        for (outer, channels), key, per_channel in itertools.product(((1, 1), (1, 3), (4, 2)), (None, KEY), (0, 1)):
+            x = randn(outer, channels, length).to(dtype)
+            check(x, grid_for(x, zero, 8, bool(per_channel), key), (outer, channels, length, False))
+            check(x, grid_for(x, zero, 8, bool(per_channel), key), (outer, channels, length, True))
+
+    @settings(max_examples=200, deadline=None, derandomize=True)
+    @given(data=st.data())
+    def test_any_view_format_and_scale(self, data: st.DataObject) -> None:
+        """Views, widths of 2 to 16 bits, zero kinds, rounding, dtypes and magnitudes from denormal to huge."""
+        outer, channels = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 70))
+        inner = data.draw(st.integers(1, 80))
+        last, per_channel = data.draw(st.booleans()), data.draw(st.booleans())
+        zero, bits = data.draw(st.sampled_from(ZEROS)), data.draw(st.integers(2, 16))
+        key = data.draw(st.none() | st.tuples(*[st.integers(0, 2**32 - 1)] * 2))
+        dtype = data.draw(st.sampled_from(DTYPES))
+        power = data.draw(st.integers(-146, 124))
+        shift = data.draw(st.sampled_from([0.0, 0.5, 3.0, -3.0]))
+        x = ((randn(outer, channels, inner, seed=data.draw(st.integers(0, 99))) + shift) * 2.0**power).to(dtype)
+
+        check(x, grid_for(x, zero, bits, per_channel, key), (outer, channels, inner, last))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("bits", range(2, 9))
+    @pytest.mark.parametrize("zero", ZEROS)
+    def test_exact_halves_go_to_the_even_code(self, zero: str, bits: int, dtype: torch.dtype) -> None:
+        """With a scale of 1 halves are exact: codes are the even neighbours, beyond the grid its ends."""
+        top = 2 ** (bits - 1) - 1 if zero == "symmetric" else 2**bits - 1
+        x = (torch.arange(-4 * top - 4, 4 * top + 5) / 2).view(1, 1, -1).to(dtype)
+        offset = {"symmetric": None, "integer": torch.tensor([3.0]), "offset": torch.tensor([-2.0])}[zero]
+        low = -float(top) if zero == "symmetric" else 0.0
+        grid = Grid(scale=torch.ones(1), zero=offset, low=low, high=float(top), offset=zero == "offset")
+        view = (1, 1, x.numel(), False)
+
+        check(x, grid, view)
+        q = cpu.encode(x.flatten(), view, grid, signed=zero == "symmetric").double()
+        expected = (x.double().flatten() + (2.0 if zero == "offset" else 0)).clamp(low if zero == "offset" else -1e9)
+        expected = expected.round() + (3.0 if zero == "integer" else 0)  # torch.round is to even
+        assert torch.equal(q, expected.clamp(low, top))
+
+    @pytest.mark.parametrize("key", [None, KEY])
+    @pytest.mark.parametrize("zero", ZEROS)
+    @pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 1e-40, -1e30])
+    def test_constants(self, value: float, zero: str, key: tuple[int, int] | None) -> None:
+        """A constant gives itself to one rounding, zeros give zeros; nothing divides by zero."""
+        x = torch.full((3, 2, 70), value)
+        for per_channel in (False, True):
+            grid, view = grid_for(x, zero, 8, per_channel, key), (3, 2, 70, False)
+
+            check(x, grid, view)
+            y = cpu.fake_quantize(x, view, grid)
+            # A denormal scale has few digits of its own.
+            assert (y - x).abs().max() <= max(abs(value) * 2.0**-22, 1024 * 2.0**-149 if value else 0)
+
+    @pytest.mark.parametrize("last", [False, True])
+    @pytest.mark.parametrize("zero", ZEROS)
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    def test_a_range_that_is_not_finite(self, bad: float, zero: str, last: bool) -> None:
+        """Values of a channel with an inf or nan are nan throughout, those of other channels are as ever."""
+        x = randn(3, 4, 20)
+        x[1, 2, 7] = bad
+        view = (3, 4, 20, last)
+
+        y = cpu.fake_quantize(in_memory(x, view), view, grid_for(x, zero, 8, True, None))
+
+        y = y.view(3, 20, 4).transpose(1, 2) if last else y.view(3, 4, 20)
+        assert y[:, 2].isnan().all()
+        assert y[:, [0, 1, 3]].isfinite().all()
+
+    @pytest.mark.parametrize("zero", ZEROS)
+    @pytest.mark.parametrize("key", [None, KEY])
+    def test_nan_in_a_finite_range_stays_nan(self, zero: str, key: tuple[int, int] | None) -> None:
+        """A nan under a range that was given is nan in its own place and nowhere else."""
+        x = randn(1, 1, 100)
+        grid = grid_for(x, zero, 8, False, key)
+        x[0, 0, 41] = math.nan
+
+        y = cpu.fake_quantize(x, (1, 1, 100, False), grid)
+
+        assert y.isnan().flatten().nonzero().tolist() == [[41]]
+
+    @pytest.mark.parametrize("key", [None, KEY])
+    @pytest.mark.parametrize("zero", ZEROS)
+    @pytest.mark.parametrize("scale", [2.0**-140, 2.0**-59, 1e-12, 1e-3, 1.0, 2.0**19, 2.0**100])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_numbers_far_beyond_a_given_range(
+        self, dtype: torch.dtype, scale: float, zero: str, key: tuple[int, int] | None
+    ) -> None:
+        """What a running range has never seen is clipped to its ends, also where x / S overflows."""
+        far = torch.tensor([3e38, -3e38, 1e30, -1e30, 1e10, -1e10, 1e-45, -1e-45, math.inf, -math.inf, 0.0, -0.0])
+        if key is not None:  # the twin's stochastic rounding has no fraction of an infinite quotient
+            far = far[(far / scale).isfinite()]
+        far = torch.cat([far, torch.tensor([300 * scale, -300 * scale])])
+        x = far.repeat(3).view(1, 1, -1).to(dtype)
+        offset = {"symmetric": None, "integer": torch.tensor([100.0]), "offset": torch.tensor([-50 * scale])}[zero]
+        low, high = (-127.0, 127.0) if zero == "symmetric" else (0.0, 255.0)
+        grid = Grid(scale=torch.tensor([scale]), zero=offset, low=low, high=high, offset=zero == "offset", key=key)
+
+        check(x, grid, (1, 1, x.numel(), False))
+        q = cpu.encode(x.flatten(), (1, 1, x.numel(), False), grid, signed=low < 0)
+        assert (q[x.flatten() > 290 * scale] == high).all()
+        assert (q[x.flatten() < -290 * scale] == low).all()
+
+    def test_division_is_correctly_rounded(self) -> None:
+        """Quotients within an ulp of a half give the codes of the correctly rounded quotient, 1.3 million times."""
+        g = torch.Generator().manual_seed(1)
+        for exponent in (-59, -30, -8, 0, 10, 19):
+            scale = (1 + torch.rand(400, generator=g)) * 2.0**exponent
+            scale[:2] = torch.tensor([1 + 2.0**-23, 2 - 2.0**-23]) * 2.0**exponent
+            scale.clamp_(max=2.0**20 * (1 - 2.0**-24))
+            half = torch.randint(-32767, 32767, (400, 181), generator=g) + 0.5
+            x = scale[:, None] * half
+            up, down = torch.nextafter(x, torch.tensor(math.inf)), torch.nextafter(x, torch.tensor(-math.inf))
+            x = torch.cat([x, up, down], 1).unsqueeze(0)
+            grid = Grid(scale=scale, zero=None, low=-32767.0, high=32767.0)
+            view = (1, 400, 543, False)
+
+            check(x, grid, view)
+            # By one reciprocal the codes differ: the test sees what it is about.
+            assert not torch.equal(twin_codes(x, grid), (x * (1 / scale)[:, None]).round().clamp(-32767, 32767))
+
+    @pytest.mark.parametrize("per_channel", [False, True])
+    @pytest.mark.parametrize("outer", [1, 3])
+    @pytest.mark.parametrize("taps", [2, 9, 27, 64])
+    @pytest.mark.parametrize("signed", [True, False])
+    def test_taps_are_transposed(self, signed: bool, taps: int, outer: int, per_channel: bool) -> None:
+        """Each record of (channels, taps) numbers comes out as (taps, channels), noise and scales going with them."""
+        for channels, width in ((1, 1), (3, 1), (3, 5), (40, 3)):
+            inner = taps * width
+            record_is_channel = per_channel and channels > 1 and (outer == 1 or inner >= 64)
+            if per_channel and channels > 1 and outer > 1 and inner < 64 and width > 1:
+                continue  # such a record mixes channels and their inner numbers: never asked for
+            x = randn(outer, channels, inner)
+            grid = grid_for(x, "symmetric" if signed else "integer", 8, per_channel, KEY)
+            view = (outer, channels, inner, False)
+
+            q = cpu.encode(x, view, grid, signed=signed, taps=taps)
+
+            plain = twin_codes(x, grid).view(-1, width if record_is_channel else channels * width, taps)
+            assert torch.equal(q.float(), plain.transpose(1, 2).flatten())
+
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(data=st.data())
+    def test_one_thread_and_two(self, data: st.DataObject) -> None:
+        """Codes do not depend on the number of threads, in tensors of several tasks."""
+        outer, channels = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 90))
+        inner = data.draw(st.integers(1, 60_000 // (outer * channels) + 1))
+        view = (outer, channels, inner, data.draw(st.booleans()))
+        x = randn(outer, channels, inner)
+        grid = grid_for(x, data.draw(st.sampled_from(["symmetric", "integer"])), 8, data.draw(st.booleans()), KEY)
+        memory = in_memory(x, view)
+        codes = []
+        for count in (1, 2):
+            with threads(count):
+                codes.append(cpu.encode(memory, view, grid, signed=grid.low < 0))
+
+        assert torch.equal(*codes)
+        assert torch.equal(codes[0].float(), in_memory(twin_codes(x, grid), view))
+
+    def test_the_input_is_not_changed(self) -> None:
+        """Both kernels write to memory of their own."""
+        x = randn(2, 3, 50)
+        before, grid = x.clone(), grid_for(x, "integer", 4, True, KEY)
+
+        cpu.encode(x, (2, 3, 50, False), grid, signed=False)
+        y = cpu.fake_quantize(x, (2, 3, 50, False), grid)
+
+        assert torch.equal(x, before)
+        assert not torch.equal(y, x)
+
+
+class TestNoise:
+    """The counter-based noise."""
+
+    @pytest.mark.parametrize("count", [0, *LENGTHS, 32_767, 32_769, 100_003])
+    def test_equals_the_twin(self, count: int) -> None:
+        """Any number of elements and any words, all 32 bits of them."""
+        for key in ((0, 0), KEY, (0xFFFFFFFF, 0xFFFFFFFF), (1, 0x80000000)):
+            assert torch.equal(cpu.noise(count, key), uniform_noise(torch.tensor(key), (count,)))
+
+    def test_one_thread_and_two(self) -> None:
+        """The same field from one thread and from two."""
+        fields = []
+        for count in (1, 2):
+            with threads(count):
+                fields.append(cpu.noise(200_001, KEY))
+
+        assert torch.equal(*fields)
+
+    def test_fields_differ(self) -> None:
+        """Either word alone changes the field."""
+        field = cpu.noise(1000, KEY)
+
+        for other in ((KEY[0] + 1, KEY[1]), (KEY[0], KEY[1] + 1)):
+            assert (cpu.noise(1000, other) == field).float().mean() < 0.01
+
+
+class TestSums:
+    """Sums of columns."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("width", [1, 3, 64, 1025])
+    @pytest.mark.parametrize("rows", [1, 63, 64, 65, 1000])
+    def test_equal_those_in_float64(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        """Within 1e-6 of the sum of absolute values, which no sum in bfloat16 reaches."""
+        x = (randn(rows, width) + 1).to(dtype)
+
+        y = cpu.sums(x, width)
+
+        assert y.dtype == torch.float32
+        assert ((y.double() - x.double().sum(0)).abs() <= 1e-6 * x.double().abs().sum(0)).all()
+
+    def test_the_same_again_with_two_threads(self) -> None:
+        """Two threads give the same bits every time: a resumed run is the run that was never stopped."""
+        x = randn(20_000, 70)
+        with threads(2):
+            seen = [cpu.sums(x, 70) for _ in range(10)]
+
+        assert all(torch.equal(y, seen[0]) for y in seen)
+
+
+_FINGERPRINT = """
+import sys
+sys.path.insert(0, {folder!r})
+from test_native import fingerprint
+print(*fingerprint())
+"""
+
+
+def fingerprint() -> tuple[str, str]:
+    """The widest instruction set in use, and a hash of codes, values and extremes of many tensors."""
+    digest = hashlib.sha256()
+    for zero, key, dtype, per_channel, last in itertools.product(ZEROS, (None, KEY), DTYPES, (False, True), (0, 1)):
+        for power in (-130, -20, 0, 40):
+            x = (randn(3, 5, 71) * 2.0**power).to(dtype)
+            view = (3, 5, 71, bool(last))
+            memory, grid = in_memory(x, view), grid_for(x, zero, 8, per_channel, key)
+            lo, hi = cpu.extremes(memory, view)
+            values = cpu.fake_quantize(memory, view, grid).float()
+            codes = cpu.encode(memory, view, grid, signed=zero == "symmetric")
+            for t in (lo, hi, values, codes):
+                digest.update(t.numpy().tobytes())
+    return (cpu.instruction_sets() or ["none"])[-1], digest.hexdigest()
+
+
+@pytest.mark.parametrize("limit", ["SSE41", "AVX2", "AVX512_CORE"])
+def test_every_instruction_set_gives_the_same(limit: str) -> None:
+    """A process that may use less of the processor makes the same codes, values and extremes."""
+    code = _FINGERPRINT.format(folder=os.path.dirname(__file__))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": limit},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    sets, hashed = done.stdout.split()
+
+    assert sets in {"SSE41": ("none",), "AVX2": ("none", "avx2"), "AVX512_CORE": ("none", "avx2", "avx512")}[limit]
+    assert hashed == fingerprint()[1]
