@@ -378,6 +378,15 @@ def test_logs_show_what_the_gates_chose(tmp_path: Path) -> None:
     assert float(row["target_percent"]) == 1.9
 
 
+def test_an_epoch_of_the_plateau_rule_may_be_shorter(tmp_path: Path) -> None:
+    """With plateau_every=1 a stage lasts five steps."""
+    trainer.train(config(tmp_path / "run", recipe="pfq", plateau_every=1, threshold=9.0, decay=1.0))
+    with open(tmp_path / "run" / "csv" / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["train_loss"]]
+
+    assert [(row["step"], row["stage"], row["forward_bits"]) for row in rows] == [("10", "1.0", "4.0")]
+
+
 def test_range_test_in_the_run_leaves_its_table(tmp_path: Path) -> None:
     """A run with low="range-test" writes the test's table, and its result names the choice."""
     result = trainer.train(config(tmp_path / "run", recipe="cpt", cycles=2, low="range-test", high=3, epochs=4))
@@ -397,6 +406,8 @@ def test_range_test_in_the_run_leaves_its_table(tmp_path: Path) -> None:
         ({"recipe": "sbm8", "cycles": 2}, "'sbm8' has no setting 'cycles': its bits are constant"),
         ({"recipe": "sbm8", "eval_bits": 8}, "eval_bits goes with"),
         ({"recipe": "cpt", "cycles": 2, "blocks": "x"}, "blocks goes with"),
+        ({"recipe": "cpt", "cycles": 2, "plateau_every": 5}, "plateau_every goes with"),
+        ({"recipe": "pfq", "plateau_every": 0}, "plateau_every must be a whole number"),
         ({"recipe": "dfq", "blocks": "x"}, r"matches the name of no module of 'mlp'; those of mlp match"),
         ({"recipe": "dfq", "blocks": "x("}, "no regular expression"),
     ],
