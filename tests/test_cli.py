@@ -424,7 +424,7 @@ def test_cost_of_a_run_that_ran(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_the_plan_of_a_run_is_its_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run costs what was planned, layer by layer."""
-    train(tmp_path / "run")
+    train(tmp_path / "run", "--engine", "reference")  # a plan is one of the reference engine
     capsys.readouterr()
     plan = ["--model", "mlp", "--input", "1,8,8", "--classes", "10", "--batch-size", "64", "--steps", "10"]
 

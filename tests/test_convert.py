@@ -581,7 +581,7 @@ def test_the_report_shows_bits_and_engine_of_each_product() -> None:
     """A printed report has a line per layer with the bits of its three products and its engine."""
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
 
-    lines = str(lowbit.convert_(model, "sbm8")).splitlines()
+    lines = str(lowbit.convert_(model, "sbm8", engine="reference")).splitlines()
 
     assert lines[0].startswith("sbm8: 1 of 2 layers converted")
     linear = next(line for line in lines if "Linear" in line)

@@ -21,7 +21,9 @@ def small(recipe: str | None = "w8a8g8") -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
     if recipe is not None:
-        lowbit.convert_(model, lowbit.Recipe.from_name(recipe).replace(first="convert", last="convert"))
+        lowbit.convert_(
+            model, lowbit.Recipe.from_name(recipe).replace(first="convert", last="convert"), engine="reference"
+        )
     return model
 
 
@@ -62,7 +64,7 @@ def test_a_plan_of_a_text_model_is_what_runs(name: str, recipe: str) -> None:
     """Embeddings, attention and recurrent layers are planned as they run."""
     torch.manual_seed(0)
     model, x = models.build(name, Task(kind="text", shape=(6,), classes=20)), torch.randint(20, (2, 6))
-    lowbit.convert_(model, recipe)
+    lowbit.convert_(model, recipe, engine="reference")
 
     def macs(ledger: Ledger) -> dict[tuple[str, str, tuple[int, int]], int]:
         found: dict[tuple[str, str, tuple[int, int]], int] = {}

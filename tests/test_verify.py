@@ -20,7 +20,7 @@ ALL = ["output", "grad_input", "grad_weight"]
 
 def _mlp() -> nn.Sequential:
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-    lowbit.convert_(model, "sbm8")
+    lowbit.convert_(model, "sbm8", engine="reference")
     return model
 
 
@@ -56,7 +56,7 @@ class TestRows:
     def test_a_recurrent_layer(self) -> None:
         """An LSTM has a row for each matrix and product, the recurrent ones once per time step."""
         model = nn.LSTM(3, 4, 2)
-        lowbit.convert_(model, "sbm8")
+        lowbit.convert_(model, "sbm8", engine="reference")
 
         proof = _prove(model, torch.randn(5, 2, 3, requires_grad=True))
 
@@ -71,7 +71,7 @@ class TestRows:
     def test_range_norm(self) -> None:
         """Range BN shows the quantisation of its input and of its gradient, and no MACs."""
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-        lowbit.convert_(model, "sbm8")
+        lowbit.convert_(model, "sbm8", engine="reference")
 
         proof = _prove(model, torch.randn(4, 3, 6, 6))
 
@@ -85,7 +85,7 @@ class TestRows:
     def test_macs_of_converted_layers_equal_a_count_by_hand(self) -> None:
         """A grouped convolution's three products have batch x positions x outputs x (inputs / groups) x window MACs."""
         model = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2))
-        lowbit.convert_(model, "sbm8")
+        lowbit.convert_(model, "sbm8", engine="reference")
 
         proof = _prove(model, torch.randn(2, 4, 8, 8, requires_grad=True))
 
@@ -132,7 +132,7 @@ class TestFigures:
         """SQNR and cosine of a product equal those computed from plain and quantised outputs."""
         model, x = nn.Linear(6, 8, bias=False), torch.randn(5, 6)
         exact = F.linear(x, model.weight).detach().double()
-        lowbit.convert_(model, "sbm8")
+        lowbit.convert_(model, "sbm8", engine="reference")
 
         proof = _prove(model, x)
 
@@ -149,7 +149,7 @@ class TestFigures:
         w = model.weight.detach().double()
         step = w.abs().amax(1, keepdim=True) / 127
         error = w - (w / step).round() * step
-        lowbit.convert_(model, "sbm8")
+        lowbit.convert_(model, "sbm8", engine="reference")
 
         proof = _prove(model, torch.randn(5, 6))
 
@@ -159,7 +159,7 @@ class TestFigures:
     def test_clipped_share_equals_a_count_by_hand(self) -> None:
         """Of eight inputs in [0, 1] and [0, 3], the one at 3 lies beyond the mean of extremes."""
         model = nn.Linear(4, 2)
-        lowbit.convert_(model, "sbm8")
+        lowbit.convert_(model, "sbm8", engine="reference")
         x = torch.tensor([[0.0, 0.2, 0.5, 1.0], [0.0, 1.0, 2.0, 3.0]])
 
         proof = _prove(model, x)
@@ -195,7 +195,7 @@ class TestFigures:
         """A weight of 4096 normal values keeps the cosine that the theory guarantees for 8 bits."""
         model = nn.Linear(64, 64)
         nn.init.normal_(model.weight)
-        lowbit.convert_(model, "sbm8")
+        lowbit.convert_(model, "sbm8", engine="reference")
 
         weight = _prove(model, torch.randn(5, 64)).rows[0].operands["weight"]
 
@@ -244,7 +244,7 @@ class TestFailures:
 
         monkeypatch.setattr(products, "gradients", skipping)
         model = nn.Sequential(nn.Linear(6, 4))
-        lowbit.convert_(model, "sbm8")
+        lowbit.convert_(model, "sbm8", engine="reference")
 
         with pytest.raises(VerificationError, match=f"0: {product} was due in the backward and did not run"):
             _prove(model, torch.randn(5, 6, requires_grad=True))
@@ -266,7 +266,7 @@ class TestFailures:
         monkeypatch.setattr(products, "quantize_operand", remember)
         monkeypatch.setattr(products.Linear, product, full_precision(getattr(products.Linear, product)))
         model = nn.Sequential(nn.Linear(6, 4))
-        lowbit.convert_(model, "sbm8-hoffer" if product == "output" else "sbm8")
+        lowbit.convert_(model, "sbm8-hoffer" if product == "output" else "sbm8", engine="reference")
 
         with pytest.raises(VerificationError, match=f"0: {product} equals the full-precision product"):
             _prove(model, torch.randn(5, 6, requires_grad=True))
@@ -311,7 +311,9 @@ class TestOutside:
     @staticmethod
     def _run(part: nn.Module, x: Tensor, call: Callable[[nn.Module, Tensor], Tensor] | None = None) -> Proof:
         model = _Two(part, call)
-        lowbit.convert_(model, "sbm8", rules=[] if isinstance(part, nn.Identity) else [("part", None)])
+        lowbit.convert_(
+            model, "sbm8", engine="reference", rules=[] if isinstance(part, nn.Identity) else [("part", None)]
+        )
         return _prove(model, x)
 
     def test_a_skipped_linear_layer(self) -> None:
@@ -389,7 +391,7 @@ class TestOutside:
     def test_what_has_no_formula_is_listed_without_a_count(self) -> None:
         """The fused attention of torch in evaluation is listed and said not to be counted."""
         layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
-        lowbit.convert_(layer, "sbm8", rules=[(nn.MultiheadAttention, None)])
+        lowbit.convert_(layer, "sbm8", engine="reference", rules=[(nn.MultiheadAttention, None)])
         layer.eval()
 
         with lowbit.verify(layer) as proof, torch.no_grad():
@@ -413,7 +415,7 @@ class TestOutside:
     def test_products_of_converted_layers_are_not_outside(self) -> None:
         """A fully converted network of convolutions, LSTM and linear layers has nothing outside."""
         model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(24, 3))
-        lowbit.convert_(model, "sbm8")
+        lowbit.convert_(model, "sbm8", engine="reference")
 
         assert _prove(model, torch.randn(5, 4, 8)).outside == []
 
@@ -454,7 +456,7 @@ class TestQuantisersThatDoNothing:
     def test_values_off_the_grid(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """More distinct values under one scale than the bits can tell apart were not quantised."""
         model = nn.Sequential(nn.Linear(64, 32))
-        lowbit.convert_(model, "sbm8")
+        lowbit.convert_(model, "sbm8", engine="reference")
         monkeypatch.setattr(products, "quantize_operand", lambda x, *_: products.Quantized(x, 0.0))
 
         with pytest.raises(VerificationError, match="distinct values under one scale, more than 8 bits"):
@@ -464,8 +466,8 @@ class TestQuantisersThatDoNothing:
 def test_layers_of_parts_converted_apart_are_told_apart() -> None:
     """Two layers that were each converted as a model of their own have rows of their own, and one cannot hide."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    lowbit.convert_(model[0], "sbm8", seed=0)
-    lowbit.convert_(model[1], "sbm8", seed=1)
+    lowbit.convert_(model[0], "sbm8", engine="reference", seed=0)
+    lowbit.convert_(model[1], "sbm8", engine="reference", seed=1)
 
     proof = _prove(model, torch.randn(3, 4))
     assert {row.layer for row in proof.rows} == {"0", "1"}
@@ -518,7 +520,7 @@ def test_vector_and_bilinear_products_are_listed() -> None:
             return self.matrix @ self.bilinear(y, y).sum(0)
 
     model = Model()
-    lowbit.convert_(model, "sbm8", rules=[("bilinear", None)])
+    lowbit.convert_(model, "sbm8", engine="reference", rules=[("bilinear", None)])
 
     outside = _outside(_prove(model, torch.randn(5, 6)))
 

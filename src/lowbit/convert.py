@@ -219,10 +219,11 @@ def _engines(plans: Sequence[_Plan], engine: str) -> dict[str, str]:
     }
     refused = {name: why for name, why in reasons.items() if why} if engine == "int8" else {}
     if refused:
-        shown = "; ".join(f"{name or 'the model'}: {why}" for name, why in list(refused.items())[:5])
+        types = {plan.name: _type_name(plan.layer) for plan in plans}
+        shown = [f"{n or 'the model'} ({types[n]}): the int8 engine cannot run {why}" for n, why in refused.items()]
         raise UsageError(
-            f"engine='int8' cannot run {len(refused)} of {len(reasons)} layers: {shown}. Leave them out with a rule, "
-            "or let engine='auto' run them on the reference engine"
+            f"{len(refused)} of {len(reasons)} layers cannot run as asked. {'; '.join(shown[:5])}. Leave them out with "
+            "a rule, or let engine='auto' run them on the reference engine"
         )
     return reasons
 
@@ -231,7 +232,9 @@ def _why_reference(layer: nn.Module, recipe: Recipe, engine: str) -> str:
     """Why a layer cannot run, or with ``"auto"`` should not run, on int8 units; empty where it should."""
     for name, p in layer.named_parameters():
         if p.device.type != "cpu" or p.dtype not in (torch.float32, torch.bfloat16):
-            return f"{name} is {p.dtype} on {p.device.type}, and kernels take float32 and bfloat16 on the CPU"
+            return (
+                f"{name}: {p.dtype}, and the int8 engine takes float32 and bfloat16, on the CPU, not on {p.device.type}"
+            )
     if isinstance(layer, tuple(NORM_LAYERS)):
         norm = recipe.normalization
         formats = () if norm is None else (norm.input, norm.grad_output)

@@ -88,7 +88,7 @@ class Linear:
     def output_shape(self, x: torch.Size, w: torch.Size) -> torch.Size:
         """``(..., N)``."""
         if x[-1] != w[1]:
-            raise RuntimeError(f"linear got an input of shape {tuple(x)} and a weight of shape {tuple(w)}")
+            raise RuntimeError(f"linear cannot multiply shapes {tuple(x)} of the input and {tuple(w)} of the weight")
         return torch.Size((*x[:-1], w[0]))
 
     def output(self, x: Tensor, w: Tensor) -> Tensor:
@@ -225,9 +225,26 @@ class Convolution:
         return self.stride, self.padding, self.dilation, self.transposed, output_padding, self.groups
 
     def output_shape(self, x: torch.Size, w: torch.Size) -> torch.Size:
-        """``(B, channels, *size)``, as torch works it out, errors included."""
-        empty = torch.empty(x, device="meta"), torch.empty(w, device="meta")
-        return self.output(*empty).shape
+        """``(B, channels, *size)``.
+
+        Raises:
+            RuntimeError: channels that do not fit the weight, or a kernel larger than the padded input.
+        """
+        wanted = w[0] if self.transposed else w[1] * self.groups
+        sizes = []
+        padding = self.output_padding or (0,) * len(self.stride)
+        for i, (size, kernel) in enumerate(zip(x[2:], w[2:], strict=True)):
+            reach = self.dilation[i] * (kernel - 1)
+            if self.transposed:
+                sizes.append((size - 1) * self.stride[i] - 2 * self.padding[i] + reach + padding[i] + 1)
+            else:
+                sizes.append((size + 2 * self.padding[i] - reach - 1) // self.stride[i] + 1)
+        if x[1] != wanted or min(sizes) < 0 or (min(sizes) < 1 and x.numel()):
+            raise RuntimeError(
+                f"{self.kind} cannot multiply shapes {tuple(x)} of the input and {tuple(w)} of the weight: it takes "
+                f"{wanted} channels and sizes that its kernel fits into"
+            )
+        return torch.Size((x[0], w[1] * self.groups if self.transposed else w[0], *sizes))
 
     def output(self, x: Tensor, w: Tensor) -> Tensor:
         """The convolution."""

@@ -336,7 +336,7 @@ class _RangeBatchNormOfCodes(torch.autograd.Function):
         if codes is None:  # an observer came, or recorded noise: the definition, on the values of the codes
             values = (_in_rows(shape, torch.float32, q).float() - zero) * scale
             normalized = (values - _per_channel(mean, values)) / _per_channel(d, values)
-            stats = None if found is None else found.statistics(setting.norm)
+            stats = None if found is None else found.statistics()
             g = setting.quantized(grad_output.float(), "grad_output")
             grads = range_batch_norm_backward(g, normalized, weight, sigma, d, stats, setting.norm.epsilon)
             dx = grads[0].to(dtype)
@@ -364,23 +364,14 @@ class CodeStatistics:
     argmin: Tensor
     slope: Tensor
 
-    def statistics(self, _norm: RangeNorm) -> Statistics:
+    def statistics(self) -> Statistics:
         """The same with indices as `range_statistics` gives them."""
         return Statistics(self.mean, self.sigma, self.argmax.t().long(), self.argmin.t().long(), self.slope)
 
 
 def code_statistics(q: Tensor, channels: int, scale: float, zero: int, norm: RangeNorm) -> CodeStatistics:
-    """`range_statistics` of the values ``(q - zero) * scale`` of codes that are rows by channels.
-
-    Raises:
-        ValueError: fewer than 2 rows.
-    """
+    """`range_statistics` of the values ``(q - zero) * scale`` of codes that are two rows or more by channels."""
     count = q.numel() // channels
-    if count < 2:
-        raise ValueError(
-            f"Range BN got {count} value(s) per channel, which have no range. Use a larger batch, or leave this layer "
-            "out with a rule"
-        )
     lengths, starts = chunk_lengths(count, norm.chunks)
     high, low, argmax, argmin = cpu.code_extremes(q, channels, [*starts, count])
     slope = torch.tensor([KAPPA[norm.constant] / len(lengths) / math.sqrt(2 * math.log(n)) for n in lengths])
@@ -408,8 +399,7 @@ def _backward_of_codes(
     channels = d.numel()
     count = q.numel() // channels
     total, product = cpu.code_sums(g, q, channels)
-    x_total = (mean.double() / scale + zero) * count if found is None else None
-    sum_q = cpu.code_sums(q, None, channels)[0].double() if x_total is None or g_zero else x_total
+    sum_q = cpu.code_sums(q, None, channels)[0].double()
     sum_g = total.double() - count * g_zero
     both = product.double() - g_zero * sum_q - zero * sum_g
     grad_bias = sum_g * g_scale
@@ -466,7 +456,7 @@ def range_batch_norm(
             if x.dim() == 4
             else x.movedim(1, -1).contiguous().movedim(-1, 1)
         )
-    codes = _codes(x, setting, "input")
+    codes = _codes(x, setting, "input") if fixed is not None or x.numel() > x.shape[1] else None
     if codes is not None:
         with torch.autocast("cpu", enabled=False):
             result: tuple[Tensor, Tensor, Tensor] = _RangeBatchNormOfCodes.apply(x, weight, bias, setting, fixed, codes)

@@ -55,6 +55,7 @@ class TrainConfig:
         checkpoint_every: steps between two checkpoints. Left open: at the end of each epoch only.
         threads: threads of torch. Left open: torch's own choice. A resumed run keeps its first number.
         context: bytes in one sample of a text; other data sets refuse it. Left open: 128.
+        engine: how converted layers execute: ``auto``, ``int8`` or ``reference``, see `lowbit.convert_`.
         amp: ``bf16`` runs the operations that no recipe covers under bfloat16 autocast.
         max_steps: stop after this many steps, even within an epoch.
         cycles: of recipes whose bits swing, e.g. ``cpt``: how many cycles. This setting and the following ones, left
@@ -96,6 +97,7 @@ class TrainConfig:
     checkpoint_every: int | None = None
     threads: int | None = None
     context: int | None = None
+    engine: Literal["auto", "int8", "reference"] = "auto"
     amp: Amp = "none"
     max_steps: int | None = None
     cycles: int | None = None

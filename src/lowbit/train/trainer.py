@@ -549,7 +549,7 @@ def _assemble(config: TrainConfig) -> tuple[data.Data, _Module, lowbit.Report]:
             raise UsageError(f"blocks={blocks!r} matches the name of no module of {config.model!r}{hint}.")
         # What has a gate is converted, whatever the recipe says of the first layer.
         rules = [(re.compile(rf"(?:{blocks})(\..*)?"), recipe)]
-    report = lowbit.convert_(model, recipe, rules=rules, seed=config.seed)
+    report = lowbit.convert_(model, recipe, rules=rules, engine=config.engine, seed=config.seed)
 
     def control(total_steps: int) -> PrecisionController | None:
         if not recipe.is_dynamic:
