@@ -6,21 +6,24 @@ parameters and its hooks stay. So shared layers, layers used twice and a bare la
 
 import re
 import sys
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowbit import products
+from lowbit import integer
 from lowbit.errors import UsageError, unknown
 from lowbit.formats import Format, Integer
+from lowbit.kernels import native_instruction_sets
 from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Clock
-from lowbit.products import ENGINES
+from lowbit.products import ENGINES, Convolution, Linear, Op, refusal
 from lowbit.recipe import Recipe, recipes
 from lowbit.tables import text_table
 
@@ -29,6 +32,10 @@ Matcher = str | re.Pattern[str] | type
 Rule = tuple[Matcher, RecipeLike | None]
 
 LEFT_BY_RULE = "a rule leaves it"
+
+# Channels of one group below which a grouped convolution leaves 32-wide tiles mostly idle; engine="auto" then takes
+# the reference engine.
+FEW_CHANNELS = 16
 
 _PLAIN_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     twin: plain for plain, twin in (PRODUCT_LAYERS | NORM_LAYERS).items()
@@ -159,7 +166,10 @@ def convert_(
     if engine not in ("auto", *ENGINES):
         raise unknown("engine", engine, ("auto", *ENGINES))
     _check_model(model)
-    plans = _plan(model, recipe, resolved, strict, engine)
+    if engine == "auto":
+        _warn_once_without_kernels()
+    plans = _plan(model, recipe, resolved, strict)
+    engines = _engines(plans, engine)
     if strict and not any(plan.twin or plan.reason == LEFT_BY_RULE for plan in plans):
         reasons = "; ".join(f"{p.name or 'the model'} ({_type_name(p.layer)}): {p.reason}" for p in plans[:5])
         raise UsageError(f"nothing in this model would be converted. {reasons or 'It has no layer with products'}")
@@ -169,13 +179,84 @@ def convert_(
         if plan.twin is not None and plan.recipe is not None:
             plan.layer.__class__ = plan.twin
             layer: Any = plan.layer
-            layer.attach(name=plan.name, recipe=plan.recipe, clock=clock, engine=engine)
+            layer.attach(
+                name=plan.name, recipe=plan.recipe, clock=clock, engine="reference" if engines[plan.name] else "int8"
+            )
             layer.site.train(layer.training)
     if clock.sites:
         model.register_forward_pre_hook(clock.advance)
         for module in model.modules():
             _forbid_bypass(module)
-    return Report(recipe=recipe.name, rows=tuple(_row(plan) for plan in plans), notes=_notes(clock))
+    return Report(
+        recipe=recipe.name,
+        rows=tuple(_row(plan) for plan in plans),
+        notes=(*_notes(clock), *_engine_notes(engines, engine)),
+    )
+
+
+@cache
+def _warn_once_without_kernels() -> None:
+    """Say once in a process that an install without a compiler runs on the reference engine."""
+    if native_instruction_sets() is None:
+        warnings.warn(
+            "lowbit was installed without its native kernels (no C++17 compiler was found): every layer runs on the "
+            "reference engine, which simulates low precision and is slower than fp32. Install a compiler and reinstall",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _engines(plans: Sequence[_Plan], engine: str) -> dict[str, str]:
+    """For each layer to convert why it runs on the reference engine; empty where it runs on int8 units.
+
+    Raises:
+        UsageError: ``engine="int8"`` was asked for and a layer cannot.
+    """
+    reasons = {
+        plan.name: "it was asked for" if engine == "reference" else _why_reference(plan.layer, plan.recipe, engine)
+        for plan in plans
+        if plan.twin is not None and plan.recipe is not None
+    }
+    refused = {name: why for name, why in reasons.items() if why} if engine == "int8" else {}
+    if refused:
+        shown = "; ".join(f"{name or 'the model'}: {why}" for name, why in list(refused.items())[:5])
+        raise UsageError(
+            f"engine='int8' cannot run {len(refused)} of {len(reasons)} layers: {shown}. Leave them out with a rule, "
+            "or let engine='auto' run them on the reference engine"
+        )
+    return reasons
+
+
+def _why_reference(layer: nn.Module, recipe: Recipe, engine: str) -> str:
+    """Why a layer cannot run, or with ``"auto"`` should not run, on int8 units; empty where it should."""
+    for name, p in layer.named_parameters():
+        if p.device.type != "cpu" or p.dtype not in (torch.float32, torch.bfloat16):
+            return f"{name} is {p.dtype} on {p.device.type}, and kernels take float32 and bfloat16 on the CPU"
+    if isinstance(layer, tuple(NORM_LAYERS)):
+        norm = recipe.normalization
+        formats = () if norm is None else (norm.input, norm.grad_output)
+        if not all(isinstance(f, Integer) and f.zero == "integer" and f.bits <= 8 for f in formats):
+            return "range normalisation runs on codes of up to 8 bits with an integer zero point"
+        return integer.missing("int8")
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        op: Op = Convolution(stride=(1,), padding=(0,), dilation=(1,), groups=layer.groups)
+        narrow = min(layer.in_channels, layer.out_channels) // layer.groups
+        if engine == "auto" and layer.groups > 1 and narrow < FEW_CHANNELS:
+            return f"{narrow} channels in a group, fewer than {FEW_CHANNELS}, leave int8 units mostly idle"
+        return refusal(op, recipe, dim=layer.weight.dim())
+    return refusal(Linear(), recipe)
+
+
+def _engine_notes(reasons: dict[str, str], engine: str) -> list[str]:
+    """Which layers ``"auto"`` leaves to the reference engine, and why; one line for each reason."""
+    if engine != "auto":
+        return []
+    lines = []
+    for why in dict.fromkeys(why for why in reasons.values() if why):
+        names = [name or "the model" for name, other in reasons.items() if other == why]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"reference engine for {', '.join(names[:3])}{more}: {why}")
+    return lines
 
 
 def _recipe(given: object) -> Recipe:
@@ -222,7 +303,7 @@ def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[
 
 
 def _plan(
-    model: nn.Module, recipe: Recipe, rules: Sequence[tuple[Matcher, Recipe | None]], strict: bool, engine: str
+    model: nn.Module, recipe: Recipe, rules: Sequence[tuple[Matcher, Recipe | None]], strict: bool
 ) -> list[_Plan]:
     layers = list(_walk(model, "", set()))
     with_products = [layer for _, layer in layers if isinstance(layer, (*PRODUCT_LAYERS, *_REFUSED))]
@@ -245,7 +326,7 @@ def _plan(
         elif rule is None and end is not None:
             reason = f"{recipe.name} leaves the {end} layer"
         else:
-            twin, reason, refused = _twin(layer, chosen, engine)
+            twin, reason, refused = _twin(layer, chosen)
             if refused:
                 refusals.append((name, f"{name or 'the model'} ({_type_name(layer)}): {reason}"))
         plans.append(_Plan(name, layer, twin, chosen if twin else None, reason))
@@ -289,11 +370,11 @@ def _check_rules(
         raise UsageError(f"rule {i + 1}, {shown!r}, decided nothing: {hint}")
 
 
-def _twin(layer: nn.Module, recipe: Recipe, engine: str) -> tuple[type[QuantLayer] | None, str, bool]:
+def _twin(layer: nn.Module, recipe: Recipe) -> tuple[type[QuantLayer] | None, str, bool]:
     """The quantised twin of a layer, or None with the reason, and whether that refuses what was asked for."""
     kind = type(layer)
     if kind in PRODUCT_LAYERS:
-        refusal = _unsupported(layer) or (_unsupported_by_int8(layer, recipe) if engine == "int8" else "")
+        refusal = _unsupported(layer)
         return (None, refusal, True) if refusal else (PRODUCT_LAYERS[kind], "", False)
     for refused, why in _REFUSED.items():
         if isinstance(layer, refused):
@@ -326,24 +407,6 @@ def _unsupported(layer: nn.Module) -> str:
         if layer.proj_size:
             return "projections (proj_size) have no quantised form"
     return ""
-
-
-def _unsupported_by_int8(layer: nn.Module, recipe: Recipe) -> str:
-    """Why the int8 engine cannot run a layer of a known type; empty where it can."""
-    for name, p in layer.named_parameters(recurse=False):
-        if p.dtype not in (torch.float32, torch.bfloat16):
-            return f"{name} is {p.dtype}, and the int8 engine takes float32 and bfloat16"
-    why = products.refusal(products.Linear(), recipe)
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        op = products.Convolution(
-            stride=layer.stride,
-            padding=(0,) * len(layer.stride),
-            dilation=layer.dilation,
-            groups=layer.groups,
-            transposed=layer.transposed,
-        )
-        why = products.refusal(op, recipe, dim=layer.weight.dim())
-    return f"the int8 engine cannot run {recipe.name}: {why}" if why else ""
 
 
 def _mark_shared_parameters(plans: list[_Plan]) -> None:
@@ -382,8 +445,15 @@ def _row(plan: _Plan) -> Row:
         recipe=recipe.name,
         reason=plan.reason,
         bits={product: "x".join(str(f.bits) for f in formats) for product, formats in tables.items()},
-        engines=dict.fromkeys(tables, layer.sites()[0].engine),
+        engines={p: _unit(layer.sites()[0].engine, formats) for p, formats in tables.items()},
     )
+
+
+def _unit(engine: str, formats: tuple[Format, ...]) -> str:
+    """The units that a product runs on: int8, bf16 where one of its operands is bf16, or the reference engine."""
+    if engine == "reference" or len(formats) != 2:
+        return engine
+    return integer.unit_of((formats[0], formats[1]))
 
 
 def _notes(clock: Clock) -> tuple[str, ...]:
