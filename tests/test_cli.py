@@ -1,5 +1,6 @@
 """The command line: what it prints, what it refuses, and its exit codes."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
 
     assert code == 0
-    assert all(command in printed for command in ("train", "resume", "inspect", "recipes"))
+    assert all(command in printed for command in ("train", "resume", "inspect", "cost", "recipes"))
 
 
 def test_light_commands_do_not_import_lightning() -> None:
@@ -102,6 +103,24 @@ def test_recipe_shows_the_format_of_each_operand(capsys: pytest.CaptureFixture[s
         (["inspect", "--model", "mlp", "--shape", "3,x"], ["--shape", "3,x"]),
         (["inspect", "--model", "mlp", "--data", "digits", "--classes", "3"], ["--classes", "--data"]),
         (["inspect", "--model", "mlp", "--classes", "0"], ["--classes", "0"]),
+        (["inspect"], ["--model"]),
+        (["inspect", "--probe", "--model", "mlp"], ["--probe", "--run", "--data"]),
+        (["inspect", "--probe", "--run", "x", "--model", "mlp"], ["--probe", "--run"]),
+        (["inspect", "--probe", "--run", "x", "--batch-size", "3"], ["--batch-size"]),
+        (["inspect", "--probe", "--run", "x"], ["x", "last.ckpt"]),
+        (["inspect", "--probe", "--model", "mlp", "--data", "digits", "--bits", "2,x"], ["--bits", "2,x"]),
+        (["inspect", "--probe", "--model", "mlp", "--data", "digits", "--batches", "0"], ["--batches", "0"]),
+        (["inspect", "--probe", "--model", "mlp", "--data", "digits", "--shape", "3,8,8"], ["--shape"]),
+        (["cost"], ["--model"]),
+        (["cost", "/no/such/run"], ["/no/such/run", "ledger"]),
+        (["cost", "x", "--model", "mlp"], ["--model", "x"]),
+        (["cost", "--model", "resnet21"], ["resnet21", "'resnet20'?"]),
+        (["cost", "--model", "mlp", "--input", "3,x"], ["--input", "3,x"]),
+        (["cost", "--model", "mlp", "--steps", "0"], ["--steps", "0"]),
+        (["cost", "--model", "mlp", "--schedule", "8-3"], ["low=8", "high=3"]),
+        (["cost", "--model", "mlp", "--recipe", "fp32", "--schedule", "4"], ["nothing in this model has bits"]),
+        (["cost", "--model", "mlp", "--snap-bits"], ["--hardware"]),
+        (["cost", "--model", "mlp", "--hardware", "tpu"], ["bitfusion"]),
     ],
 )
 def test_wrong_request_is_one_line_and_exit_code_2(
@@ -355,3 +374,84 @@ def test_a_setting_that_is_no_number_is_named(capsys: pytest.CaptureFixture[str]
     assert cli.main(["train", "--model", "mlp", "--data", "digits", "--lr", "abc"]) == 2
 
     assert capsys.readouterr().err == "lowbit: error: --lr: expected float, got abc\n"
+
+
+def test_cost_of_a_planned_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """``cost --model`` prints the layers, the metrics and the array's cycles without training."""
+    flags = ["--schedule", "3-8x2", "--backward", "8", "--steps", "20", "--batch-size", "2", "--input", "1,8,8"]
+    code = cli.main(["cost", "--model", "resnet20", "--recipe", "w8a8g8", *flags, "--hardware", "bitfusion"])
+
+    printed = capsys.readouterr()
+    assert code == 0
+    assert printed.err == ""
+    assert "resnet20: 20 steps, 40 samples" in printed.out
+    assert "3..8x3..8" in printed.out
+    assert "GBitOPs" in printed.out
+    assert "Mcycles" in printed.out
+
+
+def test_snapped_bits_cost_more_traffic(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--snap-bits`` moves 4 bits where 3 were, so DRAM takes more energy."""
+
+    def dram(*flags: str) -> float:
+        run = ["cost", "--model", "mlp", "--recipe", "w3a3g8", "--hardware", "bitfusion", "--format", "json"]
+        cli.main([*run, *flags])
+        energy: float = json.loads(capsys.readouterr().out)["hardware"]["output"]["dram_nj"]
+        return energy
+
+    assert dram("--snap-bits") > dram()
+
+
+def test_cost_of_a_run_that_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``cost RUN`` prints what its ledger has, with seconds and energy; in JSON the same as data."""
+    train(tmp_path / "run")
+    capsys.readouterr()
+
+    codes = [cli.main(["cost", str(tmp_path / "run")])]
+    text = capsys.readouterr().out
+    codes.append(cli.main(["cost", str(tmp_path / "run" / "ledger.jsonl"), "--format", "json"]))
+    data = json.loads(capsys.readouterr().out)
+    codes.append(cli.main(["cost", str(tmp_path / "run"), "--format", "csv"]))
+    rows = capsys.readouterr().out.splitlines()
+
+    assert codes == [0, 0, 0]
+    assert "mlp: 10 steps, 640 samples" in text
+    assert "seconds per step:" in text
+    assert "energy:" in text
+    assert (data["steps"], data["samples"]) == (10, 640)
+    assert len(rows) == 1 + len(data["layers"])
+
+
+def test_the_plan_of_a_run_is_its_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run costs what was planned, layer by layer."""
+    train(tmp_path / "run")
+    capsys.readouterr()
+    plan = ["--model", "mlp", "--input", "1,8,8", "--classes", "10", "--batch-size", "64", "--steps", "10"]
+
+    layers = []
+    for argv in (["cost", str(tmp_path / "run")], ["cost", *plan]):
+        cli.main([*argv, "--format", "json"])
+        layers.append(json.loads(capsys.readouterr().out)["layers"])
+
+    assert layers[0] == layers[1]
+
+
+def test_probe_of_a_run_suggests_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``inspect --probe`` prints errors, sensitivities and, with a budget, bits for each layer."""
+    train(tmp_path / "run")
+    capsys.readouterr()
+
+    code = cli.main(["inspect", "--probe", "--run", str(tmp_path / "run"), "--bits", "2,4", "--budget", "0.6"])
+
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert all(part in printed for part in ("SQNR dB", "underflow %", "b=2", "of the present bit operations"))
+
+
+def test_probe_of_fresh_weights_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a run the weights are fresh, which the first line says."""
+    flags = ["--batches", "1", "--batch-size", "8", "--bits", "4"]
+    code = cli.main(["inspect", "--probe", "--model", "mlp", "--data", "digits", *flags])
+
+    assert code == 0
+    assert "fresh weights" in capsys.readouterr().out.splitlines()[0]

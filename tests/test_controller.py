@@ -553,6 +553,8 @@ def test_a_damaged_state_changes_nothing() -> None:
 
     with pytest.raises(UsageError, match="no state of a PrecisionController"):
         controller.load_state_dict({**before, "version": 2})
+    with pytest.raises(UsageError, match="at step -3"):
+        controller.load_state_dict({**before, "step": -3})
     with pytest.raises(UsageError, match="plateau rule"):
         controller.load_state_dict({**before, "rules": [{"stage": 1}]})
 

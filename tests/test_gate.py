@@ -417,6 +417,28 @@ def test_layers_of_the_block_are_refused_outside_of_it() -> None:
         model.blocks[0](torch.randn(2, 4, 4, 4))
 
 
+def test_a_block_that_runs_twice_is_refused() -> None:
+    """One gate decides once in a forward: a block that is used twice is an error and not half of the cost."""
+    model, _, _ = gated()
+    model.blocks.append(model.blocks[2])
+
+    with pytest.raises(RuntimeError, match=r"blocks\.2.*runs twice"):
+        model(X)
+
+
+@pytest.mark.parametrize("mixing", ["input", "output"])
+def test_gates_work_under_autocast(mixing: str) -> None:
+    """Under bf16 autocast gates decide in float32, and everything learns."""
+    model, _, gates = gated(mixing=mixing, choices=((0, 0), (3, 6), (8, 8)))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(X).float().square().sum()
+    (loss + gates.penalty()).backward()
+
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in gates.parameters())
+    assert gates.gate.projection.weight.grad is not None
+    assert gates.gate.projection.weight.grad.dtype == torch.float32
+
+
 def test_gradient_checkpointing_of_gated_blocks_is_refused() -> None:
     """A block that is run again in the backward would choose again: the error names it."""
     model, _, _ = gated()

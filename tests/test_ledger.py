@@ -296,6 +296,16 @@ def test_an_impossible_product_is_refused(changes: dict[str, Any]) -> None:
         product(**changes)
 
 
+def test_a_closed_ledger_takes_no_record(tmp_path: Path) -> None:
+    """What cannot be written any more is an error, not a record in memory only."""
+    ledger = filled(Ledger.create(tmp_path / "x"))
+    ledger.close()
+
+    with pytest.raises(UsageError, match="closed"):
+        ledger.add_step(ledger.programs[0], samples=1)
+    assert ledger.totals()
+
+
 def test_lines_are_plain_json(tmp_path: Path) -> None:
     """Any program reads a ledger: each line is a JSON object with its kind."""
     filled(Ledger.create(tmp_path / "x")).close()

@@ -1,6 +1,7 @@
 """The meter: what it counts, against independent counts, and that it leaves the run alone."""
 
 import copy
+import io
 import json
 import math
 import threading
@@ -48,6 +49,13 @@ def by_product(ledger: Ledger, layer: str | None = None) -> list[int]:
     """MACs of output, grad_input and grad_weight."""
     found = counts(ledger)
     return [sum(n for (name, p), n in found.items() if p == q and layer in (None, name)) for q in PRODUCTS]
+
+
+class Opaque:
+    """An output of a class that torch knows nothing of."""
+
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
 
 
 def mlp() -> nn.Sequential:
@@ -395,6 +403,26 @@ class TestWhatRan:
         assert [s.samples for s in meter.ledger.steps] == [8]
         assert by_product(meter.ledger) == [360, 120, 360]
 
+    def test_arguments_that_are_no_tensors_decide_too(self) -> None:
+        """A size given as a number is part of the signature."""
+
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(4, 4)
+
+            def forward(self, rows: int) -> Tensor:
+                y: Tensor = self.layer(torch.ones(rows, 4))
+                return y
+
+        model = Model()
+        with lowbit.Meter(model) as meter:
+            for rows in (3, 5):
+                model(rows).sum().backward()
+                meter.step()
+
+        assert by_product(meter.ledger) == [8 * 16, 0, 8 * 16]
+
     def test_samples_can_be_told(self) -> None:
         """The caller's number of samples wins."""
         model = mlp()
@@ -483,7 +511,7 @@ class TestWhatRan:
 
         assert by_product(meter.ledger) == [180, 60, 180]
 
-    @pytest.mark.parametrize("output", [lambda y: {"y": y}, lambda y: (None, [y]), _Opaque])
+    @pytest.mark.parametrize("output", [lambda y: {"y": y}, lambda y: (None, [y]), Opaque])
     def test_outputs_of_any_kind(self, output: Callable[[Tensor], Any]) -> None:
         """The backward is seen whatever the model's output is wrapped in, in every step."""
 
@@ -514,11 +542,6 @@ class TestWhatRan:
         inner.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
 
         assert by_product(metered(model, torch.randn(4, 6, requires_grad=True)))[0] == 2 * 180 + 36
-
-
-class _Opaque:
-    def __init__(self, y: Tensor) -> None:
-        self.y = y
 
 
 class TestHeld:
@@ -643,6 +666,15 @@ class TestTheRunIsLeftAlone:
 
         assert by_product(meter.ledger) == [180, 60, 180]
         assert sum(row.macs for row in proof.rows) + sum(row.macs or 0 for row in proof.outside) == 420
+
+    def test_a_metered_model_says_why_it_is_not_pickled(self) -> None:
+        """Pickling a model with its hooks is refused in words; its state_dict is saved as ever."""
+        model = mlp()
+        with lowbit.Meter(model) as meter, pytest.raises(TypeError, match="close the meter first"):
+            torch.save(model, io.BytesIO())
+        torch.save(model.state_dict(), io.BytesIO())
+
+        assert meter.ledger.steps == []
 
     def test_threads_lose_no_count(self) -> None:
         """Forwards of one converted model in several threads all count."""

@@ -17,10 +17,12 @@ from lowbit.schedules import (
     Cyclic,
     Deficit,
     Piecewise,
+    PlateauRule,
     Profile,
     Progressive,
     Schedule,
     Shape,
+    Template,
     bit_operations,
     parse_steps,
     saving,
@@ -635,3 +637,50 @@ def test_schedules_of_different_lengths_have_no_common_cost() -> None:
 
     with pytest.raises(UsageError, match=re.escape("schedules of [10, 20] steps")):
         bit_operations(forward, backward)
+
+
+def test_a_template_becomes_the_schedule_of_a_run() -> None:
+    """The length of the run is the only thing that a template lacks."""
+    template = Template(kind="cyclic", settings=(("low", 3), ("high", 8), ("cycles", 4)))
+
+    assert template.build(total_steps=40) == Cyclic(low=3, high=8, cycles=4, total_steps=40)
+    assert template.replace(low=5).build(total_steps=40).max_bits == 8
+    assert str(template) == "cyclic(low=3, high=8, cycles=4)"
+
+
+def test_a_template_of_pieces_reads_epochs() -> None:
+    """Epochs mean the run's own."""
+    template = Template(kind="piecewise", settings=(("pieces", ((0, 4), ("2ep", 8))),))
+
+    schedule = template.build(total_steps=40, steps_per_epoch=10)
+
+    assert [schedule(step) for step in (19, 20)] == [4, 8]
+
+
+def test_each_build_of_a_rule_is_new() -> None:
+    """Two runs of one recipe share no state."""
+    settings = {"bits": (3, 8), "grad_bits": (6, 8), "threshold": 9.0, "decay": 1.0}
+    template = Template(kind="progressive", settings=tuple(settings.items()))
+    first, second = (template.build(total_steps=40) for _ in range(2))
+    assert isinstance(first, Progressive)
+    assert isinstance(second, Progressive)
+    for _ in range(5):
+        first.update(1.0)
+
+    assert (first.stage, second.stage) == (1, 0)
+
+
+def test_low_from_a_range_test_has_no_bits_yet() -> None:
+    """A cycle whose lowest bits are to be found says who finds them; its highest are known."""
+    schedule = Cyclic(low="range-test", high=8, cycles=2, total_steps=10)
+
+    assert schedule.max_bits == 8
+    with pytest.raises(UsageError, match=r"PrecisionController.*range_test"):
+        schedule(0)
+
+
+@pytest.mark.parametrize(("stages", "message"), [(0, "stages=0"), (True, "stages=True")])
+def test_a_plateau_rule_has_a_stage(stages: int, message: str) -> None:
+    """The number of stages is a whole number."""
+    with pytest.raises(UsageError, match=message):
+        PlateauRule(stages=stages, threshold=0.1, decay=1)

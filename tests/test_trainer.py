@@ -21,9 +21,11 @@ import yaml
 from torch import nn
 
 from lowbit.errors import RunError, UsageError
+from lowbit.ledger import Ledger
 from lowbit.schedules import Cyclic
 from lowbit.train import TrainConfig, checkpoint, models, trainer
 from lowbit.train.config import lr_factor
+from lowbit.train.measured import read as read_measured
 
 STEPS = 5  # in an epoch of `config`
 
@@ -343,6 +345,7 @@ def test_every_checkpoint_resumes_to_the_same_end(
         again = trainer.resume(part)
         assert same(last(part), last(whole)), path.name
         assert (part / "csv" / "metrics.csv").read_text() == (whole / "csv" / "metrics.csv").read_text()
+        assert (part / "ledger.jsonl").read_bytes() == (whole / "ledger.jsonl").read_bytes(), path.name
         assert dataclasses.replace(again, seconds_per_step=result.seconds_per_step, out=whole) == result
 
 
@@ -375,6 +378,15 @@ def test_logs_show_what_the_gates_chose(tmp_path: Path) -> None:
     assert float(row["target_percent"]) == 1.9
 
 
+def test_an_epoch_of_the_plateau_rule_may_be_shorter(tmp_path: Path) -> None:
+    """With plateau_every=1 a stage lasts five steps."""
+    trainer.train(config(tmp_path / "run", recipe="pfq", plateau_every=1, threshold=9.0, decay=1.0))
+    with open(tmp_path / "run" / "csv" / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["train_loss"]]
+
+    assert [(row["step"], row["stage"], row["forward_bits"]) for row in rows] == [("10", "1.0", "4.0")]
+
+
 def test_range_test_in_the_run_leaves_its_table(tmp_path: Path) -> None:
     """A run with low="range-test" writes the test's table, and its result names the choice."""
     result = trainer.train(config(tmp_path / "run", recipe="cpt", cycles=2, low="range-test", high=3, epochs=4))
@@ -394,6 +406,8 @@ def test_range_test_in_the_run_leaves_its_table(tmp_path: Path) -> None:
         ({"recipe": "sbm8", "cycles": 2}, "'sbm8' has no setting 'cycles': its bits are constant"),
         ({"recipe": "sbm8", "eval_bits": 8}, "eval_bits goes with"),
         ({"recipe": "cpt", "cycles": 2, "blocks": "x"}, "blocks goes with"),
+        ({"recipe": "cpt", "cycles": 2, "plateau_every": 5}, "plateau_every goes with"),
+        ({"recipe": "pfq", "plateau_every": 0}, "plateau_every must be a whole number"),
         ({"recipe": "dfq", "blocks": "x"}, r"matches the name of no module of 'mlp'; those of mlp match"),
         ({"recipe": "dfq", "blocks": "x("}, "no regular expression"),
     ],
@@ -460,6 +474,7 @@ trainer.train(TrainConfig.from_dict({settings!r}, out=Path({str(out)!r})))
     assert killed.returncode == -signal.SIGKILL
     assert before == 6  # of 3, 5, 6, 9, ...: checkpoints are every 3 steps and at the end of an epoch
     assert same(last(out), last(complete))
+    assert (out / "ledger.jsonl").read_bytes() == (complete / "ledger.jsonl").read_bytes()
     assert not list(out.glob("*.part"))
 
 
@@ -657,3 +672,59 @@ def test_damaged_settings_are_named(text: str, stopped: Path) -> None:
 
     with pytest.raises(RunError, match=r"config\.yaml is damaged"):
         trainer.resume(stopped)
+
+
+def test_a_run_leaves_its_ledger(complete: Path) -> None:
+    """Every step and evaluation of a run is in its ledger, with samples and scores."""
+    ledger = Ledger.load(complete / "ledger.jsonl")
+
+    assert [step.samples for step in ledger.steps] == [64] * (3 * STEPS)
+    assert [evaluation.step for evaluation in ledger.evaluations] == [STEPS, 2 * STEPS, 3 * STEPS]
+    best = ledger.best()
+    assert best is not None
+    assert best.name == "test_accuracy"
+    assert ledger.never_ran() == []
+    assert ledger.notes == []
+
+
+def test_a_run_leaves_its_seconds_and_joules(complete: Path) -> None:
+    """What was measured is beside the ledger, one line for each start, and says where energy is not available."""
+    (line,) = [json.loads(text) for text in (complete / "measured.jsonl").read_text().splitlines()]
+
+    assert (line["from_step"], line["to_step"]) == (0, 3 * STEPS)
+    assert line["seconds_per_step"] > 0
+    assert line["joules"] is None or line["joules"] > 0
+    assert set(read_measured(complete)) == {"seconds per step", "energy"}
+
+
+def test_a_run_without_a_ledger_begins_one(complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that lost its ledger goes on with one that says where it begins, to the same end."""
+    out, save = tmp_path / "run", checkpoint.save
+
+    def stop(path: Path, content: Any) -> None:
+        save(path, content)
+        if content["global_step"] == 6:
+            raise RunError("stop")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", stop)
+        with pytest.raises(RunError, match="stop"):
+            trainer.train(config(out, checkpoint_every=3))
+    (out / "ledger.jsonl").unlink()
+    trainer.resume(out)
+
+    ledger = Ledger.load(out / "ledger.jsonl")
+    assert (ledger.first_step, len(ledger.steps)) == (6, 3 * STEPS - 6)
+    assert "earlier steps are not in it" in ledger.notes[0]
+    assert same(last(out), last(complete))
+
+
+def test_a_trained_model_comes_back(complete: Path) -> None:
+    """The model of a run's checkpoint has its weights and formats."""
+    model, loaded = trainer.trained(complete)
+
+    saved = last(complete)["state_dict"]
+    assert all(torch.equal(saved[f"model.{name}"], value) for name, value in model.state_dict().items())
+    assert loaded.task.classes == 10
+    with pytest.raises(UsageError, match="checkpoint"):
+        trainer.trained(complete.parent)

@@ -32,6 +32,7 @@ LayerRule = tuple[Matcher | Callable[[nn.Module], bool], tuple[Bits | None, Bits
 
 # A range test in the first cycle trains at least so many steps at each width.
 _LEAST_STEPS = 10
+_MOST_LOOKS = 10**6
 
 
 def is_depthwise(layer: nn.Module) -> bool:
@@ -303,6 +304,8 @@ class PrecisionController:
                 f"load_state_dict: the state is of a controller with other {', '.join(different) or 'rules'}: make "
                 "this one with the arguments, for the model, that it was saved with"
             )
+        if not _is_count(state["step"] + 1) or (self.total_steps is not None and state["step"] > self.total_steps):
+            raise UsageError(f"load_state_dict: the state is at step {state['step']!r} of {self.total_steps}")
         before = [rule.state_dict() for rule in self._rules()]
         try:
             for rule, saved in zip(self._rules(), state["rules"], strict=True):
@@ -636,11 +639,12 @@ def _is_count(given: object) -> bool:
 
 
 def _widths(source: Source) -> list[int]:
-    """The bits of every step, of every stage, or of every width of a test."""
+    """The bits of every step (of a million of them where there are more), of every stage, of every width of a test."""
     if isinstance(source, Cyclic) and source.low == RANGE_TEST:
         return list(range(min(2, source.high), source.high + 1))
     if isinstance(source, Schedule):
-        return [source(step) for step in range(source.total_steps or 1)] + [source.max_bits]
+        total = source.total_steps or 1
+        return [source(step) for step in range(0, total, -(-total // _MOST_LOOKS))] + [source.max_bits]
     if isinstance(source, RangeTest):
         return list(range(source.low, source.high + 1))
     return [*getattr(source, "bits", ()), source.max_bits]

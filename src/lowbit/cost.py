@@ -214,6 +214,8 @@ class Cost:
             lines.append(
                 f"evaluations: {len(ledger.evaluations):,}, {_number(done / 1e9)} GMACs, in none of the above."
             )
+        if hidden := [op for op in ledger.uncounted(evaluations=True) if op.endswith("(multiplies)")]:
+            lines.append(f"evaluations also ran operators whose products are not counted: {_some(hidden)}.")
         if ledger.held_bytes is not None:
             lines.append(f"held for the backward: {ledger.held_bytes / 2**20:,.1f} MiB by one forward pass, at most.")
         lines += [f"{name}: {value}" for name, value in self.measured.items()]

@@ -10,6 +10,7 @@ Codes lie in memory as the products read them: activations (rows, channels) or (
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import torch
@@ -87,6 +88,34 @@ def _in_shape(q: Tensor, shape: torch.Size, layout: Layout) -> Tensor:
 Operand = Codes | Values
 
 
+@cache
+def self_test() -> str:
+    """Multiply random and extreme codes and compare with exact arithmetic, once in a process; what is wrong, or empty.
+
+    Processors without 8-bit units that sum in 32 bits saturate in between: then results of extreme codes differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+    one = torch.ones(1)
+    for rows, k, columns in ((1, 1, 1), (33, 130, 40), (5, 4096, 17)):
+        a = torch.randint(0, 256, (rows, k), generator=generator, dtype=torch.uint8)
+        b = torch.randint(-128, 128, (columns, k), generator=generator, dtype=torch.int8)
+        for low in (-128, 127, None):
+            if low is not None:
+                a, b = torch.full_like(a, 255), torch.full_like(b, low)
+            wanted = (a.long() - 3) @ b.long().t()
+            left = Codes(q=a, scale=one, zero=3, shape=a.shape, layout="matrix")
+            right = Codes(q=b, scale=one, zero=0, shape=b.shape, layout="matrix")
+            found = output(left, right, None, wanted.shape, None, torch.float32)
+            kernel = torch.Size((columns, k, 1, 1))
+            place = Geometry(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, transposed=False)
+            left = replace(left, shape=torch.Size((rows, k, 1, 1)), layout="activation")
+            right = replace(right, shape=kernel, layout="weight")
+            windows = output(left, right, place, torch.Size((rows, columns, 1, 1)), None, torch.float32)
+            if not (torch.equal(found, wanted.float()) and torch.equal(windows.flatten(1), wanted.float())):
+                return f"products of 8-bit codes are wrong on this processor (shape {rows}x{k}x{columns})"
+    return ""
+
+
 def missing(unit: Unit) -> str:
     """Why this machine has not the units; empty where it has."""
     sets = cpu.instruction_sets()
@@ -95,7 +124,7 @@ def missing(unit: Unit) -> str:
     wanted = "avx512vnni" if unit == "int8" else "avx512bf16"
     if wanted not in sets:
         return f"this processor, or ONEDNN_MAX_CPU_ISA, offers {', '.join(sets) or 'no vectors'} and not {wanted}"
-    return ""
+    return self_test()
 
 
 def refusal(formats: tuple[Format, Format], kept: tuple[bool, bool]) -> str:

@@ -220,14 +220,13 @@ class Ledger:
 
     def sync(self) -> None:
         """Make sure that what was written reached the disk, as before a checkpoint."""
-        if self._file is not None:
+        if self._file is not None and not self._file.closed:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file, if there is one; the ledger stays readable."""
+        """Close the file, if there is one; the ledger stays readable and takes no more records."""
         if self._file is not None:
             self._file.close()
-            self._file = None
 
     # Adding records.
 
@@ -235,9 +234,9 @@ class Ledger:
         """The index of a product, which is added where it is new."""
         index = self._product_index.get(product)
         if index is None:
+            self._write("product", _fields(product))
             index = self._product_index[product] = len(self.products)
             self.products.append(product)
-            self._write("product", _fields(product))
         return index
 
     def intern_program(self, program: Program) -> int:
@@ -247,16 +246,16 @@ class Ledger:
             for product, calls in program.calls:
                 if not 0 <= product < len(self.products) or calls < 1:
                     raise UsageError(f"a program calls product {product} {calls} times: no such product or count")
+            self._write("program", _fields(program))
             index = self._program_index[program] = len(self.programs)
             self.programs.append(program)
-            self._write("program", _fields(program))
         return index
 
     def add_step(self, program: Program, *, samples: int) -> None:
         """Add the next step."""
         step = Step(self.first_step + len(self.steps), self.intern_program(program), samples)
-        self.steps.append(step)
         self._write("step", step._asdict())
+        self.steps.append(step)
 
     def add_evaluation(
         self,
@@ -276,8 +275,8 @@ class Ledger:
             score=score,
             higher_is_better=higher_is_better,
         )
-        self.evaluations.append(evaluation)
         self._write("evaluation", _fields(evaluation))
+        self.evaluations.append(evaluation)
 
     def add_note(self, note: str) -> None:
         """Add a sentence that every report shows."""
@@ -294,7 +293,7 @@ class Ledger:
     @property
     def held_bytes(self) -> int | None:
         """The most that one forward pass of a step left to its backward; see `Program`."""
-        known = [self.programs[p].held_bytes for p in {step.program for step in self.steps}]
+        known = [self.programs[number].held_bytes for number in set(self._program_numbers(False))]
         return max((held for held in known if held is not None), default=None)
 
     def totals(self, convention: Convention = "as-ran", *, evaluations: bool = False) -> list[Total]:
@@ -306,10 +305,9 @@ class Ledger:
             evaluations: of the evaluations instead of the steps.
         """
         check_choice("convention", convention, Convention)
-        programs = [e.program for e in self.evaluations] if evaluations else [s.program for s in self.steps]
         calls: Counter[Product] = Counter()
-        for index, times in Counter(programs).items():
-            for product_index, n in () if index is None else self.programs[index].calls:
+        for index, times in Counter(self._program_numbers(evaluations)).items():
+            for product_index, n in self.programs[index].calls:
                 product = self.products[product_index]
                 for counted in (product, product.charged() if convention == "as-charged" else None):
                     if counted is not None:
@@ -318,20 +316,24 @@ class Ledger:
         ordered = sorted(calls.items(), key=lambda item: (order[item[0].layer], PRODUCTS.index(item[0].product)))
         return [Total(product, n) for product, n in ordered]
 
-    def uncounted(self) -> dict[str, int]:
-        """Operators that were not counted, with their calls over all steps."""
+    def uncounted(self, *, evaluations: bool = False) -> dict[str, int]:
+        """Operators that were not counted, with their calls over all steps, or over all evaluations."""
         total: Counter[str] = Counter()
-        for index, times in Counter(step.program for step in self.steps).items():
+        for index, times in Counter(self._program_numbers(evaluations)).items():
             total.update({op: calls * times for op, calls in self.programs[index].uncounted})
         return dict(total.most_common())
 
+    def _program_numbers(self, evaluations: bool) -> list[int]:
+        """The program of each step, or of each evaluation that has one."""
+        if evaluations:
+            return [e.program for e in self.evaluations if e.program is not None]
+        return [step.program for step in self.steps]
+
     def never_ran(self) -> list[str]:
         """Expected layers of which no product ran in any step."""
-        ran = {self.products[product].layer for step in self._used_programs() for product, _ in step.calls}
+        used = {self.programs[number] for number in self._program_numbers(False)}
+        ran = {self.products[product].layer for program in used for product, _ in program.calls}
         return [layer for layer in self.layers if not any(r == layer or r.startswith(layer + ".") for r in ran)]
-
-    def _used_programs(self) -> list[Program]:
-        return [self.programs[i] for i in sorted({step.program for step in self.steps})]
 
     def best(self) -> Evaluation | None:
         """The first evaluation with the best score; None where there is no score.
@@ -451,6 +453,8 @@ class Ledger:
 
     def _write(self, record: str, values: dict[str, Any]) -> None:
         """One record as one line, handed to the system at once so that a killed process loses at most this line."""
+        if self._file is not None and self._file.closed:
+            raise UsageError(f"the ledger's file {self._file.name} is closed: go on with Ledger.resume")
         if self._file is not None:
             self._file.write(json.dumps({"record": record, **values}, separators=(",", ":")).encode() + b"\n")
             self._file.flush()

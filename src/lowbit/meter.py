@@ -104,6 +104,11 @@ class Meter:
         """A copy of the model takes hooks along that belong to the original; they ignore it."""
         return self
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a model with a meter attached cannot be pickled: save its state_dict(), or close the meter first"
+        )
+
     def step(self, *, samples: int | None = None) -> None:
         """End a step: call it after each update of the weights.
 
@@ -203,9 +208,10 @@ class Meter:
             return
         if module.training:
             self._end_evaluation()
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = tree_leaves((args, kwargs))
+        leaves = [leaf for leaf in given if isinstance(leaf, Tensor)]
         local.signature = (
-            tuple((t.shape, t.dtype, t.requires_grad) for t in leaves),
+            tuple(map(_signature, given)),
             module.training,
             torch.is_grad_enabled(),
             torch.is_autocast_enabled(products.autocast_device(leaves[0])) if leaves else None,
@@ -362,7 +368,7 @@ class _Watch(TorchDispatchMode):
         for name, module in self.model.named_modules():
             if module is self.model:
                 continue
-            entry = (name, isinstance(module, QuantLayer))
+            entry = (_plain_name(name), isinstance(module, QuantLayer))
             before = module.register_forward_pre_hook(lambda _m, _a, entry=entry: self._enter(entry))
             after = module.register_forward_hook(lambda _m, _a, _o: self._leave(), prepend=True, always_call=True)
             self._hooks.callback(before.remove)
@@ -415,10 +421,23 @@ class _Watch(TorchDispatchMode):
                 node.register_prehook(arrived)
 
 
+def _signature(argument: Any) -> object:
+    """What of an argument decides which operators run: shape and dtype, or a flag, a number, a name."""
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.dtype, argument.requires_grad
+    return argument if isinstance(argument, bool | int | str | None) else type(argument)
+
+
+def _plain_name(name: str) -> str:
+    """A module's name without the prefix of a compiled model."""
+    return name.removeprefix("_orig_mod").removeprefix(".")
+
+
 def layer_names(model: nn.Module) -> list[str]:
     """The layers of a model that are expected to multiply, once each, attention without the modules inside it."""
     names: list[str] = []
-    for name, layer in model.named_modules():
+    for full_name, layer in model.named_modules():
+        name = _plain_name(full_name)
         if isinstance(layer, tuple(PRODUCT_LAYERS)) and not any(name.startswith(known + ".") for known in names):
             names.append(name)
     return names
@@ -426,7 +445,9 @@ def layer_names(model: nn.Module) -> list[str]:
 
 def _layers_of(model: nn.Module) -> dict[tuple[object, str], str]:
     """The converted layers' names in this model, by what a product says of its source; replicas share both."""
-    return {(site.clock, site.name): name for site, name in site_names(model).items() if isinstance(site, Site)}
+    return {
+        (site.clock, site.name): _plain_name(name) for site, name in site_names(model).items() if isinstance(site, Site)
+    }
 
 
 def _widths_of_grad_input(site: Site) -> tuple[int, int]:

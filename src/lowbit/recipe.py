@@ -262,7 +262,7 @@ class Recipe:
     def settings(self) -> dict[str, Any]:
         """What `tuned` can change, with the present values: the settings of the schedule or of the gates."""
         if self.schedule is not None:
-            return {**dict.fromkeys(self.schedule.forward.allowed), **dict(self.schedule.forward.settings)}
+            return self.schedule.forward.values
         if self.gates is not None:
             return {f.name: getattr(self.gates, f.name) for f in dataclasses.fields(self.gates)}
         return {}

@@ -812,6 +812,12 @@ class Template:
         """The names of the settings that this kind has."""
         return tuple(name for name in signature(_KINDS[self.kind]).parameters if name not in _OF_THE_RUN)
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """Every setting of this kind with its value, the defaults included."""
+        parameters = signature(_KINDS[self.kind]).parameters
+        return {name: dict(self.settings).get(name, parameters[name].default) for name in self.allowed}
+
     def _is_needed(self, name: str) -> bool:
         return signature(_KINDS[self.kind]).parameters[name].default is Parameter.empty
 

@@ -265,6 +265,8 @@ class Gates(nn.Module):
             )
         if not self._inside:
             raise RuntimeError(f"{block.name}: a gated block runs only within the forward of the model it is gated in")
+        if index in self._counts:
+            raise RuntimeError(f"{block.name}: this gated block runs twice in one forward, and a block has one gate")
         x = args[0] if args else None
         if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[-1 if block.channels_last else 1] != block.inputs:
             given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
@@ -312,7 +314,9 @@ class Gates(nn.Module):
 
         def past(x: Tensor) -> Tensor:
             for site in block.gated:
-                site.samples = Samples(choice=torch.zeros(len(x), dtype=torch.int64), bits=(site.bits.clone(),))
+                site.samples = Samples(
+                    choice=torch.zeros(len(x), dtype=torch.int64, device=x.device), bits=(site.bits.clone(),)
+                )
             try:
                 y: Tensor = path(x)
                 return y

@@ -68,6 +68,8 @@ class TrainConfig:
         grad_bits: of such recipes: bits of gradients in each stage.
         threshold: of such recipes and ``fractrain``: how flat the loss is at a plateau.
         decay: of such recipes and ``fractrain``: factor of the threshold at each stage.
+        plateau_every: of such recipes and ``fractrain``: steps whose mean loss the plateau rule takes as one epoch's.
+            Left open: an epoch.
         targets: of recipes with gates, ``dfq`` and ``fractrain``: cost of each stage in percent of full precision.
         choices: of such recipes: pairs of bits of inputs and gradients to choose from, ``[[3,6],[8,8]]``.
         mixing: of such recipes: ``input`` runs each sample at its choice, ``output`` runs all choices in training.
@@ -106,6 +108,7 @@ class TrainConfig:
     grad_bits: list[int] | None = None
     threshold: float | None = None
     decay: float | None = None
+    plateau_every: int | None = None
     targets: list[float] | None = None
     choices: list[list[int]] | None = None
     mixing: Mixing | None = None
@@ -121,7 +124,7 @@ class TrainConfig:
                 raise unknown(name, getattr(self, name), get_args(choices))
         for name in ("epochs", "batch_size"):
             _check_count(name, getattr(self, name))
-        for name in ("subset", "checkpoint_every", "threads", "context", "max_steps"):
+        for name in ("subset", "checkpoint_every", "threads", "context", "max_steps", "plateau_every"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         _check_count("seed", self.seed, low=0)

@@ -447,15 +447,18 @@ class _Bar(Callback):
 
     @staticmethod
     def _precision(module: LightningModule) -> str:
-        """The bits of the next batch, or the gates' cost."""
+        """The bits of the next batch, or the gates' cost, and the bit operations of the run so far."""
         assert isinstance(module, _Module)
         if module.controller is None:
             return ""
+        so_far = f"  {module.cost['bit_operations'] / max(module.cost['macs'], 1):.1f} bit ops/MAC"
         if module.gates is not None and module.gates.cost is not None:
-            return f"  cost {module.gates.cost:.2f} % of {module.gates.target:g} %"
+            return f"  cost {module.gates.cost:.2f} % of {module.gates.target:g} %{so_far}"
         test = module.controller.range_test
         testing = "  range test" if test is not None and not test.done else ""
-        return f"  bits {module.controller.forward_bits or '-'}/{module.controller.backward_bits or '-'}{testing}"
+        return (
+            f"  bits {module.controller.forward_bits or '-'}/{module.controller.backward_bits or '-'}{testing}{so_far}"
+        )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, _: object, batch_idx: int
@@ -554,7 +557,7 @@ def _assemble(config: TrainConfig) -> tuple[data.Data, _Module, lowbit.Report]:
         return PrecisionController.from_recipe(
             model,
             total_steps=total_steps,
-            steps_per_epoch=len(loaded.train),
+            steps_per_epoch=config.plateau_every or len(loaded.train),
             blocks=() if blocks is None else [re.compile(blocks)],
             eval_bits=config.eval_bits or "highest",
         )
@@ -567,6 +570,8 @@ def _recipe(config: TrainConfig) -> tuple[lowbit.Recipe, str | None]:
     recipe = lowbit.Recipe.from_name(config.recipe).tuned(**config.tuned())
     if config.eval_bits is not None and recipe.schedule is None:
         raise UsageError(f"eval_bits goes with a recipe whose bits follow a schedule, and {recipe.name!r} has none.")
+    if config.plateau_every is not None and "threshold" not in recipe.settings():
+        raise UsageError(f"plateau_every goes with a recipe that follows the loss, and {recipe.name!r} does not.")
     if recipe.gates is None:
         if config.blocks is not None:
             raise UsageError(f"blocks goes with a recipe that has gates, and {recipe.name!r} has none.")
