@@ -1013,6 +1013,20 @@ class TestMemory:
 
             assert 0.25 * sizes[0] <= sizes[1] <= 0.35 * sizes[0]
 
+    def test_of_a_block_with_range_norm(self) -> None:
+        """Convolutions and Range BN of `sbm8` together keep at most 0.35 of what fp32 with batch normalisation does."""
+        sizes = []
+        for convert in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(
+                *(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)) for _ in range(3))
+            )
+            if convert:
+                lowbit.convert_(model, "sbm8", engine="int8")
+            sizes.append(kept_bytes(model, randn(8, 16, 16, 16), (nn.Conv2d, nn.BatchNorm2d)))
+
+        assert 0.25 * sizes[0] <= sizes[1] <= 0.35 * sizes[0]
+
     def test_a_frozen_weight_keeps_no_input(self) -> None:
         """Without grad_weight no input is kept, and without grad_input no codes of the weight."""
         model = nn.Linear(64, 64)
