@@ -414,10 +414,11 @@ class TestSums:
         assert y.dtype == torch.float32
         assert ((y.double() - x.double().sum(0)).abs() <= 1e-6 * x.double().abs().sum(0)).all()
 
-    def test_the_same_again_with_two_threads(self) -> None:
-        """Two threads give the same bits every time: a resumed run is the run that was never stopped."""
-        x = randn(20_000, 70)
-        with threads(2):
+    @pytest.mark.parametrize("count", [2, 5])
+    def test_the_same_again_with_several_threads(self, count: int) -> None:
+        """Threads are added in one order: a resumed run is the run that was never stopped."""
+        x = randn(20_000, 70) * torch.logspace(-8, 8, 20_000)[:, None]
+        with threads(count):
             seen = [cpu.sums(x, 70) for _ in range(10)]
 
         assert all(torch.equal(y, seen[0]) for y in seen)
