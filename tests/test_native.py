@@ -326,6 +326,53 @@ class TestCodesAndValues:
         assert not torch.equal(y, x)
 
 
+class TestCodesOfChannels:
+    """Passes over codes of rows by channels, which Range BN is made of."""
+
+    @pytest.mark.parametrize("channels", [1, 3, 64, 65, 300])
+    @pytest.mark.parametrize("starts", [[0, 1], [0, 2, 4, 7], [0, 100, 200, 300, 333]])
+    def test_extremes_and_their_first_rows(self, starts: list[int], channels: int) -> None:
+        """In each chunk and channel the extremes, and the first of several equal ones, as torch finds them."""
+        for high in (2, 256):  # few codes: many ties
+            q = torch.randint(0, high, (starts[-1], channels), generator=torch.Generator().manual_seed(channels))
+            flat = q.to(torch.uint8).flatten()
+            for count in (1, 2):
+                with threads(count):
+                    largest, smallest, argmax, argmin = cpu.code_extremes(flat, channels, starts)
+
+                for i, (a, b) in enumerate(itertools.pairwise(starts)):
+                    part = q[a:b]
+                    assert torch.equal(largest[i].long(), part.amax(0))
+                    assert torch.equal(smallest[i].long(), part.amin(0))
+                    assert torch.equal(argmax[i].long(), (part == part.amax(0)).int().argmax(0) + a)
+                    assert torch.equal(argmin[i].long(), (part == part.amin(0)).int().argmax(0) + a)
+
+    @pytest.mark.parametrize("rows", [0, 1, 4095, 4097, 70_000])
+    def test_sums_are_exact(self, rows: int) -> None:
+        """Sums of the largest codes, and of their products, beyond 32 bits."""
+        a = torch.full((rows, 3), 255, dtype=torch.uint8)
+        b = a - torch.tensor([0, 1, 255], dtype=torch.uint8)
+
+        total, product = cpu.code_sums(a, b, 3)
+        alone, zeros = cpu.code_sums(a, None, 3)
+
+        assert total.tolist() == alone.tolist() == [255 * rows] * 3
+        assert product.tolist() == [255 * 255 * rows, 255 * 254 * rows, 0]
+        assert zeros.tolist() == [0, 0, 0]
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("channels", [1, 3, 1000, 1023, 1024, 1025, 2500])
+    @pytest.mark.parametrize("rows", [1, 17, 400])
+    def test_affine(self, rows: int, channels: int, dtype: torch.dtype) -> None:
+        """``a q + b`` of each channel, bit for bit, rounded once more to bfloat16 where that is wanted."""
+        q = torch.randint(0, 256, (rows, channels), generator=torch.Generator().manual_seed(rows)).to(torch.uint8)
+        a, b, y = randn(channels), randn(channels, seed=1), torch.empty(rows, channels, dtype=dtype)
+
+        cpu.affine(q, a, b, y)
+
+        assert torch.equal(y, (q.float() * a + b).to(dtype))
+
+
 class TestNoise:
     """The counter-based noise."""
 
@@ -367,10 +414,11 @@ class TestSums:
         assert y.dtype == torch.float32
         assert ((y.double() - x.double().sum(0)).abs() <= 1e-6 * x.double().abs().sum(0)).all()
 
-    def test_the_same_again_with_two_threads(self) -> None:
-        """Two threads give the same bits every time: a resumed run is the run that was never stopped."""
-        x = randn(20_000, 70)
-        with threads(2):
+    @pytest.mark.parametrize("count", [2, 5])
+    def test_the_same_again_with_several_threads(self, count: int) -> None:
+        """Threads are added in one order: a resumed run is the run that was never stopped."""
+        x = randn(20_000, 70) * torch.logspace(-8, 8, 20_000)[:, None]
+        with threads(count):
             seen = [cpu.sums(x, 70) for _ in range(10)]
 
         assert all(torch.equal(y, seen[0]) for y in seen)

@@ -4,6 +4,8 @@
 // Every result equals that of the torch twin bit for bit: rounding is to even, x / S is correctly rounded, and nothing is
 // contracted.
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -183,15 +185,17 @@ void extremes(const void* x, Type type, View view, float* lo, float* hi) {
 
 // ---- sums ----
 
-// Of each of `width` columns of a matrix: in float32 over blocks of rows, in float64 over blocks.
+// Of each of `width` columns of a matrix: in float32 over blocks of rows, in float64 over blocks,
+// threads in their order, so that a run can be repeated to the bit.
 void sums(const void* x, Type type, int64_t rows, int64_t width, float* to) {
     constexpr int64_t kBlock = 64;
-    std::vector<double> total(width, 0.0);
+    const int64_t threads = omp_get_max_threads();
+    std::vector<double> parts(threads * width, 0.0);
 #pragma omp parallel
     {
-        std::vector<double> mine(width, 0.0);
+        double* mine = parts.data() + omp_get_thread_num() * width;
         float buffer[kRun], block[kRun];
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(static)
         for (int64_t first = 0; first < rows; first += kBlock) {
             const int64_t last = std::min(first + kBlock, rows);
             for (int64_t c = 0; c < width; c += kRun) {
@@ -204,10 +208,12 @@ void sums(const void* x, Type type, int64_t rows, int64_t width, float* to) {
                 for (int64_t i = 0; i < count; i++) mine[c + i] += static_cast<double>(block[i]);
             }
         }
-#pragma omp critical(lowbit_sums)
-        for (int64_t c = 0; c < width; c++) total[c] += mine[c];
     }
-    for (int64_t c = 0; c < width; c++) to[c] = static_cast<float>(total[c]);
+    for (int64_t c = 0; c < width; c++) {
+        double total = 0.0;
+        for (int64_t t = 0; t < threads; t++) total += parts[t * width + c];
+        to[c] = static_cast<float>(total);
+    }
 }
 
 // ---- codes of a matrix of rows by channels ----
