@@ -120,6 +120,10 @@ def test_recipe_shows_the_format_of_each_operand(capsys: pytest.CaptureFixture[s
         (["cost", "--model", "mlp", "--schedule", "8-3"], ["low=8", "high=3"]),
         (["cost", "--model", "mlp", "--recipe", "fp32", "--schedule", "4"], ["nothing in this model has bits"]),
         (["cost", "--model", "mlp", "--snap-bits"], ["--hardware"]),
+        (["cost", "--model", "mlp", "--recipe", "pfq", "--steps", "9"], ["pfq", "--schedule"]),
+        (["cost", "--model", "resnet20", "--recipe", "dfq", "--steps", "9"], ["dfq", "--schedule"]),
+        (["cost", "--model", "mobilenetv2", "--recipe", "cpt", "--steps", "64"], ["depthwise", "--schedule"]),
+        (["cost", "--model", "mlp", "--recipe", "cpt"], ["total_steps=1, cycles=32"]),
         (["cost", "--model", "mlp", "--hardware", "tpu"], ["bitfusion"]),
     ],
 )

@@ -199,3 +199,25 @@ def test_other_texts_are_refused(text: str) -> None:
     """What is no schedule is a UsageError."""
     with pytest.raises(UsageError):
         parse_schedule(text, total_steps=640)
+
+
+@pytest.mark.parametrize("controlled", [False, True])
+def test_a_plan_of_cpt_is_what_a_controller_runs(controlled: bool) -> None:
+    """A plan of the schedule equals the run's ledger, before a controller is attached and after; it stays attached."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Linear(8, 4))
+    lowbit.convert_(model, lowbit.Recipe.from_name("cpt").tuned(cycles=2))
+    schedule = Cyclic(low=3, high=8, cycles=2, total_steps=6)
+    if controlled:
+        controller = lowbit.PrecisionController.from_recipe(model, total_steps=6)
+    planned = plan(model, X, steps=6, forward=schedule, backward=8)
+    if not controlled:
+        controller = lowbit.PrecisionController.from_recipe(model, total_steps=6)
+    with lowbit.Meter(model) as meter:
+        for _ in range(6):
+            model(X).sum().backward()
+            meter.step()
+            controller.step()
+
+    assert planned.totals() == meter.ledger.totals()
+    assert controller.last_step == 6

@@ -316,12 +316,38 @@ def _plan(
         network = models.build(model, task)
         shape = (batch_size, *task.shape)
         batch = torch.zeros(shape, dtype=torch.int64) if task.kind == "text" else torch.zeros(shape)
-    lowbit.convert_(network, recipe or "sbm8", engine="reference")
-    schedules = [
+    method = lowbit.Recipe.from_name(recipe or "sbm8")
+    forward, back = [
         None if text is None else parse_schedule(text, total_steps=steps, steps_per_epoch=steps_per_epoch)
         for text in (schedule, backward)
     ]
-    return plan(network, batch, steps=steps, forward=schedules[0], backward=schedules[1], name=model)
+    if forward is None and method.is_dynamic:
+        forward, own = _own_schedule(method, network, steps, steps_per_epoch)
+        back = own if back is None else back
+    lowbit.convert_(network, method, engine="reference")
+    return plan(network, batch, steps=steps, forward=forward, backward=back, name=model)
+
+
+def _own_schedule(recipe: Any, network: Any, steps: int, steps_per_epoch: int | None) -> tuple[Any, Any]:
+    """The bits that a recipe plans by itself: forward, backward or None; what only a run decides is refused."""
+    from lowbit.controller import is_depthwise
+    from lowbit.schedules import Schedule
+
+    forward, backward = (
+        None if template is None else template.build(total_steps=steps, steps_per_epoch=steps_per_epoch)
+        for template in ((recipe.schedule.forward, recipe.schedule.backward) if recipe.schedule else (None, None))
+    )
+    if not isinstance(forward, Schedule):
+        raise UsageError(
+            f"the bits of {recipe.name} follow what the run sees, which a plan cannot know: give --schedule, or the "
+            "folder of a run."
+        )
+    if recipe.depthwise is not None and any(map(is_depthwise, network.modules())):
+        raise UsageError(
+            f"{recipe.name} keeps depthwise convolutions at bits of their own, and a plan gives every layer the same: "
+            "give --schedule to plan that, or the folder of a run."
+        )
+    return forward, backward
 
 
 def _ran(run: Path) -> tuple[Any, dict[str, str]]:

@@ -59,6 +59,7 @@ def plan(
         raise UsageError(f"steps={steps}: give a whole number of at least 1")
     schedules = [_schedule(what, bits, steps) for what, bits in (("forward", forward), ("backward", backward))]
     model = copy.deepcopy(model).to("meta").train()
+    _take_over(model)
     if any(schedules) and not any(True for _ in _integer_slots(model)):
         raise UsageError(
             "a schedule was given and nothing in this model has bits to set: convert it to integer formats"
@@ -93,6 +94,33 @@ def _integer_slots(model: nn.Module) -> "list[tuple[Site, int, str, str, Integer
         for i, (product, operand) in enumerate(SLOTS)
         if isinstance(fmt := getattr(getattr(site.recipe, product), operand), Integer)
     ]
+
+
+class _Planned:
+    """What writes the bits of a model that is planned."""
+
+    def __init__(self, sites: list[Site]) -> None:
+        self._sites = sites
+
+    def sites(self) -> list[Site]:
+        """Every site of the model."""
+        return self._sites
+
+    def remove(self) -> None:
+        """Let go of all of them."""
+        for site in self._sites:
+            site.controller = None
+
+
+def _take_over(model: nn.Module) -> None:
+    """Put the plan in the place of a model's controllers, gates included: it writes the bits of each step."""
+    sites = [site for layer in model.modules() if isinstance(layer, QuantLayer) for site in layer.sites()]
+    for controller in {id(site.controller): site.controller for site in sites}.values():
+        if controller is not None:
+            controller.remove()
+    planned = _Planned(sites)
+    for site in sites:
+        site.controller = planned
 
 
 def _set_bits(model: nn.Module, forward: int | None, backward: int | None) -> None:
