@@ -313,3 +313,10 @@ def test_lines_are_plain_json(tmp_path: Path) -> None:
     kinds = [json.loads(line)["record"] for line in (tmp_path / "x").read_text().splitlines()]
     assert kinds[0] == "ledger"
     assert set(kinds) == {"ledger", "product", "program", "step", "evaluation"}
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_step_of_an_unknown_program_is_refused(index: int) -> None:
+    """A step names a program that is there."""
+    with pytest.raises(UsageError, match="this ledger has 2"):
+        filled(Ledger()).add_step(index, samples=1)

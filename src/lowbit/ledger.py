@@ -251,9 +251,12 @@ class Ledger:
             self.programs.append(program)
         return index
 
-    def add_step(self, program: Program, *, samples: int) -> None:
-        """Add the next step."""
-        step = Step(self.first_step + len(self.steps), self.intern_program(program), samples)
+    def add_step(self, program: Program | int, *, samples: int) -> None:
+        """Add the next step, with its program or the index of one that is there."""
+        index = program if isinstance(program, int) else self.intern_program(program)
+        if not 0 <= index < len(self.programs):
+            raise UsageError(f"program {index}: this ledger has {len(self.programs)}")
+        step = Step(self.first_step + len(self.steps), index, samples)
         self._write("step", step._asdict())
         self.steps.append(step)
 
@@ -371,7 +374,7 @@ class Ledger:
         whole = cls(model=ledgers[0].model, layers=ledgers[0].layers, first_step=ledgers[0].first_step)
         for note in dict.fromkeys(note for led in ledgers for note in led.notes):
             whole.add_note(note)
-        cache: dict[tuple[int, ...], Program] = {}
+        cache: dict[tuple[int, ...], int] = {}
         evaluated = {evaluation.step for led in ledgers for evaluation in led.evaluations}
         for i in range(len(ledgers[0].steps) + 1):
             if whole.first_step + i in evaluated:
@@ -379,7 +382,8 @@ class Ledger:
             if i < len(ledgers[0].steps):
                 key = tuple(led.steps[i].program for led in ledgers)
                 if key not in cache:
-                    cache[key] = whole._sum([(led, led.programs[p]) for led, p in zip(ledgers, key, strict=True)])
+                    programs = [(led, led.programs[p]) for led, p in zip(ledgers, key, strict=True)]
+                    cache[key] = whole.intern_program(whole._sum(programs))
                 whole.add_step(cache[key], samples=sum(led.steps[i].samples for led in ledgers))
         return whole
 
@@ -418,7 +422,7 @@ class Ledger:
         for product in other.products:
             self.intern(product)
         for program in other.programs:
-            self.intern_program(program)
+            self.intern_program(program)  # in the same order, so under the same index
         events = sorted(
             [(s.step, 1, s) for s in other.steps] + [(e.step, 0, e) for e in other.evaluations],
             key=lambda event: event[:2],
@@ -427,7 +431,7 @@ class Ledger:
             if until is not None and step + is_step > until:
                 break
             if isinstance(event, Step):
-                self.add_step(other.programs[event.program], samples=event.samples)
+                self.add_step(event.program, samples=event.samples)
             else:
                 used = None if event.program is None else other.programs[event.program]
                 rest = {k: v for k, v in _fields(event).items() if k not in ("step", "program")}

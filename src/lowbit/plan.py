@@ -66,7 +66,7 @@ def plan(
         )
     batch = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, inputs)
     ledger = Ledger(model=name or type(model).__name__, layers=layer_names(model))
-    programs: dict[tuple[int | None, ...], tuple[Program, int]] = {}
+    programs: dict[tuple[int | None, ...], tuple[int, int]] = {}
     for step in range(steps):
         widths = tuple(None if schedule is None else schedule(step) for schedule in schedules)
         if widths not in programs:
@@ -141,10 +141,8 @@ def is_bifurcated(recipe: Recipe) -> bool:
     return recipe.grad_input.grad_output != recipe.grad_weight.grad_output
 
 
-def _one_step(
-    model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None, ledger: Ledger
-) -> tuple[Program, int]:
-    """What one step runs, with its products in `ledger`, and its samples."""
+def _one_step(model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None, ledger: Ledger) -> tuple[int, int]:
+    """The index of what one step runs, which is added to `ledger`, and its samples."""
     step = Ledger()
     try:
         with Meter(model, step) as meter:
@@ -165,7 +163,8 @@ def _one_step(
     (done,) = step.steps
     program = step.programs[done.program]
     calls = tuple(sorted((ledger.intern(step.products[product]), n) for product, n in program.calls))
-    return Program(calls=calls, uncounted=program.uncounted, held_bytes=program.held_bytes), done.samples
+    whole = Program(calls=calls, uncounted=program.uncounted, held_bytes=program.held_bytes)
+    return ledger.intern_program(whole), done.samples
 
 
 def _sum(output: Any) -> Tensor:
