@@ -232,9 +232,7 @@ def _why_reference(layer: nn.Module, recipe: Recipe, engine: str) -> str:
     """Why a layer cannot run, or with ``"auto"`` should not run, on int8 units; empty where it should."""
     for name, p in layer.named_parameters():
         if p.device.type != "cpu" or p.dtype not in (torch.float32, torch.bfloat16):
-            return (
-                f"{name}: {p.dtype}, and the int8 engine takes float32 and bfloat16, on the CPU, not on {p.device.type}"
-            )
+            return f"a layer whose {name} is {p.dtype} on {p.device.type}: it takes float32 and bfloat16 on the CPU"
     if isinstance(layer, tuple(NORM_LAYERS)):
         norm = recipe.normalization
         formats = () if norm is None else (norm.input, norm.grad_output)
