@@ -573,6 +573,9 @@ class TestGradients:
                 drawn.append(f"{product}.{operand}")
                 return torch.rand(x.shape)
 
+            def words(self, *_: str) -> None:
+                """None."""
+
         recipe = _recipe(FP32, grad_input__grad_output=STOCHASTIC)
         recipe = recipe.replace(grad_weight=GradWeight(grad_output=dataclasses.replace(STOCHASTIC, bits=6), input=FP32))
         x, w = _randn(4, 8).requires_grad_(frozen != "input"), _randn(6, 8).requires_grad_(frozen != "weight")

@@ -153,25 +153,6 @@ def unit_of(formats: tuple[Format, Format]) -> Unit:
     return "int8" if all(isinstance(fmt, Integer) for fmt in formats) else "bf16"
 
 
-def _memory_view(x: Tensor, view: tuple[int, ...], dims: tuple[int, ...]) -> cpu.View | None:
-    """(outer, channels, inner, channels last) of x's memory, channels being what has a scale each; None if neither."""
-    kept = [d for d in range(len(view)) if d not in dims]
-    if kept and kept != list(range(kept[0], kept[-1] + 1)):
-        return None
-    first, last = (kept[0], kept[-1] + 1) if kept else (0, 0)
-    sizes = math.prod(view[:first]), math.prod(view[first:last]), math.prod(view[last:])
-    if x.is_contiguous():
-        return *sizes, False
-    if not kept:
-        return (x.shape[0], x.shape[1], math.prod(x.shape[2:]), True) if is_channels_last(x) else None
-    return (*sizes, True) if is_channels_last(x) and sizes[:2] == tuple(x.shape[:2]) else None
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether memory is (B, *size, C) without gaps."""
-    return x.dim() > 1 and x.movedim(1, -1).is_contiguous()
-
-
 def _ordered_view(x: Tensor, whole: bool, view: tuple[int, ...], dims: tuple[int, ...]) -> cpu.View | None:
     """The view of a weight whose memory is (first axis, taps, second axis)."""
     first, second = x.shape[:2]
@@ -215,10 +196,10 @@ def encode_operand(
     weight = layout == "weight"
     taps = 1 if layout == "matrix" else math.prod(x.shape[2:])
     x = x.contiguous() if layout == "matrix" else x
-    memory = _memory_view(x, view, dims)
+    memory = cpu.memory_view(x, view, dims)
     whole = len(dims) == len(view) or (memory is not None and memory[1] == 1)  # one scale
     last = memory is not None and memory[3]
-    ordered = weight and is_channels_last(x) and not x.is_contiguous()
+    ordered = weight and cpu.is_channels_last(x) and not x.is_contiguous()
     if ordered:  # its memory is in the wanted order already; noise numbers would not be
         memory = _ordered_view(x, len(dims) == len(view), view, dims) if key is None else None
     transposed = not last and not ordered and taps > 1

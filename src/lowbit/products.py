@@ -21,9 +21,10 @@ from torch import Tensor
 from lowbit import integer
 from lowbit.errors import UsageError
 from lowbit.formats import FP32, Format, Integer
+from lowbit.kernels import cpu
 from lowbit.quantizer import Quantized, levels_of, quantize
 from lowbit.recipe import SLOTS, Recipe
-from lowbit.rounding import Noise
+from lowbit.rounding import Noise, field_of
 
 ENGINES = ("reference", "int8")
 
@@ -550,25 +551,20 @@ def quantize_operand(x: Tensor, op: Op, setting: Setting, product: str, operand:
             raise ValueError(
                 f"{setting.layer or op.kind}: {operand} in {product} rounds stochastically and got no noise"
             )
-        noise = setting.noise.draw(product, operand, x)
+        noise = field_of(setting.noise, product, operand, x)
     bits = setting.width(product, operand)
-    keeps_range = operand == "input" and fmt.running is not None
     view, dims, block_axis = scale_sharing(op, product, operand, fmt, x.shape)
-    result = quantize(
-        x.reshape(view),
+    return quantize(
+        x,
         fmt,
+        view=view,
         dims=dims,
         block_axis=block_axis,
         levels=None if bits is None else levels_of(fmt, bits),
-        noise=None if noise is None else noise.reshape(view),
-        observed=_reshaped(setting.input_range, len(view)) if keeps_range else None,
+        noise=noise,
+        observed=setting.input_range if operand == "input" and fmt.running is not None else None,
         measure=bool(_observers),
     )
-    return Quantized(result.values.reshape(x.shape), result.clipped)
-
-
-def _reshaped(extremes: tuple[Tensor, Tensor] | None, dim: int) -> tuple[Tensor, Tensor] | None:
-    return None if extremes is None else (extremes[0].reshape((1,) * dim), extremes[1].reshape((1,) * dim))
 
 
 def _shares(op: Op, setting: Setting, operand: str, shape: torch.Size, first: str, second: str) -> bool:
@@ -776,7 +772,7 @@ def _integer_gradients(
             "grad_weight",
             {"grad_output": (g, g_out), "input": (None if kept.exact is None else kept.exact[0], x_codes)},
             lambda: integer.grad_weight(
-                g_out, x_codes, op.geometry, kept.w_shape, kept.dtypes[1], ordered=integer.is_channels_last(w)
+                g_out, x_codes, op.geometry, kept.w_shape, kept.dtypes[1], ordered=cpu.is_channels_last(w)
             ),
             lambda a, b: op.grad_weight(a, b, kept.w_shape),
             shapes,

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import Float, Format, Integer
-from lowbit.kernels import reference
+from lowbit.kernels import cpu, reference
 from lowbit.ranges import extremes
+from lowbit.rounding import uniform_noise
 
 
 @dataclass(frozen=True)
@@ -154,10 +155,11 @@ def quantize(
     x: Tensor,
     fmt: Format,
     *,
+    view: tuple[int, ...] | None = None,
     dims: tuple[int, ...] | None = None,
     block_axis: int | None = None,
     levels: Tensor | float | None = None,
-    noise: Tensor | None = None,
+    noise: Tensor | tuple[int, int] | None = None,
     observed: tuple[Tensor, Tensor] | None = None,
     measure: bool = False,
 ) -> Quantized:
@@ -166,11 +168,12 @@ def quantize(
     Args:
         x: float32 or float64, any shape.
         fmt: any format.
+        view: the shape, same elements in the same order, in which dims and axes are meant; None: that of `x`.
         dims: the dims that share one scale; None: all. Ignored for blocks, which have their own.
         block_axis: the axis that blocks lie along; needed iff the granularity is ``"block"``.
         levels: as for `encode`.
-        noise: as for `encode`.
-        observed: as for `encode`.
+        noise: as for `encode`, or the two words of a noise field of `lowbit.rounding`, made as it is needed.
+        observed: as for `encode`; of the whole tensor.
         measure: also count clipped values.
 
     Returns:
@@ -185,11 +188,23 @@ def quantize(
         if not (noise is None and levels is None and observed is None and block_axis is None):
             raise ValueError(f"{fmt} takes no noise, levels, observed range or block axis")
         return Quantized(x if fmt.name == "fp32" else x.to(torch.bfloat16).to(x.dtype), 0.0 if measure else None)
+    shape = x.shape if view is None else torch.Size(view)
     if (fmt.block is None) != (block_axis is None):
         raise ValueError(f"block_axis={block_axis} with granularity {fmt.granularity!r}")
-    if block_axis is not None and not (-x.dim() <= block_axis < x.dim() and observed is None):
-        raise ValueError(f"block_axis={block_axis} of {tuple(x.shape)}, observed={observed}: give an axis and no range")
-    shape = x.shape
+    if block_axis is not None and not (-len(shape) <= block_axis < len(shape) and observed is None):
+        raise ValueError(f"block_axis={block_axis} of {tuple(shape)}, observed={observed}: give an axis and no range")
+    if not measure and not isinstance(noise, Tensor) and fmt.stochastic == (noise is not None):
+        _check_tensor(x)
+        axes = tuple(range(len(shape))) if dims is None else tuple(d % len(shape) for d in dims)
+        values = _natively(x, fmt, shape, axes, levels, noise, observed)
+        if values is not None:
+            return Quantized(values)
+    if isinstance(noise, tuple):
+        noise = uniform_noise(torch.tensor(noise), shape, x.device)
+    original, x = x.shape, x.reshape(shape)
+    noise = noise.reshape(shape) if noise is not None and noise.shape == original else noise
+    if observed is not None:
+        observed = (observed[0].reshape((1,) * len(shape)), observed[1].reshape((1,) * len(shape)))
     if fmt.block is not None and block_axis is not None:
         x = _split(x, block_axis, fmt.block)
         noise = None if noise is None else _split(noise, block_axis, fmt.block)
@@ -197,7 +212,36 @@ def quantize(
     codes = encode(x, fmt, dims=dims, levels=levels, noise=noise, observed=observed)
     clipped = float(codes.clipped(x)) if measure else None
     values = codes.dequantize_into(codes.q)
-    return Quantized(values if block_axis is None else _merge(values, block_axis, shape), clipped)
+    values = values if block_axis is None else _merge(values, block_axis, shape)
+    return Quantized(values.reshape(original), clipped)
+
+
+def _natively(
+    x: Tensor,
+    fmt: Integer,
+    view: tuple[int, ...],
+    dims: tuple[int, ...],
+    levels: Tensor | float | None,
+    key: tuple[int, int] | None,
+    observed: tuple[Tensor, Tensor] | None,
+) -> Tensor | None:
+    """Values on the grid in two passes over memory; None where the native kernels do not take this tensor."""
+    if not cpu.runs(x) or x.dtype != torch.float32 or x.numel() == 0 or fmt.block is not None:
+        return None
+    memory = cpu.memory_view(x, view, dims)
+    if memory is None or (observed is not None and observed[0].numel() > 1):
+        return None
+    if observed is not None:
+        lo, hi = observed
+    elif len(dims) == len(view):
+        lo, hi = extremes(x, rule=fmt.range, dims=tuple(range(x.dim())))
+    else:
+        lo, hi = cpu.extremes(x, memory)
+    levels = float(fmt.code_range[1]) if levels is None else float(levels)
+    scale, zero, low, high = grid_of(lo.reshape(-1), hi.reshape(-1), fmt, levels)
+    offset = fmt.zero == "offset"
+    grid = cpu.Grid(scale=scale, zero=zero, low=float(low), high=float(high), offset=offset, key=key)
+    return cpu.fake_quantize(x, memory, grid)
 
 
 def _split(x: Tensor, axis: int, size: int) -> Tensor:

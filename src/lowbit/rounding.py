@@ -139,6 +139,12 @@ class Noise(Protocol):
         """Other noise for a part of the same operands that is computed apart."""
 
 
+def field_of(noise: Noise, product: str, operand: str, x: Tensor) -> Tensor | tuple[int, int]:
+    """What rounds an operand: on the CPU the words of its noise field, where there is one; else the draws."""
+    words = noise.words(product, operand) if x.device.type == "cpu" else None
+    return noise.draw(product, operand, x) if words is None else words
+
+
 @dataclass(frozen=True, kw_only=True)
 class CounterNoise:
     """The counter-based noise of one use of one layer in one step.

@@ -6,6 +6,7 @@ memory is outer x channels x inner, or with channels last outer x inner x channe
 
 import importlib
 import importlib.util
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,25 @@ def instruction_sets() -> list[str] | None:
 def runs(x: Tensor) -> bool:
     """Whether the native passes over memory take this tensor: dense float32 or bfloat16 on the CPU."""
     return _cpu is not None and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether memory is (B, *size, C) without gaps."""
+    return x.dim() > 1 and x.movedim(1, -1).is_contiguous()
+
+
+def memory_view(x: Tensor, view: tuple[int, ...], dims: tuple[int, ...]) -> View | None:
+    """(outer, channels, inner, channels last) of x's memory, channels being what has a scale each; None if neither."""
+    kept = [d for d in range(len(view)) if d not in dims]
+    if kept and kept != list(range(kept[0], kept[-1] + 1)):
+        return None
+    first, last = (kept[0], kept[-1] + 1) if kept else (0, 0)
+    sizes = math.prod(view[:first]), math.prod(view[first:last]), math.prod(view[last:])
+    if x.is_contiguous():
+        return *sizes, False
+    if not kept:
+        return (x.shape[0], x.shape[1], math.prod(x.shape[2:]), True) if is_channels_last(x) else None
+    return (*sizes, True) if is_channels_last(x) and sizes[:2] == tuple(x.shape[:2]) else None
 
 
 def extremes(x: Tensor, view: View) -> tuple[Tensor, Tensor]:

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from lowbit import products
 from lowbit.formats import Format, Integer
-from lowbit.integer import is_channels_last
 from lowbit.kernels import cpu
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Clock, Site, is_recomputing, runs_eagerly
 from lowbit.quantizer import grid_of, levels_of, quantize
 from lowbit.ranges import extremes
 from lowbit.recipe import Constant, EpsilonPlace, RangeNorm, Recipe
-from lowbit.rounding import Noise
+from lowbit.rounding import Noise, field_of
 
 # The authors' constant makes sigma nearly the standard deviation of a normal x; the paper's is 1.7 to 1.85 of it.
 KAPPA: dict[Constant, float] = {"paper": 1.0, "authors": 0.5 * 0.35 * (1 + math.sqrt(math.pi * math.log(4)))}
@@ -138,7 +137,7 @@ class NormSetting:
         noise, levels, width = None, None, fmt.bits
         if isinstance(fmt, Integer):
             if fmt.stochastic and self.noise is not None:
-                noise = self.noise.draw("normalization", operand, x)
+                noise = field_of(self.noise, "normalization", operand, x)
             if self.bits is not None:
                 bits = self.bits[0 if operand == "input" else 1]
                 levels, width = levels_of(fmt, bits), int(bits) if products.is_observed() else 0
@@ -273,7 +272,7 @@ def _codes(x: Tensor, setting: NormSetting, operand: str) -> tuple[Tensor, float
     if setting.engine != "int8" or not cpu.runs(x) or not isinstance(fmt, Integer) or fmt.zero != "integer":
         return None
     bits = fmt.bits if setting.bits is None else int(setting.bits[0 if operand == "input" else 1])
-    if bits > 8 or x.numel() == 0 or products.is_observed() or not is_channels_last(x):
+    if bits > 8 or x.numel() == 0 or products.is_observed() or not cpu.is_channels_last(x):
         return None
     key = None
     if fmt.stochastic:
@@ -330,7 +329,7 @@ class _RangeBatchNormOfCodes(torch.autograd.Function):
             )
         q, weight, mean, sigma, d = ctx.saved_tensors
         setting, found, scale, zero, has_bias, shape, dtype = ctx.kept
-        if not is_channels_last(grad_output):
+        if not cpu.is_channels_last(grad_output):
             grad_output = torch.empty_like(_in_rows(shape, grad_output.dtype)).copy_(grad_output)
         codes = _codes(grad_output, setting, "grad_output")
         if codes is None:  # an observer came, or recorded noise: the definition, on the values of the codes
@@ -450,7 +449,7 @@ def range_batch_norm(
     Source: Banner et al. 2018, arXiv:1805.11046, section 3; backward derived and checked against the authors' code.
     """
     dtype = x.dtype
-    if setting.engine == "int8" and x.device.type == "cpu" and not is_channels_last(x) and x.dim() > 1:
+    if setting.engine == "int8" and x.device.type == "cpu" and not cpu.is_channels_last(x) and x.dim() > 1:
         x = (
             x.contiguous(memory_format=torch.channels_last)
             if x.dim() == 4
