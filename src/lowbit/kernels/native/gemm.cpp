@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <vector>
 
 #include "cpu.h"
 
@@ -27,7 +28,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Memory that a thread keeps from one product to the next: fresh memory of this size costs more than packing does.
 // Slots are numbered so that what lives at the same time does not share one.
-enum Slot { kSlotA, kSlotB, kSlotSums, kSlotRowSums, kSlotColumnSums, kSlotGroups, kSlotScratch, kSlots };
+enum Slot {
+    kSlotA, kSlotB, kSlotSums, kSlotRowSums, kSlotColumnSums, kSlotGroups, kSlotScratch, kSlotImage, kSlotPairs, kSlots
+};
 
 template <class T>
 T* workspace(Slot slot, int64_t count) {
@@ -250,11 +253,10 @@ void load_across(const Kind& kind, const Rows& rows, const RowOf& row_of, int64_
 }
 
 // Step `step` of every panel of A whose rows are k; `to` is where the step of the first panel lies.
-template <class Kind>
-void pack_a_across(const Kind& kind, const Product& p, int64_t step, uint8_t* to, int64_t stride, uint32_t* groups,
+template <class Kind, class RowOf>
+void pack_a_across(const Kind& kind, const Product& p, const RowOf& row_of, int64_t step, uint8_t* to, int64_t stride, uint32_t* groups,
                    typename Kind::Number* scratch) {
     const int64_t width = ceil_div(p.m, kPanel) * kPanel;
-    const auto row_of = [&p](int64_t k) { return k < p.k ? k : -1; };
     load_across(kind, p.a, row_of, step * 16, 0, p.m, groups, width, scratch);
     for (int64_t m = 0; m < width; m += 16)
         transpose16(groups + m, width, reinterpret_cast<uint32_t*>(to + m * stride), stride / 4);
@@ -341,17 +343,20 @@ void pack_all_a(const Kind& kind, const Product& p, int64_t first, int64_t last,
             pack_a_along(kind, p, m, first, last, a + m * kPanel * stride, stride);
     } else {
         Across<Kind> across(p.m);
+        const auto row_of = [&p](int64_t k) { return k < p.k ? k : -1; };
 #pragma omp for schedule(dynamic) nowait
         for (int64_t s = first; s < last; s++)
-            pack_a_across(kind, p, s, a + (s - first) * kStep, stride, across.groups, across.scratch);
+            pack_a_across(kind, p, row_of, s, a + (s - first) * kStep, stride, across.groups, across.scratch);
     }
 }
 
 // ---- 32 x 32 and 32 x 16 multiplications ----
 
-// Where the rows of A lie: `stride` bytes apart, in `lines` of `steps` steps each, `line` bytes apart.
+// Where the rows of A lie: `stride` bytes apart, in `lines` of `steps` steps each, `line` bytes apart; and where B does:
+// its second tile, the rows of a tile and the next step, in bytes. By default B is packed.
 struct Lines {
     int64_t stride, steps, lines = 1, line = 0;
+    int64_t second = kTile, row = 64, step = 2 * kTile;
 };
 
 // C (32 x 32 or 32 x 16, rows `c_stride` numbers apart) = or += A (32 rows) B (tiles, all steps of all lines).
@@ -375,11 +380,11 @@ using Multiply = void (*)(const uint8_t* a, const Lines& at, const uint8_t* b, S
         }                                                                                                      \
         for (int64_t l = 0; l < at.lines; l++) {                                                               \
             const uint8_t* row = a + l * at.line;                                                              \
-            for (int64_t s = 0; s < at.steps; s++, b += 2 * kTile) {                                           \
+            for (int64_t s = 0; s < at.steps; s++, b += at.step) {                                                \
                 _tile_loadd(4, row + s * kStep, at.stride);                                                    \
-                _tile_loadd(6, b, 64);                                                                         \
+                _tile_loadd(6, b, at.row);                                                                     \
                 _tile_loadd(5, row + 16 * at.stride + s * kStep, at.stride);                                   \
-                _tile_loadd(7, b + kTile, 64);                                                                 \
+                _tile_loadd(7, b + at.second, at.row);                                                         \
                 DOT(0, 4, 6);                                                                                  \
                 DOT(1, 4, 7);                                                                                  \
                 DOT(2, 5, 6);                                                                                  \
@@ -403,9 +408,9 @@ using Multiply = void (*)(const uint8_t* a, const Lines& at, const uint8_t* b, S
         }                                                                                                      \
         for (int64_t l = 0; l < at.lines; l++) {                                                               \
             const uint8_t* row = a + l * at.line;                                                              \
-            for (int64_t s = 0; s < at.steps; s++, b += 2 * kTile) {                                           \
+            for (int64_t s = 0; s < at.steps; s++, b += at.step) {                                                \
                 _tile_loadd(4, row + s * kStep, at.stride);                                                    \
-                _tile_loadd(6, b, 64);                                                                         \
+                _tile_loadd(6, b, at.row);                                                                     \
                 _tile_loadd(5, row + 16 * at.stride + s * kStep, at.stride);                                   \
                 DOT(0, 4, 6);                                                                                  \
                 DOT(2, 5, 6);                                                                                  \
@@ -429,11 +434,11 @@ LOWBIT_TILES(halves_tiles, float, "amx-tile,amx-bf16", _tile_dpbf16ps)
             const uint8_t* tile = b;                                                                           \
             for (int64_t l = 0; l < at.lines; l++) {                                                           \
                 const uint8_t* rows = a + l * at.line + first * at.stride;                                     \
-                for (int64_t s = 0; s < at.steps; s++, tile += 2 * kTile)                                      \
+                for (int64_t s = 0; s < at.steps; s++, tile += at.step)                                          \
                     for (int g = 0; g < 16; g++) {                                                             \
                         __m512i columns[COLUMNS];                                                              \
                         for (int j = 0; j < COLUMNS; j++)                                                      \
-                            columns[j] = _mm512_load_si512(tile + j * kTile + g * 64);                         \
+                            columns[j] = _mm512_loadu_si512(tile + j * at.second + g * at.row);          \
                         for (int i = 0; i < ROWS; i++) {                                                       \
                             int32_t group;                                                                     \
                             std::memcpy(&group, rows + i * at.stride + s * kStep + g * 4, 4);                  \
@@ -815,17 +820,17 @@ bool direct_fits(const Product& p, Direct* d) {
     return true;
 }
 
-// Rows [first, first + count) of one sample's padded image.
+// Rows [first, first + count) of one sample's padded image, `places` wide, each place padded to `channels` numbers.
 template <class Kind>
-void pad_image(const Kind& kind, const Rows& rows, const Direct& d, int64_t sample, int64_t first, int64_t count,
-               typename Kind::Number* to) {
+void pad_image(const Kind& kind, const Rows& rows, int64_t of_place, int64_t channels, int64_t places,
+               const int64_t* padding, int64_t sample, int64_t first, int64_t count, typename Kind::Number* to) {
     const Window& w = *rows.window;
-    const int64_t channels = w.channels, size = bytes_of(rows.type), height = w.size[1], width = w.size[2];
-    const int64_t left = std::min(d.padding[1], d.places), inside = std::clamp<int64_t>(d.places - left, 0, width);
-    for (int64_t i = 0; i < count; i++, to += d.places * channels) {
-        const int64_t h = first - d.padding[0] + i;
+    const int64_t size = bytes_of(rows.type), height = w.size[1], width = w.size[2];
+    const int64_t left = std::min(padding[1], places), inside = std::clamp<int64_t>(places - left, 0, width);
+    for (int64_t i = 0; i < count; i++, to += places * channels) {
+        const int64_t h = first - padding[0] + i;
         if (h < 0 || h >= height) {
-            std::fill_n(to, d.places * channels, kind.outside());
+            std::fill_n(to, places * channels, kind.outside());
             continue;
         }
         std::fill_n(to, left * channels, kind.outside());
@@ -833,9 +838,12 @@ void pad_image(const Kind& kind, const Rows& rows, const Direct& d, int64_t samp
         if (rows.stride == channels)
             kind.load(rows, from, 0, inside * channels, to + left * channels);
         else
-            for (int64_t j = 0; j < inside; j++)
-                kind.load(rows, from, j * rows.stride, channels, to + (left + j) * channels);
-        std::fill(to + (left + inside) * channels, to + d.places * channels, kind.outside());
+            for (int64_t j = 0; j < inside; j++) {
+                auto* place = to + (left + j) * channels;
+                kind.load(rows, from, j * rows.stride, of_place, place);
+                std::fill(place + of_place, place + channels, kind.outside());
+            }
+        std::fill(to + (left + inside) * channels, to + places * channels, kind.outside());
     }
 }
 
@@ -903,7 +911,8 @@ void multiply_direct(const Product& p, const Direct& d) {
         for (int64_t task = 0; task < d.samples * blocks; task++) {
             const int64_t sample = task / blocks, first = task % blocks * block;
             const int64_t last = std::min(first + block, d.rows);
-            pad_image(a_kind, p.a, d, sample, first * d.step[0], (last - 1 - first) * d.step[0] + halo, a);
+            pad_image(a_kind, p.a, w.channels, w.channels, d.places, d.padding, sample, first * d.step[0],
+                      (last - 1 - first) * d.step[0] + halo, a);
             for (int64_t n = 0; n < column_panels; n++) {
                 const auto multiply = multiplier(a_kind, p.n - n * kPanel);
                 for (int64_t row = first, x = 0; row < last;) {
@@ -928,6 +937,105 @@ void multiply_direct(const Product& p, const Direct& d) {
     }
 }
 
+// The gradient of a weight likewise, on 16-bit units: a tap's operand is the padded image shifted by whole places, so
+// the image is paired up twice, from its even and from its odd places, and every tap reads one of the two. Places that
+// are no positions hold zeros of A.
+struct DirectWeight {
+    int64_t places, padding[2];      // of the padded image's width; before its first row and place
+    int64_t channels;                // of a place, padded to whole tiles
+    int64_t rows, width, samples;    // positions
+    int64_t halo, taps, columns;     // rows beyond the positions'; taps; tiles of 16 columns
+    int64_t groups;                  // of samples, each summed in its order, whatever the number of threads
+};
+
+bool direct_weight_fits(const Product& p, DirectWeight* d) {
+    if (p.a_along || p.b_along || !p.b.window || p.a.window || p.a.fold) return false;
+    const Window& w = *p.b.window;
+    if (w.transposed || w.position[1] != 1 || w.size[0] != 1 || w.kernel[0] != 1 || w.padding[0] != 0) return false;
+    if (w.stride[1] != 1 || w.stride[2] != 1 || w.position[3] < 8 || w.padding[1] < 0 || w.padding[2] < 0) return false;
+    d->taps = w.kernel[1] * w.kernel[2];
+    if (d->taps == 1) return false;
+    d->channels = ceil_div(w.channels, 16) * 16;
+    d->columns = d->taps * d->channels / 16;
+    if (p.m * d->columns * 16 > 1 << 16) return false;  // sums that stay in a core's own cache
+    d->padding[0] = w.padding[1], d->padding[1] = w.padding[2];
+    d->rows = w.position[2], d->width = w.position[3], d->samples = w.position[0];
+    d->places = d->width + (w.kernel[2] - 1) * w.dilation[2];
+    d->halo = (w.kernel[1] - 1) * w.dilation[1];
+    d->groups = std::min<int64_t>(d->samples, 16);
+    return true;
+}
+
+void multiply_direct_weight(const Product& p, const DirectWeight& d) {
+    const Halves kind(p.a, true);
+    const Window& w = *p.b.window;
+    const int64_t panels = ceil_div(p.m, kPanel), width = ceil_div(d.columns, 2) * kPanel, sums = panels * kPanel * width;
+    const int64_t row_bytes = d.places * d.channels * 2;
+    const int64_t fitting = std::max<int64_t>(1, kCache / 2 / row_bytes - d.halo);
+    const int64_t block = std::min(d.rows, fitting), blocks = ceil_div(d.rows, block);
+    const int64_t steps = ceil_div(block * d.places, 32);               // of 32 places
+    const int64_t stride = steps * kStep + 64;                          // of A
+    const int64_t reach = d.halo * d.places + (w.kernel[2] - 1) * w.dilation[2];  // of the last tap
+    const int64_t image = steps * 32 + reach + 2;                       // places
+    const int64_t pairs = image / 2 * d.channels;                       // groups of one of the two
+    auto* all = workspace<float>(kSlotSums, d.groups * sums);
+#pragma omp parallel
+    {
+        const Tiles tiles;
+        Across<Halves> across(p.m);
+        auto* a = workspace<uint8_t>(kSlotA, panels * kPanel * stride);
+        auto* x = workspace<uint16_t>(kSlotImage, image * d.channels);
+        auto* paired = workspace<uint32_t>(kSlotPairs, 2 * pairs);
+        const auto address = [&](int64_t column) {
+            const int64_t tap = column / (d.channels / 16), channel = column % (d.channels / 16) * 16;
+            const int64_t place = tap / w.kernel[2] * w.dilation[1] * d.places + tap % w.kernel[2] * w.dilation[2];
+            return reinterpret_cast<const uint8_t*>(paired + place % 2 * pairs + place / 2 * d.channels + channel);
+        };
+#pragma omp for schedule(dynamic)
+        for (int64_t group = 0; group < d.groups; group++) {
+            float* c = all + group * sums;
+            bool add = false;
+            const int64_t from = group * d.samples / d.groups, until = (group + 1) * d.samples / d.groups;
+            for (int64_t task = from * blocks; task < until * blocks; task++, add = true) {
+                const int64_t sample = task / blocks, first = task % blocks * block;
+                const int64_t count = std::min(block, d.rows - first);
+                // The image, and zeros after it.
+                const int64_t held = (count + d.halo) * d.places;
+                pad_image(kind, p.b, w.channels, d.channels, d.places, d.padding, sample, first, count + d.halo, x);
+                std::fill(x + held * d.channels, x + image * d.channels, uint16_t{0});
+                for (int64_t odd = 0; odd < 2; odd++)
+                    for (int64_t i = 0; i < (image - odd) / 2; i++)
+                        interleave(x + (2 * i + odd) * d.channels, d.channels, d.channels,
+                                   paired + odd * pairs + i * d.channels);
+                const auto row_of = [&](int64_t k) {
+                    const int64_t row = k / d.places, place = k % d.places;
+                    return row < count && place < d.width ? (sample * d.rows + first + row) * d.width + place : -1;
+                };
+                for (int64_t s = 0; s < steps; s++)
+                    pack_a_across(kind, p, row_of, s, a + s * kStep, stride, across.groups, across.scratch);
+                for (int64_t m = 0; m < panels; m++)
+                    for (int64_t n = 0; n < d.columns; n += 2) {
+                        const uint8_t* b = address(n);
+                        const bool both = n + 1 < d.columns;
+                        const Lines at{stride, steps, 1, 0, both ? address(n + 1) - b : 0, d.channels * 4, d.channels * 64};
+                        multiplier(kind, both ? kPanel : 16)(a + m * kPanel * stride, at, b,
+                                                             c + m * kPanel * width + n * 16, width, add);
+                    }
+            }
+        }
+    }
+    std::vector<float> row(p.n);
+    for (int64_t m = 0; m < p.m; m++) {
+        for (int64_t n = 0; n < p.n; n++) {
+            const int64_t at = m * width + n / w.channels * d.channels + n % w.channels;
+            float sum = all[at];
+            for (int64_t group = 1; group < d.groups; group++) sum += all[group * sums + at];
+            row[n] = sum;
+        }
+        for (int64_t n = 0; n < p.n; n += kPanel) finish(p, m, n, std::min(kPanel, p.n - n), row.data() + n);
+    }
+}
+
 template <class Kind>
 void multiply(const Product& p) {
     if (p.m == 0 || p.n == 0) return;
@@ -943,6 +1051,12 @@ void multiply(const Product& p) {
 }  // namespace
 
 void multiply_codes(const Product& p) { multiply<Codes>(p); }
-void multiply_halves(const Product& p) { multiply<Halves>(p); }
+void multiply_halves(const Product& p) {
+    DirectWeight direct;
+    if (p.m > 0 && p.n > 0 && direct_weight_fits(p, &direct))
+        multiply_direct_weight(p, direct);
+    else
+        multiply<Halves>(p);
+}
 
 }  // namespace lowbit
