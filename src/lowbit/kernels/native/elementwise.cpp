@@ -218,38 +218,59 @@ void sums(const void* x, Type type, int64_t rows, int64_t width, float* to) {
 
 // ---- codes of a matrix of rows by channels ----
 
+// Rows that are taken as one, so that vectors are full where channels are few.
+int64_t folded(int64_t channels) { return channels >= 64 ? 1 : 64 / channels; }
+
 // Of each channel in rows [first, last): the largest and the smallest code, and the first row that has it.
 void chunk_extremes(const uint8_t* q, int64_t first, int64_t last, int64_t channels, uint8_t* high, uint8_t* low,
                     int32_t* argmax, int32_t* argmin) {
-    std::fill_n(high, channels, uint8_t{0});
-    std::fill_n(low, channels, uint8_t{255});
-    for (int64_t r = first; r < last; r++) {
+    const int64_t fold = folded(channels), width = fold * channels;
+    std::vector<uint8_t> all(4 * width);
+    uint8_t *top = all.data(), *bottom = top + width, *want_top = bottom + width, *want_bottom = want_top + width;
+    std::fill_n(top, width, uint8_t{0});
+    std::fill_n(bottom, width, uint8_t{255});
+    for (int64_t r = first; r < last; r += fold) {
         const uint8_t* row = q + r * channels;
-        for (int64_t c = 0; c < channels; c++) {
-            high[c] = row[c] > high[c] ? row[c] : high[c];
-            low[c] = row[c] < low[c] ? row[c] : low[c];
+        const int64_t count = std::min(fold, last - r) * channels;
+        for (int64_t i = 0; i < count; i++) {
+            top[i] = row[i] > top[i] ? row[i] : top[i];
+            bottom[i] = row[i] < bottom[i] ? row[i] : bottom[i];
         }
     }
-    std::fill_n(argmax, channels, -1);
-    std::fill_n(argmin, channels, -1);
+    for (int64_t c = 0; c < channels; c++) {
+        for (int64_t i = c + channels; i < width; i += channels) {
+            top[c] = std::max(top[c], top[i]);
+            bottom[c] = std::min(bottom[c], bottom[i]);
+        }
+        high[c] = top[c];
+        low[c] = bottom[c];
+        argmax[c] = argmin[c] = -1;
+    }
+    for (int64_t i = channels; i < width; i++) {
+        top[i] = top[i - channels];
+        bottom[i] = bottom[i - channels];
+    }
     // Channels whose extreme is still to be found, 255 each, so that most rows are passed over in one look.
-    std::vector<uint8_t> want_high(channels, 255), want_low(channels, 255);
+    std::fill_n(want_top, 2 * width, uint8_t{255});
     int64_t missing = 2 * channels;
-    for (int64_t r = first; r < last && missing > 0; r++) {
+    for (int64_t r = first; r < last && missing > 0; r += fold) {
         const uint8_t* row = q + r * channels;
+        const int64_t count = std::min(fold, last - r) * channels;
         uint8_t hit = 0;
-        for (int64_t c = 0; c < channels; c++)
-            hit |= static_cast<uint8_t>((row[c] == high[c] ? want_high[c] : 0) | (row[c] == low[c] ? want_low[c] : 0));
+        for (int64_t i = 0; i < count; i++)
+            hit |= static_cast<uint8_t>((row[i] == top[i] ? want_top[i] : 0) |
+                                        (row[i] == bottom[i] ? want_bottom[i] : 0));
         if (!hit) continue;
-        for (int64_t c = 0; c < channels; c++) {
-            if (want_high[c] && row[c] == high[c]) {
-                argmax[c] = static_cast<int32_t>(r);
-                want_high[c] = 0;
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t c = i % channels;
+            if (row[i] == top[i] && argmax[c] < 0) {
+                argmax[c] = static_cast<int32_t>(r + i / channels);
+                for (int64_t j = c; j < width; j += channels) want_top[j] = 0;
                 missing--;
             }
-            if (want_low[c] && row[c] == low[c]) {
-                argmin[c] = static_cast<int32_t>(r);
-                want_low[c] = 0;
+            if (row[i] == bottom[i] && argmin[c] < 0) {
+                argmin[c] = static_cast<int32_t>(r + i / channels);
+                for (int64_t j = c; j < width; j += channels) want_bottom[j] = 0;
                 missing--;
             }
         }
@@ -265,36 +286,44 @@ void code_extremes(const uint8_t* q, int64_t channels, const int64_t* starts, in
     }
 }
 
+// Add each code to a sum of its place.
+void add_codes(const uint8_t* a, int64_t count, uint16_t* sums) {
+    for (int64_t i = 0; i < count; i++) sums[i] = static_cast<uint16_t>(sums[i] + a[i]);
+}
+void add_products(const uint8_t* a, const uint8_t* b, int64_t count, uint32_t* sums) {
+    for (int64_t i = 0; i < count; i++)
+        sums[i] += static_cast<uint32_t>(static_cast<uint16_t>(static_cast<uint16_t>(a[i]) * static_cast<uint16_t>(b[i])));
+}
+
 // Of each channel: the sum of a's codes, and of a's times b's where there is a b.
 void code_sums(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t channels, int64_t* sum, int64_t* product) {
-    constexpr int64_t kBlock = 1 << 12;  // rows whose sums of products fit in 32 bits
+    constexpr int64_t kFew = 256, kMany = 64 * kFew;  // rows whose sums fit in 16 bits, and products in 32
+    const int64_t fold = folded(channels), width = fold * channels;
     std::fill_n(sum, channels, 0);
     if (b) std::fill_n(product, channels, 0);
-#pragma omp parallel
+#pragma omp parallel if (rows * channels > kTask)
     {
-        std::vector<uint32_t> s(channels), p(channels);
+        std::vector<uint16_t> few(width);
+        std::vector<uint32_t> s(width), p(width);
 #pragma omp for schedule(dynamic) nowait
-        for (int64_t first = 0; first < rows; first += kBlock) {
-            const int64_t last = std::min(first + kBlock, rows);
+        for (int64_t first = 0; first < rows; first += kMany) {
+            const int64_t last = std::min(first + kMany, rows);
             std::fill(s.begin(), s.end(), 0u);
             std::fill(p.begin(), p.end(), 0u);
-            uint32_t *sums = s.data(), *products = p.data();
-            for (int64_t r = first; r < last; r++) {
-                const uint8_t* x = a + r * channels;
-                if (b) {
-                    const uint8_t* y = b + r * channels;
-                    for (int64_t c = 0; c < channels; c++) {
-                        sums[c] += x[c];
-                        products[c] += static_cast<uint32_t>(x[c]) * y[c];
-                    }
-                } else {
-                    for (int64_t c = 0; c < channels; c++) sums[c] += x[c];
+            for (int64_t begin = first; begin < last; begin += kFew * fold) {
+                const int64_t end = std::min(begin + kFew * fold, last);
+                std::fill(few.begin(), few.end(), uint16_t{0});
+                for (int64_t r = begin; r < end; r += fold) {
+                    const int64_t count = std::min(fold, end - r) * channels;
+                    add_codes(a + r * channels, count, few.data());
+                    if (b) add_products(a + r * channels, b + r * channels, count, p.data());
                 }
+                for (int64_t i = 0; i < width; i++) s[i] += few[i];
             }
 #pragma omp critical(lowbit_code_sums)
-            for (int64_t c = 0; c < channels; c++) {
-                sum[c] += sums[c];
-                if (b) product[c] += products[c];
+            for (int64_t i = 0; i < width; i++) {
+                sum[i % channels] += s[i];
+                if (b) product[i % channels] += p[i];
             }
         }
     }
