@@ -4,25 +4,27 @@ A layer is converted by changing its class to its quantised twin's and attaching
 parameters and its hooks stay. So shared layers, layers used twice and a bare layer as the model need no special care.
 """
 
+import math
 import re
 import sys
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowbit import integer
+from lowbit import calibration, integer
+from lowbit.calibration import Shape, Table, Timing
 from lowbit.errors import UsageError, unknown
 from lowbit.formats import Format, Integer
 from lowbit.kernels import native_instruction_sets
 from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS
 from lowbit.nn.layers import QuantLayer
-from lowbit.nn.site import Clock
+from lowbit.nn.site import Clock, Site
 from lowbit.products import ENGINES, Convolution, Linear, Op, refusal
 from lowbit.recipe import Recipe, recipes
 from lowbit.tables import text_table
@@ -34,7 +36,7 @@ Rule = tuple[Matcher, RecipeLike | None]
 LEFT_BY_RULE = "a rule leaves it"
 
 # Channels of one group below which a grouped convolution leaves 32-wide tiles mostly idle; engine="auto" then takes
-# the reference engine.
+# the reference engine, where this machine was not measured.
 FEW_CHANNELS = 16
 
 _PLAIN_TYPES: dict[type[nn.Module], type[nn.Module]] = {
@@ -78,6 +80,8 @@ class Row:
         reason: why it was left, or a remark.
         bits: widths of the operands by product, e.g. ``{"output": "8x8"}``.
         engines: how each product is executed.
+        speed: how many times as fast as in full precision this machine was on that engine with the most similar
+            layer; None where nothing was measured or ``"auto"`` did not choose.
     """
 
     name: str
@@ -86,6 +90,7 @@ class Row:
     reason: str = ""
     bits: dict[str, str] = field(default_factory=dict)
     engines: dict[str, str] = field(default_factory=dict)
+    speed: float | None = None
 
     @property
     def converted(self) -> bool:
@@ -100,6 +105,11 @@ class Report:
     recipe: str
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def without_gain(self) -> tuple[str, ...]:
+        """Names of the layers for which no engine is faster than full precision on this machine, as measured."""
+        return tuple(row.name for row in self.rows if row.speed is not None and row.speed <= 1)
 
     def __str__(self) -> str:
         names = ("output", "grad_input", "grad_weight")
@@ -169,29 +179,30 @@ def convert_(
     if engine == "auto":
         _warn_once_without_kernels()
     plans = _plan(model, recipe, resolved, strict)
-    engines = _engines(plans, engine)
+    table, found = calibration.load() if engine == "auto" else (None, "")
+    choices = _choices(plans, engine, table)
     if strict and not any(plan.twin or plan.reason == LEFT_BY_RULE for plan in plans):
         reasons = "; ".join(f"{p.name or 'the model'} ({_type_name(p.layer)}): {p.reason}" for p in plans[:5])
         raise UsageError(f"nothing in this model would be converted. {reasons or 'It has no layer with products'}")
 
-    clock = Clock(seed)
+    clock = Clock(seed, free=engine == "auto")
     for plan in plans:
         if plan.twin is not None and plan.recipe is not None:
             plan.layer.__class__ = plan.twin
             layer: Any = plan.layer
-            layer.attach(
-                name=plan.name, recipe=plan.recipe, clock=clock, engine="reference" if engines[plan.name] else "int8"
-            )
+            layer.attach(name=plan.name, recipe=plan.recipe, clock=clock, engine=choices[plan.name].engine)
             layer.site.train(layer.training)
     if clock.sites:
         model.register_forward_pre_hook(clock.advance)
         for module in model.modules():
             _forbid_bypass(module)
-    return Report(
-        recipe=recipe.name,
-        rows=tuple(_row(plan) for plan in plans),
-        notes=(*_notes(clock), *_engine_notes(engines, engine)),
-    )
+    rows = tuple(_row(plan, choices.get(plan.name)) for plan in plans)
+    notes = _notes(clock) if engine != "auto" else (*_notes(clock), *_choice_notes(choices, found))
+    report = Report(recipe=recipe.name, rows=rows, notes=notes)
+    if slow := report.without_gain:
+        gain = f"no engine is faster than fp32 here for {_some(slow)}: rules=[(name, None)] leaves them in fp32"
+        report = replace(report, notes=(*notes, gain))
+    return report
 
 
 @cache
@@ -206,30 +217,71 @@ def _warn_once_without_kernels() -> None:
         )
 
 
-def _engines(plans: Sequence[_Plan], engine: str) -> dict[str, str]:
-    """For each layer to convert why it runs on the reference engine; empty where it runs on int8 units.
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """How a layer is executed: why not on int8 units (empty where it is), and the timing that ``"auto"`` looked at."""
+
+    why: str = ""
+    timing: Timing | None = None
+    open: bool = False  # both engines could run it
+
+    @property
+    def engine(self) -> str:
+        return "reference" if self.why else "int8"
+
+
+def _choices(plans: Sequence[_Plan], engine: str, table: Table | None) -> dict[str, _Choice]:
+    """For each layer to convert how it is executed.
 
     Raises:
         UsageError: ``engine="int8"`` was asked for and a layer cannot.
     """
-    reasons = {
-        plan.name: "it was asked for" if engine == "reference" else _why_reference(plan.layer, plan.recipe, engine)
+    asked = _Choice(why="it was asked for")
+    choices = {
+        plan.name: asked if engine == "reference" else _choose(plan.layer, plan.recipe, engine, table)
         for plan in plans
         if plan.twin is not None and plan.recipe is not None
     }
-    refused = {name: why for name, why in reasons.items() if why} if engine == "int8" else {}
+    refused = {name: choice.why for name, choice in choices.items() if choice.why} if engine == "int8" else {}
     if refused:
         types = {plan.name: _type_name(plan.layer) for plan in plans}
         shown = [f"{n or 'the model'} ({types[n]}): the int8 engine cannot run {why}" for n, why in refused.items()]
         raise UsageError(
-            f"{len(refused)} of {len(reasons)} layers cannot run as asked. {'; '.join(shown[:5])}. Leave them out with "
+            f"{len(refused)} of {len(choices)} layers cannot run as asked. {'; '.join(shown[:5])}. Leave them out with "
             "a rule, or let engine='auto' run them on the reference engine"
         )
-    return reasons
+    return choices
 
 
-def _why_reference(layer: nn.Module, recipe: Recipe, engine: str) -> str:
-    """Why a layer cannot run, or with ``"auto"`` should not run, on int8 units; empty where it should."""
+def _choose(layer: nn.Module, recipe: Recipe, engine: str, table: Table | None) -> _Choice:
+    """What runs a layer: what can, and with ``"auto"`` what is faster, by the table or else by a rule."""
+    why = _why_refused(layer, recipe)
+    if engine != "auto" or isinstance(layer, tuple(NORM_LAYERS)):
+        return _Choice(why=why)
+    timing = None if table is None else table.nearest(_shape(layer), recipe)
+    if why:
+        return _Choice(why=why, timing=timing)
+    if timing is not None and timing.fastest == "reference":
+        why = f"measured {timing.reference:.2g} ms against {timing.int8:.2g} on int8 units, as {timing.shape}"
+    elif timing is None and isinstance(layer, nn.modules.conv._ConvNd):
+        narrow = min(layer.in_channels, layer.out_channels) // layer.groups
+        if layer.groups > 1 and narrow < FEW_CHANNELS:
+            why = f"{narrow} channels in a group, fewer than {FEW_CHANNELS}, leave int8 units mostly idle"
+    return _Choice(why=why, timing=timing, open=True)
+
+
+def _shape(layer: nn.Module) -> Shape:
+    """What a layer with products is looked up by; one with several weights by its largest."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        groups, taps = layer.groups, math.prod(layer.kernel_size)
+        inputs, outputs = layer.in_channels // groups, layer.out_channels // groups
+        return Shape(kind="conv", inputs=max(inputs, 1), outputs=max(outputs, 1), taps=taps, groups=groups)
+    outputs, inputs = max((p.shape for p in layer.parameters() if p.dim() == 2), key=math.prod)
+    return Shape(kind="linear", inputs=max(inputs, 1), outputs=max(outputs, 1))
+
+
+def _why_refused(layer: nn.Module, recipe: Recipe) -> str:
+    """Why a layer cannot run on int8 units; empty where it can."""
     for name, p in layer.named_parameters():
         if p.device.type != "cpu" or p.dtype not in (torch.float32, torch.bfloat16):
             return f"a layer whose {name} is {p.dtype} on {p.device.type}: it takes float32 and bfloat16 on the CPU"
@@ -241,23 +293,27 @@ def _why_reference(layer: nn.Module, recipe: Recipe, engine: str) -> str:
         return integer.missing("int8")
     if isinstance(layer, nn.modules.conv._ConvNd):
         op: Op = Convolution(stride=(1,), padding=(0,), dilation=(1,), groups=layer.groups)
-        narrow = min(layer.in_channels, layer.out_channels) // layer.groups
-        if engine == "auto" and layer.groups > 1 and narrow < FEW_CHANNELS:
-            return f"{narrow} channels in a group, fewer than {FEW_CHANNELS}, leave int8 units mostly idle"
         return refusal(op, recipe, dim=layer.weight.dim())
     return refusal(Linear(), recipe)
 
 
-def _engine_notes(reasons: dict[str, str], engine: str) -> list[str]:
-    """Which layers ``"auto"`` leaves to the reference engine, and why; one line for each reason."""
-    if engine != "auto":
-        return []
+def _choice_notes(choices: dict[str, _Choice], found: str) -> list[str]:
+    """What ``"auto"`` went by, and which layers it leaves to the reference engine and why, a line for each reason."""
     lines = []
-    for why in dict.fromkeys(why for why in reasons.values() if why):
-        names = [name or "the model" for name, other in reasons.items() if other == why]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        lines.append(f"reference engine for {', '.join(names[:3])}{more}: {why}")
+    if any(choice.timing is not None for choice in choices.values()):
+        lines.append(f"engines chosen by {found}")
+    elif any(choice.open for choice in choices.values()):
+        lines.append(f"engines chosen by what the units take and by channels: {found}")
+    for why in dict.fromkeys(choice.why for choice in choices.values() if choice.why):
+        names = [name for name, choice in choices.items() if choice.why == why]
+        lines.append(f"reference engine for {_some(names)}: {why}")
     return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name or "the model" for name in names[:3]) + more
 
 
 def _recipe(given: object) -> Recipe:
@@ -426,9 +482,9 @@ def _type_name(layer: nn.Module) -> str:
     return plain_type(layer).__name__
 
 
-def _row(plan: _Plan) -> Row:
+def _row(plan: _Plan, choice: _Choice | None) -> Row:
     recipe = plan.recipe
-    if recipe is None:
+    if recipe is None or choice is None:
         return Row(name=plan.name, type=_type_name(plan.layer), recipe=None, reason=plan.reason)
     if type(plan.layer) in NORM_LAYERS.values() and recipe.normalization is not None:
         norm = recipe.normalization
@@ -439,14 +495,17 @@ def _row(plan: _Plan) -> Row:
             "grad_input": (recipe.grad_input.grad_output, recipe.grad_input.weight),
             "grad_weight": (recipe.grad_weight.grad_output, recipe.grad_weight.input),
         }
-    layer: Any = plan.layer
+    timing = choice.timing
+    speed = None if timing is None else timing.speed(choice.engine)
+    gain = f"no gain: {speed:.2f} times the speed of fp32 as {timing.shape}" if timing and speed and speed <= 1 else ""
     return Row(
         name=plan.name,
         type=_type_name(plan.layer),
         recipe=recipe.name,
-        reason=plan.reason,
+        reason="; ".join(filter(None, [plan.reason, gain])),
         bits={product: "x".join(str(f.bits) for f in formats) for product, formats in tables.items()},
-        engines={p: _unit(layer.sites()[0].engine, formats) for p, formats in tables.items()},
+        engines={p: _unit(choice.engine, formats) for p, formats in tables.items()},
+        speed=speed,
     )
 
 
@@ -584,38 +643,65 @@ def _fingerprint(recipe: Recipe) -> int:
 def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     """Give a converted model the state that `state_dict` returned; nothing changes where it does not fit.
 
+    A model converted with ``engine="auto"`` takes the saved engines too, whatever it chose itself: the run goes on as
+    it began, also where this machine was measured since.
+
     Raises:
-        UsageError: the state is of another version, model or recipe, or damaged.
+        UsageError: the state is of another version, model or recipe, or damaged; or it is of another engine than the
+            one that was asked for at conversion, or than a layer can run on here.
     """
     if not isinstance(state, dict) or state.get("version") != 1 or not isinstance(state.get("groups"), list):
         raise UsageError("load_state_dict: this is no state of lowbit.state_dict, version 1")
     groups = clocks(model)
     if len(groups) != len(state["groups"]):
         raise UsageError(f"load_state_dict: {len(state['groups'])} conversions saved, the model has {len(groups)}")
+    layers = {site: m for m in model.modules() if isinstance(m, QuantLayer) for site in m.sites()}
     for clock, saved in zip(groups, state["groups"], strict=True):
         _check_group(clock, saved)
+        if clock.free:
+            _check_engines(clock, saved["sites"], layers)
     for clock, saved in zip(groups, state["groups"], strict=True):
         clock.seed = saved["seed"]
         clock.set_step(saved["step"])
         for site in clock.sites:
             entry = saved["sites"][site.name]
+            site.engine = entry["engine"]
             site.uses = entry["uses"]
             site.bits.copy_(entry["bits"])
             site.running_range.copy_(entry["running_range"])
 
 
+def _check_engines(clock: Clock, saved: dict[str, Any], layers: dict[Site, QuantLayer]) -> None:
+    """Raise where a layer of this clock cannot run on the engine that was saved for it."""
+    for site in clock.sites:
+        engine = saved[site.name]["engine"]
+        if engine not in ENGINES:
+            raise unknown(f"engine of {site.name!r} in load_state_dict", engine, ENGINES)
+        if engine == "int8" and engine != site.engine and (why := _why_refused(layers[site], site.recipe)):
+            raise UsageError(
+                f"load_state_dict: {site.name!r} was saved on the int8 engine, which cannot run it here: {why}. Go on "
+                "where it began; another engine gives other last digits"
+            )
+
+
 def _check_group(clock: Clock, saved: Any) -> None:
-    """Raise unless a saved group has just the sites of this clock, each with the same recipe, engine and shapes."""
+    """Raise unless a saved group has just the sites of this clock, each with the same recipe, engine and shapes.
+
+    A clock that is free in its engines takes any.
+    """
     try:
         whole = isinstance(saved["seed"], int) and isinstance(saved["step"], int)
-        there = {name: _identity(**entry) for name, entry in saved["sites"].items()}
+        there = {
+            name: _identity(**{**entry, "engine": "any"} if clock.free and "engine" in entry else entry)
+            for name, entry in saved["sites"].items()
+        }
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"load_state_dict: the state is incomplete ({error})") from error
     here = {
         site.name: _identity(
             recipe=site.recipe.name,
             formats=_fingerprint(site.recipe),
-            engine=site.engine,
+            engine="any" if clock.free else site.engine,
             uses=site.uses,
             bits=site.bits,
             running_range=site.running_range,

@@ -30,10 +30,12 @@ class Clock:
 
     Args:
         seed: the seed of all noise.
+        free: whether nobody asked for an engine: a loaded state then brings its own.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, free: bool = False) -> None:
         self.seed = seed
+        self.free = free
         self.sites: list[Site] = []
         self.set_step(0)
 
