@@ -1,10 +1,10 @@
-"""The command line: ``lowbit train | resume | range-test | inspect | cost | recipes``."""
+"""The command line: ``lowbit train | resume | range-test | inspect | cost | bench | recipes``."""
 
 import os
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +83,8 @@ def _command(argv: Sequence[str]) -> int:
             _inspect(**own)
         case "cost":
             _cost(**own)
+        case "bench":
+            _bench(**own)
         case "recipes":
             _recipes(own.name)
     return 0
@@ -153,10 +155,25 @@ def _parser() -> Any:
     cost.add_argument("--format", type=Literal["text", "json", "csv"], default="text", help="text, json or csv (text)")
     commands.add_subcommand("cost", cost, help="show what a run costs, before or after it")
 
+    bench = parser("Time training steps here, or passes by kernel, or measure which engine is faster for which layers.")
+    _add_bench(bench)
+    commands.add_subcommand("bench", bench, help="time training steps, kernels, or what engines to choose")
+
     recipes = parser("List the recipes, or show the number formats of one.")
     recipes.add_argument("name", type=str, nargs="?", help="the recipe to show")
     commands.add_subcommand("recipes", recipes, help="list the recipes, or show one")
     return main_parser
+
+
+def _add_bench(bench: Any) -> None:
+    bench.add_argument("--works", type=str, nargs="+", help="networks: mlp gpt-512 gpt-1024 resnet18 resnet20 (all)")
+    variants = "fp32, bf16, torchao, recipes, RECIPE:ENGINE (fp32 bf16 sbm8 int8 torchao)"
+    bench.add_argument("--variants", type=str, nargs="+", help=variants)
+    bench.add_argument("--compile", action="store_true", help="also fp32 and bf16 through torch.compile")
+    bench.add_argument("--kernels", action="store_true", help="time passes over memory in place of steps")
+    bench.add_argument("--calibrate", action="store_true", help="measure and keep what engine=auto chooses by")
+    bench.add_argument("--rounds", type=int, help="rounds that count (9; 5 with --calibrate)")
+    bench.add_argument("--threads", type=int, help="threads of torch (as many as it takes)")
 
 
 def _train(config: TrainConfig) -> None:
@@ -362,6 +379,48 @@ def _ran(run: Path) -> tuple[Any, dict[str, str]]:
             )
         return Ledger.load(run / "ledger.jsonl"), read(run)
     return Ledger.load(run), {}
+
+
+def _bench(
+    *,
+    works: list[str] | None,
+    variants: list[str] | None,
+    compile: bool,  # noqa: A002 - the flag
+    kernels: bool,
+    calibrate: bool,
+    rounds: int | None,
+    threads: int | None,
+) -> None:
+    from lowbit.train import bench
+
+    given = {"--works": works, "--variants": variants, "--compile": compile}
+    of_steps = [flag for flag, value in given.items() if value]
+    if kernels and calibrate:
+        raise UsageError("--kernels and --calibrate are two commands: give either.")
+    if of_steps and (kernels or calibrate):
+        other = "--kernels" if kernels else "--calibrate"
+        raise UsageError(f"{', '.join(of_steps)} choose what training steps to time, and {other} times none.")
+    with bench.threads(threads):
+        if calibrate:
+            lines = _calibrate(rounds)
+        elif kernels:
+            lines = bench.kernels(9 if rounds is None else rounds)
+        else:
+            names = [*(variants or bench.VARIANTS), *(bench.COMPILED if compile else ())]
+            lines = bench.steps(works or list(bench.WORKS), list(dict.fromkeys(names)), 9 if rounds is None else rounds)
+        for line in lines:
+            print(line, flush=True)
+
+
+def _calibrate(rounds: int | None) -> Iterator[str]:
+    from lowbit import calibration, integer
+    from lowbit.machine import here
+
+    if why := integer.missing("int8") or integer.missing("bf16"):
+        raise RunError(f"there is no choice of engines on this machine: {why}.")
+    yield f"{here()}\nmeasuring, 10 to 60 seconds ..."
+    table = calibration.measure(rounds=calibration.ROUNDS if rounds is None else rounds)
+    yield f"\n{table}\n\nkept in {calibration.save(table)}: engine='auto' goes by it from now on"
 
 
 def _task(shape: str, classes: int | None, flag: str = "--shape") -> Any:
