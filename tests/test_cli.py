@@ -36,7 +36,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
 
     assert code == 0
-    assert all(command in printed for command in ("train", "resume", "inspect", "cost", "recipes"))
+    assert all(command in printed for command in ("train", "resume", "inspect", "cost", "bench", "recipes"))
 
 
 def test_light_commands_do_not_import_lightning() -> None:

@@ -104,6 +104,11 @@ def _torchao(model: nn.Module) -> str:
     return "" if converted == total else f"torchao converts {converted} of {total} layers"
 
 
+def _torchao_compiled(model: nn.Module) -> str:
+    note = _torchao(model)
+    return _compiled(model) or note
+
+
 def _plain_layers(model: nn.Module) -> int:
     """Linear layers and convolutions that are torch's own."""
     return sum(type(m) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) for m in model.modules())
@@ -124,6 +129,7 @@ BASES: dict[str, Variant] = {
     "fp32-compiled": Variant(_compiled, autocast=False, foreign=True),
     "bf16-compiled": Variant(_compiled, foreign=True),
     "torchao": Variant(_torchao, foreign=True),
+    "torchao-compiled": Variant(_torchao_compiled, foreign=True),
 }
 VARIANTS = ("fp32", "bf16", "sbm8", "int8", "torchao")
 COMPILED = tuple(name for name in BASES if name.endswith("-compiled"))
