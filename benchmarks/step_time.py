@@ -1,7 +1,6 @@
 """Seconds per training step of several recipes, in paired rounds inside one process.
 
-Each round runs one step of every recipe, in an order that rotates, so that a slow moment of the machine meets all of
-them. Medians over rounds, and the median of each round's ratio to the first recipe. Example:
+Medians over rounds, and the median of each round's ratio to the first recipe. Example:
 
     python benchmarks/step_time.py --recipes fp32 bf16 sbm8 sbm8-cpt
 """
@@ -9,7 +8,6 @@ them. Medians over rounds, and the median of each round's ratio to the first rec
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import machine
@@ -17,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import lowbit
+from lowbit.machine import paired
 from lowbit.tables import text_table
 from lowbit.train import models
 from lowbit.train.data import Task
@@ -49,14 +48,7 @@ def main() -> int:
     args = parser.parse_args()
 
     steps = {recipe: stepper(recipe, args.model, args.batch) for recipe in args.recipes}
-    seconds: dict[str, list[float]] = {recipe: [] for recipe in args.recipes}
-    for i in range(-2, args.rounds):  # two rounds to warm up
-        turn = i % len(args.recipes)
-        for recipe in args.recipes[turn:] + args.recipes[:turn]:
-            began = time.perf_counter()
-            steps[recipe]()
-            if i >= 0:
-                seconds[recipe].append(time.perf_counter() - began)
+    seconds = paired(steps, args.rounds)
 
     print(f"{args.model}, batch {args.batch}, 1x28x28, {args.rounds} rounds\n{machine.describe()}\n")
     first = seconds[args.recipes[0]]
