@@ -22,6 +22,7 @@ namespace {
 constexpr int64_t kPanel = 32;      // rows or columns of one multiplication
 constexpr int64_t kStep = 64;       // bytes of k in one step
 constexpr int64_t kTile = 16 * 64;  // bytes of a tile
+constexpr double kAlone = 1 << 21;     // multiplications for which waking other threads costs more than it gains
 constexpr int64_t kCache = 512 << 10;  // bytes of packed rows that stay in a core's own cache
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -49,6 +50,10 @@ T* workspace(Slot slot, int64_t count) {
         if (!block.p) throw std::bad_alloc();
     }
     return static_cast<T*>(block.p);
+}
+
+bool worth_threads(const Product& p) {
+    return static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k) > kAlone;
 }
 
 // ---- rows in the packed type ----
@@ -91,6 +96,23 @@ struct Codes {
         for (int64_t i = 0; i < count; i++) to[i] = q[i] ^ 0x80;
     }
     Number outside() const { return static_cast<Number>(zero); }
+};
+
+// Codes that are signed and have no zero point, on both sides of a product: tile units take them as they are.
+struct SignedCodes {
+    using Number = uint8_t;
+    using Sum = int32_t;
+    static constexpr int64_t in_group = 4;
+
+    SignedCodes(const Rows&, bool) {}
+    void load(const Rows&, const void* from, int64_t first, int64_t count, Number* to) const {
+        std::memcpy(to, static_cast<const uint8_t*>(from) + first, count);
+    }
+    Number outside() const { return 0; }
+    static bool fits(const Product& p) {
+        const auto plain = [](const Rows& rows) { return rows.type == Type::s8 && rows.zero == 0; };
+        return machine().amx && plain(p.a) && plain(p.b);
+    }
 };
 
 // Halves: bf16 numbers; codes become q - z, exact for 8 bits.
@@ -420,6 +442,7 @@ using Multiply = void (*)(const uint8_t* a, const Lines& at, const uint8_t* b, S
         _tile_stored(2, c + 16 * c_stride, bytes);                                                             \
     }
 LOWBIT_TILES(codes_tiles, int32_t, "amx-tile,amx-int8", _tile_dpbusd)
+LOWBIT_TILES(signed_codes_tiles, int32_t, "amx-tile,amx-int8", _tile_dpbssd)
 LOWBIT_TILES(halves_tiles, float, "amx-tile,amx-bf16", _tile_dpbf16ps)
 #undef LOWBIT_TILES
 
@@ -493,6 +516,9 @@ struct Tiles {
 Multiply<int32_t> multiplier(const Codes&, int64_t columns) {
     if (columns <= 16) return machine().amx ? narrow_codes_tiles : narrow_codes_vectors;
     return machine().amx ? codes_tiles : codes_vectors;
+}
+Multiply<int32_t> multiplier(const SignedCodes&, int64_t columns) {
+    return columns <= 16 ? narrow_signed_codes_tiles : signed_codes_tiles;
 }
 Multiply<float> multiplier(const Halves&, int64_t columns) {
     if (columns <= 16) return machine().amx ? narrow_halves_tiles : narrow_halves_vectors;
@@ -670,7 +696,7 @@ void multiply_tall(const Product& p) {
     auto* b = workspace<uint8_t>(kSlotB, column_panels * panel_bytes);
     auto* column_sums = workspace<int32_t>(kSlotColumnSums, column_panels * kPanel);
     std::fill_n(column_sums, column_panels * kPanel, 0);
-#pragma omp parallel
+#pragma omp parallel if (worth_threads(p))
     {
         pack_all_b(b_kind, p, 0, steps, b, panel_bytes);
         if (zero.a) {
@@ -726,7 +752,7 @@ void multiply_long(const Product& p) {
     auto* column_sums = workspace<int32_t>(kSlotColumnSums, width);
     std::fill_n(row_sums, row_panels * kPanel, 0);
     std::fill_n(column_sums, width, 0);
-#pragma omp parallel
+#pragma omp parallel if (worth_threads(p))
     {
         const Tiles tiles;
         alignas(64) Sum local[kPanel * kPanel];
@@ -887,7 +913,7 @@ void multiply_direct(const Product& p, const Direct& d) {
     auto* column_sums = workspace<int32_t>(kSlotColumnSums, column_panels * kPanel);
     std::fill_n(column_sums, column_panels * kPanel, 0);
     const int32_t no_sums[kPanel] = {};
-#pragma omp parallel
+#pragma omp parallel if (worth_threads(p))
     {
         if (p.b_along) {
 #pragma omp for schedule(dynamic)
@@ -937,9 +963,9 @@ void multiply_direct(const Product& p, const Direct& d) {
     }
 }
 
-// The gradient of a weight likewise, on 16-bit units: a tap's operand is the padded image shifted by whole places, so
-// the image is paired up twice, from its even and from its odd places, and every tap reads one of the two. Places that
-// are no positions hold zeros of A.
+// The gradient of a weight likewise: a tap's operand is the padded image shifted by whole places, so the image is put
+// in groups of k once from each of the first places, and every tap reads one of these. Places that are no positions hold
+// zeros of A. For kinds whose zero is 0.
 struct DirectWeight {
     int64_t places, padding[2];      // of the padded image's width; before its first row and place
     int64_t channels;                // of a place, padded to whole tiles
@@ -949,7 +975,7 @@ struct DirectWeight {
 };
 
 bool direct_weight_fits(const Product& p, DirectWeight* d) {
-    if (p.a_along || p.b_along || !p.b.window || p.a.window || p.a.fold) return false;
+    if (p.a_along || p.b_along || !p.b.window || p.a.window || p.a.fold || p.m == 0 || p.n == 0) return false;
     const Window& w = *p.b.window;
     if (w.transposed || w.position[1] != 1 || w.size[0] != 1 || w.kernel[0] != 1 || w.padding[0] != 0) return false;
     if (w.stride[1] != 1 || w.stride[2] != 1 || w.position[3] < 8 || w.padding[1] < 0 || w.padding[2] < 0) return false;
@@ -966,34 +992,38 @@ bool direct_weight_fits(const Product& p, DirectWeight* d) {
     return true;
 }
 
+template <class Kind>
 void multiply_direct_weight(const Product& p, const DirectWeight& d) {
-    const Halves kind(p.a, true);
+    using Number = typename Kind::Number;
+    using Sum = typename Kind::Sum;
+    constexpr int64_t in_group = Kind::in_group, in_step = 16 * in_group;
+    const Kind kind(p.a, true);
     const Window& w = *p.b.window;
     const int64_t panels = ceil_div(p.m, kPanel), width = ceil_div(d.columns, 2) * kPanel, sums = panels * kPanel * width;
-    const int64_t row_bytes = d.places * d.channels * 2;
+    const int64_t row_bytes = d.places * d.channels * static_cast<int64_t>(sizeof(Number));
     const int64_t fitting = std::max<int64_t>(1, kCache / 2 / row_bytes - d.halo);
     const int64_t block = std::min(d.rows, fitting), blocks = ceil_div(d.rows, block);
-    const int64_t steps = ceil_div(block * d.places, 32);               // of 32 places
-    const int64_t stride = steps * kStep + 64;                          // of A
+    const int64_t steps = ceil_div(block * d.places, in_step);
+    const int64_t stride = steps * kStep + 64;  // of A
     const int64_t reach = d.halo * d.places + (w.kernel[2] - 1) * w.dilation[2];  // of the last tap
-    const int64_t image = steps * 32 + reach + 2;                       // places
-    const int64_t pairs = image / 2 * d.channels;                       // groups of one of the two
-    auto* all = workspace<float>(kSlotSums, d.groups * sums);
-#pragma omp parallel
+    const int64_t image = steps * in_step + reach + in_group;  // places
+    const int64_t grouped = image / in_group * d.channels;     // groups from one of the first places
+    auto* all = workspace<Sum>(kSlotSums, d.groups * sums);
+#pragma omp parallel if (worth_threads(p))
     {
         const Tiles tiles;
-        Across<Halves> across(p.m);
+        Across<Kind> across(p.m);
         auto* a = workspace<uint8_t>(kSlotA, panels * kPanel * stride);
-        auto* x = workspace<uint16_t>(kSlotImage, image * d.channels);
-        auto* paired = workspace<uint32_t>(kSlotPairs, 2 * pairs);
+        auto* x = workspace<Number>(kSlotImage, image * d.channels);
+        auto* all_groups = workspace<uint32_t>(kSlotPairs, in_group * grouped);
         const auto address = [&](int64_t column) {
             const int64_t tap = column / (d.channels / 16), channel = column % (d.channels / 16) * 16;
             const int64_t place = tap / w.kernel[2] * w.dilation[1] * d.places + tap % w.kernel[2] * w.dilation[2];
-            return reinterpret_cast<const uint8_t*>(paired + place % 2 * pairs + place / 2 * d.channels + channel);
+            return reinterpret_cast<const uint8_t*>(all_groups + place % in_group * grouped + place / in_group * d.channels + channel);
         };
 #pragma omp for schedule(dynamic)
         for (int64_t group = 0; group < d.groups; group++) {
-            float* c = all + group * sums;
+            Sum* c = all + group * sums;
             bool add = false;
             const int64_t from = group * d.samples / d.groups, until = (group + 1) * d.samples / d.groups;
             for (int64_t task = from * blocks; task < until * blocks; task++, add = true) {
@@ -1002,11 +1032,11 @@ void multiply_direct_weight(const Product& p, const DirectWeight& d) {
                 // The image, and zeros after it.
                 const int64_t held = (count + d.halo) * d.places;
                 pad_image(kind, p.b, w.channels, d.channels, d.places, d.padding, sample, first, count + d.halo, x);
-                std::fill(x + held * d.channels, x + image * d.channels, uint16_t{0});
-                for (int64_t odd = 0; odd < 2; odd++)
-                    for (int64_t i = 0; i < (image - odd) / 2; i++)
-                        interleave(x + (2 * i + odd) * d.channels, d.channels, d.channels,
-                                   paired + odd * pairs + i * d.channels);
+                std::fill(x + held * d.channels, x + image * d.channels, Number{0});
+                for (int64_t place = 0; place < in_group; place++)
+                    for (int64_t i = 0; i < (image - place) / in_group; i++)
+                        interleave(x + (in_group * i + place) * d.channels, d.channels, d.channels,
+                                   all_groups + place * grouped + i * d.channels);
                 const auto row_of = [&](int64_t k) {
                     const int64_t row = k / d.places, place = k % d.places;
                     return row < count && place < d.width ? (sample * d.rows + first + row) * d.width + place : -1;
@@ -1028,9 +1058,9 @@ void multiply_direct_weight(const Product& p, const DirectWeight& d) {
     for (int64_t m = 0; m < p.m; m++) {
         for (int64_t n = 0; n < p.n; n++) {
             const int64_t at = m * width + n / w.channels * d.channels + n % w.channels;
-            float sum = all[at];
+            Sum sum = all[at];
             for (int64_t group = 1; group < d.groups; group++) sum += all[group * sums + at];
-            row[n] = sum;
+            row[n] = static_cast<float>(sum);
         }
         for (int64_t n = 0; n < p.n; n += kPanel) finish(p, m, n, std::min(kPanel, p.n - n), row.data() + n);
     }
@@ -1050,11 +1080,17 @@ void multiply(const Product& p) {
 
 }  // namespace
 
-void multiply_codes(const Product& p) { multiply<Codes>(p); }
+void multiply_codes(const Product& p) {
+    DirectWeight direct;
+    if (SignedCodes::fits(p) && direct_weight_fits(p, &direct))
+        multiply_direct_weight<SignedCodes>(p, direct);
+    else
+        multiply<Codes>(p);
+}
 void multiply_halves(const Product& p) {
     DirectWeight direct;
-    if (p.m > 0 && p.n > 0 && direct_weight_fits(p, &direct))
-        multiply_direct_weight(p, direct);
+    if (direct_weight_fits(p, &direct))
+        multiply_direct_weight<Halves>(p, direct);
     else
         multiply<Halves>(p);
 }
