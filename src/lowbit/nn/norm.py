@@ -355,8 +355,9 @@ def _in_rows(shape: torch.Size, dtype: torch.dtype, numbers: Tensor | None = Non
 
 @dataclass(frozen=True)
 class CodeStatistics:
-    """`Statistics` of codes: rows of the extremes ``(K, C)`` and the chunks' slopes ``(K,)``."""
+    """`Statistics` of codes: rows of the extremes ``(K, C)``, the chunks' slopes ``(K,)``, sums of the codes ``(C,)``."""
 
+    total: Tensor
     mean: Tensor
     sigma: Tensor
     argmax: Tensor
@@ -377,7 +378,7 @@ def code_statistics(q: Tensor, channels: int, scale: float, zero: int, norm: Ran
     total, _ = cpu.code_sums(q, None, channels)
     mean = ((total.double() / count - zero) * scale).float()
     spread = (high.float() - low.float()) * scale
-    return CodeStatistics(mean, (spread * slope[:, None]).sum(0), argmax, argmin, slope)
+    return CodeStatistics(total, mean, (spread * slope[:, None]).sum(0), argmax, argmin, slope)
 
 
 def _backward_of_codes(
@@ -398,7 +399,7 @@ def _backward_of_codes(
     channels = d.numel()
     count = q.numel() // channels
     total, product = cpu.code_sums(g, q, channels)
-    sum_q = cpu.code_sums(q, None, channels)[0].double()
+    sum_q = (cpu.code_sums(q, None, channels)[0] if found is None else found.total).double()
     sum_g = total.double() - count * g_zero
     both = product.double() - g_zero * sum_q - zero * sum_g
     grad_bias = sum_g * g_scale

@@ -218,38 +218,59 @@ void sums(const void* x, Type type, int64_t rows, int64_t width, float* to) {
 
 // ---- codes of a matrix of rows by channels ----
 
+// Rows that are taken as one, so that vectors are full where channels are few.
+int64_t folded(int64_t channels) { return channels >= 64 ? 1 : 64 / channels; }
+
 // Of each channel in rows [first, last): the largest and the smallest code, and the first row that has it.
 void chunk_extremes(const uint8_t* q, int64_t first, int64_t last, int64_t channels, uint8_t* high, uint8_t* low,
                     int32_t* argmax, int32_t* argmin) {
-    std::fill_n(high, channels, uint8_t{0});
-    std::fill_n(low, channels, uint8_t{255});
-    for (int64_t r = first; r < last; r++) {
+    const int64_t fold = folded(channels), width = fold * channels;
+    std::vector<uint8_t> all(4 * width);
+    uint8_t *top = all.data(), *bottom = top + width, *want_top = bottom + width, *want_bottom = want_top + width;
+    std::fill_n(top, width, uint8_t{0});
+    std::fill_n(bottom, width, uint8_t{255});
+    for (int64_t r = first; r < last; r += fold) {
         const uint8_t* row = q + r * channels;
-        for (int64_t c = 0; c < channels; c++) {
-            high[c] = row[c] > high[c] ? row[c] : high[c];
-            low[c] = row[c] < low[c] ? row[c] : low[c];
+        const int64_t count = std::min(fold, last - r) * channels;
+        for (int64_t i = 0; i < count; i++) {
+            top[i] = row[i] > top[i] ? row[i] : top[i];
+            bottom[i] = row[i] < bottom[i] ? row[i] : bottom[i];
         }
     }
-    std::fill_n(argmax, channels, -1);
-    std::fill_n(argmin, channels, -1);
+    for (int64_t c = 0; c < channels; c++) {
+        for (int64_t i = c + channels; i < width; i += channels) {
+            top[c] = std::max(top[c], top[i]);
+            bottom[c] = std::min(bottom[c], bottom[i]);
+        }
+        high[c] = top[c];
+        low[c] = bottom[c];
+        argmax[c] = argmin[c] = -1;
+    }
+    for (int64_t i = channels; i < width; i++) {
+        top[i] = top[i - channels];
+        bottom[i] = bottom[i - channels];
+    }
     // Channels whose extreme is still to be found, 255 each, so that most rows are passed over in one look.
-    std::vector<uint8_t> want_high(channels, 255), want_low(channels, 255);
+    std::fill_n(want_top, 2 * width, uint8_t{255});
     int64_t missing = 2 * channels;
-    for (int64_t r = first; r < last && missing > 0; r++) {
+    for (int64_t r = first; r < last && missing > 0; r += fold) {
         const uint8_t* row = q + r * channels;
+        const int64_t count = std::min(fold, last - r) * channels;
         uint8_t hit = 0;
-        for (int64_t c = 0; c < channels; c++)
-            hit |= static_cast<uint8_t>((row[c] == high[c] ? want_high[c] : 0) | (row[c] == low[c] ? want_low[c] : 0));
+        for (int64_t i = 0; i < count; i++)
+            hit |= static_cast<uint8_t>((row[i] == top[i] ? want_top[i] : 0) |
+                                        (row[i] == bottom[i] ? want_bottom[i] : 0));
         if (!hit) continue;
-        for (int64_t c = 0; c < channels; c++) {
-            if (want_high[c] && row[c] == high[c]) {
-                argmax[c] = static_cast<int32_t>(r);
-                want_high[c] = 0;
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t c = i % channels;
+            if (row[i] == top[i] && argmax[c] < 0) {
+                argmax[c] = static_cast<int32_t>(r + i / channels);
+                for (int64_t j = c; j < width; j += channels) want_top[j] = 0;
                 missing--;
             }
-            if (want_low[c] && row[c] == low[c]) {
-                argmin[c] = static_cast<int32_t>(r);
-                want_low[c] = 0;
+            if (row[i] == bottom[i] && argmin[c] < 0) {
+                argmin[c] = static_cast<int32_t>(r + i / channels);
+                for (int64_t j = c; j < width; j += channels) want_bottom[j] = 0;
                 missing--;
             }
         }
@@ -265,36 +286,44 @@ void code_extremes(const uint8_t* q, int64_t channels, const int64_t* starts, in
     }
 }
 
+// Add each code to a sum of its place.
+void add_codes(const uint8_t* a, int64_t count, uint16_t* sums) {
+    for (int64_t i = 0; i < count; i++) sums[i] = static_cast<uint16_t>(sums[i] + a[i]);
+}
+void add_products(const uint8_t* a, const uint8_t* b, int64_t count, uint32_t* sums) {
+    for (int64_t i = 0; i < count; i++)
+        sums[i] += static_cast<uint32_t>(static_cast<uint16_t>(static_cast<uint16_t>(a[i]) * static_cast<uint16_t>(b[i])));
+}
+
 // Of each channel: the sum of a's codes, and of a's times b's where there is a b.
 void code_sums(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t channels, int64_t* sum, int64_t* product) {
-    constexpr int64_t kBlock = 1 << 12;  // rows whose sums of products fit in 32 bits
+    constexpr int64_t kFew = 256, kMany = 64 * kFew;  // rows whose sums fit in 16 bits, and products in 32
+    const int64_t fold = folded(channels), width = fold * channels;
     std::fill_n(sum, channels, 0);
     if (b) std::fill_n(product, channels, 0);
-#pragma omp parallel
+#pragma omp parallel if (rows * channels > kTask)
     {
-        std::vector<uint32_t> s(channels), p(channels);
+        std::vector<uint16_t> few(width);
+        std::vector<uint32_t> s(width), p(width);
 #pragma omp for schedule(dynamic) nowait
-        for (int64_t first = 0; first < rows; first += kBlock) {
-            const int64_t last = std::min(first + kBlock, rows);
+        for (int64_t first = 0; first < rows; first += kMany) {
+            const int64_t last = std::min(first + kMany, rows);
             std::fill(s.begin(), s.end(), 0u);
             std::fill(p.begin(), p.end(), 0u);
-            uint32_t *sums = s.data(), *products = p.data();
-            for (int64_t r = first; r < last; r++) {
-                const uint8_t* x = a + r * channels;
-                if (b) {
-                    const uint8_t* y = b + r * channels;
-                    for (int64_t c = 0; c < channels; c++) {
-                        sums[c] += x[c];
-                        products[c] += static_cast<uint32_t>(x[c]) * y[c];
-                    }
-                } else {
-                    for (int64_t c = 0; c < channels; c++) sums[c] += x[c];
+            for (int64_t begin = first; begin < last; begin += kFew * fold) {
+                const int64_t end = std::min(begin + kFew * fold, last);
+                std::fill(few.begin(), few.end(), uint16_t{0});
+                for (int64_t r = begin; r < end; r += fold) {
+                    const int64_t count = std::min(fold, end - r) * channels;
+                    add_codes(a + r * channels, count, few.data());
+                    if (b) add_products(a + r * channels, b + r * channels, count, p.data());
                 }
+                for (int64_t i = 0; i < width; i++) s[i] += few[i];
             }
 #pragma omp critical(lowbit_code_sums)
-            for (int64_t c = 0; c < channels; c++) {
-                sum[c] += sums[c];
-                if (b) product[c] += products[c];
+            for (int64_t i = 0; i < width; i++) {
+                sum[i % channels] += s[i];
+                if (b) product[i % channels] += p[i];
             }
         }
     }
@@ -363,7 +392,8 @@ constexpr uint32_t kSpread = 0x9E3779B1u;
 struct Run {
     const float *scale, *reciprocal, *zero;
     float low, high;
-    uint32_t first, step, key1;  // hashed number of the first element, its growth
+    uint32_t first, key1;     // hashed number of the first element of the noise field
+    const uint32_t* numbers;  // what each number of the run adds to it
 };
 
 // Codes of x as floats, without the zero point: q - z, or q with an offset.
@@ -371,7 +401,8 @@ template <bool each, bool fast, bool offset, bool stochastic>
 void quantize_run(const float* x, int64_t count, const Run& r, float* q) {
     const float one_scale = *r.scale, one_reciprocal = *r.reciprocal, one_zero = r.zero ? *r.zero : 0.0f;
     const float low = r.low, high = r.high;
-    const uint32_t first = r.first, step = r.step, key1 = r.key1;
+    const uint32_t first = r.first, key1 = r.key1;
+    const uint32_t* numbers = r.numbers;
     const float *scales = r.scale, *reciprocals = r.reciprocal, *zeros = r.zero;
 #pragma omp simd
     for (int64_t i = 0; i < count; i++) {
@@ -385,7 +416,7 @@ void quantize_run(const float* x, int64_t count, const Run& r, float* q) {
         float whole = round_even(t);
         if (stochastic) {
             whole -= whole > t ? 1.0f : 0.0f;
-            whole += t - whole > uniform(first + static_cast<uint32_t>(i) * step, key1) ? 1.0f : 0.0f;
+            whole += t - whole > uniform(first + numbers[i], key1) ? 1.0f : 0.0f;
         }
         q[i] = whole;
     }
@@ -399,89 +430,99 @@ QuantizeRun choose(bool offset, bool stochastic) {
     return stochastic ? quantize_run<each, fast, false, true> : quantize_run<each, fast, false, false>;
 }
 
-// A grid laid out for runs: with `each` a scale for each number of a run, else one for each run.
+// How a tensor is worked on: `records` of `length` numbers, in runs of at most `run`. A run has one scale, or a scale for
+// each number; what differs between the numbers of a run stands in tables, read from where the run lies in its record,
+// or, `tiled`, from their beginning, since every run of a record is alike.
 struct Plan {
     std::vector<float> scale, reciprocal, zero;
-    bool each = false, has_zero = false;
+    std::vector<uint32_t> numbers;
+    int64_t records, length, run;
+    bool each = false, tiled = false, rows;
     QuantizeRun quantize = nullptr;
     Grid grid;
+    View view;
 
-    Plan(const Grid& g, int64_t repeat, bool each_number) : each(each_number), has_zero(g.zero != nullptr), grid(g) {
-        bool fast = true;
-        for (int64_t s = 0; s < g.scales; s++) {
-            const float value = g.scale[s];
-            fast = fast && value > 0x1p-60f && value < 0x1p20f;
-            scale.insert(scale.end(), repeat, value);
-            reciprocal.insert(reciprocal.end(), repeat, 1.0f / value);
-            zero.insert(zero.end(), repeat, g.zero ? g.zero[s] : 0.0f);
+    Plan(const View& v, const Grid& g, bool by_outer) : grid(g), view(v) {
+        const bool many = g.scales > 1;
+        int64_t repeat = 1, times = 1;
+        rows = v.channels_last && (many || g.stochastic);  // channels are what a run goes along
+        run = kRun;
+        if (rows && v.channels <= kRun) {
+            times = std::min(kRun / v.channels, std::max<int64_t>(v.inner, 1));
+            records = v.outer, length = v.inner * v.channels, run = times * v.channels;
+            each = many, tiled = true;
+        } else if (rows) {
+            records = v.outer * v.inner, length = v.channels, each = many;
+        } else if (!many) {
+            records = by_outer ? v.outer : 1, length = v.outer * v.channels * v.inner / records;
+        } else if (v.inner < kShort && v.outer > 1) {
+            records = v.outer, length = v.channels * v.inner, each = true, repeat = v.inner;
+        } else {
+            records = v.outer * v.channels, length = v.inner;
         }
+        bool fast = true;
+        for (int64_t t = 0; t < (each ? times : 1); t++)
+            for (int64_t s = 0; s < g.scales; s++) {
+                const float value = g.scale[s];
+                fast = fast && value > 0x1p-60f && value < 0x1p20f;
+                scale.insert(scale.end(), repeat, value);
+                reciprocal.insert(reciprocal.end(), repeat, 1.0f / value);
+                zero.insert(zero.end(), repeat, g.zero ? g.zero[s] : 0.0f);
+            }
 #ifndef LOWBIT_HAS_FMA
         fast = false;
 #endif
+        if (g.stochastic) {
+            numbers.resize(rows ? times * v.channels : kRun);
+            for (int64_t i = 0; i < static_cast<int64_t>(numbers.size()); i++) {
+                const int64_t number = rows ? i % v.channels * v.inner + i / v.channels : i;
+                numbers[i] = static_cast<uint32_t>(number) * kSpread;
+            }
+        }
         if (each)
             quantize = fast ? choose<true, true>(g.offset, g.stochastic) : choose<true, false>(g.offset, g.stochastic);
         else
             quantize = fast ? choose<false, true>(g.offset, g.stochastic) : choose<false, false>(g.offset, g.stochastic);
     }
-    Run run(int64_t at, int64_t number, int64_t step) const {
-        return {scale.data() + at,
-                reciprocal.data() + at,
-                zero.data() + at,
+
+    // The run that begins at number i of a record.
+    Run at(int64_t record, int64_t i) const {
+        const int64_t table = each ? (tiled ? 0 : i) : grid.scales == 1 ? 0 : record % view.channels;
+        int64_t number = record * length + i;
+        if (rows && tiled) number = record * length + i / view.channels;
+        if (rows && !tiled) number = record / view.inner * view.channels * view.inner + record % view.inner;
+        return {scale.data() + table,
+                reciprocal.data() + table,
+                zero.data() + table,
                 grid.low,
                 grid.high,
                 static_cast<uint32_t>(number) * kSpread + grid.key0,
-                static_cast<uint32_t>(step) * kSpread,
-                grid.key1};
+                grid.key1,
+                numbers.data() + (rows && !tiled ? i : 0)};
     }
 };
 
-// What a tensor is cut into: `records` of `length` numbers. A record has one scale, or a scale for each number.
-struct Records {
-    int64_t records, length;
-    bool each;
-    int64_t repeat;  // of each channel's scale, to have one for each number
-};
-
-Records records_of(View view, const Grid& grid) {
-    if (view.channels_last) {
-        if (grid.scales == 1) return {view.outer * view.inner, view.channels, false, 1};
-        return {view.outer * view.inner, view.channels, true, 1};
-    }
-    if (grid.scales == 1) return {view.outer, view.channels * view.inner, false, 1};
-    if (view.inner < kShort && view.outer > 1) return {view.outer, view.channels * view.inner, true, view.inner};
-    return {view.outer * view.channels, view.inner, false, 1};
-}
-
-// Visit the tensor in runs: work(quantised floats, Run, first number in memory, count).
+// Visit the tensor in runs: work(quantised floats, Run, whether it has a scale for each number, record, first number in
+// the record, count, length of a record). `by_outer` makes a record of each index of `outer` where one scale serves all.
 template <class Work>
-void visit(const void* x, Type type, View view, const Grid& grid, bool whole_records, const Work& work) {
-    const Records cut = records_of(view, grid);
-    const Plan plan(grid, cut.repeat, cut.each);
-    if (cut.records == 0 || cut.length == 0) return;
-    const int64_t piece = whole_records ? cut.length : std::min(cut.length, kTask);
-    const int64_t pieces = ceil_div(cut.length, piece);
-    const int64_t batch = std::max<int64_t>(1, kTask / cut.length);  // short records share a task
-    const int64_t tasks = ceil_div(cut.records * pieces, batch);
-#pragma omp parallel
+void visit(const void* x, Type type, View view, const Grid& grid, bool by_outer, const Work& work) {
+    if (view.outer * view.channels * view.inner == 0) return;
+    const Plan plan(view, grid, by_outer);
+    const int64_t runs = ceil_div(plan.length, plan.run);               // of a record
+    const int64_t batch = std::max<int64_t>(1, kTask / std::min(plan.run, plan.length));  // runs of one task
+    const int64_t total = plan.records * runs;
+#pragma omp parallel if (total > batch)
     {
         float buffer[kRun], q[kRun];
 #pragma omp for schedule(static)
-        for (int64_t task = 0; task < tasks; task++) {
-            const int64_t last = std::min((task + 1) * batch, cut.records * pieces);
+        for (int64_t task = 0; task < ceil_div(total, batch); task++) {
+            const int64_t last = std::min((task + 1) * batch, total);
             for (int64_t part = task * batch; part < last; part++) {
-                const int64_t record = part / pieces, begin = part % pieces * piece;
-                const int64_t end = std::min(begin + piece, cut.length);
-                for (int64_t i = begin; i < end; i += kRun) {
-                    const int64_t count = std::min(kRun, end - i), at = record * cut.length + i;
-                    int64_t number = at, step = 1;
-                    if (view.channels_last) {
-                        number = record / view.inner * view.channels * view.inner + record % view.inner + i * view.inner;
-                        step = view.inner;
-                    }
-                    const Run run = plan.run(cut.each ? i : grid.scales == 1 ? 0 : record % view.channels, number, step);
-                    plan.quantize(load(x, type, at, count, buffer), count, run, q);
-                    work(q, run, cut.each, record, i, count, cut.length);
-                }
+                const int64_t record = part / runs, i = part % runs * plan.run;
+                const int64_t count = std::min(plan.run, plan.length - i);
+                const Run run = plan.at(record, i);
+                plan.quantize(load(x, type, record * plan.length + i, count, buffer), count, run, q);
+                work(q, run, plan.each, record, i, count, plan.length);
             }
         }
     }
