@@ -1,8 +1,8 @@
 // Products of codes on 8-bit units and of bf16 values on 16-bit units: pack, multiply in tiles, scale.
 //
 // Both kinds share everything but the innermost instruction. A number of k is kept in 32-bit groups: four codes or two
-// halves. Packed A is row-major with padded rows; packed B is tiles of 16 groups by 16 columns, two tiles to a panel, as
-// the tile units read it. One call of a multiplier computes 32 rows by 32 columns.
+// halves. Packed A is tiles of 16 rows by 16 groups and packed B tiles of 16 groups by 16 columns, two tiles to a
+// panel and step, as the tile units read them. One call of a multiplier computes 32 rows by 32 columns.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -22,6 +22,7 @@ namespace {
 constexpr int64_t kPanel = 32;      // rows or columns of one multiplication
 constexpr int64_t kStep = 64;       // bytes of k in one step
 constexpr int64_t kTile = 16 * 64;  // bytes of a tile
+constexpr double kAlone = 1 << 21;     // multiplications for which waking other threads costs more than it gains
 constexpr int64_t kCache = 512 << 10;  // bytes of packed rows that stay in a core's own cache
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -29,7 +30,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Memory that a thread keeps from one product to the next: fresh memory of this size costs more than packing does.
 // Slots are numbered so that what lives at the same time does not share one.
 enum Slot {
-    kSlotA, kSlotB, kSlotSums, kSlotRowSums, kSlotColumnSums, kSlotGroups, kSlotScratch, kSlotImage, kSlotPairs, kSlots
+    kSlotA, kSlotB, kSlotSums, kSlotRowSums, kSlotColumnSums, kSlotGroups, kSlotScratch, kSlotImage, kSlotPairs, kSlotPanels, kSlots
 };
 
 template <class T>
@@ -49,6 +50,10 @@ T* workspace(Slot slot, int64_t count) {
         if (!block.p) throw std::bad_alloc();
     }
     return static_cast<T*>(block.p);
+}
+
+bool worth_threads(const Product& p) {
+    return static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k) > kAlone;
 }
 
 // ---- rows in the packed type ----
@@ -91,6 +96,23 @@ struct Codes {
         for (int64_t i = 0; i < count; i++) to[i] = q[i] ^ 0x80;
     }
     Number outside() const { return static_cast<Number>(zero); }
+};
+
+// Codes that are signed and have no zero point, on both sides of a product: tile units take them as they are.
+struct SignedCodes {
+    using Number = uint8_t;
+    using Sum = int32_t;
+    static constexpr int64_t in_group = 4;
+
+    SignedCodes(const Rows&, bool) {}
+    void load(const Rows&, const void* from, int64_t first, int64_t count, Number* to) const {
+        std::memcpy(to, static_cast<const uint8_t*>(from) + first, count);
+    }
+    Number outside() const { return 0; }
+    static bool fits(const Product& p) {
+        const auto plain = [](const Rows& rows) { return rows.type == Type::s8 && rows.zero == 0; };
+        return machine().amx && plain(p.a) && plain(p.b);
+    }
 };
 
 // Halves: bf16 numbers; codes become q - z, exact for 8 bits.
@@ -252,14 +274,15 @@ void load_across(const Kind& kind, const Rows& rows, const RowOf& row_of, int64_
     }
 }
 
-// Step `step` of every panel of A whose rows are k; `to` is where the step of the first panel lies.
+// Step `step` of every panel of A whose rows are k, panels `panel_bytes` apart.
 template <class Kind, class RowOf>
-void pack_a_across(const Kind& kind, const Product& p, const RowOf& row_of, int64_t step, uint8_t* to, int64_t stride, uint32_t* groups,
-                   typename Kind::Number* scratch) {
+void pack_a_across(const Kind& kind, const Product& p, const RowOf& row_of, int64_t step, uint8_t* to, int64_t panel_bytes,
+                   uint32_t* groups, typename Kind::Number* scratch) {
     const int64_t width = ceil_div(p.m, kPanel) * kPanel;
     load_across(kind, p.a, row_of, step * 16, 0, p.m, groups, width, scratch);
     for (int64_t m = 0; m < width; m += 16)
-        transpose16(groups + m, width, reinterpret_cast<uint32_t*>(to + m * stride), stride / 4);
+        transpose16(groups + m, width, reinterpret_cast<uint32_t*>(to + m / kPanel * panel_bytes + m % kPanel / 16 * kTile),
+                    16);
 }
 
 // Step `step` of every panel of B whose rows are k, panels `panel_bytes` apart.
@@ -273,21 +296,23 @@ void pack_b_across(const Kind& kind, const Product& p, const RowOf& row_of, int6
             std::memcpy(to + n / kPanel * panel_bytes + n % kPanel / 16 * kTile + g * 64, groups + g * width + n, 64);
 }
 
-// Panel `panel` of A whose rows run along k, steps [first, last), row-major with `stride` bytes.
+// Panel `panel` of A whose rows run along k, steps [first, last), as tiles.
 template <class Kind>
-void pack_a_along(const Kind& kind, const Product& p, int64_t panel, int64_t first, int64_t last, uint8_t* to,
-                  int64_t stride) {
+void pack_a_along(const Kind& kind, const Product& p, int64_t panel, int64_t first, int64_t last, uint8_t* to) {
     using Number = typename Kind::Number;
     constexpr int64_t per_step = kStep / static_cast<int64_t>(sizeof(Number));
     const int64_t row = panel * kPanel, rows = std::min(kPanel, p.m - row);
     const int64_t begin = first * per_step, count = std::min(last * per_step, p.k) - begin;
-    const int64_t padded = (last - first) * kStep;
-    for (int64_t i = 0; i < rows; i++) {
-        auto* at = reinterpret_cast<Number*>(to + i * stride);
-        load_row(kind, p.a, row + i, begin, count, at);
-        std::memset(at + count, 0, padded - count * sizeof(Number));
+    auto* numbers = workspace<Number>(kSlotScratch, (last - first) * per_step);
+    std::fill(numbers + count, numbers + (last - first) * per_step, Number{0});
+    for (int64_t i = 0; i < kPanel; i++) {
+        uint8_t* at = to + i / 16 * kTile + i % 16 * kStep;
+        if (i < rows) load_row(kind, p.a, row + i, begin, count, numbers);
+        for (int64_t s = 0; s < last - first; s++) {
+            const __m512i part = i < rows ? _mm512_loadu_si512(numbers + s * per_step) : _mm512_setzero_si512();
+            _mm512_store_si512(at + s * 2 * kTile, part);
+        }
     }
-    for (int64_t i = rows; i < kPanel; i++) std::memset(to + i * stride, 0, padded);
 }
 
 // Panel `panel` of B whose rows run along k, steps [first, last), as tiles.
@@ -336,120 +361,126 @@ void pack_all_b(const Kind& kind, const Product& p, int64_t first, int64_t last,
 
 // The same of all of A, without the wait.
 template <class Kind>
-void pack_all_a(const Kind& kind, const Product& p, int64_t first, int64_t last, uint8_t* a, int64_t stride) {
+void pack_all_a(const Kind& kind, const Product& p, int64_t first, int64_t last, uint8_t* a, int64_t panel_bytes) {
     if (p.a_along) {
 #pragma omp for schedule(dynamic) nowait
         for (int64_t m = 0; m < ceil_div(p.m, kPanel); m++)
-            pack_a_along(kind, p, m, first, last, a + m * kPanel * stride, stride);
+            pack_a_along(kind, p, m, first, last, a + m * panel_bytes);
     } else {
         Across<Kind> across(p.m);
         const auto row_of = [&p](int64_t k) { return k < p.k ? k : -1; };
 #pragma omp for schedule(dynamic) nowait
         for (int64_t s = first; s < last; s++)
-            pack_a_across(kind, p, row_of, s, a + (s - first) * kStep, stride, across.groups, across.scratch);
+            pack_a_across(kind, p, row_of, s, a + (s - first) * 2 * kTile, panel_bytes, across.groups, across.scratch);
     }
 }
 
 // ---- 32 x 32 and 32 x 16 multiplications ----
 
-// Where the rows of A lie: `stride` bytes apart, in `lines` of `steps` steps each, `line` bytes apart; and where B does:
-// its second tile, the rows of a tile and the next step, in bytes. By default B is packed.
-struct Lines {
-    int64_t stride, steps, lines = 1, line = 0;
-    int64_t second = kTile, row = 64, step = 2 * kTile;
+// Where the tiles of one side lie, in bytes: the rows of a tile, the second tile, the next step, the next line.
+struct Tiling {
+    int64_t row = 64, second = kTile, step = 2 * kTile, line = 0;
+};
+
+// What one multiplication goes through: `lines` times `steps`, and where. By default both sides are packed. B has no
+// lines: its steps follow each other.
+struct Path {
+    int64_t steps, lines = 1;
+    Tiling a = {}, b = {};
 };
 
 // C (32 x 32 or 32 x 16, rows `c_stride` numbers apart) = or += A (32 rows) B (tiles, all steps of all lines).
 template <class Sum>
-using Multiply = void (*)(const uint8_t* a, const Lines& at, const uint8_t* b, Sum* c, int64_t c_stride, bool add);
+using Multiply = void (*)(const uint8_t* a, const Path& at, const uint8_t* b, Sum* c, int64_t c_stride, bool add);
 
-#define LOWBIT_TILES(NAME, SUM, TARGET, DOT)                                                                   \
-    __attribute__((target(TARGET))) void NAME(const uint8_t* a, const Lines& at, const uint8_t* b, SUM* c,     \
-                                              int64_t c_stride, bool add) {                                    \
-        const int64_t bytes = c_stride * 4;                                                                    \
-        if (add) {                                                                                             \
-            _tile_loadd(0, c, bytes);                                                                          \
-            _tile_loadd(1, c + 16, bytes);                                                                     \
-            _tile_loadd(2, c + 16 * c_stride, bytes);                                                          \
-            _tile_loadd(3, c + 16 * c_stride + 16, bytes);                                                     \
-        } else {                                                                                               \
-            _tile_zero(0);                                                                                     \
-            _tile_zero(1);                                                                                     \
-            _tile_zero(2);                                                                                     \
-            _tile_zero(3);                                                                                     \
-        }                                                                                                      \
-        for (int64_t l = 0; l < at.lines; l++) {                                                               \
-            const uint8_t* row = a + l * at.line;                                                              \
-            for (int64_t s = 0; s < at.steps; s++, b += at.step) {                                                \
-                _tile_loadd(4, row + s * kStep, at.stride);                                                    \
-                _tile_loadd(6, b, at.row);                                                                     \
-                _tile_loadd(5, row + 16 * at.stride + s * kStep, at.stride);                                   \
-                _tile_loadd(7, b + at.second, at.row);                                                         \
-                DOT(0, 4, 6);                                                                                  \
-                DOT(1, 4, 7);                                                                                  \
-                DOT(2, 5, 6);                                                                                  \
-                DOT(3, 5, 7);                                                                                  \
-            }                                                                                                  \
-        }                                                                                                      \
-        _tile_stored(0, c, bytes);                                                                             \
-        _tile_stored(1, c + 16, bytes);                                                                        \
-        _tile_stored(2, c + 16 * c_stride, bytes);                                                             \
-        _tile_stored(3, c + 16 * c_stride + 16, bytes);                                                        \
-    }                                                                                                          \
-    __attribute__((target(TARGET))) void narrow_##NAME(const uint8_t* a, const Lines& at, const uint8_t* b,    \
-                                                       SUM* c, int64_t c_stride, bool add) {                   \
-        const int64_t bytes = c_stride * 4;                                                                    \
-        if (add) {                                                                                             \
-            _tile_loadd(0, c, bytes);                                                                          \
-            _tile_loadd(2, c + 16 * c_stride, bytes);                                                          \
-        } else {                                                                                               \
-            _tile_zero(0);                                                                                     \
-            _tile_zero(2);                                                                                     \
-        }                                                                                                      \
-        for (int64_t l = 0; l < at.lines; l++) {                                                               \
-            const uint8_t* row = a + l * at.line;                                                              \
-            for (int64_t s = 0; s < at.steps; s++, b += at.step) {                                                \
-                _tile_loadd(4, row + s * kStep, at.stride);                                                    \
-                _tile_loadd(6, b, at.row);                                                                     \
-                _tile_loadd(5, row + 16 * at.stride + s * kStep, at.stride);                                   \
-                DOT(0, 4, 6);                                                                                  \
-                DOT(2, 5, 6);                                                                                  \
-            }                                                                                                  \
-        }                                                                                                      \
-        _tile_stored(0, c, bytes);                                                                             \
-        _tile_stored(2, c + 16 * c_stride, bytes);                                                             \
+#define LOWBIT_TILES(NAME, SUM, TARGET, DOT)                                                                     \
+    __attribute__((target(TARGET))) void NAME(const uint8_t* a, const Path& at, const uint8_t* b, SUM* c,        \
+                                              int64_t c_stride, bool add) {                                      \
+        const int64_t bytes = c_stride * 4;                                                                      \
+        if (add) {                                                                                               \
+            _tile_loadd(0, c, bytes);                                                                            \
+            _tile_loadd(1, c + 16, bytes);                                                                       \
+            _tile_loadd(2, c + 16 * c_stride, bytes);                                                            \
+            _tile_loadd(3, c + 16 * c_stride + 16, bytes);                                                       \
+        } else {                                                                                                 \
+            _tile_zero(0);                                                                                       \
+            _tile_zero(1);                                                                                       \
+            _tile_zero(2);                                                                                       \
+            _tile_zero(3);                                                                                       \
+        }                                                                                                        \
+        for (int64_t l = 0; l < at.lines; l++) {                                                                 \
+            const uint8_t* row = a + l * at.a.line;                                                              \
+            for (int64_t s = 0; s < at.steps; s++, b += at.b.step) {                                             \
+                _tile_loadd(4, row + s * at.a.step, at.a.row);                                                   \
+                _tile_loadd(6, b, at.b.row);                                                                     \
+                _tile_loadd(5, row + at.a.second + s * at.a.step, at.a.row);                                     \
+                _tile_loadd(7, b + at.b.second, at.b.row);                                                       \
+                DOT(0, 4, 6);                                                                                    \
+                DOT(1, 4, 7);                                                                                    \
+                DOT(2, 5, 6);                                                                                    \
+                DOT(3, 5, 7);                                                                                    \
+            }                                                                                                    \
+        }                                                                                                        \
+        _tile_stored(0, c, bytes);                                                                               \
+        _tile_stored(1, c + 16, bytes);                                                                          \
+        _tile_stored(2, c + 16 * c_stride, bytes);                                                               \
+        _tile_stored(3, c + 16 * c_stride + 16, bytes);                                                          \
+    }                                                                                                            \
+    __attribute__((target(TARGET))) void narrow_##NAME(const uint8_t* a, const Path& at, const uint8_t* b,       \
+                                                       SUM* c, int64_t c_stride, bool add) {                     \
+        const int64_t bytes = c_stride * 4;                                                                      \
+        if (add) {                                                                                               \
+            _tile_loadd(0, c, bytes);                                                                            \
+            _tile_loadd(2, c + 16 * c_stride, bytes);                                                            \
+        } else {                                                                                                 \
+            _tile_zero(0);                                                                                       \
+            _tile_zero(2);                                                                                       \
+        }                                                                                                        \
+        for (int64_t l = 0; l < at.lines; l++) {                                                                 \
+            const uint8_t* row = a + l * at.a.line;                                                              \
+            for (int64_t s = 0; s < at.steps; s++, b += at.b.step) {                                             \
+                _tile_loadd(4, row + s * at.a.step, at.a.row);                                                   \
+                _tile_loadd(6, b, at.b.row);                                                                     \
+                _tile_loadd(5, row + at.a.second + s * at.a.step, at.a.row);                                     \
+                DOT(0, 4, 6);                                                                                    \
+                DOT(2, 5, 6);                                                                                    \
+            }                                                                                                    \
+        }                                                                                                        \
+        _tile_stored(0, c, bytes);                                                                               \
+        _tile_stored(2, c + 16 * c_stride, bytes);                                                               \
     }
 LOWBIT_TILES(codes_tiles, int32_t, "amx-tile,amx-int8", _tile_dpbusd)
+LOWBIT_TILES(signed_codes_tiles, int32_t, "amx-tile,amx-int8", _tile_dpbssd)
 LOWBIT_TILES(halves_tiles, float, "amx-tile,amx-bf16", _tile_dpbf16ps)
 #undef LOWBIT_TILES
 
-#define LOWBIT_VECTORS(NAME, COLUMNS, ROWS, SUM, VECTOR, TARGET, LOAD, STORE, ZERO, DOT)                       \
-    __attribute__((target(TARGET))) void NAME(const uint8_t* a, const Lines& at, const uint8_t* b, SUM* c,     \
-                                              int64_t c_stride, bool add) {                                    \
-        for (int64_t first = 0; first < kPanel; first += ROWS) {                                               \
-            VECTOR sum[ROWS][COLUMNS];                                                                         \
-            for (int i = 0; i < ROWS; i++)                                                                     \
-                for (int j = 0; j < COLUMNS; j++)                                                              \
-                    sum[i][j] = add ? LOAD(c + (first + i) * c_stride + 16 * j) : ZERO();                      \
-            const uint8_t* tile = b;                                                                           \
-            for (int64_t l = 0; l < at.lines; l++) {                                                           \
-                const uint8_t* rows = a + l * at.line + first * at.stride;                                     \
-                for (int64_t s = 0; s < at.steps; s++, tile += at.step)                                          \
-                    for (int g = 0; g < 16; g++) {                                                             \
-                        __m512i columns[COLUMNS];                                                              \
-                        for (int j = 0; j < COLUMNS; j++)                                                      \
-                            columns[j] = _mm512_loadu_si512(tile + j * at.second + g * at.row);          \
-                        for (int i = 0; i < ROWS; i++) {                                                       \
-                            int32_t group;                                                                     \
-                            std::memcpy(&group, rows + i * at.stride + s * kStep + g * 4, 4);                  \
-                            const __m512i of_a = _mm512_set1_epi32(group);                                     \
-                            for (int j = 0; j < COLUMNS; j++) sum[i][j] = DOT(sum[i][j], of_a, columns[j]);    \
-                        }                                                                                      \
-                    }                                                                                          \
-            }                                                                                                  \
-            for (int i = 0; i < ROWS; i++)                                                                     \
-                for (int j = 0; j < COLUMNS; j++) STORE(c + (first + i) * c_stride + 16 * j, sum[i][j]);       \
-        }                                                                                                      \
+#define LOWBIT_VECTORS(NAME, COLUMNS, ROWS, SUM, VECTOR, TARGET, LOAD, STORE, ZERO, DOT)                         \
+    __attribute__((target(TARGET))) void NAME(const uint8_t* a, const Path& at, const uint8_t* b, SUM* c,        \
+                                              int64_t c_stride, bool add) {                                      \
+        for (int64_t first = 0; first < kPanel; first += ROWS) {                                                 \
+            VECTOR sum[ROWS][COLUMNS];                                                                           \
+            for (int i = 0; i < ROWS; i++)                                                                       \
+                for (int j = 0; j < COLUMNS; j++)                                                                \
+                    sum[i][j] = add ? LOAD(c + (first + i) * c_stride + 16 * j) : ZERO();                        \
+            const uint8_t* tile = b;                                                                             \
+            for (int64_t l = 0; l < at.lines; l++) {                                                             \
+                const uint8_t* rows = a + l * at.a.line + first / 16 * at.a.second + first % 16 * at.a.row;      \
+                for (int64_t s = 0; s < at.steps; s++, tile += at.b.step)                                        \
+                    for (int g = 0; g < 16; g++) {                                                               \
+                        __m512i columns[COLUMNS];                                                                \
+                        for (int j = 0; j < COLUMNS; j++)                                                        \
+                            columns[j] = _mm512_loadu_si512(tile + j * at.b.second + g * at.b.row);              \
+                        for (int i = 0; i < ROWS; i++) {                                                         \
+                            int32_t group;                                                                       \
+                            std::memcpy(&group, rows + i * at.a.row + s * at.a.step + g * 4, 4);                 \
+                            const __m512i of_a = _mm512_set1_epi32(group);                                       \
+                            for (int j = 0; j < COLUMNS; j++) sum[i][j] = DOT(sum[i][j], of_a, columns[j]);      \
+                        }                                                                                        \
+                    }                                                                                            \
+            }                                                                                                    \
+            for (int i = 0; i < ROWS; i++)                                                                       \
+                for (int j = 0; j < COLUMNS; j++) STORE(c + (first + i) * c_stride + 16 * j, sum[i][j]);         \
+        }                                                                                                        \
     }
 #define LOWBIT_DOT_HALVES(S, A, B) _mm512_dpbf16_ps(S, (__m512bh)(A), (__m512bh)(B))
 #define LOWBIT_CODES(NAME, COLUMNS, ROWS)                                                                        \
@@ -494,6 +525,9 @@ Multiply<int32_t> multiplier(const Codes&, int64_t columns) {
     if (columns <= 16) return machine().amx ? narrow_codes_tiles : narrow_codes_vectors;
     return machine().amx ? codes_tiles : codes_vectors;
 }
+Multiply<int32_t> multiplier(const SignedCodes&, int64_t columns) {
+    return columns <= 16 ? narrow_signed_codes_tiles : signed_codes_tiles;
+}
 Multiply<float> multiplier(const Halves&, int64_t columns) {
     if (columns <= 16) return machine().amx ? narrow_halves_tiles : narrow_halves_vectors;
     return machine().amx ? halves_tiles : halves_vectors;
@@ -512,12 +546,13 @@ Zero zero_of(const Product& p, const Codes& a, const Codes& b) {
 Zero zero_of(const Product&, const Halves&, const Halves&) { return {}; }
 
 // Add the codes of each row of a packed panel of A.
-void add_row_sums(const uint8_t* a, int64_t stride, int64_t bytes, int32_t* sums) {
+void add_row_sums(const uint8_t* a, int64_t steps, int32_t* sums) {
     const __m512i none = _mm512_setzero_si512();
     for (int64_t i = 0; i < kPanel; i++) {
+        const uint8_t* row = a + i / 16 * kTile + i % 16 * kStep;
         __m512i sum = none;
-        for (int64_t j = 0; j < bytes; j += 64)
-            sum = _mm512_add_epi64(sum, _mm512_sad_epu8(_mm512_loadu_si512(a + i * stride + j), none));
+        for (int64_t s = 0; s < steps; s++)
+            sum = _mm512_add_epi64(sum, _mm512_sad_epu8(_mm512_load_si512(row + s * 2 * kTile), none));
         sums[i] += static_cast<int32_t>(_mm512_reduce_add_epi64(sum));
     }
 }
@@ -652,6 +687,23 @@ void finish_panel(const Product& p, const Sum* sum, int64_t stride, Zero zero, i
 
 // ---- drivers ----
 
+// Steps of k that are multiplied at a time, so that a panel of B stays in the first-level cache.
+constexpr int64_t kDeep = 16;
+
+// Panels [top, bottom) of A by one of B, into `c`: a panel of sums each.
+template <class Kind>
+void multiply_panels(const Kind& kind, const uint8_t* a, const uint8_t* b, int64_t steps, int64_t panels,
+                     int64_t panel_bytes, int64_t columns, typename Kind::Sum* c) {
+    const auto multiply = multiplier(kind, columns);
+    const int64_t parts = ceil_div(steps, kDeep + kDeep / 2);
+    for (int64_t part = 0; part < parts; part++) {
+        const int64_t first = part * steps / parts, count = (part + 1) * steps / parts - first;
+        for (int64_t m = 0; m < panels; m++)
+            multiply(a + m * panel_bytes + first * 2 * kTile, {count}, b + first * 2 * kTile, c + m * kPanel * kPanel,
+                     kPanel, part > 0);
+    }
+}
+
 // Many rows: B is packed whole, and each thread packs the rows it works on.
 template <class Kind>
 void multiply_tall(const Product& p) {
@@ -659,10 +711,9 @@ void multiply_tall(const Product& p) {
     const Kind a_kind(p.a, true), b_kind(p.b, false);
     const int64_t steps = ceil_div(p.k * static_cast<int64_t>(sizeof(typename Kind::Number)), kStep);
     const int64_t row_panels = ceil_div(p.m, kPanel), column_panels = ceil_div(p.n, kPanel);
-    const int64_t stride = steps * kStep + 64;  // no power of two, so that rows do not share cache sets
     const int64_t panel_bytes = steps * 2 * kTile;
     const int64_t threads = omp_get_max_threads();
-    const int64_t fitting = std::max<int64_t>(1, kCache / (kPanel * stride));
+    const int64_t fitting = std::max<int64_t>(1, kCache / panel_bytes);
     const int64_t group = std::max<int64_t>(1, std::min({fitting, int64_t{16}, ceil_div(row_panels, threads)}));
     const int64_t groups = ceil_div(row_panels, group);
     const int64_t splits = std::min(column_panels, std::max<int64_t>(1, ceil_div(threads, groups)));
@@ -670,7 +721,7 @@ void multiply_tall(const Product& p) {
     auto* b = workspace<uint8_t>(kSlotB, column_panels * panel_bytes);
     auto* column_sums = workspace<int32_t>(kSlotColumnSums, column_panels * kPanel);
     std::fill_n(column_sums, column_panels * kPanel, 0);
-#pragma omp parallel
+#pragma omp parallel if (worth_threads(p))
     {
         pack_all_b(b_kind, p, 0, steps, b, panel_bytes);
         if (zero.a) {
@@ -679,9 +730,9 @@ void multiply_tall(const Product& p) {
                 add_column_sums(b + n * panel_bytes, steps, column_sums + n * kPanel);
         }
         const Tiles tiles;
-        auto* a = workspace<uint8_t>(kSlotA, group * kPanel * stride);
+        auto* a = workspace<uint8_t>(kSlotA, group * panel_bytes);
         auto* row_sums = workspace<int32_t>(kSlotRowSums, group * kPanel);
-        alignas(64) Sum c[kPanel * kPanel];
+        auto* c = workspace<Sum>(kSlotPanels, group * kPanel * kPanel);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < groups * splits; task++) {
             const int64_t first = task / splits * group, last = std::min(first + group, row_panels);
@@ -689,16 +740,16 @@ void multiply_tall(const Product& p) {
             const int64_t end = (task % splits + 1) * column_panels / splits;
             std::fill_n(row_sums, group * kPanel, 0);
             for (int64_t m = first; m < last; m++) {
-                uint8_t* panel = a + (m - first) * kPanel * stride;
-                pack_a_along(a_kind, p, m, 0, steps, panel, stride);
-                if (zero.b) add_row_sums(panel, stride, steps * kStep, row_sums + (m - first) * kPanel);
+                uint8_t* panel = a + (m - first) * panel_bytes;
+                pack_a_along(a_kind, p, m, 0, steps, panel);
+                if (zero.b) add_row_sums(panel, steps, row_sums + (m - first) * kPanel);
             }
-            for (int64_t n = begin; n < end; n++)
-                for (int64_t m = first; m < last; m++) {
-                    multiplier(a_kind, p.n - n * kPanel)(a + (m - first) * kPanel * stride, {stride, steps},
-                                                         b + n * panel_bytes, c, kPanel, false);
-                    finish_panel(p, c, kPanel, zero, m, n, row_sums + (m - first) * kPanel, column_sums + n * kPanel);
-                }
+            for (int64_t n = begin; n < end; n++) {
+                multiply_panels(a_kind, a, b + n * panel_bytes, steps, last - first, panel_bytes, p.n - n * kPanel, c);
+                for (int64_t m = first; m < last; m++)
+                    finish_panel(p, c + (m - first) * kPanel * kPanel, kPanel, zero, m, n,
+                                 row_sums + (m - first) * kPanel, column_sums + n * kPanel);
+            }
         }
     }
 }
@@ -711,34 +762,33 @@ void multiply_long(const Product& p) {
     const int64_t steps = ceil_div(p.k * static_cast<int64_t>(sizeof(typename Kind::Number)), kStep);
     const int64_t row_panels = ceil_div(p.m, kPanel), column_panels = ceil_div(p.n, kPanel);
     const int64_t chunk =
-        std::min(steps, std::max<int64_t>(16, 8 * kCache / ((row_panels + column_panels) * kPanel * kStep)));
+        std::min(steps, std::max<int64_t>(16, 32 * kCache / ((row_panels + column_panels) * kPanel * kStep)));
     const bool once = chunk == steps;  // sums need not be kept in memory
-    const int64_t stride = chunk * kStep + 64, panel_bytes = chunk * 2 * kTile;
-    const int64_t block = std::max<int64_t>(1, kCache / (kPanel * stride));
+    const int64_t panel_bytes = chunk * 2 * kTile;
+    const int64_t block = std::max<int64_t>(1, kCache / panel_bytes);
     const int64_t blocks = ceil_div(row_panels, block), width = column_panels * kPanel;
     const int64_t threads = omp_get_max_threads();
     const int64_t splits = std::min(column_panels, std::max<int64_t>(1, ceil_div(threads * 2, blocks)));
     const Zero zero = zero_of(p, a_kind, b_kind);
-    auto* a = workspace<uint8_t>(kSlotA, row_panels * kPanel * stride);
+    auto* a = workspace<uint8_t>(kSlotA, row_panels * panel_bytes);
     auto* b = workspace<uint8_t>(kSlotB, column_panels * panel_bytes);
     auto* c = workspace<Sum>(kSlotSums, once ? 1 : row_panels * kPanel * width);
     auto* row_sums = workspace<int32_t>(kSlotRowSums, row_panels * kPanel);
     auto* column_sums = workspace<int32_t>(kSlotColumnSums, width);
     std::fill_n(row_sums, row_panels * kPanel, 0);
     std::fill_n(column_sums, width, 0);
-#pragma omp parallel
+#pragma omp parallel if (worth_threads(p))
     {
         const Tiles tiles;
-        alignas(64) Sum local[kPanel * kPanel];
+        auto* local = workspace<Sum>(kSlotPanels, block * kPanel * kPanel);
         for (int64_t first = 0; first < steps; first += chunk) {
             const int64_t last = std::min(first + chunk, steps);
-            pack_all_a(a_kind, p, first, last, a, stride);
+            pack_all_a(a_kind, p, first, last, a, panel_bytes);
             pack_all_b(b_kind, p, first, last, b, panel_bytes);
             if (zero.b) {
 #pragma omp for schedule(static)
                 for (int64_t m = 0; m < row_panels; m++)
-                    add_row_sums(a + m * kPanel * stride, stride, (last - first) * kStep,
-                                 row_sums + m * kPanel);
+                    add_row_sums(a + m * panel_bytes, last - first, row_sums + m * kPanel);
             }
             if (zero.a) {
 #pragma omp for schedule(static)
@@ -751,17 +801,19 @@ void multiply_long(const Product& p) {
                 const int64_t begin = task % splits * column_panels / splits;
                 const int64_t end = (task % splits + 1) * column_panels / splits;
                 for (int64_t n = begin; n < end; n++) {
-                    const auto multiply = multiplier(a_kind, p.n - n * kPanel);
-                    for (int64_t m = top; m < bottom; m++) {
-                        const uint8_t* left = a + m * kPanel * stride;
-                        if (!once) {
-                            multiply(left, {stride, last - first}, b + n * panel_bytes,
-                                     c + m * kPanel * width + n * kPanel, width, first > 0);
-                            continue;
-                        }
-                        multiply(left, {stride, steps}, b + n * panel_bytes, local, kPanel, false);
-                        finish_panel(p, local, kPanel, zero, m, n, row_sums + m * kPanel, column_sums + n * kPanel);
+                    const uint8_t* right = b + n * panel_bytes;
+                    if (once) {
+                        multiply_panels(a_kind, a + top * panel_bytes, right, steps, bottom - top, panel_bytes,
+                                        p.n - n * kPanel, local);
+                        for (int64_t m = top; m < bottom; m++)
+                            finish_panel(p, local + (m - top) * kPanel * kPanel, kPanel, zero, m, n,
+                                         row_sums + m * kPanel, column_sums + n * kPanel);
+                        continue;
                     }
+                    const auto multiply = multiplier(a_kind, p.n - n * kPanel);
+                    for (int64_t m = top; m < bottom; m++)
+                        multiply(a + m * panel_bytes, {last - first}, right, c + m * kPanel * width + n * kPanel, width,
+                                 first > 0);
                 }
             }
         }
@@ -882,12 +934,13 @@ void multiply_direct(const Product& p, const Direct& d) {
     const int64_t block = std::min(d.rows, fitting), blocks = ceil_div(d.rows, block);
     const int64_t image = ((block - 1) * d.step[0] + halo) * d.places * w.channels;
     const int64_t slack = kPanel * d.step[1] * w.channels + d.steps * per_step;
-    const Lines at{d.step[1] * w.channels * size, d.steps, lines, w.dilation[1] * row_bytes};
+    const int64_t next = d.step[1] * w.channels * size;  // bytes from one position to the next
+    const Path at{d.steps, lines, {next, 16 * next, kStep, w.dilation[1] * row_bytes}};
     auto* b = workspace<uint8_t>(kSlotB, column_panels * panel_bytes);
     auto* column_sums = workspace<int32_t>(kSlotColumnSums, column_panels * kPanel);
     std::fill_n(column_sums, column_panels * kPanel, 0);
     const int32_t no_sums[kPanel] = {};
-#pragma omp parallel
+#pragma omp parallel if (worth_threads(p))
     {
         if (p.b_along) {
 #pragma omp for schedule(dynamic)
@@ -937,9 +990,9 @@ void multiply_direct(const Product& p, const Direct& d) {
     }
 }
 
-// The gradient of a weight likewise, on 16-bit units: a tap's operand is the padded image shifted by whole places, so
-// the image is paired up twice, from its even and from its odd places, and every tap reads one of the two. Places that
-// are no positions hold zeros of A.
+// The gradient of a weight likewise: a tap's operand is the padded image shifted by whole places, so the image is put
+// in groups of k once from each of the first places, and every tap reads one of these. Places that are no positions hold
+// zeros of A. For kinds whose zero is 0.
 struct DirectWeight {
     int64_t places, padding[2];      // of the padded image's width; before its first row and place
     int64_t channels;                // of a place, padded to whole tiles
@@ -949,7 +1002,7 @@ struct DirectWeight {
 };
 
 bool direct_weight_fits(const Product& p, DirectWeight* d) {
-    if (p.a_along || p.b_along || !p.b.window || p.a.window || p.a.fold) return false;
+    if (p.a_along || p.b_along || !p.b.window || p.a.window || p.a.fold || p.m == 0 || p.n == 0) return false;
     const Window& w = *p.b.window;
     if (w.transposed || w.position[1] != 1 || w.size[0] != 1 || w.kernel[0] != 1 || w.padding[0] != 0) return false;
     if (w.stride[1] != 1 || w.stride[2] != 1 || w.position[3] < 8 || w.padding[1] < 0 || w.padding[2] < 0) return false;
@@ -966,34 +1019,38 @@ bool direct_weight_fits(const Product& p, DirectWeight* d) {
     return true;
 }
 
+template <class Kind>
 void multiply_direct_weight(const Product& p, const DirectWeight& d) {
-    const Halves kind(p.a, true);
+    using Number = typename Kind::Number;
+    using Sum = typename Kind::Sum;
+    constexpr int64_t in_group = Kind::in_group, in_step = 16 * in_group;
+    const Kind kind(p.a, true);
     const Window& w = *p.b.window;
     const int64_t panels = ceil_div(p.m, kPanel), width = ceil_div(d.columns, 2) * kPanel, sums = panels * kPanel * width;
-    const int64_t row_bytes = d.places * d.channels * 2;
+    const int64_t row_bytes = d.places * d.channels * static_cast<int64_t>(sizeof(Number));
     const int64_t fitting = std::max<int64_t>(1, kCache / 2 / row_bytes - d.halo);
     const int64_t block = std::min(d.rows, fitting), blocks = ceil_div(d.rows, block);
-    const int64_t steps = ceil_div(block * d.places, 32);               // of 32 places
-    const int64_t stride = steps * kStep + 64;                          // of A
+    const int64_t steps = ceil_div(block * d.places, in_step);
+    const int64_t panel_bytes = steps * 2 * kTile;
     const int64_t reach = d.halo * d.places + (w.kernel[2] - 1) * w.dilation[2];  // of the last tap
-    const int64_t image = steps * 32 + reach + 2;                       // places
-    const int64_t pairs = image / 2 * d.channels;                       // groups of one of the two
-    auto* all = workspace<float>(kSlotSums, d.groups * sums);
-#pragma omp parallel
+    const int64_t image = steps * in_step + reach + in_group;  // places
+    const int64_t grouped = image / in_group * d.channels;     // groups from one of the first places
+    auto* all = workspace<Sum>(kSlotSums, d.groups * sums);
+#pragma omp parallel if (worth_threads(p))
     {
         const Tiles tiles;
-        Across<Halves> across(p.m);
-        auto* a = workspace<uint8_t>(kSlotA, panels * kPanel * stride);
-        auto* x = workspace<uint16_t>(kSlotImage, image * d.channels);
-        auto* paired = workspace<uint32_t>(kSlotPairs, 2 * pairs);
+        Across<Kind> across(p.m);
+        auto* a = workspace<uint8_t>(kSlotA, panels * panel_bytes);
+        auto* x = workspace<Number>(kSlotImage, image * d.channels);
+        auto* all_groups = workspace<uint32_t>(kSlotPairs, in_group * grouped);
         const auto address = [&](int64_t column) {
             const int64_t tap = column / (d.channels / 16), channel = column % (d.channels / 16) * 16;
             const int64_t place = tap / w.kernel[2] * w.dilation[1] * d.places + tap % w.kernel[2] * w.dilation[2];
-            return reinterpret_cast<const uint8_t*>(paired + place % 2 * pairs + place / 2 * d.channels + channel);
+            return reinterpret_cast<const uint8_t*>(all_groups + place % in_group * grouped + place / in_group * d.channels + channel);
         };
 #pragma omp for schedule(dynamic)
         for (int64_t group = 0; group < d.groups; group++) {
-            float* c = all + group * sums;
+            Sum* c = all + group * sums;
             bool add = false;
             const int64_t from = group * d.samples / d.groups, until = (group + 1) * d.samples / d.groups;
             for (int64_t task = from * blocks; task < until * blocks; task++, add = true) {
@@ -1002,23 +1059,23 @@ void multiply_direct_weight(const Product& p, const DirectWeight& d) {
                 // The image, and zeros after it.
                 const int64_t held = (count + d.halo) * d.places;
                 pad_image(kind, p.b, w.channels, d.channels, d.places, d.padding, sample, first, count + d.halo, x);
-                std::fill(x + held * d.channels, x + image * d.channels, uint16_t{0});
-                for (int64_t odd = 0; odd < 2; odd++)
-                    for (int64_t i = 0; i < (image - odd) / 2; i++)
-                        interleave(x + (2 * i + odd) * d.channels, d.channels, d.channels,
-                                   paired + odd * pairs + i * d.channels);
+                std::fill(x + held * d.channels, x + image * d.channels, Number{0});
+                for (int64_t place = 0; place < in_group; place++)
+                    for (int64_t i = 0; i < (image - place) / in_group; i++)
+                        interleave(x + (in_group * i + place) * d.channels, d.channels, d.channels,
+                                   all_groups + place * grouped + i * d.channels);
                 const auto row_of = [&](int64_t k) {
                     const int64_t row = k / d.places, place = k % d.places;
                     return row < count && place < d.width ? (sample * d.rows + first + row) * d.width + place : -1;
                 };
                 for (int64_t s = 0; s < steps; s++)
-                    pack_a_across(kind, p, row_of, s, a + s * kStep, stride, across.groups, across.scratch);
+                    pack_a_across(kind, p, row_of, s, a + s * 2 * kTile, panel_bytes, across.groups, across.scratch);
                 for (int64_t m = 0; m < panels; m++)
                     for (int64_t n = 0; n < d.columns; n += 2) {
                         const uint8_t* b = address(n);
                         const bool both = n + 1 < d.columns;
-                        const Lines at{stride, steps, 1, 0, both ? address(n + 1) - b : 0, d.channels * 4, d.channels * 64};
-                        multiplier(kind, both ? kPanel : 16)(a + m * kPanel * stride, at, b,
+                        const Path at{steps, 1, {}, {d.channels * 4, both ? address(n + 1) - b : 0, d.channels * 64}};
+                        multiplier(kind, both ? kPanel : 16)(a + m * panel_bytes, at, b,
                                                              c + m * kPanel * width + n * 16, width, add);
                     }
             }
@@ -1028,9 +1085,9 @@ void multiply_direct_weight(const Product& p, const DirectWeight& d) {
     for (int64_t m = 0; m < p.m; m++) {
         for (int64_t n = 0; n < p.n; n++) {
             const int64_t at = m * width + n / w.channels * d.channels + n % w.channels;
-            float sum = all[at];
+            Sum sum = all[at];
             for (int64_t group = 1; group < d.groups; group++) sum += all[group * sums + at];
-            row[n] = sum;
+            row[n] = static_cast<float>(sum);
         }
         for (int64_t n = 0; n < p.n; n += kPanel) finish(p, m, n, std::min(kPanel, p.n - n), row.data() + n);
     }
@@ -1050,11 +1107,17 @@ void multiply(const Product& p) {
 
 }  // namespace
 
-void multiply_codes(const Product& p) { multiply<Codes>(p); }
+void multiply_codes(const Product& p) {
+    DirectWeight direct;
+    if (SignedCodes::fits(p) && direct_weight_fits(p, &direct))
+        multiply_direct_weight<SignedCodes>(p, direct);
+    else
+        multiply<Codes>(p);
+}
 void multiply_halves(const Product& p) {
     DirectWeight direct;
-    if (p.m > 0 && p.n > 0 && direct_weight_fits(p, &direct))
-        multiply_direct_weight(p, direct);
+    if (direct_weight_fits(p, &direct))
+        multiply_direct_weight<Halves>(p, direct);
     else
         multiply<Halves>(p);
 }
