@@ -9,10 +9,10 @@ them. Medians over rounds, and the median of each round's ratio to the first rec
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import machine
+import paired
 import torch
 import torch.nn.functional as F
 
@@ -49,20 +49,12 @@ def main() -> int:
     args = parser.parse_args()
 
     steps = {recipe: stepper(recipe, args.model, args.batch) for recipe in args.recipes}
-    seconds: dict[str, list[float]] = {recipe: [] for recipe in args.recipes}
-    for i in range(-2, args.rounds):  # two rounds to warm up
-        turn = i % len(args.recipes)
-        for recipe in args.recipes[turn:] + args.recipes[:turn]:
-            began = time.perf_counter()
-            steps[recipe]()
-            if i >= 0:
-                seconds[recipe].append(time.perf_counter() - began)
-
+    seconds = paired.seconds(steps, args.rounds)
     print(f"{args.model}, batch {args.batch}, 1x28x28, {args.rounds} rounds\n{machine.describe()}\n")
     first = seconds[args.recipes[0]]
     rows = []
     for recipe, taken in seconds.items():
-        ratio = statistics.median(t / f for t, f in zip(taken, first, strict=True))
+        ratio = paired.ratio(taken, first)
         rows.append(
             [recipe, f"{statistics.median(taken):.3f}", f"{min(taken):.3f}", f"{max(taken):.3f}", f"{ratio:.2f}"]
         )
