@@ -193,12 +193,12 @@ bool direct_weight_fits(const Product& p, DirectWeight* d) {
     if (d->taps == 1) return false;
     d->channels = ceil_div(w.channels, 16) * 16;
     d->columns = d->taps * d->channels / 16;
-    if (p.m * d->columns * 16 > 1 << 16) return false;  // sums that stay in a core's own cache
+    if (p.m * d->columns * 16 > 1 << 18) return false;  // sums that stay in a core's own cache
     d->padding[0] = w.padding[1], d->padding[1] = w.padding[2];
     d->rows = w.position[2], d->width = w.position[3], d->samples = w.position[0];
     d->places = d->width + (w.kernel[2] - 1) * w.dilation[2];
     d->halo = (w.kernel[1] - 1) * w.dilation[1];
-    d->groups = std::min<int64_t>(d->samples, 16);
+    d->groups = std::min<int64_t>(d->samples, std::clamp<int64_t>((1 << 20) / (p.m * d->columns * 16), 4, 16));
     return true;
 }
 
