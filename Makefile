@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: demo demo-short test lint setup clean
-demo: $(READY)  ## train ResNet-20 on Fashion-MNIST in fp32 and in sbm8, print one table
+demo: $(READY)  ## train ResNet-20 on Fashion-MNIST in fp32, bf16 and sbm8, time them in turn, print one table
 	$(BIN)/python benchmarks/demo.py
 
-demo-short: $(READY)  ## the same on fewer images, for continuous integration
+demo-short: $(READY)  ## the same on fewer images, 1 to 2 minutes also on busy cores
 	$(BIN)/python benchmarks/demo.py --short
 
 test: $(READY)  ## the whole test suite

@@ -1,6 +1,7 @@
 """Seconds per training step of several recipes, in paired rounds inside one process.
 
-Medians over rounds, and the median of each round's ratio to the first recipe. Example:
+Each round runs one step of every recipe, in an order that rotates, so that a slow moment of the machine meets all of
+them. Medians over rounds, and the median of each round's ratio to the first recipe. Example:
 
     python benchmarks/step_time.py --recipes fp32 bf16 sbm8 sbm8-cpt
 """
@@ -11,11 +12,11 @@ import sys
 from collections.abc import Callable
 
 import machine
+import paired
 import torch
 import torch.nn.functional as F
 
 import lowbit
-from lowbit.machine import paired
 from lowbit.tables import text_table
 from lowbit.train import models
 from lowbit.train.data import Task
@@ -48,13 +49,12 @@ def main() -> int:
     args = parser.parse_args()
 
     steps = {recipe: stepper(recipe, args.model, args.batch) for recipe in args.recipes}
-    seconds = paired(steps, args.rounds)
-
+    seconds = paired.seconds(steps, args.rounds)
     print(f"{args.model}, batch {args.batch}, 1x28x28, {args.rounds} rounds\n{machine.describe()}\n")
     first = seconds[args.recipes[0]]
     rows = []
     for recipe, taken in seconds.items():
-        ratio = statistics.median(t / f for t, f in zip(taken, first, strict=True))
+        ratio = paired.ratio(taken, first)
         rows.append(
             [recipe, f"{statistics.median(taken):.3f}", f"{min(taken):.3f}", f"{max(taken):.3f}", f"{ratio:.2f}"]
         )

@@ -417,7 +417,7 @@ def test_from_recipe_leaves_layers_of_other_recipes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipes", "message"), [(("sbm8", "sbm8"), "0 recipes.*cpt, dfq"), (("cpt", "pfq"), "2 recipes")]
+    ("recipes", "message"), [(("sbm8", "sbm8"), "0 recipes.*cpt, cpt-int8, dfq"), (("cpt", "pfq"), "2 recipes")]
 )
 def test_from_recipe_needs_one_dynamic_recipe(recipes: tuple[str, str], message: str) -> None:
     """A model of static recipes, or of two dynamic ones, has no controller to build."""

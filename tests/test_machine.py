@@ -5,7 +5,7 @@ import torch
 
 from lowbit.errors import UsageError
 from lowbit.kernels import native_instruction_sets
-from lowbit.machine import here, paired
+from lowbit.machine import here, paired, ratio
 
 
 def test_a_machine_says_what_a_figure_depends_on() -> None:
@@ -58,3 +58,8 @@ def test_no_round_is_refused() -> None:
     """Fewer than one round would have no median."""
     with pytest.raises(UsageError, match="at least 1, got 0"):
         paired({"a": int}, 0)
+
+
+def test_a_ratio_is_taken_within_rounds() -> None:
+    """A round that is slow for both steps changes nothing: the median of ratios, not the ratio of medians."""
+    assert ratio([1.0, 90.0, 2.0], [0.5, 30.0, 1.0]) == 2.0

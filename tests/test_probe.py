@@ -240,3 +240,31 @@ def test_what_cannot_be_probed_is_refused(
     """Each wrong request is a UsageError before anything runs."""
     with pytest.raises(UsageError, match=message):
         probe(converted(recipe), batches, loss, bits=bits)
+
+
+@pytest.mark.parametrize("name", ["cpt", "cpt-int8", "pfq", "dfq", "fractrain"])
+def test_a_dynamic_recipe_is_probed_at_the_bits_of_its_formats(name: str) -> None:
+    """Without a controller a probe runs, at constant bits, and suggests recipes that need none."""
+    recipe = Recipe.from_name(name)
+
+    found = probe(converted(name), BATCHES, loss, bits=[2])
+
+    assert set(found.present.values()) == {recipe.output.weight.bits}
+    assert not any(recipe.is_dynamic for recipe in found.recipes.values())
+    assert any(s.loss_change != 0 for s in found.sensitivities)
+
+
+def test_a_controller_does_not_undo_the_bits_that_are_tried() -> None:
+    """A model whose controller says 3 bits has the sensitivities of one without, and keeps its controller's bits."""
+    found = []
+    for controlled in (True, False):
+        model = converted("sbm8-cpt")
+        if controlled:
+            controller = lowbit.PrecisionController(model, forward=3)
+            controller.step()
+        found.append([s.loss_change for s in probe(model, BATCHES, loss, bits=[2, 4]).sensitivities])
+        bits = int(model[0].site.bits[0])
+        assert bits == (3 if controlled else 8)
+
+    assert found[0] == found[1]
+    assert any(change != 0 for change in found[0])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowbit.errors import UsageError
 from lowbit.formats import Float, Format, Integer
-from lowbit.kernels import cpu
+from lowbit.kernels import cpu, cuda
 from lowbit.kernels.cpu import Rows, Window
 from lowbit.quantizer import encode, grid_of
 from lowbit.ranges import extremes
@@ -126,12 +126,13 @@ def missing(unit: Unit) -> str:
     return self_test()
 
 
-def refusal(formats: tuple[Format, Format], kept: tuple[bool, bool]) -> str:
+def refusal(formats: tuple[Format, Format], kept: tuple[bool, bool], *, on_cuda: bool = False) -> str:
     """Why two operands cannot be multiplied on integer or bf16 units; empty where they can.
 
     Args:
         formats: of the two operands, with the bits of the moment.
         kept: whether each operand's scales lie along axes that the product keeps.
+        on_cuda: whether they lie on a GPU, which multiplies integers alone here.
     """
     for fmt, keeps in zip(formats, kept, strict=True):
         if isinstance(fmt, Float) and fmt.name != "bf16":
@@ -145,6 +146,8 @@ def refusal(formats: tuple[Format, Format], kept: tuple[bool, bool]) -> str:
                 return f"a zero point per {fmt.granularity} is not one zero point"
             if not keeps:
                 return f"scales per {fmt.granularity} lie along what the product sums over"
+    if on_cuda:
+        return "" if unit_of(formats) == "int8" else "a bf16 operand has no int8 engine on cuda"
     return missing(unit_of(formats))
 
 
@@ -243,9 +246,24 @@ def _encode_slowly(
     observed: tuple[Tensor, Tensor] | None,
 ) -> Codes:
     """The same through the torch twin, for tensors whose memory the native passes do not take."""
+    noise = None if key is None else cpu.noise(x.numel(), key)
+    return encode_by_torch(x, fmt, layout=layout, sharing=sharing, levels=levels, noise=noise, observed=observed)
+
+
+def encode_by_torch(
+    x: Tensor,
+    fmt: Integer,
+    *,
+    layout: Layout,
+    sharing: tuple[tuple[int, ...], tuple[int, ...]],
+    levels: float,
+    noise: Tensor | None,
+    observed: tuple[Tensor, Tensor] | None,
+) -> Codes:
+    """As `encode_operand` with torch's own operators, on any device; `noise` has a draw in [0, 1) for each number."""
     view, dims = sharing
     x = x.float()
-    noise = None if key is None else cpu.noise(x.numel(), key).view(view)
+    noise = None if noise is None else noise.reshape(view)
     seen = None if observed is None else (observed[0].view((1,) * len(view)), observed[1].view((1,) * len(view)))
     codes = encode(x.reshape(view), fmt, dims=dims, levels=levels, noise=noise, observed=seen)
     scale, zeros = codes.scale.flatten().contiguous(), codes.zero
@@ -298,6 +316,8 @@ def grad_weight(
 
 def grad_bias(g: Tensor, geometry: Geometry | None) -> Tensor:
     """The sum of g over all but its channels, float32."""
+    if geometry is None and cuda.runs(g):
+        return g.flatten(0, -2).sum(0, dtype=torch.float32)
     if geometry is None:
         return cpu.sums(g.contiguous(), g.shape[-1])
     return cpu.sums(g.movedim(1, -1).contiguous(), g.shape[1])
@@ -311,6 +331,13 @@ def _flat(t: Operand, along: bool) -> Rows:
     )  # fmt: skip
 
 
+def kernel(a: Operand, b: Operand) -> str:
+    """The operator that multiplies two operands."""
+    if cuda.runs(a.q):
+        return cuda.KERNEL
+    return "lowbit::multiply_codes" if _unit(a, b) else "lowbit::multiply_halves"
+
+
 def _unit(a: Operand, b: Operand) -> bool:
     return isinstance(a, Codes) and isinstance(b, Codes)
 
@@ -318,6 +345,11 @@ def _unit(a: Operand, b: Operand) -> bool:
 def _matrix(
     a: Rows, b: Rows, left: Operand, right: Operand, shape: torch.Size, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
+    if cuda.runs(a.data):
+        codes = a.data.view(a.rows, a.width), b.data.view(b.rows, b.width)
+        first, second = codes[0] if a.along else codes[0].t(), codes[1].t() if b.along else codes[1]
+        scales = left.scale, right.scale
+        return cuda.multiply(first, second, (a.zero, b.zero), scales, bias, dtype).view(shape)
     out = torch.empty(shape, dtype=dtype)
     k = a.width if a.along else a.rows
     if k == 0 or out.numel() == 0:

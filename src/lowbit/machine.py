@@ -1,8 +1,9 @@
 """Timing on this machine: paired rounds, and what a figure depends on beside the code."""
 
 import platform
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -84,3 +85,8 @@ def paired(steps: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: i
             if i >= 0:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def ratio(first: Sequence[float], second: Sequence[float]) -> float:
+    """The median over rounds of one step's time over another's in the same round, seconds of `paired`."""
+    return statistics.median(a / b for a, b in zip(first, second, strict=True))

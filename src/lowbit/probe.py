@@ -237,10 +237,11 @@ def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, *, bits: Sequenc
 
     Each batch runs forward and backward once for the errors, and forward once for each layer and each of `bits` for
     the sensitivities. Noise, dropout and running statistics start alike every time, so that a change of the loss is
-    the bits' doing.
+    the bits' doing. Precision is constant in it: where a schedule, a rule or gates would change the bits, the copy has
+    those that its recipe begins from, and the suggested rules are static too.
 
     Args:
-        model: a converted model.
+        model: a converted model, also one with a controller.
         batches: what `loss` takes beside the model.
         loss: from model and batch to a scalar, e.g. ``lambda model, b: F.cross_entropy(model(b[0]), b[1])``.
         bits: widths of `input` and `weight` to try in each layer alone.
@@ -259,7 +260,7 @@ def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, *, bits: Sequenc
             for operand in FORWARD:
                 for width in bits:
                     check_bits(width, _zero(site, operand))
-    trial = copy.deepcopy(model).train()
+    trial = _static(copy.deepcopy(model).train())
     start = copy.deepcopy((trial.state_dict(), state_dict(trial)))
     errors, totals = _errors(trial, batches, loss)
 
@@ -292,6 +293,17 @@ def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, *, bits: Sequenc
     if not found:
         raise UsageError(f"probe: no converted layer ran in these batches: {', '.join(idle)}")
     return Probe(loss=base, operands=errors, sensitivities=found, recipes=recipes, present=present, idle=idle)
+
+
+def _static(model: nn.Module) -> nn.Module:
+    """The model without its controllers, each layer at the bits of its recipe, which changes them no more."""
+    sites = [site for layer in model.modules() if isinstance(layer, QuantLayer) for site in layer.sites()]
+    for controller in {id(site.controller): site.controller for site in sites}.values():
+        if controller is not None:
+            controller.remove()
+    for site in sites:
+        site.recipe = site.recipe.replace(schedule=None, gates=None, depthwise=None)
+    return model
 
 
 def _product_sites(layer: QuantLayer) -> list[Site]:

@@ -8,10 +8,11 @@ The backward of rounding is the straight-through estimator: clipped values recei
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from lowbit import integer
 from lowbit.errors import UsageError
 from lowbit.formats import FP32, Format, Integer
-from lowbit.kernels import cpu
+from lowbit.kernels import cpu, cuda
 from lowbit.quantizer import Quantized, levels_of, quantize
 from lowbit.recipe import SLOTS, Recipe
 from lowbit.rounding import Noise, field_of
@@ -575,7 +576,7 @@ def _shares(op: Op, setting: Setting, operand: str, shape: torch.Size, first: st
     )
 
 
-def refusal(op: Op, recipe: Recipe, bits: Sequence[int] | None = None, dim: int = 2) -> str:
+def refusal(op: Op, recipe: Recipe, bits: Sequence[int] | None = None, dim: int = 2, *, on_cuda: bool = False) -> str:
     """Why the int8 engine cannot run the three products of an operator; empty where it can.
 
     Args:
@@ -583,9 +584,12 @@ def refusal(op: Op, recipe: Recipe, bits: Sequence[int] | None = None, dim: int 
         recipe: the formats.
         bits: widths in the order of `SLOTS`; None: the recipe's own.
         dim: axes of its tensors.
+        on_cuda: whether they lie on a GPU.
     """
     if isinstance(op, Matmul):
         return "a product of two activations has no integer kernel here"
+    if on_cuda and op.geometry is not None:
+        return "a convolution has no int8 engine on cuda, only linear layers have"
     widths = dict(zip(SLOTS, bits, strict=True)) if bits is not None else {}
     for product in ("output", "grad_input", "grad_weight"):
         formats, kept = [], []
@@ -595,7 +599,7 @@ def refusal(op: Op, recipe: Recipe, bits: Sequence[int] | None = None, dim: int 
                 fmt = replace(fmt, bits=widths[slot])
             formats.append(fmt)
             kept.append(_is_kept(op, product, slot[1], fmt, dim))
-        why = integer.refusal((formats[0], formats[1]), (kept[0], kept[1]))
+        why = integer.refusal((formats[0], formats[1]), (kept[0], kept[1]), on_cuda=on_cuda)
         if why:
             return f"{product}: {why}"
     return ""
@@ -619,9 +623,20 @@ def op_groups(op: Op) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _refusal(op: Op, recipe: Recipe, bits: tuple[int, ...] | None, dim: int) -> str:
+def _refusal(op: Op, recipe: Recipe, bits: tuple[int, ...] | None, dim: int, on_cuda: bool) -> str:
     """`refusal`, found once."""
-    return refusal(op, recipe, bits, dim)
+    return refusal(op, recipe, bits, dim, on_cuda=on_cuda)
+
+
+@cache
+def _warn_once_on_cuda(recipe: str, why: str) -> None:
+    """Say once that layers converted for the int8 engine and moved to a GPU run on the reference engine there."""
+    warnings.warn(
+        f"recipe {recipe!r} runs on the reference engine on cuda: {why}. The reference engine simulates low precision "
+        "and is slower than fp32. Convert with engine='reference' where that is meant",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def runs_integer(x: Tensor, w: Tensor, dtype: torch.dtype, op: Op, setting: Setting) -> bool:
@@ -632,13 +647,19 @@ def runs_integer(x: Tensor, w: Tensor, dtype: torch.dtype, op: Op, setting: Sett
     """
     if setting.engine != "int8":
         return False
-    why = _refusal(op, setting.recipe, None if setting.bits is None else (8,) * len(SLOTS), w.dim())
+    on_cuda = cuda.runs(x)
+    why = _refusal(op, setting.recipe, None if setting.bits is None else (8,) * len(SLOTS), w.dim(), on_cuda)
+    if why and on_cuda:  # the engine was chosen where the layer was before it moved
+        _warn_once_on_cuda(setting.recipe.name, why)
+        return False
     if why:
         raise UsageError(
             f"{setting.layer or op.kind}: the int8 engine cannot run recipe {setting.recipe.name!r}: {why}. Choose "
             "engine='reference'"
         )
-    if x.device.type != "cpu" or not all(t in (torch.float32, torch.bfloat16) for t in (x.dtype, w.dtype, dtype)):
+    if not (on_cuda or x.device.type == "cpu") or not all(
+        t in (torch.float32, torch.bfloat16) for t in (x.dtype, w.dtype, dtype)
+    ):
         return False
     if setting.bits is None:
         return True
@@ -655,6 +676,19 @@ def _encoded(x: Tensor, op: Op, setting: Setting, product: str, operand: str) ->
     layout = "matrix" if op.geometry is None else layout
     if not isinstance(fmt, Integer):
         return integer.encode_operand(x, fmt, layout=layout, sharing=((), ()), levels=0.0, key=None, observed=None)
+    view, dims, _ = scale_sharing(op, product, operand, fmt, x.shape)
+    levels = float(2 ** (bits_of(setting, product, operand) - (fmt.zero == "symmetric")) - 1)
+    observed = setting.input_range if operand == "input" and fmt.running is not None else None
+    if cuda.runs(x):
+        return integer.encode_by_torch(
+            x,
+            fmt,
+            layout=layout,
+            sharing=(view, dims),
+            levels=levels,
+            noise=_drawn(x, op, setting, product, operand) if fmt.stochastic else None,
+            observed=observed,
+        )
     key = None
     if fmt.stochastic:
         key = None if setting.noise is None else setting.noise.words(product, operand)
@@ -663,18 +697,16 @@ def _encoded(x: Tensor, op: Op, setting: Setting, product: str, operand: str) ->
                 f"{setting.layer or op.kind}: {operand} in {product} rounds stochastically and got no counter-based "
                 "noise, which the int8 engine needs: use the reference engine with recorded noise"
             )
-    view, dims, _ = scale_sharing(op, product, operand, fmt, x.shape)
-    bits = bits_of(setting, product, operand)
-    keeps_range = operand == "input" and fmt.running is not None
     return integer.encode_operand(
-        x,
-        fmt,
-        layout=layout,
-        sharing=(view, dims),
-        levels=float(2 ** (bits - (fmt.zero == "symmetric")) - 1),
-        key=key,
-        observed=setting.input_range if keeps_range else None,
+        x, fmt, layout=layout, sharing=(view, dims), levels=levels, key=key, observed=observed
     )
+
+
+def _drawn(x: Tensor, op: Op, setting: Setting, product: str, operand: str) -> Tensor:
+    """The noise field of one operand as draws, for passes that cannot make it as they go."""
+    if setting.noise is None:
+        raise ValueError(f"{setting.layer or op.kind}: {operand} in {product} rounds stochastically and got no noise")
+    return setting.noise.draw(product, operand, x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -819,7 +851,7 @@ def _run_integer(
                     product=product,
                     kind=op.kind,
                     engine=engine,
-                    kernel="lowbit::multiply_codes" if codes else "lowbit::multiply_halves",
+                    kernel=integer.kernel(*(o for _, o in operands.values())),
                     macs=op.macs(*shapes),
                     operands={n: _operand_run(op, setting, product, n, x, hat) for n, (x, hat) in shown.items()},
                     result=plain,
@@ -965,7 +997,7 @@ class _Products(torch.autograd.Function):
         if isinstance(kept, _KeptCodes):
             w, x_q, w_q = ctx.saved_tensors
             kept = replace(kept, x=kept.x and replace(kept.x, q=x_q), w=kept.w and replace(kept.w, q=w_q))
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(autocast_device(grad_output), enabled=False):
                 return (*_integer_gradients(grad_output, w, kept, ctx.needs_input_grad[:3]), None, None, None, None)
         x_hat, w = ctx.saved_tensors
         with torch.autocast(autocast_device(grad_output), enabled=False):

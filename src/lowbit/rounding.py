@@ -9,7 +9,7 @@ for every engine, thread count, memory layout and resume, and nothing is drawn f
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,8 +45,11 @@ def round_stochastic(t: Tensor, noise: Tensor) -> Tensor:
     return down.add_((t - down).sub_(noise).ceil_())
 
 
-def _mix(h: Tensor) -> Tensor:
-    """Hash 32-bit values held in int64: a bijection of [0, 2**32)."""
+Word = TypeVar("Word", int, Tensor)
+
+
+def _mix(h: Word) -> Word:
+    """Hash a 32-bit value, a number or an int64 tensor of such: a bijection of [0, 2**32)."""
     h = ((h ^ (h >> 16)) * _MULTIPLIER_1) & _MASK
     h = ((h ^ (h >> 15)) * _MULTIPLIER_2) & _MASK
     return h ^ (h >> 16)
@@ -78,8 +81,11 @@ def noise_key(key: Tensor, tensor_id: int) -> Tensor:
     Returns:
         int64 ``(2,)`` on the device of `key`, values in [0, 2**32).
     """
-    mixed_id = _mix(torch.tensor(tensor_id ^ 0x63D83595, device=key.device))
-    return _mix(torch.stack([_mix(key ^ 0xA511E9B3) ^ tensor_id, mixed_id ^ key]))
+    return torch.stack(_words(key, torch.tensor(tensor_id, device=key.device)))
+
+
+def _words(key: Word, tensor_id: Word) -> tuple[Word, Word]:
+    return _mix(_mix(key ^ 0xA511E9B3) ^ tensor_id), _mix(_mix(tensor_id ^ 0x63D83595) ^ key)
 
 
 def tensor_id(layer: str, product: str, operand: str, use: int = 0) -> int:
@@ -166,8 +172,7 @@ class CounterNoise:
 
     def words(self, product: str, operand: str) -> tuple[int, int]:
         """The words of that field."""
-        first, second = noise_key(self.key, tensor_id(self.layer, product, operand, self.use)).tolist()
-        return first, second
+        return _words(int(self.key), tensor_id(self.layer, product, operand, self.use))
 
     def branch(self, name: str) -> "CounterNoise":
         """The noise of a layer of another name."""

@@ -355,7 +355,7 @@ def _in_rows(shape: torch.Size, dtype: torch.dtype, numbers: Tensor | None = Non
 
 @dataclass(frozen=True)
 class CodeStatistics:
-    """`Statistics` of codes: rows of the extremes ``(K, C)``, the chunks' slopes ``(K,)``, sums of the codes ``(C,)``."""
+    """`Statistics` of codes: sums of codes ``(C,)``, rows of the extremes ``(K, C)``, the chunks' slopes ``(K,)``."""
 
     total: Tensor
     mean: Tensor

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit.errors import UsageError, unknown
 from lowbit.kernels import cpu, native_instruction_sets
-from lowbit.machine import here, paired
+from lowbit.machine import here, paired, ratio
 from lowbit.products import ENGINES
 from lowbit.recipe import recipes
 from lowbit.tables import text_table
@@ -211,12 +211,7 @@ def rows(work: str, seconds: Mapping[str, Sequence[float]]) -> list[list[str]]:
     lines = []
     for name, taken in seconds.items():
         ms = [f"{1e3 * s:.1f}" for s in (statistics.median(taken), min(taken), max(taken))]
-        speeds = [
-            f"{statistics.median(b / v for b, v in zip(seconds[base], taken, strict=True)):.2f}"
-            if base in seconds
-            else "-"
-            for base in ("fp32", "bf16")
-        ]
+        speeds = [f"{ratio(seconds[base], taken):.2f}" if base in seconds else "-" for base in ("fp32", "bf16")]
         lines.append([work, name, *ms, *speeds])
     return lines
 
@@ -344,8 +339,7 @@ def kernels(rounds: int, side: int = SIDE) -> Iterator[str]:
     table = []
     for name, taken in seconds.items():
         ns = [f"{1e9 * s / x.numel():.3f}" for s in (statistics.median(taken), min(taken), max(taken))]
-        ratio = statistics.median(t / c for t, c in zip(taken, seconds["torch.clone"], strict=True))
-        table.append([name, *ns, f"{ratio:.2f}"])
+        table.append([name, *ns, f"{ratio(taken, seconds['torch.clone']):.2f}"])
     yield text_table(("pass", "median ns/element", "min", "max", "times clone"), table)
     if native_instruction_sets() is None:
         yield "note: lowbit was installed without its native kernels, so none of its passes is here"

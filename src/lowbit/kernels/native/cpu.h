@@ -63,7 +63,7 @@ struct Elementwise {
 };
 const Elementwise& elementwise();
 
-// ---- products: gemm.cpp, convolution windows included ----
+// ---- products: gemm.cpp and convolution.cpp ----
 
 // Rows of numbers in memory. Without a window row r starts at `data + step(r) * stride` where `step` is r itself, or, with
 // `fold`, (r % fold) * (rows / fold) + r / fold. With a window it is row r of the matrix that unfolds a convolution.
@@ -105,5 +105,8 @@ struct Product {
 };
 void multiply_codes(const Product& p);   // u8 or s8 by u8 or s8, summed in int32
 void multiply_halves(const Product& p);  // f32, bf16 or codes, rounded to bf16, summed in float32
+// The same of convolutions whose rows can be read where they lie; false, and nothing done, of all other products.
+bool convolve_codes(const Product& p);
+bool convolve_halves(const Product& p);
 
 }  // namespace lowbit

@@ -20,6 +20,7 @@ namespace {
 
 constexpr int64_t kRun = 1024;      // numbers that are worked on at a time, in the first-level cache
 constexpr int64_t kTask = 1 << 15;  // numbers of one thread's piece of work
+constexpr int64_t kAlone = 1 << 17;  // numbers for which waking other threads costs more than it gains
 constexpr int64_t kShort = 64;      // runs of one scale shorter than this are worked on with a scale for each number
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -103,7 +104,7 @@ Extremes run_extremes(const float* x, int64_t count) {
 void block_extremes(const void* x, Type type, View view, float* lo, float* hi) {
     const int64_t pieces = ceil_div(view.inner, kTask);
     std::vector<Extremes> parts(view.outer * view.channels * pieces);
-#pragma omp parallel
+#pragma omp parallel if (view.outer * view.channels * view.inner > kAlone)
     {
         float buffer[kRun];
 #pragma omp for schedule(static)
@@ -130,7 +131,7 @@ void column_extremes(const void* x, Type type, int64_t rows, int64_t width, floa
     std::vector<uint32_t> bad(width, 0);
     std::fill_n(lo, width, infinity);
     std::fill_n(hi, width, -infinity);
-#pragma omp parallel
+#pragma omp parallel if (rows * width > kAlone)
     {
         std::vector<float> my_lo(width, infinity), my_hi(width, -infinity);
         std::vector<uint32_t> my_bad(width, 0);
@@ -191,7 +192,7 @@ void sums(const void* x, Type type, int64_t rows, int64_t width, float* to) {
     constexpr int64_t kBlock = 64;
     const int64_t threads = omp_get_max_threads();
     std::vector<double> parts(threads * width, 0.0);
-#pragma omp parallel
+#pragma omp parallel if (rows * width > kAlone)
     {
         double* mine = parts.data() + omp_get_thread_num() * width;
         float buffer[kRun], block[kRun];
@@ -279,7 +280,7 @@ void chunk_extremes(const uint8_t* q, int64_t first, int64_t last, int64_t chann
 
 void code_extremes(const uint8_t* q, int64_t channels, const int64_t* starts, int64_t chunks, uint8_t* high,
                    uint8_t* low, int32_t* argmax, int32_t* argmin) {
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (starts[chunks] * channels > kAlone)
     for (int64_t k = 0; k < chunks; k++) {
         const int64_t at = k * channels;
         chunk_extremes(q, starts[k], starts[k + 1], channels, high + at, low + at, argmax + at, argmin + at);
@@ -301,7 +302,7 @@ void code_sums(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t channel
     const int64_t fold = folded(channels), width = fold * channels;
     std::fill_n(sum, channels, 0);
     if (b) std::fill_n(product, channels, 0);
-#pragma omp parallel if (rows * channels > kTask)
+#pragma omp parallel if (rows * channels > kAlone)
     {
         std::vector<uint16_t> few(width);
         std::vector<uint32_t> s(width), p(width);
@@ -341,7 +342,7 @@ void affine(const uint8_t* q, int64_t rows, int64_t channels, const float* a, co
     }
     const float bottom = relu ? 0.0f : -std::numeric_limits<float>::infinity();
     const int64_t total = rows * channels;
-#pragma omp parallel
+#pragma omp parallel if (total > kAlone)
     {
         float values[kRun];
 #pragma omp for schedule(static)
@@ -511,7 +512,7 @@ void visit(const void* x, Type type, View view, const Grid& grid, bool by_outer,
     const int64_t runs = ceil_div(plan.length, plan.run);               // of a record
     const int64_t batch = std::max<int64_t>(1, kTask / std::min(plan.run, plan.length));  // runs of one task
     const int64_t total = plan.records * runs;
-#pragma omp parallel if (total > batch)
+#pragma omp parallel if (total * plan.run > kAlone)
     {
         float buffer[kRun], q[kRun];
 #pragma omp for schedule(static)
@@ -581,7 +582,7 @@ void fake_quantize(const void* x, Type type, View view, const Grid& grid, void* 
 }
 
 void noise(int64_t count, uint32_t key0, uint32_t key1, float* u) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (count > kAlone)
     for (int64_t begin = 0; begin < count; begin += kTask) {
         const int64_t end = std::min(begin + kTask, count);
         for (int64_t i = begin; i < end; i++) u[i] = uniform(static_cast<uint32_t>(i) * kSpread + key0, key1);

@@ -1,0 +1,90 @@
+"""The product of two matrices of 8-bit codes on CUDA units, through `torch._int_mm`.
+
+Notation: a, b codes with zero points z_a, z_b; m rows and n columns of the result, k what is summed over.
+``sum_k (a - z_a)(b - z_b) = sum_k a b - z_a sum_k b - z_b sum_k a + k z_a z_b``, in 32-bit integers.
+
+Nothing here but `runs` asks for the device: on CPU tensors the same operators give the same numbers.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KERNEL = "aten::_int_mm"
+
+# What torch._int_mm takes on CUDA: more than 16 rows; k and n in whole eights.
+_LEAST_ROWS = 17
+_WHOLE = 8
+# So many products of bytes, 255 by 255 at the most, stay below 2**31; in whole eights.
+MOST_SUMMED = (2**31 - 1) // 255**2 // _WHOLE * _WHOLE
+
+
+def runs(x: Tensor) -> bool:
+    """Whether products of this tensor's codes go this way."""
+    return x.device.type == "cuda"
+
+
+def multiply(
+    a: Tensor, b: Tensor, zeros: tuple[int, int], scales: tuple[Tensor, Tensor], bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``sum_k (a - z_a)(b - z_b)`` times the scales plus bias, in `dtype`.
+
+    Shapes that the operator does not take are padded with zeros; sums too long for 32 bits are cut, and their
+    parts added in float32.
+
+    Args:
+        a: int8 or uint8 ``(m, k)``, any strides.
+        b: int8 or uint8 ``(k, n)``, any strides.
+        zeros: z_a and z_b, the codes of a real zero.
+        scales: float32 of each row (one or m) and of each column (one or n).
+        bias: float32 ``(n,)``.
+        dtype: of the result.
+
+    Returns:
+        ``(m, n)`` on the device of `a`: exact sums, each scaled in float32.
+
+    Raises:
+        TypeError: codes that are no bytes.
+        ValueError: shapes that do not multiply.
+    """
+    for q in (a, b):
+        if q.dtype not in (torch.int8, torch.uint8):
+            raise TypeError(f"codes are {q.dtype}: give int8 or uint8")
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
+        raise ValueError(f"codes of shapes {tuple(a.shape)} and {tuple(b.shape)}: give (m, k) and (k, n)")
+    (a, zero_a), (b, zero_b) = _signed(a, zeros[0]), _signed(b, zeros[1])
+    total = torch.zeros(a.shape[0], b.shape[1], device=a.device)
+    if total.numel():
+        for start in range(0, a.shape[1], MOST_SUMMED):
+            end = start + MOST_SUMMED
+            total += _sums(a[:, start:end], b[start:end], zero_a, zero_b)
+    total.mul_(scales[0].view(-1, 1)).mul_(scales[1])
+    return (total if bias is None else total.add_(bias)).to(dtype)
+
+
+def _signed(q: Tensor, zero: int) -> tuple[Tensor, int]:
+    """Codes as int8 and their zero point: 128 less of both where they are uint8."""
+    return (q, zero) if q.dtype == torch.int8 else (q.view(torch.int8).bitwise_xor(-128), zero - 128)
+
+
+def _sums(a: Tensor, b: Tensor, zero_a: int, zero_b: int) -> Tensor:
+    """``sum_k (a - z_a)(b - z_b)``, int32."""
+    (m, k), n = a.shape, b.shape[1]
+    most, columns = _whole(k), _whole(n)
+    # Rows of both sides along k: the layout that every generation of units takes.
+    product = torch._int_mm(_padded(a, max(m, _LEAST_ROWS), most), _padded(b.t(), columns, most).t())
+    sums = product[:m, :n]
+    if zero_a:
+        sums = sums - zero_a * b.sum(0, dtype=torch.int32)
+    if zero_b:
+        sums = sums - zero_b * a.sum(1, dtype=torch.int32, keepdim=True)
+    return sums + k * zero_a * zero_b if zero_a and zero_b else sums
+
+
+def _whole(size: int) -> int:
+    return -(-size // _WHOLE) * _WHOLE
+
+
+def _padded(q: Tensor, rows: int, columns: int) -> Tensor:
+    """The same numbers in dense rows, with zeros after them up to this shape."""
+    return F.pad(q, (0, columns - q.shape[1], 0, rows - q.shape[0])).contiguous()

@@ -1,0 +1,686 @@
+// What products of codes on 8-bit units and of bf16 values on 16-bit units are made of: pack, multiply in tiles, scale.
+//
+// Both kinds share everything but the innermost instruction. A number of k is kept in 32-bit groups: four codes or two
+// halves. Packed A is tiles of 16 rows by 16 groups and packed B tiles of 16 groups by 16 columns, two tiles to a
+// panel and step, as the tile units read them. One call of a multiplier computes 32 rows by 32 columns.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "cpu.h"
+
+namespace lowbit {
+constexpr int64_t kPanel = 32;      // rows or columns of one multiplication
+constexpr int64_t kStep = 64;       // bytes of k in one step
+constexpr int64_t kTile = 16 * 64;  // bytes of a tile
+constexpr double kAlone = 1 << 21;     // multiplications for which waking other threads costs more than it gains
+constexpr int64_t kCache = 512 << 10;  // bytes of packed rows that stay in a core's own cache
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Memory that a thread keeps from one product to the next: fresh memory of this size costs more than packing does.
+// Slots are numbered so that what lives at the same time does not share one.
+enum Slot {
+    kSlotA, kSlotB, kSlotSums, kSlotRowSums, kSlotColumnSums, kSlotGroups, kSlotScratch, kSlotImage, kSlotPairs, kSlotPanels, kSlots
+};
+
+template <class T>
+T* workspace(Slot slot, int64_t count) {
+    struct Block {
+        void* p = nullptr;
+        size_t bytes = 0;
+        ~Block() { std::free(p); }
+    };
+    static thread_local Block blocks[kSlots];
+    Block& block = blocks[slot];
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
+    if (block.bytes < bytes) {
+        std::free(block.p);
+        block.p = std::aligned_alloc(64, bytes);
+        block.bytes = block.p ? bytes : 0;
+        if (!block.p) throw std::bad_alloc();
+    }
+    return static_cast<T*>(block.p);
+}
+
+inline bool worth_threads(const Product& p) {
+    return static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k) > kAlone;
+}
+
+// ---- rows in the packed type ----
+
+// Halves to even; nan stays nan.
+inline uint16_t float_to_bf16(float f) {
+    uint32_t u;
+    std::memcpy(&u, &f, 4);
+    const uint32_t rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
+    return static_cast<uint16_t>((u & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+
+// Of a whole number of 8 bits and a sign, which bf16 holds.
+inline uint16_t exact_bf16(int32_t q) {
+    const float f = static_cast<float>(q);
+    uint32_t u;
+    std::memcpy(&u, &f, 4);
+    return static_cast<uint16_t>(u >> 16);
+}
+
+// Codes: bytes, unsigned on the left of a product and signed on its right.
+struct Codes {
+    using Number = uint8_t;
+    using Sum = int32_t;
+    static constexpr int64_t in_group = 4;
+    uint8_t flip;  // 0x80 turns a signed code into an unsigned one and back
+    int zero;      // of the packed codes
+
+    Codes(const Rows& rows, bool left) {
+        const bool is_signed = rows.type == Type::s8;
+        flip = is_signed == left ? 0x80 : 0;
+        zero = rows.zero + (flip ? (left ? 128 : -128) : 0);
+    }
+    void load(const Rows&, const void* from, int64_t first, int64_t count, Number* to) const {
+        const uint8_t* q = static_cast<const uint8_t*>(from) + first;
+        if (!flip) {
+            std::memcpy(to, q, count);
+            return;
+        }
+        for (int64_t i = 0; i < count; i++) to[i] = q[i] ^ 0x80;
+    }
+    Number outside() const { return static_cast<Number>(zero); }
+};
+
+// Codes that are signed and have no zero point, on both sides of a product: tile units take them as they are.
+struct SignedCodes {
+    using Number = uint8_t;
+    using Sum = int32_t;
+    static constexpr int64_t in_group = 4;
+
+    SignedCodes(const Rows&, bool) {}
+    void load(const Rows&, const void* from, int64_t first, int64_t count, Number* to) const {
+        std::memcpy(to, static_cast<const uint8_t*>(from) + first, count);
+    }
+    Number outside() const { return 0; }
+    static bool fits(const Product& p) {
+        const auto plain = [](const Rows& rows) { return rows.type == Type::s8 && rows.zero == 0; };
+        return machine().amx && plain(p.a) && plain(p.b);
+    }
+};
+
+// Halves: bf16 numbers; codes become q - z, exact for 8 bits.
+struct Halves {
+    using Number = uint16_t;
+    using Sum = float;
+    static constexpr int64_t in_group = 2;
+    int zero = 0;
+
+    Halves(const Rows&, bool) {}
+    void load(const Rows& rows, const void* from, int64_t first, int64_t count, Number* to) const {
+        switch (rows.type) {
+            case Type::f32: {
+                const float* x = static_cast<const float*>(from) + first;
+                for (int64_t i = 0; i < count; i++) to[i] = float_to_bf16(x[i]);
+                return;
+            }
+            case Type::bf16:
+                std::memcpy(to, static_cast<const uint16_t*>(from) + first, count * 2);
+                return;
+            case Type::u8: {
+                const uint8_t* q = static_cast<const uint8_t*>(from) + first;
+                for (int64_t i = 0; i < count; i++) to[i] = exact_bf16(q[i] - rows.zero);
+                return;
+            }
+            case Type::s8: {
+                const int8_t* q = static_cast<const int8_t*>(from) + first;
+                for (int64_t i = 0; i < count; i++) to[i] = exact_bf16(q[i] - rows.zero);
+                return;
+            }
+        }
+    }
+    Number outside() const { return 0; }
+};
+
+inline int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : type == Type::bf16 ? 2 : 1; }
+
+// Where a tap of a window reaches from a position along one axis; -1 outside.
+inline int64_t reach(const Window& w, int axis, int64_t position, int64_t tap) {
+    if (!w.transposed) {
+        const int64_t at = position * w.stride[axis] - w.padding[axis] + tap * w.dilation[axis];
+        return at >= 0 && at < w.size[axis] ? at : -1;
+    }
+    const int64_t at = position + w.padding[axis] - tap * w.dilation[axis];
+    if (at < 0 || at % w.stride[axis]) return -1;
+    return at / w.stride[axis] < w.size[axis] ? at / w.stride[axis] : -1;
+}
+
+// Load numbers [first, first + count) of row r into `to`.
+template <class Kind>
+void load_row(const Kind& kind, const Rows& rows, int64_t r, int64_t first, int64_t count,
+              typename Kind::Number* to) {
+    const auto* data = static_cast<const uint8_t*>(rows.data);
+    const int64_t size = bytes_of(rows.type);
+    if (!rows.window) {
+        const int64_t step = rows.fold ? (r % rows.fold) * (rows.rows / rows.fold) + r / rows.fold : r;
+        kind.load(rows, data + step * rows.stride * size, first, count, to);
+        return;
+    }
+    const Window& w = *rows.window;
+    uint32_t p[4], rest = static_cast<uint32_t>(r);
+    for (int axis = 3; axis >= 0; axis--) {
+        p[axis] = rest % static_cast<uint32_t>(w.position[axis]);
+        rest /= static_cast<uint32_t>(w.position[axis]);
+    }
+    const int64_t last = first + count, line = w.kernel[2] * w.channels;
+    // Taps of the last axis lie side by side where they go forward in steps of one place.
+    const bool forward = !w.transposed && w.dilation[2] == 1 && w.channels == rows.stride;
+    for (int64_t row = first / line; row * line < last; row++) {
+        const int64_t d = reach(w, 0, p[1], row / w.kernel[1]), h = reach(w, 1, p[2], row % w.kernel[1]);
+        const int64_t begin = std::max(row * line, first), end = std::min((row + 1) * line, last);
+        if (d < 0 || h < 0) {
+            std::fill(to + (begin - first), to + (end - first), kind.outside());
+            continue;
+        }
+        const uint8_t* places = data + ((p[0] * w.size[0] + d) * w.size[1] + h) * w.size[2] * rows.stride * size;
+        if (forward) {
+            // Places left of 0 and right of the size are outside; what is between is one run.
+            const int64_t left = p[3] * w.stride[2] - w.padding[2];
+            const int64_t from = std::max<int64_t>(0, -left), until = std::min(w.kernel[2], w.size[2] - left);
+            const int64_t inner = std::clamp(row * line + from * w.channels, begin, end);
+            const int64_t outer = std::clamp(row * line + until * w.channels, inner, end);
+            std::fill(to + (begin - first), to + (inner - first), kind.outside());
+            if (outer > inner)
+                kind.load(rows, places, left * w.channels + inner - row * line, outer - inner, to + (inner - first));
+            std::fill(to + (outer - first), to + (end - first), kind.outside());
+            continue;
+        }
+        for (int64_t at = begin; at < end;) {
+            const int64_t tap = (at - row * line) / w.channels, channel = (at - row * line) % w.channels;
+            const int64_t until = std::min(end, at - channel + w.channels);
+            const int64_t c = reach(w, 2, p[3], tap);
+            if (c < 0)
+                std::fill(to + (at - first), to + (until - first), kind.outside());
+            else
+                kind.load(rows, places + c * rows.stride * size, channel, until - at, to + (at - first));
+            at = until;
+        }
+    }
+}
+
+// ---- packing ----
+
+// Transpose 16 x 16 groups of 32 bits.
+inline void transpose16(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(in + i * in_stride);
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm512_storeu_si512(out + i * out_stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+        _mm512_storeu_si512(out + (i + 4) * out_stride, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
+        _mm512_storeu_si512(out + (i + 8) * out_stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD));
+        _mm512_storeu_si512(out + (i + 12) * out_stride, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD));
+    }
+}
+
+// Interleave the numbers of `in_group` rows, each `width` long, into groups.
+inline void interleave(const uint8_t* rows, int64_t stride, int64_t width, uint32_t* groups) {
+    const uint8_t *a = rows, *b = rows + stride, *c = rows + 2 * stride, *d = rows + 3 * stride;
+    for (int64_t i = 0; i < width; i++)
+        groups[i] = a[i] | b[i] << 8 | c[i] << 16 | static_cast<uint32_t>(d[i]) << 24;
+}
+inline void interleave(const uint16_t* rows, int64_t stride, int64_t width, uint32_t* groups) {
+    const uint16_t *a = rows, *b = rows + stride;
+    for (int64_t i = 0; i < width; i++) groups[i] = a[i] | static_cast<uint32_t>(b[i]) << 16;
+}
+
+// Groups [first, first + 16) of k of rows that are k, their numbers [at, at + count): 16 x `count` groups, `stride`
+// apart. `row_of` says which row is number k; none, less than 0, is zeros.
+template <class Kind, class RowOf>
+void load_across(const Kind& kind, const Rows& rows, const RowOf& row_of, int64_t first, int64_t at, int64_t count,
+                 uint32_t* groups, int64_t stride, typename Kind::Number* scratch) {
+    constexpr int64_t in_group = Kind::in_group;
+    for (int64_t g = 0; g < 16; g++) {
+        for (int64_t i = 0; i < in_group; i++) {
+            const int64_t r = row_of((first + g) * in_group + i);
+            if (r >= 0)
+                load_row(kind, rows, r, at, count, scratch + i * count);
+            else
+                std::memset(scratch + i * count, 0, count * sizeof(*scratch));
+        }
+        interleave(scratch, count, count, groups + g * stride);
+        std::memset(groups + g * stride + count, 0, (stride - count) * 4);
+    }
+}
+
+// Step `step` of every panel of A whose rows are k, panels `panel_bytes` apart.
+template <class Kind, class RowOf>
+void pack_a_across(const Kind& kind, const Product& p, const RowOf& row_of, int64_t step, uint8_t* to, int64_t panel_bytes,
+                   uint32_t* groups, typename Kind::Number* scratch) {
+    const int64_t width = ceil_div(p.m, kPanel) * kPanel;
+    load_across(kind, p.a, row_of, step * 16, 0, p.m, groups, width, scratch);
+    for (int64_t m = 0; m < width; m += 16)
+        transpose16(groups + m, width, reinterpret_cast<uint32_t*>(to + m / kPanel * panel_bytes + m % kPanel / 16 * kTile),
+                    16);
+}
+
+// Step `step` of every panel of B whose rows are k, panels `panel_bytes` apart.
+template <class Kind, class RowOf>
+void pack_b_across(const Kind& kind, const Product& p, const RowOf& row_of, int64_t step, uint8_t* to, int64_t panel_bytes,
+                   uint32_t* groups, typename Kind::Number* scratch) {
+    const int64_t width = ceil_div(p.n, kPanel) * kPanel;
+    load_across(kind, p.b, row_of, step * 16, 0, p.n, groups, width, scratch);
+    for (int64_t n = 0; n < width; n += 16)
+        for (int64_t g = 0; g < 16; g++)
+            std::memcpy(to + n / kPanel * panel_bytes + n % kPanel / 16 * kTile + g * 64, groups + g * width + n, 64);
+}
+
+// Panel `panel` of A whose rows run along k, steps [first, last), as tiles.
+template <class Kind>
+void pack_a_along(const Kind& kind, const Product& p, int64_t panel, int64_t first, int64_t last, uint8_t* to) {
+    using Number = typename Kind::Number;
+    constexpr int64_t per_step = kStep / static_cast<int64_t>(sizeof(Number));
+    const int64_t row = panel * kPanel, rows = std::min(kPanel, p.m - row);
+    const int64_t begin = first * per_step, count = std::min(last * per_step, p.k) - begin;
+    auto* numbers = workspace<Number>(kSlotScratch, (last - first) * per_step);
+    std::fill(numbers + count, numbers + (last - first) * per_step, Number{0});
+    for (int64_t i = 0; i < kPanel; i++) {
+        uint8_t* at = to + i / 16 * kTile + i % 16 * kStep;
+        if (i < rows) load_row(kind, p.a, row + i, begin, count, numbers);
+        for (int64_t s = 0; s < last - first; s++) {
+            const __m512i part = i < rows ? _mm512_loadu_si512(numbers + s * per_step) : _mm512_setzero_si512();
+            _mm512_store_si512(at + s * 2 * kTile, part);
+        }
+    }
+}
+
+// Panel `panel` of B whose rows run along k, steps [first, last), as tiles.
+template <class Kind>
+void pack_b_along(const Kind& kind, const Product& p, int64_t panel, int64_t first, int64_t last, uint8_t* to) {
+    using Number = typename Kind::Number;
+    constexpr int64_t per_step = kStep / static_cast<int64_t>(sizeof(Number));
+    const int64_t column = panel * kPanel, columns = std::min(kPanel, p.n - column);
+    alignas(64) uint32_t groups[kPanel * 16];
+    auto* numbers = reinterpret_cast<Number*>(groups);
+    for (int64_t s = first; s < last; s++) {
+        const int64_t begin = s * per_step, count = std::min(per_step, p.k - begin);
+        if (count < per_step || columns < kPanel) std::memset(groups, 0, sizeof(groups));
+        for (int64_t i = 0; i < columns; i++) load_row(kind, p.b, column + i, begin, count, numbers + i * per_step);
+        for (int64_t half = 0; half < 2; half++)
+            transpose16(groups + half * 256, 16, reinterpret_cast<uint32_t*>(to + ((s - first) * 2 + half) * kTile),
+                        16);
+    }
+}
+
+// Memory for `pack_a_across` and `pack_b_across` of a width.
+template <class Kind>
+struct Across {
+    uint32_t* groups;
+    typename Kind::Number* scratch;
+    explicit Across(int64_t width)
+        : groups(workspace<uint32_t>(kSlotGroups, 16 * (width + kPanel))),
+          scratch(workspace<typename Kind::Number>(kSlotScratch, Kind::in_group * width)) {}
+};
+
+// Steps [first, last) of all of B, by all threads of the enclosing team, which wait for each other at the end.
+template <class Kind>
+void pack_all_b(const Kind& kind, const Product& p, int64_t first, int64_t last, uint8_t* b, int64_t panel_bytes) {
+    if (p.b_along) {
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < ceil_div(p.n, kPanel); n++)
+            pack_b_along(kind, p, n, first, last, b + n * panel_bytes);
+    } else {
+        Across<Kind> across(p.n);
+        const auto row_of = [&p](int64_t k) { return k < p.k ? k : -1; };
+#pragma omp for schedule(dynamic)
+        for (int64_t s = first; s < last; s++)
+            pack_b_across(kind, p, row_of, s, b + (s - first) * 2 * kTile, panel_bytes, across.groups, across.scratch);
+    }
+}
+
+// The same of all of A, without the wait.
+template <class Kind>
+void pack_all_a(const Kind& kind, const Product& p, int64_t first, int64_t last, uint8_t* a, int64_t panel_bytes) {
+    if (p.a_along) {
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t m = 0; m < ceil_div(p.m, kPanel); m++)
+            pack_a_along(kind, p, m, first, last, a + m * panel_bytes);
+    } else {
+        Across<Kind> across(p.m);
+        const auto row_of = [&p](int64_t k) { return k < p.k ? k : -1; };
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t s = first; s < last; s++)
+            pack_a_across(kind, p, row_of, s, a + (s - first) * 2 * kTile, panel_bytes, across.groups, across.scratch);
+    }
+}
+
+// ---- 32 x 32 and 32 x 16 multiplications ----
+
+// Where the tiles of one side lie, in bytes: the rows of a tile, the second tile, the next step, the next line.
+struct Tiling {
+    int64_t row = 64, second = kTile, step = 2 * kTile, line = 0;
+};
+
+// What one multiplication goes through: `lines` times `steps`, and where. By default both sides are packed. B has no
+// lines: its steps follow each other.
+struct Path {
+    int64_t steps, lines = 1;
+    Tiling a = {}, b = {};
+};
+
+// C (32 x 32 or 32 x 16, rows `c_stride` numbers apart) = or += A (32 rows) B (tiles, all steps of all lines).
+template <class Sum>
+using Multiply = void (*)(const uint8_t* a, const Path& at, const uint8_t* b, Sum* c, int64_t c_stride, bool add);
+
+#define LOWBIT_TILES(NAME, SUM, TARGET, DOT)                                                                     \
+    inline __attribute__((target(TARGET))) void NAME(const uint8_t* a, const Path& at, const uint8_t* b, SUM* c, \
+                                              int64_t c_stride, bool add) {                                      \
+        const int64_t bytes = c_stride * 4;                                                                      \
+        if (add) {                                                                                               \
+            _tile_loadd(0, c, bytes);                                                                            \
+            _tile_loadd(1, c + 16, bytes);                                                                       \
+            _tile_loadd(2, c + 16 * c_stride, bytes);                                                            \
+            _tile_loadd(3, c + 16 * c_stride + 16, bytes);                                                       \
+        } else {                                                                                                 \
+            _tile_zero(0);                                                                                       \
+            _tile_zero(1);                                                                                       \
+            _tile_zero(2);                                                                                       \
+            _tile_zero(3);                                                                                       \
+        }                                                                                                        \
+        for (int64_t l = 0; l < at.lines; l++) {                                                                 \
+            const uint8_t* row = a + l * at.a.line;                                                              \
+            for (int64_t s = 0; s < at.steps; s++, b += at.b.step) {                                             \
+                _tile_loadd(4, row + s * at.a.step, at.a.row);                                                   \
+                _tile_loadd(6, b, at.b.row);                                                                     \
+                _tile_loadd(5, row + at.a.second + s * at.a.step, at.a.row);                                     \
+                _tile_loadd(7, b + at.b.second, at.b.row);                                                       \
+                DOT(0, 4, 6);                                                                                    \
+                DOT(1, 4, 7);                                                                                    \
+                DOT(2, 5, 6);                                                                                    \
+                DOT(3, 5, 7);                                                                                    \
+            }                                                                                                    \
+        }                                                                                                        \
+        _tile_stored(0, c, bytes);                                                                               \
+        _tile_stored(1, c + 16, bytes);                                                                          \
+        _tile_stored(2, c + 16 * c_stride, bytes);                                                               \
+        _tile_stored(3, c + 16 * c_stride + 16, bytes);                                                          \
+    }                                                                                                            \
+    inline __attribute__((target(TARGET))) void narrow_##NAME(const uint8_t* a, const Path& at, const uint8_t* b, \
+                                                       SUM* c, int64_t c_stride, bool add) {                     \
+        const int64_t bytes = c_stride * 4;                                                                      \
+        if (add) {                                                                                               \
+            _tile_loadd(0, c, bytes);                                                                            \
+            _tile_loadd(2, c + 16 * c_stride, bytes);                                                            \
+        } else {                                                                                                 \
+            _tile_zero(0);                                                                                       \
+            _tile_zero(2);                                                                                       \
+        }                                                                                                        \
+        for (int64_t l = 0; l < at.lines; l++) {                                                                 \
+            const uint8_t* row = a + l * at.a.line;                                                              \
+            for (int64_t s = 0; s < at.steps; s++, b += at.b.step) {                                             \
+                _tile_loadd(4, row + s * at.a.step, at.a.row);                                                   \
+                _tile_loadd(6, b, at.b.row);                                                                     \
+                _tile_loadd(5, row + at.a.second + s * at.a.step, at.a.row);                                     \
+                DOT(0, 4, 6);                                                                                    \
+                DOT(2, 5, 6);                                                                                    \
+            }                                                                                                    \
+        }                                                                                                        \
+        _tile_stored(0, c, bytes);                                                                               \
+        _tile_stored(2, c + 16 * c_stride, bytes);                                                               \
+    }
+LOWBIT_TILES(codes_tiles, int32_t, "amx-tile,amx-int8", _tile_dpbusd)
+LOWBIT_TILES(signed_codes_tiles, int32_t, "amx-tile,amx-int8", _tile_dpbssd)
+LOWBIT_TILES(halves_tiles, float, "amx-tile,amx-bf16", _tile_dpbf16ps)
+#undef LOWBIT_TILES
+
+#define LOWBIT_VECTORS(NAME, COLUMNS, ROWS, SUM, VECTOR, TARGET, LOAD, STORE, ZERO, DOT)                         \
+    inline __attribute__((target(TARGET))) void NAME(const uint8_t* a, const Path& at, const uint8_t* b, SUM* c, \
+                                              int64_t c_stride, bool add) {                                      \
+        for (int64_t first = 0; first < kPanel; first += ROWS) {                                                 \
+            VECTOR sum[ROWS][COLUMNS];                                                                           \
+            for (int i = 0; i < ROWS; i++)                                                                       \
+                for (int j = 0; j < COLUMNS; j++)                                                                \
+                    sum[i][j] = add ? LOAD(c + (first + i) * c_stride + 16 * j) : ZERO();                        \
+            const uint8_t* tile = b;                                                                             \
+            for (int64_t l = 0; l < at.lines; l++) {                                                             \
+                const uint8_t* rows = a + l * at.a.line + first / 16 * at.a.second + first % 16 * at.a.row;      \
+                for (int64_t s = 0; s < at.steps; s++, tile += at.b.step)                                        \
+                    for (int g = 0; g < 16; g++) {                                                               \
+                        __m512i columns[COLUMNS];                                                                \
+                        for (int j = 0; j < COLUMNS; j++)                                                        \
+                            columns[j] = _mm512_loadu_si512(tile + j * at.b.second + g * at.b.row);              \
+                        for (int i = 0; i < ROWS; i++) {                                                         \
+                            int32_t group;                                                                       \
+                            std::memcpy(&group, rows + i * at.a.row + s * at.a.step + g * 4, 4);                 \
+                            const __m512i of_a = _mm512_set1_epi32(group);                                       \
+                            for (int j = 0; j < COLUMNS; j++) sum[i][j] = DOT(sum[i][j], of_a, columns[j]);      \
+                        }                                                                                        \
+                    }                                                                                            \
+            }                                                                                                    \
+            for (int i = 0; i < ROWS; i++)                                                                       \
+                for (int j = 0; j < COLUMNS; j++) STORE(c + (first + i) * c_stride + 16 * j, sum[i][j]);         \
+        }                                                                                                        \
+    }
+#define LOWBIT_DOT_HALVES(S, A, B) _mm512_dpbf16_ps(S, (__m512bh)(A), (__m512bh)(B))
+#define LOWBIT_CODES(NAME, COLUMNS, ROWS)                                                                        \
+    LOWBIT_VECTORS(NAME, COLUMNS, ROWS, int32_t, __m512i, "avx512f,avx512vnni", _mm512_loadu_si512,              \
+                   _mm512_storeu_si512, _mm512_setzero_si512, _mm512_dpbusd_epi32)
+#define LOWBIT_HALVES(NAME, COLUMNS, ROWS)                                                                       \
+    LOWBIT_VECTORS(NAME, COLUMNS, ROWS, float, __m512, "avx512f,avx512bf16", _mm512_loadu_ps, _mm512_storeu_ps,  \
+                   _mm512_setzero_ps, LOWBIT_DOT_HALVES)
+LOWBIT_CODES(codes_vectors, 2, 8)
+LOWBIT_CODES(narrow_codes_vectors, 1, 16)
+LOWBIT_HALVES(halves_vectors, 2, 8)
+LOWBIT_HALVES(narrow_halves_vectors, 1, 16)
+#undef LOWBIT_CODES
+#undef LOWBIT_HALVES
+#undef LOWBIT_DOT_HALVES
+#undef LOWBIT_VECTORS
+
+struct alignas(64) TileShape {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+inline __attribute__((target("amx-tile"))) void tiles_on() {
+    // Not a local: the compiler does not see that the instruction reads all of it.
+    static const TileShape shape;
+    _tile_loadconfig(&shape);
+}
+inline __attribute__((target("amx-tile"))) void tiles_off() { _tile_release(); }
+
+// Keeps the tile units of this thread configured while it lives.
+struct Tiles {
+    Tiles() {
+        if (machine().amx) tiles_on();
+    }
+    ~Tiles() {
+        if (machine().amx) tiles_off();
+    }
+};
+
+// The multiplier of a panel with that many columns.
+inline Multiply<int32_t> multiplier(const Codes&, int64_t columns) {
+    if (columns <= 16) return machine().amx ? narrow_codes_tiles : narrow_codes_vectors;
+    return machine().amx ? codes_tiles : codes_vectors;
+}
+inline Multiply<int32_t> multiplier(const SignedCodes&, int64_t columns) {
+    return columns <= 16 ? narrow_signed_codes_tiles : signed_codes_tiles;
+}
+inline Multiply<float> multiplier(const Halves&, int64_t columns) {
+    if (columns <= 16) return machine().amx ? narrow_halves_tiles : narrow_halves_vectors;
+    return machine().amx ? halves_tiles : halves_vectors;
+}
+
+// ---- results ----
+
+// What the zero points of packed codes add to a sum over k: S = sum(qa qb) - za sum(qb) - zb sum(qa) + k za zb, in
+// wrapping 32-bit arithmetic, whose result fits. Halves have none.
+struct Zero {
+    uint32_t a = 0, b = 0, k = 0;
+};
+inline Zero zero_of(const Product& p, const Codes& a, const Codes& b) {
+    return {static_cast<uint32_t>(a.zero), static_cast<uint32_t>(b.zero), static_cast<uint32_t>(p.k)};
+}
+inline Zero zero_of(const Product&, const Halves&, const Halves&) { return {}; }
+
+// Add the codes of each row of a packed panel of A.
+inline void add_row_sums(const uint8_t* a, int64_t steps, int32_t* sums) {
+    const __m512i none = _mm512_setzero_si512();
+    for (int64_t i = 0; i < kPanel; i++) {
+        const uint8_t* row = a + i / 16 * kTile + i % 16 * kStep;
+        __m512i sum = none;
+        for (int64_t s = 0; s < steps; s++)
+            sum = _mm512_add_epi64(sum, _mm512_sad_epu8(_mm512_load_si512(row + s * 2 * kTile), none));
+        sums[i] += static_cast<int32_t>(_mm512_reduce_add_epi64(sum));
+    }
+}
+
+// Add the codes of each column of a packed panel of B.
+inline void add_column_sums(const uint8_t* b, int64_t steps, int32_t* sums) {
+    const __m512i ones = _mm512_set1_epi8(1);
+    for (int half = 0; half < 2; half++) {
+        __m512i sum = _mm512_loadu_si512(sums + half * 16);
+        for (int64_t s = 0; s < steps; s++)
+            for (int g = 0; g < 16; g++)
+                sum = _mm512_dpbusd_epi32(sum, ones, _mm512_load_si512(b + (s * 2 + half) * kTile + g * 64));
+        _mm512_storeu_si512(sums + half * 16, sum);
+    }
+}
+
+// Sums of one row without what the zero points add, as float.
+inline void correct(const int32_t* sum, Zero zero, int32_t row_sum, const int32_t* column_sums, int64_t count, float* to) {
+    const uint32_t row = zero.b * static_cast<uint32_t>(row_sum) - zero.k * zero.a * zero.b;
+    for (int64_t j = 0; j < count; j++) {
+        const uint32_t column = zero.a * static_cast<uint32_t>(column_sums[j]);
+        to[j] = static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(sum[j]) - column - row));
+    }
+}
+inline void correct(const float* sum, Zero, int32_t, const int32_t*, int64_t count, float* to) {
+    std::memcpy(to, sum, count * sizeof(float));
+}
+
+inline void store(const float* from, int64_t count, Type type, void* to, int64_t first) {
+    if (type == Type::f32) {
+        std::memcpy(static_cast<float*>(to) + first, from, count * sizeof(float));
+        return;
+    }
+    auto* half = static_cast<uint16_t*>(to) + first;
+    for (int64_t j = 0; j < count; j++) half[j] = float_to_bf16(from[j]);
+}
+
+// Scale `count` corrected sums of row m, from column n on, in place, and write them out.
+inline void finish(const Product& p, int64_t m, int64_t n, int64_t count, float* y) {
+    const Result& r = p.result;
+    const float row = r.row_scale[r.row_scales == 1 ? 0 : m];
+    if (r.column_scales == 1) {
+        const float scale = row * r.column_scale[0];
+        for (int64_t j = 0; j < count; j++) y[j] *= scale;
+    } else if (r.column_scales == p.n) {
+        for (int64_t j = 0; j < count; j++) y[j] *= row * r.column_scale[n + j];
+    } else {
+        for (int64_t j = 0; j < count; j++) y[j] *= row * r.column_scale[(n + j) % r.column_scales];
+    }
+    if (r.bias)
+        for (int64_t j = 0; j < count; j++) y[j] += r.bias[n + j];
+    if (r.taps == 1) {
+        store(y, count, r.type, r.data, m * r.stride + n);
+        return;
+    }
+    const int64_t channels = p.n / r.taps;
+    int64_t channel = n % channels, to = m * r.stride + channel * r.taps + n / channels;
+    for (int64_t j = 0; j < count; j++) {
+        store(y + j, 1, r.type, r.data, to);
+        to += r.taps;
+        if (++channel == channels) {
+            channel = 0;
+            to += 1 - channels * r.taps;
+        }
+    }
+}
+
+// `correct` and `float_to_bf16` of 16 numbers.
+inline __m512 corrected(const int32_t* sum, __m512i column, uint32_t row) {
+    const __m512i s = _mm512_sub_epi32(_mm512_loadu_si512(sum), column);
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(s, _mm512_set1_epi32(static_cast<int>(row))));
+}
+inline __m512 corrected(const float* sum, __m512i, uint32_t) { return _mm512_loadu_ps(sum); }
+inline __m256i to_bf16(__m512 y) {
+    const __m512i u = _mm512_castps_si512(y);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+    const __mmask16 bad = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, bad, _mm512_set1_epi32(0x7FC0)));
+}
+
+// Correct, scale and write out sums of rows [m, m + rows) of one panel of columns.
+template <class Sum>
+void finish_rows(const Product& p, const Sum* sum, int64_t stride, Zero zero, int64_t m, int64_t rows,
+                 int64_t column_panel, const int32_t* row_sums, const int32_t* column_sums) {
+    const Result& r = p.result;
+    const int64_t n = column_panel * kPanel, columns = std::min(kPanel, p.n - n);
+    if (r.taps != 1 || (r.column_scales != 1 && r.column_scales != p.n)) {
+        float y[kPanel];
+        for (int64_t i = 0; i < rows; i++) {
+            correct(sum + i * stride, zero, row_sums[i], column_sums, columns, y);
+            finish(p, m + i, n, columns, y);
+        }
+        return;
+    }
+    for (int64_t half = 0; half < columns; half += 16) {  // the same, a vector wide
+        const int64_t count = std::min<int64_t>(16, columns - half);
+        const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+        const __m512i column = _mm512_mullo_epi32(_mm512_set1_epi32(static_cast<int>(zero.a)),
+                                                  _mm512_loadu_si512(column_sums + half));
+        const __m512 scale = r.column_scales == 1 ? _mm512_set1_ps(r.column_scale[0])
+                                                  : _mm512_maskz_loadu_ps(mask, r.column_scale + n + half);
+        const __m512 bias = r.bias ? _mm512_maskz_loadu_ps(mask, r.bias + n + half) : _mm512_setzero_ps();
+        for (int64_t i = 0; i < rows; i++) {
+            const uint32_t row = zero.b * static_cast<uint32_t>(row_sums[i]) - zero.k * zero.a * zero.b;
+            __m512 y = corrected(sum + i * stride + half, column, row);
+            const __m512 by = _mm512_mul_ps(_mm512_set1_ps(r.row_scale[r.row_scales == 1 ? 0 : m + i]), scale);
+            y = _mm512_mul_ps(y, by);
+            if (r.bias) y = _mm512_add_ps(y, bias);
+            const int64_t to = (m + i) * r.stride + n + half;
+            if (r.type == Type::f32) {
+                _mm512_mask_storeu_ps(static_cast<float*>(r.data) + to, mask, y);
+            } else if (count == 16) {
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(r.data) + to), to_bf16(y));
+            } else {
+                uint16_t tail[16];
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(tail), to_bf16(y));
+                std::memcpy(static_cast<uint16_t*>(r.data) + to, tail, count * 2);
+            }
+        }
+    }
+}
+
+// The same of one panel of rows.
+template <class Sum>
+void finish_panel(const Product& p, const Sum* sum, int64_t stride, Zero zero, int64_t row_panel, int64_t column_panel,
+                  const int32_t* row_sums, const int32_t* column_sums) {
+    const int64_t m = row_panel * kPanel;
+    finish_rows(p, sum, stride, zero, m, std::min(kPanel, p.m - m), column_panel, row_sums, column_sums);
+}
+
+}  // namespace lowbit
