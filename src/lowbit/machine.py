@@ -62,13 +62,17 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def paired(steps: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: int = WARM_UP) -> dict[str, list[float]]:
+def paired(
+    steps: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: int = WARM_UP, ready: bool = False
+) -> dict[str, list[float]]:
     """Seconds of each step in each round; a slow moment of the machine meets all of them.
 
     Args:
         steps: what to time, by name. Each runs once in a round.
         rounds: rounds that count, at least 1; round i begins with step i, so that none is always first.
         warm_up: rounds before them.
+        ready: run each step right before it is timed too, so that short ones do not pay for memory that the one
+            before gave back to the system.
 
     Raises:
         UsageError: fewer than 1 round.
@@ -80,6 +84,8 @@ def paired(steps: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: i
     for i in range(-warm_up, rounds):
         turn = i % max(len(names), 1)
         for name in names[turn:] + names[:turn]:
+            if ready:
+                steps[name]()
             began = time.perf_counter()
             steps[name]()
             if i >= 0:
