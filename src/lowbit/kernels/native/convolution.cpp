@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "panels.h"
@@ -37,6 +38,7 @@ bool direct_fits(const Product& p, Direct* d) {
     const Window& w = *p.a.window;
     if (w.position[1] != 1 || w.size[0] != 1 || w.kernel[0] != 1 || w.padding[0] != 0) return false;
     if (w.dilation[2] != 1 || w.kernel[2] < 2 || w.position[3] < 8) return false;
+    if (w.transposed == p.b_along) return false;  // taps that run backwards lie across
     if (w.transposed && (w.stride[1] != 1 || w.stride[2] != 1)) return false;
     if (Kind(p.b, false).zero != 0) return false;
     d->flip = w.transposed;
@@ -52,7 +54,8 @@ bool direct_fits(const Product& p, Direct* d) {
     if (size > 1 && d->line * size % kStep) return false;  // 0 times nan is no 0
     d->rows = w.position[2], d->width = w.position[3], d->samples = w.position[0];
     d->places = (d->width - 1) * d->step[1] + d->taps;
-    return true;
+    const int64_t halo = (w.kernel[1] - 1) * w.dilation[1] + 1;
+    return halo * d->places * w.channels * size <= 2 * kCache;  // the smallest piece of an image stays in a core's cache
 }
 
 // Rows [first, first + count) of one sample's padded image, `places` wide, each place padded to `channels` numbers.
@@ -70,7 +73,7 @@ void pad_image(const Kind& kind, const Rows& rows, int64_t of_place, int64_t cha
         }
         std::fill_n(to, left * channels, kind.outside());
         const auto* from = static_cast<const uint8_t*>(rows.data) + (sample * height + h) * width * rows.stride * size;
-        if (rows.stride == channels)
+        if (rows.stride == channels && of_place == channels)
             kind.load(rows, from, 0, inside * channels, to + left * channels);
         else
             for (int64_t j = 0; j < inside; j++) {
@@ -193,17 +196,21 @@ bool direct_weight_fits(const Product& p, DirectWeight* d) {
     if (d->taps == 1) return false;
     d->channels = ceil_div(w.channels, 16) * 16;
     d->columns = d->taps * d->channels / 16;
-    if (p.m * d->columns * 16 > 1 << 18) return false;  // sums that stay in a core's own cache
     d->padding[0] = w.padding[1], d->padding[1] = w.padding[2];
     d->rows = w.position[2], d->width = w.position[3], d->samples = w.position[0];
     d->places = d->width + (w.kernel[2] - 1) * w.dilation[2];
     d->halo = (w.kernel[1] - 1) * w.dilation[1];
-    d->groups = std::min<int64_t>(d->samples, std::clamp<int64_t>((1 << 20) / (p.m * d->columns * 16), 4, 16));
+    const int64_t sums = ceil_div(p.m, kPanel) * kPanel * ceil_div(d->columns, 2) * kPanel;
+    if (sums > 1 << 18) return false;  // they should stay in a core's own cache
+    if ((1 + d->halo) * d->places * d->channels * 2 > kCache) return false;  // and so should the smallest piece of an image
+    d->groups = std::min<int64_t>(d->samples, std::clamp<int64_t>((1 << 20) / sums, 4, 16));
     return true;
 }
 
+// False, and nothing written, where a sum is not finite: places that are no positions hold zeros of A, and 0 times nan
+// would spread it to taps that never see it.
 template <class Kind>
-void multiply_direct_weight(const Product& p, const DirectWeight& d) {
+bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
     using Number = typename Kind::Number;
     using Sum = typename Kind::Sum;
     constexpr int64_t in_group = Kind::in_group, in_step = 16 * in_group;
@@ -264,16 +271,21 @@ void multiply_direct_weight(const Product& p, const DirectWeight& d) {
             }
         }
     }
-    std::vector<float> row(p.n);
-    for (int64_t m = 0; m < p.m; m++) {
+    std::vector<float> total(p.m * p.n);
+    bool finite = true;
+    for (int64_t m = 0; m < p.m; m++)
         for (int64_t n = 0; n < p.n; n++) {
             const int64_t at = m * width + n / w.channels * d.channels + n % w.channels;
             Sum sum = all[at];
             for (int64_t group = 1; group < d.groups; group++) sum += all[group * sums + at];
-            row[n] = static_cast<float>(sum);
+            total[m * p.n + n] = static_cast<float>(sum);
+            finite = finite && std::isfinite(static_cast<float>(sum));
         }
-        for (int64_t n = 0; n < p.n; n += kPanel) finish(p, m, n, std::min(kPanel, p.n - n), row.data() + n);
-    }
+    if (!finite) return false;
+    for (int64_t m = 0; m < p.m; m++)
+        for (int64_t n = 0; n < p.n; n += kPanel)
+            finish(p, m, n, std::min(kPanel, p.n - n), total.data() + m * p.n + n);
+    return true;
 }
 
 template <class Kind>
@@ -287,9 +299,7 @@ bool convolve(const Product& p) {
 template <class Kind>
 bool convolve_weight(const Product& p) {
     DirectWeight direct;
-    if (!direct_weight_fits(p, &direct)) return false;
-    multiply_direct_weight<Kind>(p, direct);
-    return true;
+    return direct_weight_fits(p, &direct) && multiply_direct_weight<Kind>(p, direct);
 }
 
 }  // namespace
