@@ -538,6 +538,24 @@ class TestLongSums:
 class TestNotFinite:
     """NaN and inf surface in everything that depends on them."""
 
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    @pytest.mark.parametrize("padding", [0, 1])
+    def test_taps_that_never_see_it(self, padding: int, bad: float) -> None:
+        """In the gradient of a weight on bf16 units a bad input stays with the taps that reach it."""
+        x, g = randn(2, 4, 6, 12), randn(2, 3, 4 + 2 * padding, 10 + 2 * padding, seed=1)
+        x[0, 0, 2, 11] = bad
+
+        def values(t: Tensor) -> integer.Values:
+            return integer.Values(q=t.movedim(1, -1).contiguous().flatten(), shape=t.shape, layout="activation")
+
+        place = integer.Geometry(stride=(1, 1), padding=(padding,) * 2, dilation=(1, 1), groups=1, transposed=False)
+        found = integer.grad_weight(values(g), values(x), place, torch.Size((3, 4, 3, 3)), torch.float32)
+
+        wanted = torch.nn.grad.conv2d_weight(x, [3, 4, 3, 3], g, padding=padding)
+        assert torch.equal(found.isfinite(), wanted.isfinite())
+        assert not found.isfinite().all()
+        assert found.isfinite().any()
+
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("where", ["x", "w", "b", "g"])
     @pytest.mark.parametrize("name", sorted(RECIPES))
