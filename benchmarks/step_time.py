@@ -1,4 +1,4 @@
-"""Seconds per training step of several recipes, in paired rounds inside one process.
+"""Seconds per training step of several recipes on the reference engine, in paired rounds inside one process.
 
 Each round runs one step of every recipe, in an order that rotates, so that a slow moment of the machine meets all of
 them. Medians over rounds, and the median of each round's ratio to the first recipe. Example:
@@ -27,7 +27,7 @@ def stepper(recipe: str, model_name: str, batch: int) -> Callable[[], None]:
     torch.manual_seed(0)
     task = Task(kind="image", shape=(1, 28, 28), classes=10)
     model = models.build(model_name, task)
-    lowbit.convert_(model, recipe)
+    lowbit.convert_(model, recipe, engine="reference")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     x, y = torch.randn(batch, *task.shape), torch.randint(task.classes, (batch,))
 
