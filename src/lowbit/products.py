@@ -548,11 +548,7 @@ def quantize_operand(x: Tensor, op: Op, setting: Setting, product: str, operand:
         return quantize(x, fmt, measure=bool(_observers))
     noise = None
     if fmt.stochastic:
-        if setting.noise is None:
-            raise ValueError(
-                f"{setting.layer or op.kind}: {operand} in {product} rounds stochastically and got no noise"
-            )
-        noise = field_of(setting.noise, product, operand, x)
+        noise = field_of(_noise(op, setting, product, operand), product, operand, x)
     bits = setting.width(product, operand)
     view, dims, block_axis = scale_sharing(op, product, operand, fmt, x.shape)
     return quantize(
@@ -566,6 +562,13 @@ def quantize_operand(x: Tensor, op: Op, setting: Setting, product: str, operand:
         observed=setting.input_range if operand == "input" and fmt.running is not None else None,
         measure=bool(_observers),
     )
+
+
+def _noise(op: Op, setting: Setting, product: str, operand: str) -> Noise:
+    """Where the noise of an operand that rounds stochastically comes from."""
+    if setting.noise is None:
+        raise ValueError(f"{setting.layer or op.kind}: {operand} in {product} rounds stochastically and got no noise")
+    return setting.noise
 
 
 def _shares(op: Op, setting: Setting, operand: str, shape: torch.Size, first: str, second: str) -> bool:
@@ -686,7 +689,7 @@ def _encoded(x: Tensor, op: Op, setting: Setting, product: str, operand: str) ->
             layout=layout,
             sharing=(view, dims),
             levels=levels,
-            noise=_drawn(x, op, setting, product, operand) if fmt.stochastic else None,
+            noise=_noise(op, setting, product, operand).draw(product, operand, x) if fmt.stochastic else None,
             observed=observed,
         )
     key = None
@@ -700,13 +703,6 @@ def _encoded(x: Tensor, op: Op, setting: Setting, product: str, operand: str) ->
     return integer.encode_operand(
         x, fmt, layout=layout, sharing=(view, dims), levels=levels, key=key, observed=observed
     )
-
-
-def _drawn(x: Tensor, op: Op, setting: Setting, product: str, operand: str) -> Tensor:
-    """The noise field of one operand as draws, for passes that cannot make it as they go."""
-    if setting.noise is None:
-        raise ValueError(f"{setting.layer or op.kind}: {operand} in {product} rounds stochastically and got no noise")
-    return setting.noise.draw(product, operand, x)
 
 
 @dataclass(frozen=True, kw_only=True)

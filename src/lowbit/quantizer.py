@@ -173,7 +173,7 @@ def quantize(
         block_axis: the axis that blocks lie along; needed iff the granularity is ``"block"``.
         levels: as for `encode`.
         noise: as for `encode`, or the two words of a noise field of `lowbit.rounding`, made as it is needed.
-        observed: as for `encode`; of the whole tensor.
+        observed: as for `encode`, broadcasting against the view.
         measure: also count clipped values.
 
     Returns:
@@ -203,7 +203,7 @@ def quantize(
         noise = uniform_noise(torch.tensor(noise), shape, x.device)
     original, x = x.shape, x.reshape(shape)
     noise = noise.reshape(shape) if noise is not None and noise.shape == original else noise
-    if observed is not None:
+    if observed is not None and observed[0].numel() == 1:
         observed = (observed[0].reshape((1,) * len(shape)), observed[1].reshape((1,) * len(shape)))
     if fmt.block is not None and block_axis is not None:
         x = _split(x, block_axis, fmt.block)

@@ -16,7 +16,7 @@ namespace {
 // begins a few bytes on: the multipliers read overlapping rows, and nothing is unfolded. A line of taps is padded to
 // whole steps with zeros of B, so what a row reads beyond its line does not count.
 struct Direct {
-    int64_t places, taps;                // of the padded image's width; of a line
+    int64_t places, halo;                // of the padded image's width; its rows that one position reaches
     int64_t padding[2], step[2];         // before the first row and place; between positions
     int64_t line, steps;                 // numbers of a line; its steps
     int64_t rows, width, samples;        // positions
@@ -48,14 +48,13 @@ bool direct_fits(const Product& p, Direct* d) {
         d->step[axis] = w.transposed ? 1 : w.stride[axis + 1];
         if (d->padding[axis] < 0) return false;
     }
-    d->taps = w.kernel[2];
     d->line = w.kernel[2] * w.channels;
     d->steps = ceil_div(d->line * size, kStep);
     if (size > 1 && d->line * size % kStep) return false;  // 0 times nan is no 0
     d->rows = w.position[2], d->width = w.position[3], d->samples = w.position[0];
-    d->places = (d->width - 1) * d->step[1] + d->taps;
-    const int64_t halo = (w.kernel[1] - 1) * w.dilation[1] + 1;
-    return halo * d->places * w.channels * size <= 2 * kCache;  // the smallest piece of an image stays in a core's cache
+    d->places = (d->width - 1) * d->step[1] + w.kernel[2];
+    d->halo = (w.kernel[1] - 1) * w.dilation[1] + 1;
+    return d->halo * d->places * w.channels * size <= 2 * kCache;  // the smallest piece of an image stays in a core's cache
 }
 
 // Rows [first, first + count) of one sample's padded image, `places` wide, each place padded to `channels` numbers.
@@ -88,20 +87,10 @@ void pad_image(const Kind& kind, const Rows& rows, int64_t of_place, int64_t cha
 // Panel `panel` of B whose rows run along k, line after line.
 template <class Kind>
 void pack_b_lines(const Kind& kind, const Product& p, const Direct& d, int64_t panel, uint8_t* to) {
-    using Number = typename Kind::Number;
-    constexpr int64_t per_step = kStep / static_cast<int64_t>(sizeof(Number));
-    const int64_t column = panel * kPanel, columns = std::min(kPanel, p.n - column);
-    alignas(64) uint32_t groups[kPanel * 16];
-    auto* numbers = reinterpret_cast<Number*>(groups);
+    constexpr int64_t per_step = kStep / static_cast<int64_t>(sizeof(typename Kind::Number));
     for (int64_t l = 0; l < p.a.window->kernel[1]; l++)
-        for (int64_t s = 0; s < d.steps; s++) {
-            const int64_t begin = s * per_step, count = std::min(per_step, d.line - begin);
-            std::memset(groups, 0, sizeof(groups));
-            for (int64_t i = 0; i < columns; i++)
-                load_row(kind, p.b, column + i, l * d.line + begin, count, numbers + i * per_step);
-            for (int64_t half = 0; half < 2; half++, to += kTile)
-                transpose16(groups + half * 256, 16, reinterpret_cast<uint32_t*>(to), 16);
-        }
+        for (int64_t begin = 0; begin < d.line; begin += per_step, to += 2 * kTile)
+            pack_b_step(kind, p, panel, l * d.line + begin, std::min(per_step, d.line - begin), to);
 }
 
 template <class Kind>
@@ -115,10 +104,9 @@ void multiply_direct(const Product& p, const Direct& d) {
     const int64_t panel_bytes = steps * 2 * kTile, row_bytes = d.places * w.channels * size;
     const Zero zero{static_cast<uint32_t>(zero_of(p, a_kind, b_kind).a), 0, 0};
     // A task is a run of rows of one sample whose image stays in a core's own cache.
-    const int64_t halo = (lines - 1) * w.dilation[1] + 1;
-    const int64_t fitting = std::max<int64_t>(1, (kCache / 4 / row_bytes - halo) / d.step[0] + 1);
+    const int64_t fitting = std::max<int64_t>(1, (kCache / 4 / row_bytes - d.halo) / d.step[0] + 1);
     const int64_t block = std::min(d.rows, fitting), blocks = ceil_div(d.rows, block);
-    const int64_t image = ((block - 1) * d.step[0] + halo) * d.places * w.channels;
+    const int64_t image = ((block - 1) * d.step[0] + d.halo) * d.places * w.channels;
     const int64_t slack = kPanel * d.step[1] * w.channels + d.steps * per_step;
     const int64_t next = d.step[1] * w.channels * size;  // bytes from one position to the next
     const Path at{d.steps, lines, {next, 16 * next, kStep, w.dilation[1] * row_bytes}};
@@ -151,7 +139,7 @@ void multiply_direct(const Product& p, const Direct& d) {
             const int64_t sample = task / blocks, first = task % blocks * block;
             const int64_t last = std::min(first + block, d.rows);
             pad_image(a_kind, p.a, w.channels, w.channels, d.places, d.padding, sample, first * d.step[0],
-                      (last - 1 - first) * d.step[0] + halo, a);
+                      (last - 1 - first) * d.step[0] + d.halo, a);
             for (int64_t n = 0; n < column_panels; n++) {
                 const auto multiply = multiplier(a_kind, p.n - n * kPanel);
                 for (int64_t row = first, x = 0; row < last;) {
@@ -183,7 +171,7 @@ struct DirectWeight {
     int64_t places, padding[2];      // of the padded image's width; before its first row and place
     int64_t channels;                // of a place, padded to whole tiles
     int64_t rows, width, samples;    // positions
-    int64_t halo, taps, columns;     // rows beyond the positions'; taps; tiles of 16 columns
+    int64_t halo, columns, sums;     // rows beyond the positions'; tiles of 16 columns; sums of a group of samples
     int64_t groups;                  // of samples, each summed in its order, whatever the number of threads
 };
 
@@ -192,18 +180,18 @@ bool direct_weight_fits(const Product& p, DirectWeight* d) {
     const Window& w = *p.b.window;
     if (w.transposed || w.position[1] != 1 || w.size[0] != 1 || w.kernel[0] != 1 || w.padding[0] != 0) return false;
     if (w.stride[1] != 1 || w.stride[2] != 1 || w.position[3] < 8 || w.padding[1] < 0 || w.padding[2] < 0) return false;
-    d->taps = w.kernel[1] * w.kernel[2];
-    if (d->taps == 1) return false;
+    const int64_t taps = w.kernel[1] * w.kernel[2];
+    if (taps == 1) return false;
     d->channels = ceil_div(w.channels, 16) * 16;
-    d->columns = d->taps * d->channels / 16;
+    d->columns = taps * d->channels / 16;
     d->padding[0] = w.padding[1], d->padding[1] = w.padding[2];
     d->rows = w.position[2], d->width = w.position[3], d->samples = w.position[0];
     d->places = d->width + (w.kernel[2] - 1) * w.dilation[2];
     d->halo = (w.kernel[1] - 1) * w.dilation[1];
-    const int64_t sums = ceil_div(p.m, kPanel) * kPanel * ceil_div(d->columns, 2) * kPanel;
-    if (sums > 1 << 18) return false;  // they should stay in a core's own cache
+    d->sums = ceil_div(p.m, kPanel) * kPanel * ceil_div(d->columns, 2) * kPanel;
+    if (d->sums > 1 << 18) return false;  // they should stay in a core's own cache
     if ((1 + d->halo) * d->places * d->channels * 2 > kCache) return false;  // and so should the smallest piece of an image
-    d->groups = std::min<int64_t>(d->samples, std::clamp<int64_t>((1 << 20) / sums, 4, 16));
+    d->groups = std::min<int64_t>(d->samples, std::clamp<int64_t>((1 << 20) / d->sums, 4, 16));
     return true;
 }
 
@@ -216,7 +204,7 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
     constexpr int64_t in_group = Kind::in_group, in_step = 16 * in_group;
     const Kind kind(p.a, true);
     const Window& w = *p.b.window;
-    const int64_t panels = ceil_div(p.m, kPanel), width = ceil_div(d.columns, 2) * kPanel, sums = panels * kPanel * width;
+    const int64_t panels = ceil_div(p.m, kPanel), width = ceil_div(d.columns, 2) * kPanel;
     const int64_t row_bytes = d.places * d.channels * static_cast<int64_t>(sizeof(Number));
     const int64_t fitting = std::max<int64_t>(1, kCache / 2 / row_bytes - d.halo);
     const int64_t block = std::min(d.rows, fitting), blocks = ceil_div(d.rows, block);
@@ -225,7 +213,7 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
     const int64_t reach = d.halo * d.places + (w.kernel[2] - 1) * w.dilation[2];  // of the last tap
     const int64_t image = steps * in_step + reach + in_group;  // places
     const int64_t grouped = image / in_group * d.channels;     // groups from one of the first places
-    auto* all = workspace<Sum>(kSlotSums, d.groups * sums);
+    auto* all = workspace<Sum>(kSlotSums, d.groups * d.sums);
 #pragma omp parallel if (worth_threads(p))
     {
         const Tiles tiles;
@@ -240,7 +228,7 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
         };
 #pragma omp for schedule(dynamic)
         for (int64_t group = 0; group < d.groups; group++) {
-            Sum* c = all + group * sums;
+            Sum* c = all + group * d.sums;
             bool add = false;
             const int64_t from = group * d.samples / d.groups, until = (group + 1) * d.samples / d.groups;
             for (int64_t task = from * blocks; task < until * blocks; task++, add = true) {
@@ -277,7 +265,7 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
         for (int64_t n = 0; n < p.n; n++) {
             const int64_t at = m * width + n / w.channels * d.channels + n % w.channels;
             Sum sum = all[at];
-            for (int64_t group = 1; group < d.groups; group++) sum += all[group * sums + at];
+            for (int64_t group = 1; group < d.groups; group++) sum += all[group * d.sums + at];
             total[m * p.n + n] = static_cast<float>(sum);
             finite = finite && std::isfinite(static_cast<float>(sum));
         }

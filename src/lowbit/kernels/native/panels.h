@@ -313,22 +313,26 @@ void pack_a_along(const Kind& kind, const Product& p, int64_t panel, int64_t fir
     }
 }
 
-// Panel `panel` of B whose rows run along k, steps [first, last), as tiles.
+// One step of a panel of B whose rows run along k, numbers [begin, begin + count) of them, as two tiles.
 template <class Kind>
-void pack_b_along(const Kind& kind, const Product& p, int64_t panel, int64_t first, int64_t last, uint8_t* to) {
+void pack_b_step(const Kind& kind, const Product& p, int64_t panel, int64_t begin, int64_t count, uint8_t* to) {
     using Number = typename Kind::Number;
     constexpr int64_t per_step = kStep / static_cast<int64_t>(sizeof(Number));
     const int64_t column = panel * kPanel, columns = std::min(kPanel, p.n - column);
     alignas(64) uint32_t groups[kPanel * 16];
     auto* numbers = reinterpret_cast<Number*>(groups);
-    for (int64_t s = first; s < last; s++) {
-        const int64_t begin = s * per_step, count = std::min(per_step, p.k - begin);
-        if (count < per_step || columns < kPanel) std::memset(groups, 0, sizeof(groups));
-        for (int64_t i = 0; i < columns; i++) load_row(kind, p.b, column + i, begin, count, numbers + i * per_step);
-        for (int64_t half = 0; half < 2; half++)
-            transpose16(groups + half * 256, 16, reinterpret_cast<uint32_t*>(to + ((s - first) * 2 + half) * kTile),
-                        16);
-    }
+    if (count < per_step || columns < kPanel) std::memset(groups, 0, sizeof(groups));
+    for (int64_t i = 0; i < columns; i++) load_row(kind, p.b, column + i, begin, count, numbers + i * per_step);
+    for (int64_t half = 0; half < 2; half++)
+        transpose16(groups + half * 256, 16, reinterpret_cast<uint32_t*>(to + half * kTile), 16);
+}
+
+// Panel `panel` of B whose rows run along k, steps [first, last).
+template <class Kind>
+void pack_b_along(const Kind& kind, const Product& p, int64_t panel, int64_t first, int64_t last, uint8_t* to) {
+    constexpr int64_t per_step = kStep / static_cast<int64_t>(sizeof(typename Kind::Number));
+    for (int64_t s = first; s < last; s++, to += 2 * kTile)
+        pack_b_step(kind, p, panel, s * per_step, std::min(per_step, p.k - s * per_step), to);
 }
 
 // Memory for `pack_a_across` and `pack_b_across` of a width.
@@ -391,20 +395,20 @@ struct Path {
 template <class Sum>
 using Multiply = void (*)(const uint8_t* a, const Path& at, const uint8_t* b, Sum* c, int64_t c_stride, bool add);
 
-#define LOWBIT_TILES(NAME, SUM, TARGET, DOT)                                                                     \
+#define LOWBIT_TILES(NAME, WIDE, SUM, TARGET, DOT)                                                               \
     inline __attribute__((target(TARGET))) void NAME(const uint8_t* a, const Path& at, const uint8_t* b, SUM* c, \
-                                              int64_t c_stride, bool add) {                                      \
+                                                     int64_t c_stride, bool add) {                               \
         const int64_t bytes = c_stride * 4;                                                                      \
         if (add) {                                                                                               \
             _tile_loadd(0, c, bytes);                                                                            \
-            _tile_loadd(1, c + 16, bytes);                                                                       \
+            if (WIDE) _tile_loadd(1, c + 16, bytes);                                                             \
             _tile_loadd(2, c + 16 * c_stride, bytes);                                                            \
-            _tile_loadd(3, c + 16 * c_stride + 16, bytes);                                                       \
+            if (WIDE) _tile_loadd(3, c + 16 * c_stride + 16, bytes);                                             \
         } else {                                                                                                 \
             _tile_zero(0);                                                                                       \
-            _tile_zero(1);                                                                                       \
+            if (WIDE) _tile_zero(1);                                                                             \
             _tile_zero(2);                                                                                       \
-            _tile_zero(3);                                                                                       \
+            if (WIDE) _tile_zero(3);                                                                             \
         }                                                                                                        \
         for (int64_t l = 0; l < at.lines; l++) {                                                                 \
             const uint8_t* row = a + l * at.a.line;                                                              \
@@ -412,44 +416,24 @@ using Multiply = void (*)(const uint8_t* a, const Path& at, const uint8_t* b, Su
                 _tile_loadd(4, row + s * at.a.step, at.a.row);                                                   \
                 _tile_loadd(6, b, at.b.row);                                                                     \
                 _tile_loadd(5, row + at.a.second + s * at.a.step, at.a.row);                                     \
-                _tile_loadd(7, b + at.b.second, at.b.row);                                                       \
+                if (WIDE) _tile_loadd(7, b + at.b.second, at.b.row);                                             \
                 DOT(0, 4, 6);                                                                                    \
-                DOT(1, 4, 7);                                                                                    \
+                if (WIDE) DOT(1, 4, 7);                                                                          \
                 DOT(2, 5, 6);                                                                                    \
-                DOT(3, 5, 7);                                                                                    \
+                if (WIDE) DOT(3, 5, 7);                                                                          \
             }                                                                                                    \
         }                                                                                                        \
         _tile_stored(0, c, bytes);                                                                               \
-        _tile_stored(1, c + 16, bytes);                                                                          \
+        if (WIDE) _tile_stored(1, c + 16, bytes);                                                                \
         _tile_stored(2, c + 16 * c_stride, bytes);                                                               \
-        _tile_stored(3, c + 16 * c_stride + 16, bytes);                                                          \
-    }                                                                                                            \
-    inline __attribute__((target(TARGET))) void narrow_##NAME(const uint8_t* a, const Path& at, const uint8_t* b, \
-                                                       SUM* c, int64_t c_stride, bool add) {                     \
-        const int64_t bytes = c_stride * 4;                                                                      \
-        if (add) {                                                                                               \
-            _tile_loadd(0, c, bytes);                                                                            \
-            _tile_loadd(2, c + 16 * c_stride, bytes);                                                            \
-        } else {                                                                                                 \
-            _tile_zero(0);                                                                                       \
-            _tile_zero(2);                                                                                       \
-        }                                                                                                        \
-        for (int64_t l = 0; l < at.lines; l++) {                                                                 \
-            const uint8_t* row = a + l * at.a.line;                                                              \
-            for (int64_t s = 0; s < at.steps; s++, b += at.b.step) {                                             \
-                _tile_loadd(4, row + s * at.a.step, at.a.row);                                                   \
-                _tile_loadd(6, b, at.b.row);                                                                     \
-                _tile_loadd(5, row + at.a.second + s * at.a.step, at.a.row);                                     \
-                DOT(0, 4, 6);                                                                                    \
-                DOT(2, 5, 6);                                                                                    \
-            }                                                                                                    \
-        }                                                                                                        \
-        _tile_stored(0, c, bytes);                                                                               \
-        _tile_stored(2, c + 16 * c_stride, bytes);                                                               \
+        if (WIDE) _tile_stored(3, c + 16 * c_stride + 16, bytes);                                                \
     }
-LOWBIT_TILES(codes_tiles, int32_t, "amx-tile,amx-int8", _tile_dpbusd)
-LOWBIT_TILES(signed_codes_tiles, int32_t, "amx-tile,amx-int8", _tile_dpbssd)
-LOWBIT_TILES(halves_tiles, float, "amx-tile,amx-bf16", _tile_dpbf16ps)
+LOWBIT_TILES(codes_tiles, true, int32_t, "amx-tile,amx-int8", _tile_dpbusd)
+LOWBIT_TILES(narrow_codes_tiles, false, int32_t, "amx-tile,amx-int8", _tile_dpbusd)
+LOWBIT_TILES(signed_codes_tiles, true, int32_t, "amx-tile,amx-int8", _tile_dpbssd)
+LOWBIT_TILES(narrow_signed_codes_tiles, false, int32_t, "amx-tile,amx-int8", _tile_dpbssd)
+LOWBIT_TILES(halves_tiles, true, float, "amx-tile,amx-bf16", _tile_dpbf16ps)
+LOWBIT_TILES(narrow_halves_tiles, false, float, "amx-tile,amx-bf16", _tile_dpbf16ps)
 #undef LOWBIT_TILES
 
 #define LOWBIT_VECTORS(NAME, COLUMNS, ROWS, SUM, VECTOR, TARGET, LOAD, STORE, ZERO, DOT)                         \
