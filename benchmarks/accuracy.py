@@ -10,8 +10,7 @@ import statistics
 import sys
 from pathlib import Path
 
-import machine
-
+from lowbit import machine
 from lowbit.tables import text_table
 from lowbit.train import Result, TrainConfig
 from lowbit.train.trainer import resume, train
@@ -68,7 +67,7 @@ def main() -> int:
     baseline = statistics.mean(100 * (r.test_accuracy or 0) for r in results[args.recipes[0]])
     print(f"\n{args.model}, {args.data}, {args.subset:,} images, {args.epochs} epochs, batch 128")
     print(f"SGD, one-cycle to zero with peak {args.lr}")
-    print(f"{machine.describe()}\n")
+    print(f"{machine.here()}\n")
     header = ["recipe", "accuracy %", "std", f"minus {args.recipes[0]}", "each seed"]
     print(text_table(header, [summary(r, baseline) for r in results.values()]))
     return 0

@@ -14,14 +14,12 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-import machine
-import paired
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import lowbit
-from lowbit import PrecisionController, Recipe
+from lowbit import PrecisionController, Recipe, machine
 from lowbit.products import ProductCall, counted_by
 from lowbit.tables import text_table
 from lowbit.train.models import ResNet
@@ -83,7 +81,7 @@ def main() -> int:
         "static 8 bits": stepper(args.batch, autocast=True, control=held),
         swing: stepper(args.batch, autocast=True, control=partial(swinging, rounds=args.rounds)),
     }
-    seconds = paired.seconds({name: step for name, (step, _) in made.items()}, args.rounds, warm_up=WARM_UP)
+    seconds = machine.paired({name: step for name, (step, _) in made.items()}, args.rounds, warm_up=WARM_UP)
     counted = Counter(made[swing][1][WARM_UP:])
     engines: Counter[str] = Counter()
 
@@ -93,14 +91,14 @@ def main() -> int:
     with counted_by(note):
         made[swing][0]()
 
-    print(f"{RECIPE}, ResNet-18, batch {args.batch}, {args.rounds} rounds\n{machine.describe()}")
+    print(f"{RECIPE}, ResNet-18, batch {args.batch}, {args.rounds} rounds\n{machine.here()}")
     print(f"products of a step by engine: {dict(engines)}; rounds by forward bits: {dict(sorted(counted.items()))}\n")
     rows = [
         [
             name,
             *(f"{1e3 * s:.1f}" for s in (statistics.median(taken), min(taken), max(taken))),
-            f"{paired.ratio(taken, seconds['static 8 bits']):.3f}",
-            f"{paired.ratio(seconds['fp32'], taken):.2f}",
+            f"{machine.ratio(taken, seconds['static 8 bits']):.3f}",
+            f"{machine.ratio(seconds['fp32'], taken):.2f}",
         ]
         for name, taken in seconds.items()
     ]

@@ -13,13 +13,11 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-import machine
-import paired
 import torch
 import torch.nn.functional as F
 
 import lowbit
-from lowbit import Recipe
+from lowbit import Recipe, machine
 from lowbit.tables import text_table
 from lowbit.train import Result, TrainConfig, models
 from lowbit.train.data import Task
@@ -55,7 +53,7 @@ def fastest_threads() -> int:
     taken = {}
     for threads in (1, most):
         torch.set_num_threads(threads)
-        taken[threads] = min(paired.seconds({"fp32": step}, 3, warm_up=1)["fp32"])
+        taken[threads] = min(machine.paired({"fp32": step}, 3, warm_up=1)["fp32"])
     torch.set_num_threads(most)
     return min(taken, key=lambda threads: taken[threads])
 
@@ -81,14 +79,14 @@ def row(result: Result, seconds: dict[str, list[float]]) -> list[str]:
         f"{result.test_loss:.4f}",
         bits(result.recipe),
         f"{statistics.median(taken):.3f}",
-        f"{paired.ratio(seconds['fp32'], taken):.2f}",
+        f"{machine.ratio(seconds['fp32'], taken):.2f}",
         str(result.out),
     ]
 
 
 def verdict(seconds: dict[str, list[float]]) -> str:
     """What the seconds say about sbm8, in plain words."""
-    against = {base: paired.ratio(seconds[base], seconds["sbm8"]) for base in ("fp32", "bf16")}
+    against = {base: machine.ratio(seconds[base], seconds["sbm8"]) for base in ("fp32", "bf16")}
     said = [
         f"{speed:.1f} times as fast as {base}" if speed >= 1 else f"{1 / speed:.1f} times SLOWER than {base}"
         for base, speed in against.items()
@@ -113,7 +111,7 @@ def main() -> int:
 
     torch.set_num_threads(args.threads or (1 if args.short else fastest_threads()))
     folder = Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
-    print(machine.describe())
+    print(machine.here())
     print(f"ResNet-20, Fashion-MNIST, {subset:,} of 60,000 training images, epochs: {epochs}, batch {BATCH}")
     results = []
     for recipe in RECIPES:
@@ -140,7 +138,7 @@ def main() -> int:
     print("\nWhat one training step in sbm8 ran, bits as first operand x second:\n")
     print((folder / "sbm8" / PROOF).read_text().split("\n\n")[0])
     print(f"\nTest accuracy over all 10,000 test images; seconds per step, medians of {rounds} rounds in turn:\n")
-    seconds = paired.seconds({recipe: stepper(recipe) for recipe in RECIPES}, rounds)
+    seconds = machine.paired({recipe: stepper(recipe) for recipe in RECIPES}, rounds)
     header = ["recipe", "accuracy", "loss", "bits", "s/step", "speed to fp32", "logs and checkpoint"]
     print(text_table(header, [row(result, seconds) for result in results]))
     print(f"\n{verdict(seconds)}")

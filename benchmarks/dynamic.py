@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import machine
 import yaml
 
+from lowbit import machine
 from lowbit.tables import text_table
 from lowbit.train import Result, TrainConfig
 from lowbit.train.trainer import PROOF, resume, train
@@ -115,7 +115,7 @@ def main() -> int:
 
     print(f"\n{args.model}, {args.data}, {args.subset:,} images, {args.epochs} epochs, batch {args.batch_size}")
     print(f"SGD, one-cycle to zero with peak {args.lr}")
-    print(f"{machine.describe()}\n")
+    print(f"{machine.here()}\n")
     header = ["recipe", "accuracy %", "std", "minus first", "bit ops %", "with fp32 %", "s/step", "each seed"]
     print(text_table(header, [row(name, group, results[args.recipes[0]]) for name, group in results.items()]))
     return 0

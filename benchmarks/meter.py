@@ -12,11 +12,11 @@ import statistics
 import sys
 import time
 
-import machine
 import torch
 import torch.nn.functional as F
 
 import lowbit
+from lowbit import machine
 from lowbit.tables import text_table
 from lowbit.train import models
 from lowbit.train.data import Task
@@ -72,7 +72,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
 
     print(f"{args.model}, 1x28x28, {args.rounds} rounds at batch 1, {args.large_rounds} at batch 128")
-    print(f"{machine.describe()}\n")
+    print(f"{machine.here()}\n")
     rows = []
     for recipe in args.recipes:
         small, added = differences(recipe, args.model, 1, args.rounds)

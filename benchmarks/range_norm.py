@@ -9,12 +9,12 @@ import argparse
 import dataclasses
 import sys
 
-import machine
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import lowbit
+from lowbit import machine
 from lowbit.formats import FP32
 from lowbit.train import data, models
 from lowbit.train.config import lr_factor
@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--lr", type=float, default=0.1)
     args = parser.parse_args()
-    print(machine.describe())
+    print(machine.here())
     for name in args.variants:
         reached = train(VARIANTS[name], seed=args.seed, subset=args.subset, epochs=args.epochs, lr=args.lr)
         print(f"{name}: {reached:.2f} % (seed {args.seed}, {args.subset} images, {args.epochs} epochs, lr {args.lr})")

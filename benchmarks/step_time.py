@@ -11,12 +11,11 @@ import statistics
 import sys
 from collections.abc import Callable
 
-import machine
-import paired
 import torch
 import torch.nn.functional as F
 
 import lowbit
+from lowbit import machine
 from lowbit.tables import text_table
 from lowbit.train import models
 from lowbit.train.data import Task
@@ -49,12 +48,12 @@ def main() -> int:
     args = parser.parse_args()
 
     steps = {recipe: stepper(recipe, args.model, args.batch) for recipe in args.recipes}
-    seconds = paired.seconds(steps, args.rounds)
-    print(f"{args.model}, batch {args.batch}, 1x28x28, {args.rounds} rounds\n{machine.describe()}\n")
+    seconds = machine.paired(steps, args.rounds)
+    print(f"{args.model}, batch {args.batch}, 1x28x28, {args.rounds} rounds\n{machine.here()}\n")
     first = seconds[args.recipes[0]]
     rows = []
     for recipe, taken in seconds.items():
-        ratio = paired.ratio(taken, first)
+        ratio = machine.ratio(taken, first)
         rows.append(
             [recipe, f"{statistics.median(taken):.3f}", f"{min(taken):.3f}", f"{max(taken):.3f}", f"{ratio:.2f}"]
         )

@@ -5,8 +5,8 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lowbit
+from helpers import recipe_of, threads
 from lowbit import UsageError, integer, products
-from lowbit.formats import BF16, FP32, Format, Integer
+from lowbit.formats import BF16, FP32, Integer
 from lowbit.kernels import cpu
 from lowbit.products import ProductCall, ProductRun, Setting
-from lowbit.recipe import SLOTS, GradInput, GradWeight, Output, Recipe
+from lowbit.recipe import SLOTS, Recipe
 from lowbit.rounding import CounterNoise, step_key
 
 needs_units = pytest.mark.skipif(
@@ -39,22 +40,6 @@ PER_OUTPUT = Integer(bits=8, zero="symmetric", granularity="output-channel")
 PER_SAMPLE = Integer(bits=8, zero="symmetric", granularity="sample")
 
 
-def recipe_of(default: Format, **slots: Format) -> Recipe:
-    """A recipe of one format, but for the slots named ``product__operand``."""
-    tables: dict[str, dict[str, Format]] = {"output": {}, "grad_input": {}, "grad_weight": {}}
-    for product, operand in SLOTS:
-        tables[product][operand] = slots.pop(f"{product}__{operand}", default)
-    assert not slots
-    return Recipe(
-        name="test",
-        summary="",
-        source="",
-        output=Output(**tables["output"]),
-        grad_input=GradInput(**tables["grad_input"]),
-        grad_weight=GradWeight(**tables["grad_weight"]),
-    )
-
-
 RECIPES = {
     "sbm8": Recipe.from_name("sbm8"),
     "int8": Recipe.from_name("int8"),
@@ -65,17 +50,6 @@ RECIPES = {
     "output channel": recipe_of(AFFINE, output__weight=PER_OUTPUT, grad_input__weight=SYMMETRIC),
     "mixed": recipe_of(BF16, output__input=AFFINE, grad_input__weight=KEPT),
 }
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run with this many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def noise(seed: int = 0, step: int = 3) -> CounterNoise:

@@ -6,8 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers import threads
 from lowbit.kernels import cpu, reference
 from lowbit.kernels.cpu import Grid, View
 from lowbit.rounding import uniform_noise
@@ -26,17 +25,6 @@ LENGTHS = [1, 15, 16, 17, 63, 64, 65, 1023, 1024, 1025]
 KEY = (0x9E3779B9, 0xDEADBEEF)
 DTYPES = [torch.float32, torch.bfloat16]
 ZEROS = ["symmetric", "integer", "offset"]
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run with this many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

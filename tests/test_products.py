@@ -11,10 +11,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers import recipe_of
 from lowbit import UsageError, products
-from lowbit.formats import BF16, FP32, Format, Integer
+from lowbit.formats import BF16, FP32, Integer
 from lowbit.products import ProductRun, Setting
-from lowbit.recipe import SLOTS, GradInput, GradWeight, Output, Recipe
+from lowbit.recipe import SLOTS, GradWeight, Recipe
 from lowbit.rounding import CounterNoise, RecordedNoise, step_key
 
 PLAIN = Setting(recipe=Recipe.from_name("fp32"))
@@ -23,22 +24,6 @@ STOCHASTIC = Integer(bits=4, zero="symmetric", rounding="stochastic")
 # A weight has no samples.
 PER_TENSOR_WEIGHT = {"output__weight": SYMMETRIC, "grad_input__weight": SYMMETRIC}
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
-
-
-def _recipe(default: Format, **slots: Format) -> Recipe:
-    """A recipe of one format, but for the slots named ``product__operand``."""
-    tables: dict[str, dict[str, Format]] = {"output": {}, "grad_input": {}, "grad_weight": {}}
-    for product, operand in SLOTS:
-        tables[product][operand] = slots.pop(f"{product}__{operand}", default)
-    assert not slots
-    return Recipe(
-        name="test",
-        summary="",
-        source="",
-        output=Output(**tables["output"]),
-        grad_input=GradInput(**tables["grad_input"]),
-        grad_weight=GradWeight(**tables["grad_weight"]),
-    )
 
 
 def _grid(
@@ -288,7 +273,7 @@ class TestQuantized:
         """The three products of a linear layer are those of the operands on their grids, for each granularity."""
         fmt = dataclasses.replace(SYMMETRIC, granularity=granularity, block=2 if granularity == "block" else None)
         x, w, g = _randn(2, 3, 8), _randn(6, 8), _randn(2, 3, 6)
-        setting = Setting(recipe=_recipe(fmt, **(PER_TENSOR_WEIGHT if granularity == "sample" else {})))
+        setting = Setting(recipe=recipe_of(fmt, **(PER_TENSOR_WEIGHT if granularity == "sample" else {})))
 
         actual = _gradients(lambda *t: products.linear(*t, setting=setting), g, x, w)
 
@@ -307,7 +292,7 @@ class TestQuantized:
             for slot, table in SHARED_BY_CONVOLUTION["block"].items():
                 assert table[0] is not None
                 formats[slot] = dataclasses.replace(formats[slot], block=table[0][table[1][0]])
-        recipe = _recipe(SYMMETRIC, **{"__".join(slot): fmt for slot, fmt in formats.items()})
+        recipe = recipe_of(SYMMETRIC, **{"__".join(slot): fmt for slot, fmt in formats.items()})
         x, w, g = _randn(2, 4, 5, 5), _randn(6, 2, 3, 3), _randn(2, 6, 3, 3)
         geometry = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 2}
 
@@ -324,7 +309,7 @@ class TestQuantized:
     def test_output_channels_of_a_grouped_weight(self, transposed: bool) -> None:
         """Granularity "output-channel" keeps the same output channels of the weight in both of its products."""
         fmt = dataclasses.replace(SYMMETRIC, granularity="output-channel")
-        recipe = _recipe(FP32, output__weight=fmt, grad_input__weight=fmt)
+        recipe = recipe_of(FP32, output__weight=fmt, grad_input__weight=fmt)
         geometry = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 2}
         x, w = _randn(2, 4, 5, 5), _randn(4, 3, 3, 3) if transposed else _randn(6, 2, 3, 3)
         # (group, inputs, outputs) of a transposed weight, (group, outputs, inputs) of a plain one.
@@ -343,7 +328,7 @@ class TestQuantized:
     def test_kept_channels_of_a_grouped_transposed_weight(self) -> None:
         """In `grad_input` a transposed convolution keeps its input channels, the weight's first axis."""
         fmt = dataclasses.replace(SYMMETRIC, granularity="kept-channel")
-        recipe = _recipe(FP32, output__weight=fmt, grad_input__weight=fmt)
+        recipe = recipe_of(FP32, output__weight=fmt, grad_input__weight=fmt)
         geometry = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1), "groups": 2}
         x, w = _randn(2, 4, 3, 3), _randn(4, 3, 3, 3)
         dense = {"stride": 2, "padding": 1, "groups": 2}
@@ -375,7 +360,7 @@ class TestQuantized:
             ("grad_weight", "grad_output"): (None, (1,)),
             ("grad_weight", "input"): (None, (1,)),
         }
-        setting = Setting(recipe=_recipe(fmt))
+        setting = Setting(recipe=recipe_of(fmt))
 
         actual = _gradients(lambda *t: products.matmul(*t, setting=setting), g, x, w)
 
@@ -386,17 +371,17 @@ class TestQuantized:
         bits = torch.tensor([3, 5, 8, 8, 8, 8])
         x, w = _randn(4, 8), _randn(6, 8)
 
-        y = products.linear(x, w, setting=Setting(recipe=_recipe(SYMMETRIC), bits=bits))
+        y = products.linear(x, w, setting=Setting(recipe=recipe_of(SYMMETRIC), bits=bits))
 
         expected = F.linear(_grid(x, dims=(0, 1), bits=3), _grid(w, dims=(0, 1), bits=5))
         torch.testing.assert_close(y, expected, **TIGHT)
-        assert not torch.allclose(y, products.linear(x, w, setting=Setting(recipe=_recipe(SYMMETRIC))))
+        assert not torch.allclose(y, products.linear(x, w, setting=Setting(recipe=recipe_of(SYMMETRIC))))
 
     def test_padding_stays_zero_where_zero_is_off_the_grid(self) -> None:
         """The zeros around an offset-quantised input are added after quantisation."""
         fmt = Integer(bits=4, zero="offset")
         x, w = torch.rand(1, 1, 4, dtype=torch.float64) + 1, torch.ones(1, 1, 3, dtype=torch.float64)
-        setting = Setting(recipe=_recipe(FP32, output__input=fmt))
+        setting = Setting(recipe=recipe_of(FP32, output__input=fmt))
 
         y = products.conv(x, w, stride=(1,), padding=(1,), dilation=(1,), setting=setting)
 
@@ -409,7 +394,7 @@ class TestQuantized:
     def test_other_padding_repeats_values_of_the_grid(self, mode: str) -> None:
         """Reflected, replicated and circular padding give the convolution of the padded, quantised input."""
         x, w, g = _randn(2, 2, 5, 5), _randn(3, 2, 3, 3), _randn(2, 3, 5, 5)
-        setting = Setting(recipe=_recipe(SYMMETRIC))
+        setting = Setting(recipe=recipe_of(SYMMETRIC))
 
         y, grad_input, _ = _gradients(
             lambda *t: products.conv(
@@ -431,7 +416,7 @@ class TestQuantized:
 
     def test_bias_is_quantised_in_its_own_format(self) -> None:
         """The bias that is added lies on the grid of the recipe's bias format."""
-        recipe = _recipe(FP32).replace(bias=Integer(bits=2, zero="symmetric"))
+        recipe = recipe_of(FP32).replace(bias=Integer(bits=2, zero="symmetric"))
         x, w, b = _randn(4, 8), _randn(6, 8), _randn(6)
 
         y = products.linear(x, w, b, setting=Setting(recipe=recipe))
@@ -450,7 +435,7 @@ class TestGradients:
         coarse = dataclasses.replace(SYMMETRIC, bits=2)
         results = [
             _gradients(lambda *t, r=recipe: products.linear(*t, setting=Setting(recipe=r)), g, x, w)
-            for recipe in (_recipe(SYMMETRIC), _recipe(SYMMETRIC, **{f"{changed}__grad_output": coarse}))
+            for recipe in (recipe_of(SYMMETRIC), recipe_of(SYMMETRIC, **{f"{changed}__grad_output": coarse}))
         ]
 
         same = [torch.equal(a, b) for a, b in zip(*results, strict=True)]
@@ -460,7 +445,7 @@ class TestGradients:
     def test_without_bifurcation_both_products_see_the_same_codes(self) -> None:
         """With one stochastic format of grad_output, one noise field serves grad_input and grad_weight."""
         x, w, g, u = _randn(4, 8), _randn(6, 8), _randn(4, 6), torch.rand(4, 6)
-        recipe = _recipe(FP32, grad_input__grad_output=STOCHASTIC, grad_weight__grad_output=STOCHASTIC)
+        recipe = recipe_of(FP32, grad_input__grad_output=STOCHASTIC, grad_weight__grad_output=STOCHASTIC)
         noise = RecordedNoise(draws={("grad_input", "grad_output"): u})
 
         _, grad_input, grad_weight = _gradients(
@@ -477,7 +462,7 @@ class TestGradients:
         x, w, g = _randn(4, 8), _randn(6, 8), _randn(4, 6)
         u, v = torch.rand(4, 6), torch.rand(4, 6)
         fine = dataclasses.replace(STOCHASTIC, bits=6)
-        recipe = _recipe(FP32, grad_input__grad_output=STOCHASTIC, grad_weight__grad_output=fine)
+        recipe = recipe_of(FP32, grad_input__grad_output=STOCHASTIC, grad_weight__grad_output=fine)
         noise = RecordedNoise(draws={("grad_input", "grad_output"): u, ("grad_weight", "grad_output"): v})
 
         _, grad_input, grad_weight = _gradients(
@@ -490,7 +475,7 @@ class TestGradients:
     def test_grad_bias_is_the_plain_sum(self) -> None:
         """The gradient of the bias is the sum of grad_output as it came, with every operand in 4 bits."""
         x, w, b, g = _randn(4, 8), _randn(6, 8), _randn(6), _randn(4, 6)
-        setting = Setting(recipe=_recipe(SYMMETRIC))
+        setting = Setting(recipe=recipe_of(SYMMETRIC))
 
         grads = _gradients(lambda *t: products.linear(*t, setting=setting), g, x, w, b)
 
@@ -502,7 +487,7 @@ class TestGradients:
         fmt = Integer(bits=4, zero="integer", running=0.9)
         x, w, g = torch.tensor([[0.5, 9.0]]), torch.tensor([[2.0, 3.0]]), torch.ones(1, 1)
         extremes = (torch.tensor(0.0), torch.tensor(1.5))
-        setting = Setting(recipe=_recipe(FP32, output__input=fmt, grad_weight__input=fmt), input_range=extremes)
+        setting = Setting(recipe=recipe_of(FP32, output__input=fmt, grad_weight__input=fmt), input_range=extremes)
 
         y, grad_input, grad_weight = _gradients(lambda *t: products.linear(*t, setting=setting), g, x, w)
 
@@ -522,7 +507,7 @@ class TestGradients:
         """A retained graph draws the same noise the second time."""
         noise = CounterNoise(key=step_key(0, torch.tensor(1)), layer="a")
         x, w, g = _randn(4, 8).requires_grad_(), _randn(6, 8).requires_grad_(), _randn(4, 6)
-        y = products.linear(x, w, setting=Setting(recipe=_recipe(STOCHASTIC), noise=noise))
+        y = products.linear(x, w, setting=Setting(recipe=recipe_of(STOCHASTIC), noise=noise))
 
         first = torch.autograd.grad(y, [x, w], g, retain_graph=True)
         second = torch.autograd.grad(y, [x, w], g)
@@ -535,7 +520,7 @@ class TestGradients:
         """Autograd's version check raises, or grad_input is that of the weight of the forward."""
         fmt = dataclasses.replace(SYMMETRIC, granularity=granularity)
         x, w, g = _randn(4, 8).requires_grad_(), _randn(6, 8).requires_grad_(), _randn(4, 6)
-        y = products.linear(x, w, setting=Setting(recipe=_recipe(FP32, output__weight=fmt, grad_input__weight=fmt)))
+        y = products.linear(x, w, setting=Setting(recipe=recipe_of(FP32, output__weight=fmt, grad_input__weight=fmt)))
         w_hat = _grid(w.detach(), dims=(0, 1))
         with torch.no_grad():
             w.mul_(2)
@@ -552,12 +537,12 @@ class TestGradients:
     def test_a_frozen_operand_costs_no_product(self, runs: list[ProductRun], frozen: str, left: list[str]) -> None:
         """The gradient that nobody needs is not computed, and the other one is what it was."""
         x, w, g = _randn(4, 8), _randn(6, 8), _randn(4, 6)
-        both = _gradients(lambda *t: products.linear(*t, setting=Setting(recipe=_recipe(SYMMETRIC))), g, x, w)
+        both = _gradients(lambda *t: products.linear(*t, setting=Setting(recipe=recipe_of(SYMMETRIC))), g, x, w)
         runs.clear()
         x.requires_grad_(frozen != "input")
         w.requires_grad_(frozen != "weight")
 
-        products.linear(x, w, setting=Setting(recipe=_recipe(SYMMETRIC))).backward(g)
+        products.linear(x, w, setting=Setting(recipe=recipe_of(SYMMETRIC))).backward(g)
 
         assert [run.product for run in runs] == left
         needed = x.grad if frozen == "weight" else w.grad
@@ -576,7 +561,7 @@ class TestGradients:
             def words(self, *_: str) -> None:
                 """None."""
 
-        recipe = _recipe(FP32, grad_input__grad_output=STOCHASTIC)
+        recipe = recipe_of(FP32, grad_input__grad_output=STOCHASTIC)
         recipe = recipe.replace(grad_weight=GradWeight(grad_output=dataclasses.replace(STOCHASTIC, bits=6), input=FP32))
         x, w = _randn(4, 8).requires_grad_(frozen != "input"), _randn(6, 8).requires_grad_(frozen != "weight")
 
@@ -606,7 +591,7 @@ class TestValues:
     def test_result_and_gradients_keep_the_dtype(self, dtype: torch.dtype) -> None:
         """Output and gradients have the dtype of the operands, and are computed from float32 codes or wider."""
         x, w, g = torch.randn(4, 8).to(dtype), torch.randn(6, 8).to(dtype), torch.randn(4, 6).to(dtype)
-        setting = Setting(recipe=_recipe(SYMMETRIC))
+        setting = Setting(recipe=recipe_of(SYMMETRIC))
 
         y, grad_input, grad_weight = _gradients(lambda *t: products.linear(*t, setting=setting), g, x, w)
 
@@ -622,7 +607,7 @@ class TestValues:
         x, w = torch.randn(4, 8).requires_grad_(), torch.randn(6, 8).requires_grad_()
 
         with torch.autocast("cpu", torch.bfloat16):
-            y = products.linear(x, w, setting=Setting(recipe=_recipe(fmt)))
+            y = products.linear(x, w, setting=Setting(recipe=recipe_of(fmt)))
         y.sum().backward()
 
         x_hat, w_hat = _grid(x.detach(), dims=(0, 1), bits=12), _grid(w.detach(), dims=(0, 1), bits=12)
@@ -640,7 +625,7 @@ class TestValues:
         """One bad value in an operand makes every value of each product with it nan."""
         tensors = {"input": torch.randn(4, 8), "weight": torch.randn(6, 8), "grad_output": torch.randn(4, 6)}
         tensors[operand][0, 0] = bad
-        setting = Setting(recipe=_recipe(Integer(bits=8, zero=zero)))
+        setting = Setting(recipe=recipe_of(Integer(bits=8, zero=zero)))
 
         results = _gradients(
             lambda *t: products.linear(*t, setting=setting),
@@ -654,7 +639,7 @@ class TestValues:
 
     def test_stochastic_rounding_without_noise_is_refused(self) -> None:
         """A stochastic format and no noise raise a ValueError that names layer, operand and product."""
-        setting = Setting(recipe=_recipe(STOCHASTIC), layer="head")
+        setting = Setting(recipe=recipe_of(STOCHASTIC), layer="head")
 
         with pytest.raises(ValueError, match="head: input in output rounds stochastically"):
             products.linear(torch.ones(2, 8), torch.ones(6, 8), setting=setting)
@@ -663,7 +648,7 @@ class TestValues:
         """With the bf16 format a product is that of operands rounded to bfloat16, summed in float32."""
         x, w = torch.randn(4, 8), torch.randn(6, 8)
 
-        y = products.linear(x, w, setting=Setting(recipe=_recipe(BF16)))
+        y = products.linear(x, w, setting=Setting(recipe=recipe_of(BF16)))
 
         assert torch.equal(y, F.linear(x.bfloat16().float(), w.bfloat16().float()))
         assert not torch.equal(y, F.linear(x, w))
@@ -671,7 +656,7 @@ class TestValues:
     def test_memory_layout_does_not_change_the_noise(self) -> None:
         """A channels_last operand is rounded with the same noise as a contiguous one."""
         noise = CounterNoise(key=step_key(0, torch.tensor(1)), layer="a")
-        setting = Setting(recipe=_recipe(STOCHASTIC), noise=noise)
+        setting = Setting(recipe=recipe_of(STOCHASTIC), noise=noise)
         x, w = _randn(2, 3, 5, 5), _randn(4, 3, 3, 3)
         geometry = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
         g = _randn(2, 4, 5, 5)
@@ -736,7 +721,7 @@ class TestObservation:
     def test_an_observer_changes_no_value(self) -> None:
         """Products and gradients are bit for bit the same when watched."""
         noise = CounterNoise(key=step_key(0, torch.tensor(1)), layer="a")
-        setting = Setting(recipe=_recipe(STOCHASTIC), noise=noise)
+        setting = Setting(recipe=recipe_of(STOCHASTIC), noise=noise)
         x, w, g = _randn(4, 8), _randn(6, 8), _randn(4, 6)
 
         alone = _gradients(lambda *t: products.linear(*t, setting=setting), g, x, w)

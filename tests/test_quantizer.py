@@ -664,6 +664,17 @@ class TestObserved:
         assert [codes.q[0].item(), codes.q[3].item()] == [codes.low, codes.high]
         assert codes.dequantize().abs().max() < 1.01
 
+    def test_observed_ranges_of_slices(self) -> None:
+        """A range for each row is taken for that row."""
+        x, fmt = _randn(2, 64), Integer(bits=8, zero="symmetric")
+        lo, hi = torch.tensor([[-1.0], [-4.0]]), torch.tensor([[1.0], [4.0]])
+
+        values = quantize(x, fmt, dims=(1,), observed=(lo, hi)).values
+
+        rows = [quantize(x[i], fmt, observed=(lo[i], hi[i])).values for i in range(2)]
+        assert torch.equal(values, torch.stack(rows))
+        assert not torch.equal(values[0], quantize(x[0], fmt, observed=(lo[1], hi[1])).values)
+
     def test_the_share_of_clipped_values_is_counted(self) -> None:
         """Values more than half a step outside the grid count as clipped."""
         x = torch.tensor([-9.0, -1.003, -1.0, 0.0, 1.0, 1.003, 9.0, 9.0])
