@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch with
 
 # Each rank sees batches of its own. Printed: what it decided, and its parameters at the end.
 RANK = """
-import json, re, sys
+import json, os, re, sys
 import torch, torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
@@ -78,8 +78,10 @@ print(json.dumps({
     "moved": [bool((p != q).any()) for p, q in zip(model.parameters(), start)],
     "gates": [n for n, _ in model.named_parameters() if n.startswith("gates.")],
     "loss": task.item(),
-}))
+}), flush=True)
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # gloo's threads may outlive the group, and the interpreter's end then aborts now and then
 """
 
 
