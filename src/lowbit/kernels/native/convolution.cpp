@@ -141,7 +141,7 @@ void multiply_direct(const Product& p, const Direct& d) {
             pad_image(a_kind, p.a, w.channels, w.channels, d.places, d.padding, sample, first * d.step[0],
                       (last - 1 - first) * d.step[0] + d.halo, a);
             for (int64_t n = 0; n < column_panels; n++) {
-                const auto multiply = multiplier(a_kind, p.n - n * kPanel);
+                const auto multiply = multiplier(a_kind, p.n - n * kPanel, false);
                 for (int64_t row = first, x = 0; row < last;) {
                     const Number* from = a + ((row - first) * d.step[0] * d.places + x * d.step[1]) * w.channels;
                     multiply(reinterpret_cast<const uint8_t*>(from), at, b + n * panel_bytes, c, kPanel, false);
@@ -253,7 +253,7 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
                         const uint8_t* b = address(n);
                         const bool both = n + 1 < d.columns;
                         const Path at{steps, 1, {}, {d.channels * 4, both ? address(n + 1) - b : 0, d.channels * 64}};
-                        multiplier(kind, both ? kPanel : 16)(a + m * panel_bytes, at, b,
+                        multiplier(kind, both ? kPanel : 16, false)(a + m * panel_bytes, at, b,
                                                              c + m * kPanel * width + n * 16, width, add);
                     }
             }

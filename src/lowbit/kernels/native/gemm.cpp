@@ -10,13 +10,13 @@ namespace lowbit {
 namespace {
 
 // Steps of k that are multiplied at a time, so that a panel of B stays in the first-level cache.
-constexpr int64_t kDeep = 16;
+constexpr int64_t kDeep = 8;
 
 // Panels [top, bottom) of A by one of B, into `c`: a panel of sums each.
 template <class Kind>
 void multiply_panels(const Kind& kind, const uint8_t* a, const uint8_t* b, int64_t steps, int64_t panels,
                      int64_t panel_bytes, int64_t columns, typename Kind::Sum* c) {
-    const auto multiply = multiplier(kind, columns);
+    const auto multiply = multiplier(kind, columns, true);
     const int64_t parts = ceil_div(steps, kDeep + kDeep / 2);
     for (int64_t part = 0; part < parts; part++) {
         const int64_t first = part * steps / parts, count = (part + 1) * steps / parts - first;
@@ -132,7 +132,7 @@ void multiply_long(const Product& p) {
                                          row_sums + m * kPanel, column_sums + n * kPanel);
                         continue;
                     }
-                    const auto multiply = multiplier(a_kind, p.n - n * kPanel);
+                    const auto multiply = multiplier(a_kind, p.n - n * kPanel, true);
                     for (int64_t m = top; m < bottom; m++)
                         multiply(a + m * panel_bytes, {last - first}, right, c + m * kPanel * width + n * kPanel, width,
                                  first > 0);

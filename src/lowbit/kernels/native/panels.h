@@ -436,49 +436,56 @@ LOWBIT_TILES(halves_tiles, true, float, "amx-tile,amx-bf16", _tile_dpbf16ps)
 LOWBIT_TILES(narrow_halves_tiles, false, float, "amx-tile,amx-bf16", _tile_dpbf16ps)
 #undef LOWBIT_TILES
 
-#define LOWBIT_VECTORS(NAME, COLUMNS, ROWS, SUM, VECTOR, TARGET, LOAD, STORE, ZERO, DOT)                         \
-    inline __attribute__((target(TARGET))) void NAME(const uint8_t* a, const Path& at, const uint8_t* b, SUM* c, \
-                                              int64_t c_stride, bool add) {                                      \
-        for (int64_t first = 0; first < kPanel; first += ROWS) {                                                 \
-            VECTOR sum[ROWS][COLUMNS];                                                                           \
-            for (int i = 0; i < ROWS; i++)                                                                       \
-                for (int j = 0; j < COLUMNS; j++)                                                                \
-                    sum[i][j] = add ? LOAD(c + (first + i) * c_stride + 16 * j) : ZERO();                        \
-            const uint8_t* tile = b;                                                                             \
-            for (int64_t l = 0; l < at.lines; l++) {                                                             \
-                const uint8_t* rows = a + l * at.a.line + first / 16 * at.a.second + first % 16 * at.a.row;      \
-                for (int64_t s = 0; s < at.steps; s++, tile += at.b.step)                                        \
-                    for (int g = 0; g < 16; g++) {                                                               \
-                        __m512i columns[COLUMNS];                                                                \
-                        for (int j = 0; j < COLUMNS; j++)                                                        \
-                            columns[j] = _mm512_loadu_si512(tile + j * at.b.second + g * at.b.row);              \
-                        for (int i = 0; i < ROWS; i++) {                                                         \
-                            int32_t group;                                                                       \
-                            std::memcpy(&group, rows + i * at.a.row + s * at.a.step + g * 4, 4);                 \
-                            const __m512i of_a = _mm512_set1_epi32(group);                                       \
-                            for (int j = 0; j < COLUMNS; j++) sum[i][j] = DOT(sum[i][j], of_a, columns[j]);      \
-                        }                                                                                        \
-                    }                                                                                            \
-            }                                                                                                    \
-            for (int i = 0; i < ROWS; i++)                                                                       \
-                for (int j = 0; j < COLUMNS; j++) STORE(c + (first + i) * c_stride + 16 * j, sum[i][j]);         \
-        }                                                                                                        \
+// One step of a dot product in 16 lanes of 32 bits.
+#define LOWBIT_LANES __attribute__((target("avx512f,avx512vnni,avx512bf16"), always_inline)) inline
+LOWBIT_LANES void dot(__m512i& sum, __m512i a, __m512i b) { sum = _mm512_dpbusd_epi32(sum, a, b); }
+LOWBIT_LANES void dot(__m512& sum, __m512i a, __m512i b) { sum = _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+LOWBIT_LANES void load(__m512i& sum, const int32_t* c) { sum = _mm512_loadu_si512(c); }
+LOWBIT_LANES void load(__m512& sum, const float* c) { sum = _mm512_loadu_ps(c); }
+LOWBIT_LANES void save(int32_t* c, __m512i sum) { _mm512_storeu_si512(c, sum); }
+LOWBIT_LANES void save(float* c, __m512 sum) { _mm512_storeu_ps(c, sum); }
+#undef LOWBIT_LANES
+
+// With vectors: `rows` rows by `columns` vectors at a time stay in registers. `packed` knows where both sides lie, and
+// the 16 groups of a step are written out: addresses in the instructions are what brings it to the speed of the units.
+template <class Sum, class Vector, int rows, int columns, bool packed>
+__attribute__((target("avx512f,avx512vnni,avx512bf16"))) void vectors(const uint8_t* a, const Path& at, const uint8_t* b,
+                                                                      Sum* c, int64_t c_stride, bool add) {
+    const Tiling in_order;
+    const int64_t a_row = packed ? in_order.row : at.a.row, a_step = packed ? in_order.step : at.a.step;
+    const int64_t b_row = packed ? in_order.row : at.b.row, b_second = packed ? in_order.second : at.b.second;
+    for (int64_t first = 0; first < kPanel; first += rows) {
+        Vector sum[rows][columns] = {};
+        if (add)
+            for (int i = 0; i < rows; i++)
+                for (int j = 0; j < columns; j++) load(sum[i][j], c + (first + i) * c_stride + 16 * j);
+        const uint8_t* tile = b;
+        for (int64_t l = 0; l < at.lines; l++) {
+            const uint8_t* row = a + l * at.a.line + first / 16 * at.a.second + first % 16 * a_row;
+            for (int64_t s = 0; s < at.steps; s++, tile += at.b.step, row += a_step) {
+                const uint8_t* of[rows];
+                for (int i = 0; i < rows; i++) of[i] = row + i * a_row;
+#pragma GCC unroll 16
+                for (int g = 0; g < 16; g++) {
+                    __m512i right[columns];
+                    for (int j = 0; j < columns; j++) right[j] = _mm512_loadu_si512(tile + j * b_second + g * b_row);
+                    for (int i = 0; i < rows; i++) {
+                        int32_t group;
+                        std::memcpy(&group, of[i] + g * 4, 4);
+                        for (int j = 0; j < columns; j++) dot(sum[i][j], _mm512_set1_epi32(group), right[j]);
+                    }
+                }
+            }
+        }
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < columns; j++) save(c + (first + i) * c_stride + 16 * j, sum[i][j]);
     }
-#define LOWBIT_DOT_HALVES(S, A, B) _mm512_dpbf16_ps(S, (__m512bh)(A), (__m512bh)(B))
-#define LOWBIT_CODES(NAME, COLUMNS, ROWS)                                                                        \
-    LOWBIT_VECTORS(NAME, COLUMNS, ROWS, int32_t, __m512i, "avx512f,avx512vnni", _mm512_loadu_si512,              \
-                   _mm512_storeu_si512, _mm512_setzero_si512, _mm512_dpbusd_epi32)
-#define LOWBIT_HALVES(NAME, COLUMNS, ROWS)                                                                       \
-    LOWBIT_VECTORS(NAME, COLUMNS, ROWS, float, __m512, "avx512f,avx512bf16", _mm512_loadu_ps, _mm512_storeu_ps,  \
-                   _mm512_setzero_ps, LOWBIT_DOT_HALVES)
-LOWBIT_CODES(codes_vectors, 2, 8)
-LOWBIT_CODES(narrow_codes_vectors, 1, 16)
-LOWBIT_HALVES(halves_vectors, 2, 8)
-LOWBIT_HALVES(narrow_halves_vectors, 1, 16)
-#undef LOWBIT_CODES
-#undef LOWBIT_HALVES
-#undef LOWBIT_DOT_HALVES
-#undef LOWBIT_VECTORS
+}
+template <class Sum, class Vector>
+Multiply<Sum> vectors_for(int64_t columns, bool packed) {
+    if (columns <= 16) return packed ? vectors<Sum, Vector, 16, 1, true> : vectors<Sum, Vector, 16, 1, false>;
+    return packed ? vectors<Sum, Vector, 8, 2, true> : vectors<Sum, Vector, 8, 2, false>;
+}
 
 struct alignas(64) TileShape {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -502,17 +509,17 @@ struct Tiles {
     }
 };
 
-// The multiplier of a panel with that many columns.
-inline Multiply<int32_t> multiplier(const Codes&, int64_t columns) {
-    if (columns <= 16) return machine().amx ? narrow_codes_tiles : narrow_codes_vectors;
-    return machine().amx ? codes_tiles : codes_vectors;
+// The multiplier of a panel with that many columns; `packed` where both sides lie as a `Path` has them by default.
+inline Multiply<int32_t> multiplier(const Codes&, int64_t columns, bool packed) {
+    if (!machine().amx) return vectors_for<int32_t, __m512i>(columns, packed);
+    return columns <= 16 ? narrow_codes_tiles : codes_tiles;
 }
-inline Multiply<int32_t> multiplier(const SignedCodes&, int64_t columns) {
+inline Multiply<int32_t> multiplier(const SignedCodes&, int64_t columns, bool) {
     return columns <= 16 ? narrow_signed_codes_tiles : signed_codes_tiles;
 }
-inline Multiply<float> multiplier(const Halves&, int64_t columns) {
-    if (columns <= 16) return machine().amx ? narrow_halves_tiles : narrow_halves_vectors;
-    return machine().amx ? halves_tiles : halves_vectors;
+inline Multiply<float> multiplier(const Halves&, int64_t columns, bool packed) {
+    if (!machine().amx) return vectors_for<float, __m512>(columns, packed);
+    return columns <= 16 ? narrow_halves_tiles : halves_tiles;
 }
 
 // ---- results ----
