@@ -12,66 +12,94 @@
 namespace lowbit {
 namespace {
 
+// Along one axis: which taps reach the places that are computed together, and which places these are.
+//
+// Taps of a transposed convolution of stride s reach each place y from (y + padding - tap) / s, where that is whole. So
+// the places of one phase, y = phase + s i, see every s-th tap, at stride 1: s * s convolutions of fewer taps.
+struct Reach {
+    int64_t first, step, taps;  // the taps, as taps of the whole kernel
+    int64_t padding, stride;    // before the first place that is read; between the places of two positions
+    int64_t dilation;           // between the places of two taps
+    int64_t start, skip, size;  // positions: the first, the distance to the next, how many
+
+    int64_t span() const { return taps ? (taps - 1) * dilation + 1 : 1; }  // places that one position reaches
+    int64_t places() const { return (size - 1) * stride + span(); }
+};
+
+Reach reach_of(const Window& w, int axis, int64_t phase) {
+    const int64_t taps = w.kernel[axis], stride = w.stride[axis], dilation = w.dilation[axis];
+    const int64_t size = w.position[axis + 1];
+    if (!w.transposed) return {0, 1, taps, w.padding[axis], stride, dilation, 0, 1, size};
+    if (stride == 1) return {0, 1, taps, dilation * (taps - 1) - w.padding[axis], 1, dilation, 0, 1, size};
+    const int64_t first = (phase + w.padding[axis]) % stride;
+    const int64_t count = first < taps ? (taps - 1 - first) / stride + 1 : 0;
+    const int64_t last = (phase + w.padding[axis] - first) / stride;  // where the first tap reaches from place `phase`
+    return {first, stride, count, count - 1 - last, 1, 1, phase, stride, phase < size ? (size - 1 - phase) / stride + 1 : 0};
+}
+
 // The taps of one line of the kernel lie side by side in an image with its padding written out, and the next position
 // begins a few bytes on: the multipliers read overlapping rows, and nothing is unfolded. A line of taps is padded to
 // whole steps with zeros of B, so what a row reads beyond its line does not count.
 struct Direct {
-    int64_t places, halo;                // of the padded image's width; its rows that one position reaches
-    int64_t padding[2], step[2];         // before the first row and place; between positions
-    int64_t line, steps;                 // numbers of a line; its steps
-    int64_t rows, width, samples;        // positions
-    bool flip;                           // lines and taps run backwards
+    Reach h, w;
+    int64_t line, steps;  // numbers of a line; its steps
+    int64_t samples;
+    bool flip;  // lines and taps run backwards
 
     // Number i of line l as a number of k; -1 beyond the line.
-    int64_t k_of(const Window& w, int64_t l, int64_t i) const {
+    int64_t k_of(const Window& window, int64_t l, int64_t i) const {
         if (i >= line) return -1;
-        const int64_t tap = l * w.kernel[2] + i / w.channels, all = w.kernel[1] * w.kernel[2];
-        return (flip ? all - 1 - tap : tap) * w.channels + i % w.channels;
+        const int64_t j = i / window.channels;
+        const int64_t row = h.first + h.step * (flip ? h.taps - 1 - l : l);
+        const int64_t place = w.first + w.step * (flip ? w.taps - 1 - j : j);
+        return (row * window.kernel[2] + place) * window.channels + i % window.channels;
     }
 };
 
-// Whether a product can be computed so, and how.
+// The phases of a product that can be computed so; none where it cannot.
 template <class Kind>
-bool direct_fits(const Product& p, Direct* d) {
+std::vector<Direct> direct_phases(const Product& p) {
     constexpr int64_t size = sizeof(typename Kind::Number);
-    if (!p.a_along || !p.a.window || p.m == 0 || p.n == 0) return false;
+    if (!p.a_along || !p.a.window || p.m == 0 || p.n == 0) return {};
     const Window& w = *p.a.window;
-    if (w.position[1] != 1 || w.size[0] != 1 || w.kernel[0] != 1 || w.padding[0] != 0) return false;
-    if (w.dilation[2] != 1 || w.kernel[2] < 2 || w.position[3] < 8) return false;
-    if (w.transposed == p.b_along) return false;  // taps that run backwards lie across
-    if (w.transposed && (w.stride[1] != 1 || w.stride[2] != 1)) return false;
-    if (Kind(p.b, false).zero != 0) return false;
-    d->flip = w.transposed;
-    for (int axis = 0; axis < 2; axis++) {
-        const int64_t reach = w.dilation[axis + 1] * (w.kernel[axis + 1] - 1);
-        d->padding[axis] = w.transposed ? reach - w.padding[axis + 1] : w.padding[axis + 1];
-        d->step[axis] = w.transposed ? 1 : w.stride[axis + 1];
-        if (d->padding[axis] < 0) return false;
-    }
-    d->line = w.kernel[2] * w.channels;
-    d->steps = ceil_div(d->line * size, kStep);
-    if (size > 1 && d->line * size % kStep) return false;  // 0 times nan is no 0
-    d->rows = w.position[2], d->width = w.position[3], d->samples = w.position[0];
-    d->places = (d->width - 1) * d->step[1] + w.kernel[2];
-    d->halo = (w.kernel[1] - 1) * w.dilation[1] + 1;
-    return d->halo * d->places * w.channels * size <= 2 * kCache;  // the smallest piece of an image stays in a core's cache
+    if (w.position[1] != 1 || w.size[0] != 1 || w.kernel[0] != 1 || w.padding[0] != 0) return {};
+    const bool strided = w.stride[1] > 1 || w.stride[2] > 1;
+    if (w.dilation[2] != 1 || (strided && w.dilation[1] != 1)) return {};
+    if (!(strided && w.transposed) && (w.kernel[2] < 2 || w.position[3] < 8)) return {};
+    if (w.position[3] < 8 || w.transposed == p.b_along) return {};  // taps that run backwards lie across
+    if (Kind(p.b, false).zero != 0) return {};
+    std::vector<Direct> phases;
+    for (int64_t i = 0; i < (w.transposed ? w.stride[1] : 1); i++)
+        for (int64_t j = 0; j < (w.transposed ? w.stride[2] : 1); j++) {
+            Direct d{reach_of(w, 1, i), reach_of(w, 2, j), 0, 0, w.position[0], w.transposed};
+            d.line = d.w.taps * w.channels;
+            d.steps = ceil_div(d.line * size, kStep);
+            if (size > 1 && d.line * size % kStep) return {};  // 0 times nan is no 0
+            // The smallest piece of an image stays in a core's cache.
+            if (d.h.span() * d.w.places() * w.channels * size > 2 * kCache) return {};
+            if (d.h.size && d.w.size) phases.push_back(d);
+        }
+    return phases;
 }
 
 // Rows [first, first + count) of one sample's padded image, `places` wide, each place padded to `channels` numbers.
+// `padding` is what lies before the first row and place; less than 0 leaves rows and places out.
 template <class Kind>
-void pad_image(const Kind& kind, const Rows& rows, int64_t of_place, int64_t channels, int64_t places,
-               const int64_t* padding, int64_t sample, int64_t first, int64_t count, typename Kind::Number* to) {
+void pad_image(const Kind& kind, const Rows& rows, int64_t of_place, int64_t channels, int64_t places, int64_t above,
+               int64_t before, int64_t sample, int64_t first, int64_t count, typename Kind::Number* to) {
     const Window& w = *rows.window;
     const int64_t size = bytes_of(rows.type), height = w.size[1], width = w.size[2];
-    const int64_t left = std::min(padding[1], places), inside = std::clamp<int64_t>(places - left, 0, width);
+    const int64_t left = std::clamp<int64_t>(before, 0, places), out = std::max<int64_t>(-before, 0);
+    const int64_t inside = std::clamp<int64_t>(places - left, 0, std::max<int64_t>(width - out, 0));
     for (int64_t i = 0; i < count; i++, to += places * channels) {
-        const int64_t h = first - padding[0] + i;
+        const int64_t h = first - above + i;
         if (h < 0 || h >= height) {
             std::fill_n(to, places * channels, kind.outside());
             continue;
         }
         std::fill_n(to, left * channels, kind.outside());
-        const auto* from = static_cast<const uint8_t*>(rows.data) + (sample * height + h) * width * rows.stride * size;
+        const auto* from =
+            static_cast<const uint8_t*>(rows.data) + ((sample * height + h) * width + out) * rows.stride * size;
         if (rows.stride == channels && of_place == channels)
             kind.load(rows, from, 0, inside * channels, to + left * channels);
         else
@@ -88,32 +116,63 @@ void pad_image(const Kind& kind, const Rows& rows, int64_t of_place, int64_t cha
 template <class Kind>
 void pack_b_lines(const Kind& kind, const Product& p, const Direct& d, int64_t panel, uint8_t* to) {
     constexpr int64_t per_step = kStep / static_cast<int64_t>(sizeof(typename Kind::Number));
-    for (int64_t l = 0; l < p.a.window->kernel[1]; l++)
+    for (int64_t l = 0; l < d.h.taps; l++)
         for (int64_t begin = 0; begin < d.line; begin += per_step, to += 2 * kTile)
             pack_b_step(kind, p, panel, l * d.line + begin, std::min(per_step, d.line - begin), to);
 }
 
+// The positions of a run of rows [first, last) of one sample, a panel or less at a time. `image` begins where row
+// `first` reaches.
+template <class Kind>
+void multiply_image(const Kind& kind, const Product& p, const Direct& d, Path at, int64_t sample, int64_t first,
+                    int64_t last, const typename Kind::Number* image, const uint8_t* b, int64_t panel,
+                    const int32_t* column_sums, Zero zero) {
+    const Window& w = *p.a.window;
+    const int64_t places = d.w.places(), left = p.n - panel * kPanel;
+    const int32_t no_sums[kPanel] = {};
+    alignas(64) typename Kind::Sum c[kPanel * kPanel];
+    // Where positions follow each other as places do, a panel may go on in the next row: it computes the places between.
+    const bool goes_on = d.h.stride == 1 && d.w.stride == 1 && places < whole_grains(d.w.size);
+    for (int64_t row = first, x = 0; row < last;) {
+        const auto* from = image + ((row - first) * d.h.stride * places + x * d.w.stride) * w.channels;
+        const int64_t rest = goes_on ? (last - 1 - row) * places + d.w.size - x : d.w.size - x;
+        at.rows = std::min(kPanel, whole_grains(rest));
+        multiplier<false>(kind, left, at.rows)(reinterpret_cast<const uint8_t*>(from), at, b, c, kPanel, false);
+        for (int64_t i = 0; i < at.rows && row < last;) {
+            const int64_t count = std::min(at.rows - i, d.w.size - x);
+            const int64_t y = sample * w.position[2] + d.h.start + row * d.h.skip;
+            finish_rows(p, c + i * kPanel, kPanel, zero, y * w.position[3] + d.w.start + x * d.w.skip, d.w.skip, count,
+                        panel, no_sums, column_sums);
+            x += count;
+            i += count + places - d.w.size;
+            if (x < d.w.size) break;
+            x = 0;
+            row++;
+            if (!goes_on) break;
+        }
+    }
+}
+
 template <class Kind>
 void multiply_direct(const Product& p, const Direct& d) {
-    using Sum = typename Kind::Sum;
     using Number = typename Kind::Number;
     constexpr int64_t size = sizeof(Number), per_step = kStep / size;
     const Window& w = *p.a.window;
     const Kind a_kind(p.a, true), b_kind(p.b, false);
-    const int64_t lines = w.kernel[1], steps = lines * d.steps, column_panels = ceil_div(p.n, kPanel);
-    const int64_t panel_bytes = steps * 2 * kTile, row_bytes = d.places * w.channels * size;
+    const int64_t steps = d.h.taps * d.steps, column_panels = ceil_div(p.n, kPanel), places = d.w.places();
+    const int64_t panel_bytes = steps * 2 * kTile, row_bytes = places * w.channels * size;
     const Zero zero{static_cast<uint32_t>(zero_of(p, a_kind, b_kind).a), 0, 0};
     // A task is a run of rows of one sample whose image stays in a core's own cache.
-    const int64_t fitting = std::max<int64_t>(1, (kCache / 4 / row_bytes - d.halo) / d.step[0] + 1);
-    const int64_t block = std::min(d.rows, fitting), blocks = ceil_div(d.rows, block);
-    const int64_t image = ((block - 1) * d.step[0] + d.halo) * d.places * w.channels;
-    const int64_t slack = kPanel * d.step[1] * w.channels + d.steps * per_step;
-    const int64_t next = d.step[1] * w.channels * size;  // bytes from one position to the next
-    const Path at{d.steps, lines, {next, 16 * next, kStep, w.dilation[1] * row_bytes}};
+    const int64_t fitting = std::max<int64_t>(1, (kCache / 4 / row_bytes - d.h.span()) / d.h.stride + 1);
+    const int64_t block = std::min(d.h.size, fitting), blocks = ceil_div(d.h.size, block);
+    const int64_t image = ((block - 1) * d.h.stride + d.h.span()) * places * w.channels;
+    const int64_t slack = kPanel * d.w.stride * w.channels + d.steps * per_step;
+    const int64_t next = d.w.stride * w.channels * size;  // bytes from one position to the next
+    const int64_t whole = d.line * size / kStep, quarters = ceil_div(d.line * size % kStep, kStep / 4);
+    const Path at{whole, d.h.taps, {next, 16 * next, kStep, d.h.dilation * row_bytes}, {}, quarters};
     auto* b = workspace<uint8_t>(kSlotB, column_panels * panel_bytes);
     auto* column_sums = workspace<int32_t>(kSlotColumnSums, column_panels * kPanel);
     std::fill_n(column_sums, column_panels * kPanel, 0);
-    const int32_t no_sums[kPanel] = {};
 #pragma omp parallel if (worth_threads(p))
     {
         if (p.b_along) {
@@ -129,44 +188,26 @@ void multiply_direct(const Product& p, const Direct& d) {
         if (zero.a) {
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < column_panels; n++)
-                add_column_sums(b + n * panel_bytes, steps, column_sums + n * kPanel);
+                add_column_sums(b_kind, b + n * panel_bytes, steps, kPanel, {}, column_sums + n * kPanel);
         }
         const Tiles tiles;
         auto* a = workspace<Number>(kSlotA, image + slack);
-        alignas(64) Sum c[kPanel * kPanel];
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < d.samples * blocks; task++) {
             const int64_t sample = task / blocks, first = task % blocks * block;
-            const int64_t last = std::min(first + block, d.rows);
-            pad_image(a_kind, p.a, w.channels, w.channels, d.places, d.padding, sample, first * d.step[0],
-                      (last - 1 - first) * d.step[0] + d.halo, a);
-            for (int64_t n = 0; n < column_panels; n++) {
-                const auto multiply = multiplier(a_kind, p.n - n * kPanel, false);
-                for (int64_t row = first, x = 0; row < last;) {
-                    const Number* from = a + ((row - first) * d.step[0] * d.places + x * d.step[1]) * w.channels;
-                    multiply(reinterpret_cast<const uint8_t*>(from), at, b + n * panel_bytes, c, kPanel, false);
-                    // Where positions follow each other as places do, a panel goes on in the next row.
-                    const bool goes_on = d.step[0] == 1 && d.step[1] == 1;
-                    for (int64_t i = 0; i < kPanel && row < last;) {
-                        const int64_t count = std::min(kPanel - i, d.width - x);
-                        const int64_t m = (sample * d.rows + row) * d.width + x;
-                        finish_rows(p, c + i * kPanel, kPanel, zero, m, count, n, no_sums, column_sums + n * kPanel);
-                        x += count;
-                        i += count + d.places - d.width;
-                        if (x < d.width) break;
-                        x = 0;
-                        row++;
-                        if (!goes_on) break;
-                    }
-                }
-            }
+            const int64_t last = std::min(first + block, d.h.size);
+            pad_image(a_kind, p.a, w.channels, w.channels, places, d.h.padding, d.w.padding, sample, first * d.h.stride,
+                      (last - 1 - first) * d.h.stride + d.h.span(), a);
+            for (int64_t n = 0; n < column_panels; n++)
+                multiply_image(a_kind, p, d, at, sample, first, last, a, b + n * panel_bytes, n, column_sums + n * kPanel,
+                               zero);
         }
     }
 }
 
 // The gradient of a weight likewise: a tap's operand is the padded image shifted by whole places, so the image is put
 // in groups of k once from each of the first places, and every tap reads one of these. Places that are no positions hold
-// zeros of A. For kinds whose zero is 0.
+// real zeros of A.
 struct DirectWeight {
     int64_t places, padding[2];      // of the padded image's width; before its first row and place
     int64_t channels;                // of a place, padded to whole tiles
@@ -188,11 +229,23 @@ bool direct_weight_fits(const Product& p, DirectWeight* d) {
     d->rows = w.position[2], d->width = w.position[3], d->samples = w.position[0];
     d->places = d->width + (w.kernel[2] - 1) * w.dilation[2];
     d->halo = (w.kernel[1] - 1) * w.dilation[1];
-    d->sums = ceil_div(p.m, kPanel) * kPanel * ceil_div(d->columns, 2) * kPanel;
+    d->sums = whole_grains(p.m) * ceil_div(d->columns, 2) * kPanel;
     if (d->sums > 1 << 18) return false;  // they should stay in a core's own cache
     if ((1 + d->halo) * d->places * d->channels * 2 > kCache) return false;  // and so should the smallest piece of an image
     d->groups = std::min<int64_t>(d->samples, std::clamp<int64_t>((1 << 20) / d->sums, 4, 16));
     return true;
+}
+
+// What one sum of codes is without its zero points; of halves, itself.
+inline float corrected(int32_t sum, Zero zero, int32_t row_sum, int32_t column_sum) {
+    float y;
+    correct(&sum, zero, row_sum, &column_sum, 1, &y);
+    return y;
+}
+inline float corrected(float sum, Zero, int32_t, int32_t) { return sum; }
+inline void add_to(float& sum, float more) { sum += more; }
+inline void add_to(int32_t& sum, int32_t more) {  // wraps: the result without the zero points fits
+    sum = static_cast<int32_t>(static_cast<uint32_t>(sum) + static_cast<uint32_t>(more));
 }
 
 // False, and nothing written, where a sum is not finite: places that are no positions hold zeros of A, and 0 times nan
@@ -202,7 +255,7 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
     using Number = typename Kind::Number;
     using Sum = typename Kind::Sum;
     constexpr int64_t in_group = Kind::in_group, in_step = 16 * in_group;
-    const Kind kind(p.a, true);
+    const Kind a_kind(p.a, true), b_kind(p.b, false);
     const Window& w = *p.b.window;
     const int64_t panels = ceil_div(p.m, kPanel), width = ceil_div(d.columns, 2) * kPanel;
     const int64_t row_bytes = d.places * d.channels * static_cast<int64_t>(sizeof(Number));
@@ -213,7 +266,11 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
     const int64_t reach = d.halo * d.places + (w.kernel[2] - 1) * w.dilation[2];  // of the last tap
     const int64_t image = steps * in_step + reach + in_group;  // places
     const int64_t grouped = image / in_group * d.channels;     // groups from one of the first places
-    auto* all = workspace<Sum>(kSlotSums, d.groups * d.sums);
+    Zero zero = zero_of(p, a_kind, b_kind);
+    zero.k = static_cast<uint32_t>(d.samples * blocks * steps * in_step);  // with the places that are no positions
+    // Of each group of samples: sums, then those of the codes of its rows and columns.
+    const int64_t of_group = d.sums + panels * kPanel + width;
+    auto* all = workspace<Sum>(kSlotSums, d.groups * of_group);
 #pragma omp parallel if (worth_threads(p))
     {
         const Tiles tiles;
@@ -228,7 +285,10 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
         };
 #pragma omp for schedule(dynamic)
         for (int64_t group = 0; group < d.groups; group++) {
-            Sum* c = all + group * d.sums;
+            Sum* c = all + group * of_group;
+            auto* row_sums = reinterpret_cast<int32_t*>(c + d.sums);
+            auto* column_sums = row_sums + panels * kPanel;
+            std::fill_n(row_sums, panels * kPanel + width, 0);
             bool add = false;
             const int64_t from = group * d.samples / d.groups, until = (group + 1) * d.samples / d.groups;
             for (int64_t task = from * blocks; task < until * blocks; task++, add = true) {
@@ -236,7 +296,8 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
                 const int64_t count = std::min(block, d.rows - first);
                 // The image, and zeros after it.
                 const int64_t held = (count + d.halo) * d.places;
-                pad_image(kind, p.b, w.channels, d.channels, d.places, d.padding, sample, first, count + d.halo, x);
+                pad_image(b_kind, p.b, w.channels, d.channels, d.places, d.padding[0], d.padding[1], sample, first,
+                          count + d.halo, x);
                 std::fill(x + held * d.channels, x + image * d.channels, Number{0});
                 for (int64_t place = 0; place < in_group; place++)
                     for (int64_t i = 0; i < (image - place) / in_group; i++)
@@ -247,15 +308,21 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
                     return row < count && place < d.width ? (sample * d.rows + first + row) * d.width + place : -1;
                 };
                 for (int64_t s = 0; s < steps; s++)
-                    pack_a_across(kind, p, row_of, s, a + s * 2 * kTile, panel_bytes, across.groups, across.scratch);
-                for (int64_t m = 0; m < panels; m++)
-                    for (int64_t n = 0; n < d.columns; n += 2) {
-                        const uint8_t* b = address(n);
-                        const bool both = n + 1 < d.columns;
-                        const Path at{steps, 1, {}, {d.channels * 4, both ? address(n + 1) - b : 0, d.channels * 64}};
-                        multiplier(kind, both ? kPanel : 16, false)(a + m * panel_bytes, at, b,
-                                                             c + m * kPanel * width + n * 16, width, add);
+                    pack_a_across(a_kind, p, row_of, a_kind.outside(), s, a + s * 2 * kTile, panel_bytes, across.groups,
+                                  across.scratch);
+                if (zero.b)
+                    for (int64_t m = 0; m < panels; m++) add_row_sums(a + m * panel_bytes, steps, row_sums + m * kPanel);
+                for (int64_t n = 0; n < d.columns; n += 2) {
+                    const uint8_t* b = address(n);
+                    const int64_t columns = n + 1 < d.columns ? kPanel : 16;
+                    Path at{steps, 1, {}, {d.channels * 4, columns > 16 ? address(n + 1) - b : 0, d.channels * 64}};
+                    if (zero.a) add_column_sums(b_kind, b, steps, columns, at.b, column_sums + n * 16);
+                    for (int64_t m = 0; m < panels; m++) {
+                        at.rows = std::min(kPanel, whole_grains(p.m - m * kPanel));
+                        multiplier<false>(a_kind, columns, at.rows)(a + m * panel_bytes, at, b,
+                                                                    c + m * kPanel * width + n * 16, width, add);
                     }
+                }
             }
         }
     }
@@ -263,11 +330,19 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
     bool finite = true;
     for (int64_t m = 0; m < p.m; m++)
         for (int64_t n = 0; n < p.n; n++) {
-            const int64_t at = m * width + n / w.channels * d.channels + n % w.channels;
-            Sum sum = all[at];
-            for (int64_t group = 1; group < d.groups; group++) sum += all[group * d.sums + at];
-            total[m * p.n + n] = static_cast<float>(sum);
-            finite = finite && std::isfinite(static_cast<float>(sum));
+            const int64_t column = n / w.channels * d.channels + n % w.channels, at = m * width + column;
+            Sum sum = 0;
+            uint32_t row_sum = 0, column_sum = 0;
+            for (int64_t group = 0; group < d.groups; group++) {
+                const Sum* c = all + group * of_group;
+                const auto* more = reinterpret_cast<const uint32_t*>(c + d.sums);
+                add_to(sum, c[at]);
+                row_sum += more[m];
+                column_sum += more[panels * kPanel + column];
+            }
+            const float y = corrected(sum, zero, static_cast<int32_t>(row_sum), static_cast<int32_t>(column_sum));
+            total[m * p.n + n] = y;
+            finite = finite && std::isfinite(y);
         }
     if (!finite) return false;
     for (int64_t m = 0; m < p.m; m++)
@@ -278,10 +353,9 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
 
 template <class Kind>
 bool convolve(const Product& p) {
-    Direct direct;
-    if (!direct_fits<Kind>(p, &direct)) return false;
-    multiply_direct<Kind>(p, direct);
-    return true;
+    const auto phases = direct_phases<Kind>(p);
+    for (const Direct& phase : phases) multiply_direct<Kind>(p, phase);
+    return !phases.empty();
 }
 
 template <class Kind>
@@ -293,7 +367,7 @@ bool convolve_weight(const Product& p) {
 }  // namespace
 
 bool convolve_codes(const Product& p) {
-    return convolve<Codes>(p) || (SignedCodes::fits(p) && convolve_weight<SignedCodes>(p));
+    return convolve<Codes>(p) || (SignedCodes::fits(p) ? convolve_weight<SignedCodes>(p) : convolve_weight<Codes>(p));
 }
 bool convolve_halves(const Product& p) { return convolve<Halves>(p) || convolve_weight<Halves>(p); }
 

@@ -16,7 +16,7 @@ constexpr int64_t kDeep = 8;
 template <class Kind>
 void multiply_panels(const Kind& kind, const uint8_t* a, const uint8_t* b, int64_t steps, int64_t panels,
                      int64_t panel_bytes, int64_t columns, typename Kind::Sum* c) {
-    const auto multiply = multiplier(kind, columns, true);
+    const auto multiply = multiplier<true>(kind, columns);
     const int64_t parts = ceil_div(steps, kDeep + kDeep / 2);
     for (int64_t part = 0; part < parts; part++) {
         const int64_t first = part * steps / parts, count = (part + 1) * steps / parts - first;
@@ -49,7 +49,7 @@ void multiply_tall(const Product& p) {
         if (zero.a) {
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < column_panels; n++)
-                add_column_sums(b + n * panel_bytes, steps, column_sums + n * kPanel);
+                add_column_sums(b_kind, b + n * panel_bytes, steps, kPanel, {}, column_sums + n * kPanel);
         }
         const Tiles tiles;
         auto* a = workspace<uint8_t>(kSlotA, group * panel_bytes);
@@ -115,7 +115,7 @@ void multiply_long(const Product& p) {
             if (zero.a) {
 #pragma omp for schedule(static)
                 for (int64_t n = 0; n < column_panels; n++)
-                    add_column_sums(b + n * panel_bytes, last - first, column_sums + n * kPanel);
+                    add_column_sums(b_kind, b + n * panel_bytes, last - first, kPanel, {}, column_sums + n * kPanel);
             }
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < blocks * splits; task++) {
@@ -132,7 +132,7 @@ void multiply_long(const Product& p) {
                                          row_sums + m * kPanel, column_sums + n * kPanel);
                         continue;
                     }
-                    const auto multiply = multiplier(a_kind, p.n - n * kPanel, true);
+                    const auto multiply = multiplier<true>(a_kind, p.n - n * kPanel);
                     for (int64_t m = top; m < bottom; m++)
                         multiply(a + m * panel_bytes, {last - first}, right, c + m * kPanel * width + n * kPanel, width,
                                  first > 0);

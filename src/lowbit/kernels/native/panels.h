@@ -254,10 +254,10 @@ inline void interleave(const uint16_t* rows, int64_t stride, int64_t width, uint
 }
 
 // Groups [first, first + 16) of k of rows that are k, their numbers [at, at + count): 16 x `count` groups, `stride`
-// apart. `row_of` says which row is number k; none, less than 0, is zeros.
+// apart. `row_of` says which row is number k; none, less than 0, is all `none`.
 template <class Kind, class RowOf>
-void load_across(const Kind& kind, const Rows& rows, const RowOf& row_of, int64_t first, int64_t at, int64_t count,
-                 uint32_t* groups, int64_t stride, typename Kind::Number* scratch) {
+void load_across(const Kind& kind, const Rows& rows, const RowOf& row_of, typename Kind::Number none, int64_t first,
+                 int64_t at, int64_t count, uint32_t* groups, int64_t stride, typename Kind::Number* scratch) {
     constexpr int64_t in_group = Kind::in_group;
     for (int64_t g = 0; g < 16; g++) {
         for (int64_t i = 0; i < in_group; i++) {
@@ -265,7 +265,7 @@ void load_across(const Kind& kind, const Rows& rows, const RowOf& row_of, int64_
             if (r >= 0)
                 load_row(kind, rows, r, at, count, scratch + i * count);
             else
-                std::memset(scratch + i * count, 0, count * sizeof(*scratch));
+                std::fill_n(scratch + i * count, count, none);
         }
         interleave(scratch, count, count, groups + g * stride);
         std::memset(groups + g * stride + count, 0, (stride - count) * 4);
@@ -274,10 +274,10 @@ void load_across(const Kind& kind, const Rows& rows, const RowOf& row_of, int64_
 
 // Step `step` of every panel of A whose rows are k, panels `panel_bytes` apart.
 template <class Kind, class RowOf>
-void pack_a_across(const Kind& kind, const Product& p, const RowOf& row_of, int64_t step, uint8_t* to, int64_t panel_bytes,
-                   uint32_t* groups, typename Kind::Number* scratch) {
+void pack_a_across(const Kind& kind, const Product& p, const RowOf& row_of, typename Kind::Number none, int64_t step,
+                   uint8_t* to, int64_t panel_bytes, uint32_t* groups, typename Kind::Number* scratch) {
     const int64_t width = ceil_div(p.m, kPanel) * kPanel;
-    load_across(kind, p.a, row_of, step * 16, 0, p.m, groups, width, scratch);
+    load_across(kind, p.a, row_of, none, step * 16, 0, p.m, groups, width, scratch);
     for (int64_t m = 0; m < width; m += 16)
         transpose16(groups + m, width, reinterpret_cast<uint32_t*>(to + m / kPanel * panel_bytes + m % kPanel / 16 * kTile),
                     16);
@@ -288,7 +288,7 @@ template <class Kind, class RowOf>
 void pack_b_across(const Kind& kind, const Product& p, const RowOf& row_of, int64_t step, uint8_t* to, int64_t panel_bytes,
                    uint32_t* groups, typename Kind::Number* scratch) {
     const int64_t width = ceil_div(p.n, kPanel) * kPanel;
-    load_across(kind, p.b, row_of, step * 16, 0, p.n, groups, width, scratch);
+    load_across(kind, p.b, row_of, 0, step * 16, 0, p.n, groups, width, scratch);
     for (int64_t n = 0; n < width; n += 16)
         for (int64_t g = 0; g < 16; g++)
             std::memcpy(to + n / kPanel * panel_bytes + n % kPanel / 16 * kTile + g * 64, groups + g * width + n, 64);
@@ -373,7 +373,7 @@ void pack_all_a(const Kind& kind, const Product& p, int64_t first, int64_t last,
         const auto row_of = [&p](int64_t k) { return k < p.k ? k : -1; };
 #pragma omp for schedule(dynamic) nowait
         for (int64_t s = first; s < last; s++)
-            pack_a_across(kind, p, row_of, s, a + (s - first) * 2 * kTile, panel_bytes, across.groups, across.scratch);
+            pack_a_across(kind, p, row_of, 0, s, a + (s - first) * 2 * kTile, panel_bytes, across.groups, across.scratch);
     }
 }
 
@@ -384,11 +384,13 @@ struct Tiling {
     int64_t row = 64, second = kTile, step = 2 * kTile, line = 0;
 };
 
-// What one multiplication goes through: `lines` times `steps`, and where. By default both sides are packed. B has no
-// lines: its steps follow each other.
+// What one multiplication goes through: `lines` times `steps` and a last step of which `quarters` count, and where. By
+// default both sides are packed. B has no lines: its steps follow each other. Vectors leave out what does not count,
+// and rows from `rows` on; tiles are always whole.
 struct Path {
     int64_t steps, lines = 1;
     Tiling a = {}, b = {};
+    int64_t quarters = 0, rows = kPanel;
 };
 
 // C (32 x 32 or 32 x 16, rows `c_stride` numbers apart) = or += A (32 rows) B (tiles, all steps of all lines).
@@ -410,9 +412,10 @@ using Multiply = void (*)(const uint8_t* a, const Path& at, const uint8_t* b, Su
             _tile_zero(2);                                                                                       \
             if (WIDE) _tile_zero(3);                                                                             \
         }                                                                                                        \
+        const int64_t steps = at.steps + (at.quarters > 0);                                                      \
         for (int64_t l = 0; l < at.lines; l++) {                                                                 \
             const uint8_t* row = a + l * at.a.line;                                                              \
-            for (int64_t s = 0; s < at.steps; s++, b += at.b.step) {                                             \
+            for (int64_t s = 0; s < steps; s++, b += at.b.step) {                                                \
                 _tile_loadd(4, row + s * at.a.step, at.a.row);                                                   \
                 _tile_loadd(6, b, at.b.row);                                                                     \
                 _tile_loadd(5, row + at.a.second + s * at.a.step, at.a.row);                                     \
@@ -444,17 +447,33 @@ LOWBIT_LANES void load(__m512i& sum, const int32_t* c) { sum = _mm512_loadu_si51
 LOWBIT_LANES void load(__m512& sum, const float* c) { sum = _mm512_loadu_ps(c); }
 LOWBIT_LANES void save(int32_t* c, __m512i sum) { _mm512_storeu_si512(c, sum); }
 LOWBIT_LANES void save(float* c, __m512 sum) { _mm512_storeu_ps(c, sum); }
+
+// `groups` groups of rows that begin at `of`, written out: addresses in the instructions are what brings it to the speed
+// of the units.
+template <class Vector, int rows, int columns, int groups>
+LOWBIT_LANES void multiply_groups(Vector (&sum)[rows][columns], const uint8_t* const (&of)[rows], int64_t at,
+                                  const uint8_t* tile, int64_t b_row, int64_t b_second) {
+#pragma GCC unroll 16
+    for (int g = 0; g < groups; g++) {
+        __m512i right[columns];
+        for (int j = 0; j < columns; j++) right[j] = _mm512_loadu_si512(tile + j * b_second + g * b_row);
+        for (int i = 0; i < rows; i++) {
+            int32_t group;
+            std::memcpy(&group, of[i] + at + g * 4, 4);
+            for (int j = 0; j < columns; j++) dot(sum[i][j], _mm512_set1_epi32(group), right[j]);
+        }
+    }
+}
 #undef LOWBIT_LANES
 
-// With vectors: `rows` rows by `columns` vectors at a time stay in registers. `packed` knows where both sides lie, and
-// the 16 groups of a step are written out: addresses in the instructions are what brings it to the speed of the units.
+// With vectors: `rows` rows by `columns` vectors at a time stay in registers. `packed` knows where both sides lie.
 template <class Sum, class Vector, int rows, int columns, bool packed>
 __attribute__((target("avx512f,avx512vnni,avx512bf16"))) void vectors(const uint8_t* a, const Path& at, const uint8_t* b,
                                                                       Sum* c, int64_t c_stride, bool add) {
     const Tiling in_order;
     const int64_t a_row = packed ? in_order.row : at.a.row, a_step = packed ? in_order.step : at.a.step;
     const int64_t b_row = packed ? in_order.row : at.b.row, b_second = packed ? in_order.second : at.b.second;
-    for (int64_t first = 0; first < kPanel; first += rows) {
+    for (int64_t first = 0; first < at.rows; first += rows) {
         Vector sum[rows][columns] = {};
         if (add)
             for (int i = 0; i < rows; i++)
@@ -462,29 +481,24 @@ __attribute__((target("avx512f,avx512vnni,avx512bf16"))) void vectors(const uint
         const uint8_t* tile = b;
         for (int64_t l = 0; l < at.lines; l++) {
             const uint8_t* row = a + l * at.a.line + first / 16 * at.a.second + first % 16 * a_row;
-            for (int64_t s = 0; s < at.steps; s++, tile += at.b.step, row += a_step) {
-                const uint8_t* of[rows];
-                for (int i = 0; i < rows; i++) of[i] = row + i * a_row;
-#pragma GCC unroll 16
-                for (int g = 0; g < 16; g++) {
-                    __m512i right[columns];
-                    for (int j = 0; j < columns; j++) right[j] = _mm512_loadu_si512(tile + j * b_second + g * b_row);
-                    for (int i = 0; i < rows; i++) {
-                        int32_t group;
-                        std::memcpy(&group, of[i] + g * 4, 4);
-                        for (int j = 0; j < columns; j++) dot(sum[i][j], _mm512_set1_epi32(group), right[j]);
-                    }
-                }
-            }
+            const uint8_t* of[rows];
+            for (int i = 0; i < rows; i++) of[i] = row + i * a_row;
+            int64_t done = 0;
+            for (int64_t s = 0; s < at.steps; s++, done += a_step, tile += at.b.step)
+                multiply_groups<Vector, rows, columns, 16>(sum, of, done, tile, b_row, b_second);
+            if (packed) continue;
+            for (int64_t q = 0; q < at.quarters; q++)
+                multiply_groups<Vector, rows, columns, 4>(sum, of, done + q * 16, tile + q * 4 * b_row, b_row, b_second);
+            if (at.quarters) tile += at.b.step;
         }
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < columns; j++) save(c + (first + i) * c_stride + 16 * j, sum[i][j]);
     }
 }
-template <class Sum, class Vector>
-Multiply<Sum> vectors_for(int64_t columns, bool packed) {
-    if (columns <= 16) return packed ? vectors<Sum, Vector, 16, 1, true> : vectors<Sum, Vector, 16, 1, false>;
-    return packed ? vectors<Sum, Vector, 8, 2, true> : vectors<Sum, Vector, 8, 2, false>;
+template <class Sum, class Vector, bool packed>
+Multiply<Sum> vectors_for(int64_t columns, int64_t rows) {
+    if (columns > 16) return vectors<Sum, Vector, 8, 2, packed>;
+    return rows % 16 ? vectors<Sum, Vector, 8, 1, packed> : vectors<Sum, Vector, 16, 1, packed>;
 }
 
 struct alignas(64) TileShape {
@@ -509,16 +523,23 @@ struct Tiles {
     }
 };
 
-// The multiplier of a panel with that many columns; `packed` where both sides lie as a `Path` has them by default.
-inline Multiply<int32_t> multiplier(const Codes&, int64_t columns, bool packed) {
-    if (!machine().amx) return vectors_for<int32_t, __m512i>(columns, packed);
+// Rows that a multiplication computes at least.
+inline int64_t grain() { return machine().amx ? kPanel : 8; }
+inline int64_t whole_grains(int64_t rows) { return ceil_div(rows, grain()) * grain(); }
+
+// The multiplier of that many columns and rows; `packed` where both sides lie as a `Path` has them by default.
+template <bool packed>
+Multiply<int32_t> multiplier(const Codes&, int64_t columns, int64_t rows = kPanel) {
+    if (!machine().amx) return vectors_for<int32_t, __m512i, packed>(columns, rows);
     return columns <= 16 ? narrow_codes_tiles : codes_tiles;
 }
-inline Multiply<int32_t> multiplier(const SignedCodes&, int64_t columns, bool) {
+template <bool packed>
+Multiply<int32_t> multiplier(const SignedCodes&, int64_t columns, int64_t = kPanel) {
     return columns <= 16 ? narrow_signed_codes_tiles : signed_codes_tiles;
 }
-inline Multiply<float> multiplier(const Halves&, int64_t columns, bool packed) {
-    if (!machine().amx) return vectors_for<float, __m512>(columns, packed);
+template <bool packed>
+Multiply<float> multiplier(const Halves&, int64_t columns, int64_t rows = kPanel) {
+    if (!machine().amx) return vectors_for<float, __m512, packed>(columns, rows);
     return columns <= 16 ? narrow_halves_tiles : halves_tiles;
 }
 
@@ -532,7 +553,10 @@ struct Zero {
 inline Zero zero_of(const Product& p, const Codes& a, const Codes& b) {
     return {static_cast<uint32_t>(a.zero), static_cast<uint32_t>(b.zero), static_cast<uint32_t>(p.k)};
 }
-inline Zero zero_of(const Product&, const Halves&, const Halves&) { return {}; }
+template <class Kind>
+Zero zero_of(const Product&, const Kind&, const Kind&) {
+    return {};
+}
 
 // Add the codes of each row of a packed panel of A.
 inline void add_row_sums(const uint8_t* a, int64_t steps, int32_t* sums) {
@@ -546,17 +570,19 @@ inline void add_row_sums(const uint8_t* a, int64_t steps, int32_t* sums) {
     }
 }
 
-// Add the codes of each column of a packed panel of B.
-inline void add_column_sums(const uint8_t* b, int64_t steps, int32_t* sums) {
+// Add the codes of each column of a panel of B, 16 or 32 of them; SignedCodes and Halves have no need.
+inline void add_column_sums(const Codes&, const uint8_t* b, int64_t steps, int64_t columns, const Tiling& at, int32_t* sums) {
     const __m512i ones = _mm512_set1_epi8(1);
-    for (int half = 0; half < 2; half++) {
+    for (int64_t half = 0; half < columns / 16; half++) {
         __m512i sum = _mm512_loadu_si512(sums + half * 16);
         for (int64_t s = 0; s < steps; s++)
             for (int g = 0; g < 16; g++)
-                sum = _mm512_dpbusd_epi32(sum, ones, _mm512_load_si512(b + (s * 2 + half) * kTile + g * 64));
+                sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(b + half * at.second + s * at.step + g * at.row));
         _mm512_storeu_si512(sums + half * 16, sum);
     }
 }
+template <class Kind>
+void add_column_sums(const Kind&, const uint8_t*, int64_t, int64_t, const Tiling&, int32_t*) {}
 
 // Sums of one row without what the zero points add, as float.
 inline void correct(const int32_t* sum, Zero zero, int32_t row_sum, const int32_t* column_sums, int64_t count, float* to) {
@@ -624,9 +650,9 @@ inline __m256i to_bf16(__m512 y) {
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, bad, _mm512_set1_epi32(0x7FC0)));
 }
 
-// Correct, scale and write out sums of rows [m, m + rows) of one panel of columns.
+// Correct, scale and write out `rows` rows of sums of one panel of columns, as rows m, m + step, ... of the result.
 template <class Sum>
-void finish_rows(const Product& p, const Sum* sum, int64_t stride, Zero zero, int64_t m, int64_t rows,
+void finish_rows(const Product& p, const Sum* sum, int64_t stride, Zero zero, int64_t m, int64_t step, int64_t rows,
                  int64_t column_panel, const int32_t* row_sums, const int32_t* column_sums) {
     const Result& r = p.result;
     const int64_t n = column_panel * kPanel, columns = std::min(kPanel, p.n - n);
@@ -634,7 +660,7 @@ void finish_rows(const Product& p, const Sum* sum, int64_t stride, Zero zero, in
         float y[kPanel];
         for (int64_t i = 0; i < rows; i++) {
             correct(sum + i * stride, zero, row_sums[i], column_sums, columns, y);
-            finish(p, m + i, n, columns, y);
+            finish(p, m + i * step, n, columns, y);
         }
         return;
     }
@@ -649,10 +675,10 @@ void finish_rows(const Product& p, const Sum* sum, int64_t stride, Zero zero, in
         for (int64_t i = 0; i < rows; i++) {
             const uint32_t row = zero.b * static_cast<uint32_t>(row_sums[i]) - zero.k * zero.a * zero.b;
             __m512 y = corrected(sum + i * stride + half, column, row);
-            const __m512 by = _mm512_mul_ps(_mm512_set1_ps(r.row_scale[r.row_scales == 1 ? 0 : m + i]), scale);
+            const __m512 by = _mm512_mul_ps(_mm512_set1_ps(r.row_scale[r.row_scales == 1 ? 0 : m + i * step]), scale);
             y = _mm512_mul_ps(y, by);
             if (r.bias) y = _mm512_add_ps(y, bias);
-            const int64_t to = (m + i) * r.stride + n + half;
+            const int64_t to = (m + i * step) * r.stride + n + half;
             if (r.type == Type::f32) {
                 _mm512_mask_storeu_ps(static_cast<float*>(r.data) + to, mask, y);
             } else if (count == 16) {
@@ -671,7 +697,7 @@ template <class Sum>
 void finish_panel(const Product& p, const Sum* sum, int64_t stride, Zero zero, int64_t row_panel, int64_t column_panel,
                   const int32_t* row_sums, const int32_t* column_sums) {
     const int64_t m = row_panel * kPanel;
-    finish_rows(p, sum, stride, zero, m, std::min(kPanel, p.m - m), column_panel, row_sums, column_sums);
+    finish_rows(p, sum, stride, zero, m, 1, std::min(kPanel, p.m - m), column_panel, row_sums, column_sums);
 }
 
 }  // namespace lowbit
