@@ -82,30 +82,36 @@ std::vector<Direct> direct_phases(const Product& p) {
     return phases;
 }
 
+// Every `step`-th row and place of an image from one on, with places outside it around: what lies at row and place 0 is
+// `above` rows and `before` places from the first (less than 0 leaves some out).
+struct Sampling {
+    int64_t above, before, row = 0, place = 0, row_step = 1, place_step = 1;
+};
+
 // Rows [first, first + count) of one sample's padded image, `places` wide, each place padded to `channels` numbers.
-// `padding` is what lies before the first row and place; less than 0 leaves rows and places out.
 template <class Kind>
-void pad_image(const Kind& kind, const Rows& rows, int64_t of_place, int64_t channels, int64_t places, int64_t above,
-               int64_t before, int64_t sample, int64_t first, int64_t count, typename Kind::Number* to) {
+void pad_image(const Kind& kind, const Rows& rows, int64_t of_place, int64_t channels, int64_t places, const Sampling& at,
+               int64_t sample, int64_t first, int64_t count, typename Kind::Number* to) {
     const Window& w = *rows.window;
-    const int64_t size = bytes_of(rows.type), height = w.size[1], width = w.size[2];
-    const int64_t left = std::clamp<int64_t>(before, 0, places), out = std::max<int64_t>(-before, 0);
+    const int64_t size = bytes_of(rows.type), height = w.size[1];
+    const int64_t width = (w.size[2] - at.place + at.place_step - 1) / at.place_step;
+    const int64_t left = std::clamp<int64_t>(at.before, 0, places), out = std::max<int64_t>(-at.before, 0);
     const int64_t inside = std::clamp<int64_t>(places - left, 0, std::max<int64_t>(width - out, 0));
     for (int64_t i = 0; i < count; i++, to += places * channels) {
-        const int64_t h = first - above + i;
+        const int64_t h = (first - at.above + i) * at.row_step + at.row;
         if (h < 0 || h >= height) {
             std::fill_n(to, places * channels, kind.outside());
             continue;
         }
         std::fill_n(to, left * channels, kind.outside());
-        const auto* from =
-            static_cast<const uint8_t*>(rows.data) + ((sample * height + h) * width + out) * rows.stride * size;
-        if (rows.stride == channels && of_place == channels)
+        const auto* from = static_cast<const uint8_t*>(rows.data) +
+                           ((sample * height + h) * w.size[2] + out * at.place_step + at.place) * rows.stride * size;
+        if (rows.stride == channels && of_place == channels && at.place_step == 1)
             kind.load(rows, from, 0, inside * channels, to + left * channels);
         else
             for (int64_t j = 0; j < inside; j++) {
                 auto* place = to + (left + j) * channels;
-                kind.load(rows, from, j * rows.stride, of_place, place);
+                kind.load(rows, from, j * at.place_step * rows.stride, of_place, place);
                 std::fill(place + of_place, place + channels, kind.outside());
             }
         std::fill(to + (left + inside) * channels, to + places * channels, kind.outside());
@@ -188,7 +194,7 @@ void multiply_direct(const Product& p, const Direct& d) {
         if (zero.a) {
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < column_panels; n++)
-                add_column_sums(b_kind, b + n * panel_bytes, steps, kPanel, {}, column_sums + n * kPanel);
+                add_column_sums(b_kind, b + n * panel_bytes, steps * 4, kPanel, {}, column_sums + n * kPanel);
         }
         const Tiles tiles;
         auto* a = workspace<Number>(kSlotA, image + slack);
@@ -196,7 +202,7 @@ void multiply_direct(const Product& p, const Direct& d) {
         for (int64_t task = 0; task < d.samples * blocks; task++) {
             const int64_t sample = task / blocks, first = task % blocks * block;
             const int64_t last = std::min(first + block, d.h.size);
-            pad_image(a_kind, p.a, w.channels, w.channels, places, d.h.padding, d.w.padding, sample, first * d.h.stride,
+            pad_image(a_kind, p.a, w.channels, w.channels, places, {d.h.padding, d.w.padding}, sample, first * d.h.stride,
                       (last - 1 - first) * d.h.stride + d.h.span(), a);
             for (int64_t n = 0; n < column_panels; n++)
                 multiply_image(a_kind, p, d, at, sample, first, last, a, b + n * panel_bytes, n, column_sums + n * kPanel,
@@ -206,34 +212,94 @@ void multiply_direct(const Product& p, const Direct& d) {
 }
 
 // The gradient of a weight likewise: a tap's operand is the padded image shifted by whole places, so the image is put
-// in groups of k once from each of the first places, and every tap reads one of these. Places that are no positions hold
-// real zeros of A.
+// in groups of k once from each of the first places, and every tap reads one of these. Of a strided convolution each
+// phase of the image is one for itself, which some of the taps read. Places that are no positions hold real zeros of A.
+struct Phase {
+    int64_t first[2], step[2], taps[2];  // along both axes: the taps that read it
+    int64_t apart[2];                    // places between two taps
+    Sampling image;
+};
 struct DirectWeight {
-    int64_t places, padding[2];      // of the padded image's width; before its first row and place
-    int64_t channels;                // of a place, padded to whole tiles
-    int64_t rows, width, samples;    // positions
-    int64_t halo, columns, sums;     // rows beyond the positions'; tiles of 16 columns; sums of a group of samples
-    int64_t groups;                  // of samples, each summed in its order, whatever the number of threads
+    std::vector<Phase> phases;
+    std::vector<int64_t> tile_of;     // of each tap: its first tile of 16 columns
+    int64_t of_place, channels;       // numbers of a place, the taps of a line where they are few; padded to whole tiles
+    int64_t places, halo;             // of the padded image's width; rows beyond the positions'
+    int64_t rows, width, samples;     // positions
+    int64_t columns, sums;            // tiles of 16 columns; sums of a group of samples
+    int64_t groups;                   // of samples, each summed in its order, whatever the number of threads
+
+    int64_t tiles_of_place() const { return channels / 16; }
 };
 
+// Few channels of a line of taps at stride 1: they lie side by side, and are taken as the channels of one tap.
+bool takes_lines(const Window& w) {
+    return w.kernel[2] > 1 && w.kernel[2] * w.channels <= 16 && w.stride[1] == 1 && w.stride[2] == 1 && w.dilation[2] == 1;
+}
+
+template <class Kind>
 bool direct_weight_fits(const Product& p, DirectWeight* d) {
     if (p.a_along || p.b_along || !p.b.window || p.a.window || p.a.fold || p.m == 0 || p.n == 0) return false;
     const Window& w = *p.b.window;
     if (w.transposed || w.position[1] != 1 || w.size[0] != 1 || w.kernel[0] != 1 || w.padding[0] != 0) return false;
-    if (w.stride[1] != 1 || w.stride[2] != 1 || w.position[3] < 8 || w.padding[1] < 0 || w.padding[2] < 0) return false;
-    const int64_t taps = w.kernel[1] * w.kernel[2];
-    if (taps == 1) return false;
-    d->channels = ceil_div(w.channels, 16) * 16;
-    d->columns = taps * d->channels / 16;
-    d->padding[0] = w.padding[1], d->padding[1] = w.padding[2];
+    if (w.position[3] < 8 || w.position[2] * w.position[3] < 256) return false;  // few positions to a sum: unfolding is faster
+    const int64_t stride[] = {w.stride[1], w.stride[2]}, dilation[] = {w.dilation[1], w.dilation[2]};
+    if ((stride[0] > 1 && dilation[0] > 1) || (stride[1] > 1 && dilation[1] > 1)) return false;
+    if (w.kernel[1] * w.kernel[2] == 1 && stride[0] * stride[1] == 1) return false;
+    const bool lines = takes_lines(w);
+    const int64_t taps[] = {w.kernel[1], lines ? 1 : w.kernel[2]};
+    d->of_place = lines ? w.kernel[2] * w.channels : w.channels;
+    d->channels = ceil_div(d->of_place, 16) * 16;
+    d->columns = taps[0] * taps[1] * d->tiles_of_place();
     d->rows = w.position[2], d->width = w.position[3], d->samples = w.position[0];
-    d->places = d->width + (w.kernel[2] - 1) * w.dilation[2];
-    d->halo = (w.kernel[1] - 1) * w.dilation[1];
     d->sums = whole_grains(p.m) * ceil_div(d->columns, 2) * kPanel;
-    if (d->sums > 1 << 18) return false;  // they should stay in a core's own cache
+    if (d->sums * Kind::in_group > 1 << 19) return false;  // they should stay in a core's own cache
+    d->tile_of.assign(taps[0] * taps[1], 0);
+    d->places = d->width, d->halo = 0;
+    int64_t tile = 0;
+    for (int64_t i = 0; i < stride[0]; i++)
+        for (int64_t j = 0; j < stride[1]; j++) {
+            const int64_t start[] = {i, j};
+            Phase phase{};
+            int64_t before[2];
+            for (int axis = 0; axis < 2; axis++) {
+                const int64_t padding = w.padding[axis + 1], s = stride[axis];
+                phase.first[axis] = (start[axis] + padding) % s;
+                phase.step[axis] = s;
+                phase.taps[axis] = phase.first[axis] < taps[axis] ? (taps[axis] - 1 - phase.first[axis]) / s + 1 : 0;
+                phase.apart[axis] = s > 1 ? 1 : dilation[axis];
+                before[axis] = (start[axis] + padding - phase.first[axis]) / s;
+            }
+            if (phase.taps[0] == 0 || phase.taps[1] == 0) continue;
+            phase.image = {before[0], before[1], i, j, stride[0], stride[1]};
+            for (int64_t t = 0; t < phase.taps[0]; t++)
+                for (int64_t u = 0; u < phase.taps[1]; u++, tile += d->tiles_of_place())
+                    d->tile_of[(phase.first[0] + t * stride[0]) * taps[1] + phase.first[1] + u * stride[1]] = tile;
+            d->halo = std::max(d->halo, (phase.taps[0] - 1) * phase.apart[0]);
+            d->places = std::max(d->places, d->width + (phase.taps[1] - 1) * phase.apart[1]);
+            d->phases.push_back(phase);
+        }
     if ((1 + d->halo) * d->places * d->channels * 2 > kCache) return false;  // and so should the smallest piece of an image
     d->groups = std::min<int64_t>(d->samples, std::clamp<int64_t>((1 << 20) / d->sums, 4, 16));
     return true;
+}
+
+// The padded image of a phase; with lines each place holds the numbers of a whole line of taps.
+template <class Kind>
+void pad_phase(const Kind& kind, const Product& p, const DirectWeight& d, const Phase& phase, int64_t sample,
+               int64_t first, int64_t count, typename Kind::Number* to) {
+    const Window& w = *p.b.window;
+    if (!takes_lines(w)) {
+        pad_image(kind, p.b, w.channels, d.channels, d.places, phase.image, sample, first, count, to);
+        return;
+    }
+    const int64_t places = d.places + w.kernel[2] - 1;
+    auto* narrow = workspace<typename Kind::Number>(kSlotLines, count * places * w.channels);
+    pad_image(kind, p.b, w.channels, w.channels, places, phase.image, sample, first, count, narrow);
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t j = 0; j < d.places; j++, to += d.channels) {
+            std::memcpy(to, narrow + (i * places + j) * w.channels, d.of_place * sizeof(*to));
+            std::fill(to + d.of_place, to + d.channels, kind.outside());
+        }
 }
 
 // What one sum of codes is without its zero points; of halves, itself.
@@ -248,26 +314,58 @@ inline void add_to(int32_t& sum, int32_t more) {  // wraps: the result without t
     sum = static_cast<int32_t>(static_cast<uint32_t>(sum) + static_cast<uint32_t>(more));
 }
 
+// Sums of the taps of one task, a run of positions of one sample: `a` packed, the image in groups from each place.
+template <class Kind>
+void multiply_phase(const Kind& a_kind, const Kind& b_kind, const Product& p, const DirectWeight& d, const Phase& phase,
+                    const uint8_t* a, int64_t quarters, int64_t panel_bytes, const uint32_t* groups, int64_t grouped,
+                    Zero zero, bool add, typename Kind::Sum* c, int32_t* column_sums) {
+    constexpr int64_t in_group = Kind::in_group;
+    // Where sums are few, the tiles of so many quarters stay in the first-level cache too.
+    const int64_t parts = d.sums <= 1 << 12 ? ceil_div(quarters, 48) : 1;
+    const int64_t width = ceil_div(d.columns, 2) * kPanel, tiles = d.tiles_of_place();
+    const int64_t count = phase.taps[0] * phase.taps[1] * tiles;
+    const int64_t begin = d.tile_of[phase.first[0] * (takes_lines(*p.b.window) ? 1 : p.b.window->kernel[2]) + phase.first[1]];
+    const auto address = [&](int64_t tile) {
+        const int64_t tap = tile / tiles, channel = tile % tiles * 16;
+        const int64_t place = tap / phase.taps[1] * phase.apart[0] * d.places + tap % phase.taps[1] * phase.apart[1];
+        return groups + place % in_group * grouped + place / in_group * d.channels + channel;
+    };
+    for (int64_t part = 0; part < parts; part++, add = true) {
+        const int64_t first = part * quarters / parts / 4 * 4;  // whole steps
+        const int64_t now = (part + 1 < parts ? (part + 1) * quarters / parts / 4 * 4 : quarters) - first;
+        for (int64_t n = 0; n < count; n += 2) {
+            const auto* b = reinterpret_cast<const uint8_t*>(address(n) + first * 4 * d.channels);
+            const int64_t columns = n + 1 < count ? kPanel : 16, at_column = (begin + n) * 16;
+            const int64_t second = columns > 16 ? reinterpret_cast<const uint8_t*>(address(n + 1) + first * 4 * d.channels) - b : 0;
+            Path at{now / 4, 1, {}, {d.channels * 4, second, d.channels * 64}, now % 4};
+            if (zero.a) add_column_sums(b_kind, b, now, columns, at.b, column_sums + at_column);
+            for (int64_t m = 0; m < ceil_div(p.m, kPanel); m++) {
+                at.rows = std::min(kPanel, whole_grains(p.m - m * kPanel));
+                multiplier<false>(a_kind, columns, at.rows)(a + m * panel_bytes + first / 4 * 2 * kTile, at, b,
+                                                            c + m * kPanel * width + at_column, width, add);
+            }
+        }
+    }
+}
+
 // False, and nothing written, where a sum is not finite: places that are no positions hold zeros of A, and 0 times nan
 // would spread it to taps that never see it.
 template <class Kind>
 bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
     using Number = typename Kind::Number;
     using Sum = typename Kind::Sum;
-    constexpr int64_t in_group = Kind::in_group, in_step = 16 * in_group;
+    constexpr int64_t in_group = Kind::in_group, in_quarter = 4 * in_group;
     const Kind a_kind(p.a, true), b_kind(p.b, false);
-    const Window& w = *p.b.window;
     const int64_t panels = ceil_div(p.m, kPanel), width = ceil_div(d.columns, 2) * kPanel;
     const int64_t row_bytes = d.places * d.channels * static_cast<int64_t>(sizeof(Number));
     const int64_t fitting = std::max<int64_t>(1, kCache / 2 / row_bytes - d.halo);
     const int64_t block = std::min(d.rows, fitting), blocks = ceil_div(d.rows, block);
-    const int64_t steps = ceil_div(block * d.places, in_step);
+    const int64_t quarters = ceil_div(block * d.places, in_quarter), steps = ceil_div(quarters, 4);
     const int64_t panel_bytes = steps * 2 * kTile;
-    const int64_t reach = d.halo * d.places + (w.kernel[2] - 1) * w.dilation[2];  // of the last tap
-    const int64_t image = steps * in_step + reach + in_group;  // places
-    const int64_t grouped = image / in_group * d.channels;     // groups from one of the first places
+    const int64_t image = steps * 4 * in_quarter + d.halo * d.places + d.places - d.width + in_group;  // places
+    const int64_t grouped = image / in_group * d.channels;  // groups from one of the first places
     Zero zero = zero_of(p, a_kind, b_kind);
-    zero.k = static_cast<uint32_t>(d.samples * blocks * steps * in_step);  // with the places that are no positions
+    zero.k = static_cast<uint32_t>(d.samples * blocks * quarters * in_quarter);  // with the places that are no positions
     // Of each group of samples: sums, then those of the codes of its rows and columns.
     const int64_t of_group = d.sums + panels * kPanel + width;
     auto* all = workspace<Sum>(kSlotSums, d.groups * of_group);
@@ -278,31 +376,16 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
         auto* a = workspace<uint8_t>(kSlotA, panels * panel_bytes);
         auto* x = workspace<Number>(kSlotImage, image * d.channels);
         auto* all_groups = workspace<uint32_t>(kSlotPairs, in_group * grouped);
-        const auto address = [&](int64_t column) {
-            const int64_t tap = column / (d.channels / 16), channel = column % (d.channels / 16) * 16;
-            const int64_t place = tap / w.kernel[2] * w.dilation[1] * d.places + tap % w.kernel[2] * w.dilation[2];
-            return reinterpret_cast<const uint8_t*>(all_groups + place % in_group * grouped + place / in_group * d.channels + channel);
-        };
 #pragma omp for schedule(dynamic)
         for (int64_t group = 0; group < d.groups; group++) {
             Sum* c = all + group * of_group;
             auto* row_sums = reinterpret_cast<int32_t*>(c + d.sums);
             auto* column_sums = row_sums + panels * kPanel;
             std::fill_n(row_sums, panels * kPanel + width, 0);
-            bool add = false;
             const int64_t from = group * d.samples / d.groups, until = (group + 1) * d.samples / d.groups;
-            for (int64_t task = from * blocks; task < until * blocks; task++, add = true) {
+            for (int64_t task = from * blocks; task < until * blocks; task++) {
                 const int64_t sample = task / blocks, first = task % blocks * block;
                 const int64_t count = std::min(block, d.rows - first);
-                // The image, and zeros after it.
-                const int64_t held = (count + d.halo) * d.places;
-                pad_image(b_kind, p.b, w.channels, d.channels, d.places, d.padding[0], d.padding[1], sample, first,
-                          count + d.halo, x);
-                std::fill(x + held * d.channels, x + image * d.channels, Number{0});
-                for (int64_t place = 0; place < in_group; place++)
-                    for (int64_t i = 0; i < (image - place) / in_group; i++)
-                        interleave(x + (in_group * i + place) * d.channels, d.channels, d.channels,
-                                   all_groups + place * grouped + i * d.channels);
                 const auto row_of = [&](int64_t k) {
                     const int64_t row = k / d.places, place = k % d.places;
                     return row < count && place < d.width ? (sample * d.rows + first + row) * d.width + place : -1;
@@ -311,17 +394,18 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
                     pack_a_across(a_kind, p, row_of, a_kind.outside(), s, a + s * 2 * kTile, panel_bytes, across.groups,
                                   across.scratch);
                 if (zero.b)
-                    for (int64_t m = 0; m < panels; m++) add_row_sums(a + m * panel_bytes, steps, row_sums + m * kPanel);
-                for (int64_t n = 0; n < d.columns; n += 2) {
-                    const uint8_t* b = address(n);
-                    const int64_t columns = n + 1 < d.columns ? kPanel : 16;
-                    Path at{steps, 1, {}, {d.channels * 4, columns > 16 ? address(n + 1) - b : 0, d.channels * 64}};
-                    if (zero.a) add_column_sums(b_kind, b, steps, columns, at.b, column_sums + n * 16);
-                    for (int64_t m = 0; m < panels; m++) {
-                        at.rows = std::min(kPanel, whole_grains(p.m - m * kPanel));
-                        multiplier<false>(a_kind, columns, at.rows)(a + m * panel_bytes, at, b,
-                                                                    c + m * kPanel * width + n * 16, width, add);
-                    }
+                    for (int64_t m = 0; m < panels; m++)
+                        add_row_sums(a + m * panel_bytes, quarters, row_sums + m * kPanel);
+                for (const Phase& phase : d.phases) {
+                    const int64_t held = (count + d.halo) * d.places;  // zeros after it
+                    pad_phase(b_kind, p, d, phase, sample, first, count + d.halo, x);
+                    std::fill(x + held * d.channels, x + image * d.channels, Number{0});
+                    for (int64_t place = 0; place < in_group; place++)
+                        for (int64_t i = 0; i < (image - place) / in_group; i++)
+                            interleave(x + (in_group * i + place) * d.channels, d.channels, d.channels,
+                                       all_groups + place * grouped + i * d.channels);
+                    multiply_phase(a_kind, b_kind, p, d, phase, a, quarters, panel_bytes, all_groups, grouped, zero,
+                                   task > from * blocks, c, column_sums);
                 }
             }
         }
@@ -330,7 +414,7 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
     bool finite = true;
     for (int64_t m = 0; m < p.m; m++)
         for (int64_t n = 0; n < p.n; n++) {
-            const int64_t column = n / w.channels * d.channels + n % w.channels, at = m * width + column;
+            const int64_t column = d.tile_of[n / d.of_place] * 16 + n % d.of_place, at = m * width + column;
             Sum sum = 0;
             uint32_t row_sum = 0, column_sum = 0;
             for (int64_t group = 0; group < d.groups; group++) {
@@ -361,7 +445,7 @@ bool convolve(const Product& p) {
 template <class Kind>
 bool convolve_weight(const Product& p) {
     DirectWeight direct;
-    return direct_weight_fits(p, &direct) && multiply_direct_weight<Kind>(p, direct);
+    return direct_weight_fits<Kind>(p, &direct) && multiply_direct_weight<Kind>(p, direct);
 }
 
 }  // namespace

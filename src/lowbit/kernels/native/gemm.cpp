@@ -49,7 +49,7 @@ void multiply_tall(const Product& p) {
         if (zero.a) {
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < column_panels; n++)
-                add_column_sums(b_kind, b + n * panel_bytes, steps, kPanel, {}, column_sums + n * kPanel);
+                add_column_sums(b_kind, b + n * panel_bytes, steps * 4, kPanel, {}, column_sums + n * kPanel);
         }
         const Tiles tiles;
         auto* a = workspace<uint8_t>(kSlotA, group * panel_bytes);
@@ -64,7 +64,7 @@ void multiply_tall(const Product& p) {
             for (int64_t m = first; m < last; m++) {
                 uint8_t* panel = a + (m - first) * panel_bytes;
                 pack_a_along(a_kind, p, m, 0, steps, panel);
-                if (zero.b) add_row_sums(panel, steps, row_sums + (m - first) * kPanel);
+                if (zero.b) add_row_sums(panel, steps * 4, row_sums + (m - first) * kPanel);
             }
             for (int64_t n = begin; n < end; n++) {
                 multiply_panels(a_kind, a, b + n * panel_bytes, steps, last - first, panel_bytes, p.n - n * kPanel, c);
@@ -110,12 +110,12 @@ void multiply_long(const Product& p) {
             if (zero.b) {
 #pragma omp for schedule(static)
                 for (int64_t m = 0; m < row_panels; m++)
-                    add_row_sums(a + m * panel_bytes, last - first, row_sums + m * kPanel);
+                    add_row_sums(a + m * panel_bytes, (last - first) * 4, row_sums + m * kPanel);
             }
             if (zero.a) {
 #pragma omp for schedule(static)
                 for (int64_t n = 0; n < column_panels; n++)
-                    add_column_sums(b_kind, b + n * panel_bytes, last - first, kPanel, {}, column_sums + n * kPanel);
+                    add_column_sums(b_kind, b + n * panel_bytes, (last - first) * 4, kPanel, {}, column_sums + n * kPanel);
             }
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < blocks * splits; task++) {

@@ -28,7 +28,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Memory that a thread keeps from one product to the next: fresh memory of this size costs more than packing does.
 // Slots are numbered so that what lives at the same time does not share one.
 enum Slot {
-    kSlotA, kSlotB, kSlotSums, kSlotRowSums, kSlotColumnSums, kSlotGroups, kSlotScratch, kSlotImage, kSlotPairs, kSlotPanels, kSlots
+    kSlotA, kSlotB, kSlotSums, kSlotRowSums, kSlotColumnSums, kSlotGroups, kSlotScratch, kSlotImage, kSlotLines, kSlotPairs, kSlotPanels, kSlots
 };
 
 template <class T>
@@ -244,9 +244,19 @@ inline void transpose16(const uint32_t* in, int64_t in_stride, uint32_t* out, in
 
 // Interleave the numbers of `in_group` rows, each `width` long, into groups.
 inline void interleave(const uint8_t* rows, int64_t stride, int64_t width, uint32_t* groups) {
+    const __m512i to_lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i in_lanes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16) {
+        const auto row = [&](int64_t r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + r * stride + i)); };
+        __m512i all = _mm512_castsi128_si512(row(0));
+        all = _mm512_inserti32x4(all, row(1), 1);
+        all = _mm512_inserti32x4(all, row(2), 2);
+        all = _mm512_inserti32x4(all, row(3), 3);
+        _mm512_storeu_si512(groups + i, _mm512_shuffle_epi8(_mm512_permutexvar_epi32(to_lanes, all), in_lanes));
+    }
     const uint8_t *a = rows, *b = rows + stride, *c = rows + 2 * stride, *d = rows + 3 * stride;
-    for (int64_t i = 0; i < width; i++)
-        groups[i] = a[i] | b[i] << 8 | c[i] << 16 | static_cast<uint32_t>(d[i]) << 24;
+    for (; i < width; i++) groups[i] = a[i] | b[i] << 8 | c[i] << 16 | static_cast<uint32_t>(d[i]) << 24;
 }
 inline void interleave(const uint16_t* rows, int64_t stride, int64_t width, uint32_t* groups) {
     const uint16_t *a = rows, *b = rows + stride;
@@ -259,9 +269,13 @@ template <class Kind, class RowOf>
 void load_across(const Kind& kind, const Rows& rows, const RowOf& row_of, typename Kind::Number none, int64_t first,
                  int64_t at, int64_t count, uint32_t* groups, int64_t stride, typename Kind::Number* scratch) {
     constexpr int64_t in_group = Kind::in_group;
+    const bool dense = !rows.window && !rows.fold && rows.stride == count;
     for (int64_t g = 0; g < 16; g++) {
-        for (int64_t i = 0; i < in_group; i++) {
-            const int64_t r = row_of((first + g) * in_group + i);
+        const int64_t k = (first + g) * in_group, from = row_of(k);
+        const bool together = dense && from >= 0 && row_of(k + in_group - 1) == from + in_group - 1;
+        if (together) load_row(kind, rows, from, at, in_group * count, scratch);
+        for (int64_t i = 0; i < in_group && !together; i++) {
+            const int64_t r = row_of(k + i);
             if (r >= 0)
                 load_row(kind, rows, r, at, count, scratch + i * count);
             else
@@ -558,26 +572,33 @@ Zero zero_of(const Product&, const Kind&, const Kind&) {
     return {};
 }
 
-// Add the codes of each row of a packed panel of A.
-inline void add_row_sums(const uint8_t* a, int64_t steps, int32_t* sums) {
+// Add the codes of each row of a packed panel of A, of so many quarters of steps.
+inline void add_row_sums(const uint8_t* a, int64_t quarters, int32_t* sums) {
     const __m512i none = _mm512_setzero_si512();
     for (int64_t i = 0; i < kPanel; i++) {
         const uint8_t* row = a + i / 16 * kTile + i % 16 * kStep;
         __m512i sum = none;
-        for (int64_t s = 0; s < steps; s++)
-            sum = _mm512_add_epi64(sum, _mm512_sad_epu8(_mm512_load_si512(row + s * 2 * kTile), none));
+        for (int64_t q = 0; q < quarters; q += 4) {
+            const __mmask16 mask = quarters - q >= 4 ? 0xFFFF : static_cast<__mmask16>((1 << 4 * (quarters - q)) - 1);
+            const __m512i codes = _mm512_maskz_loadu_epi32(mask, row + q / 4 * 2 * kTile);
+            sum = _mm512_add_epi64(sum, _mm512_sad_epu8(codes, none));
+        }
         sums[i] += static_cast<int32_t>(_mm512_reduce_add_epi64(sum));
     }
 }
 
-// Add the codes of each column of a panel of B, 16 or 32 of them; SignedCodes and Halves have no need.
-inline void add_column_sums(const Codes&, const uint8_t* b, int64_t steps, int64_t columns, const Tiling& at, int32_t* sums) {
+// Add the codes of each column of a panel of B, 16 or 32 of them, of so many quarters of steps; SignedCodes and Halves
+// have no need.
+inline void add_column_sums(const Codes&, const uint8_t* b, int64_t quarters, int64_t columns, const Tiling& at,
+                            int32_t* sums) {
     const __m512i ones = _mm512_set1_epi8(1);
     for (int64_t half = 0; half < columns / 16; half++) {
         __m512i sum = _mm512_loadu_si512(sums + half * 16);
-        for (int64_t s = 0; s < steps; s++)
-            for (int g = 0; g < 16; g++)
-                sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(b + half * at.second + s * at.step + g * at.row));
+        for (int64_t q = 0; q < quarters; q++)
+            for (int64_t g = 0; g < 4; g++) {
+                const uint8_t* from = b + half * at.second + q / 4 * at.step + (q % 4 * 4 + g) * at.row;
+                sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(from));
+            }
         _mm512_storeu_si512(sums + half * 16, sum);
     }
 }
