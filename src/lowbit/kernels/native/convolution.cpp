@@ -244,7 +244,8 @@ bool direct_weight_fits(const Product& p, DirectWeight* d) {
     if (w.position[3] < 8 || w.position[2] * w.position[3] < 256) return false;  // few positions to a sum: unfolding is faster
     const int64_t stride[] = {w.stride[1], w.stride[2]}, dilation[] = {w.dilation[1], w.dilation[2]};
     if ((stride[0] > 1 && dilation[0] > 1) || (stride[1] > 1 && dilation[1] > 1)) return false;
-    if (w.kernel[1] * w.kernel[2] == 1 && stride[0] * stride[1] == 1) return false;
+    const bool strided = stride[0] * stride[1] > 1;
+    if (strided ? w.channels > 16 : w.kernel[1] * w.kernel[2] == 1) return false;
     const bool lines = takes_lines(w);
     const int64_t taps[] = {w.kernel[1], lines ? 1 : w.kernel[2]};
     d->of_place = lines ? w.kernel[2] * w.channels : w.channels;
@@ -360,7 +361,8 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
     const int64_t row_bytes = d.places * d.channels * static_cast<int64_t>(sizeof(Number));
     const int64_t fitting = std::max<int64_t>(1, kCache / 2 / row_bytes - d.halo);
     const int64_t block = std::min(d.rows, fitting), blocks = ceil_div(d.rows, block);
-    const int64_t quarters = ceil_div(block * d.places, in_quarter), steps = ceil_div(quarters, 4);
+    const int64_t steps = ceil_div(block * d.places, 4 * in_quarter);
+    const int64_t quarters = machine().amx ? steps * 4 : ceil_div(block * d.places, in_quarter);  // tiles are whole
     const int64_t panel_bytes = steps * 2 * kTile;
     const int64_t image = steps * 4 * in_quarter + d.halo * d.places + d.places - d.width + in_group;  // places
     const int64_t grouped = image / in_group * d.channels;  // groups from one of the first places

@@ -633,10 +633,11 @@ inline void finish(const Product& p, int64_t m, int64_t n, int64_t count, float*
     if (r.column_scales == 1) {
         const float scale = row * r.column_scale[0];
         for (int64_t j = 0; j < count; j++) y[j] *= scale;
-    } else if (r.column_scales == p.n) {
-        for (int64_t j = 0; j < count; j++) y[j] *= row * r.column_scale[n + j];
     } else {
-        for (int64_t j = 0; j < count; j++) y[j] *= row * r.column_scale[(n + j) % r.column_scales];
+        for (int64_t j = 0, channel = n % r.column_scales; j < count; j++) {
+            y[j] *= row * r.column_scale[channel];
+            if (++channel == r.column_scales) channel = 0;
+        }
     }
     if (r.bias)
         for (int64_t j = 0; j < count; j++) y[j] += r.bias[n + j];
@@ -677,7 +678,8 @@ void finish_rows(const Product& p, const Sum* sum, int64_t stride, Zero zero, in
                  int64_t column_panel, const int32_t* row_sums, const int32_t* column_sums) {
     const Result& r = p.result;
     const int64_t n = column_panel * kPanel, columns = std::min(kPanel, p.n - n);
-    if (r.taps != 1 || (r.column_scales != 1 && r.column_scales != p.n)) {
+    const bool whole = r.column_scales == p.n || r.column_scales % 16 == 0;  // 16 columns have scales side by side
+    if (r.taps != 1 || (r.column_scales != 1 && !whole)) {
         float y[kPanel];
         for (int64_t i = 0; i < rows; i++) {
             correct(sum + i * stride, zero, row_sums[i], column_sums, columns, y);
@@ -691,7 +693,7 @@ void finish_rows(const Product& p, const Sum* sum, int64_t stride, Zero zero, in
         const __m512i column = _mm512_mullo_epi32(_mm512_set1_epi32(static_cast<int>(zero.a)),
                                                   _mm512_loadu_si512(column_sums + half));
         const __m512 scale = r.column_scales == 1 ? _mm512_set1_ps(r.column_scale[0])
-                                                  : _mm512_maskz_loadu_ps(mask, r.column_scale + n + half);
+                                                  : _mm512_maskz_loadu_ps(mask, r.column_scale + (n + half) % r.column_scales);
         const __m512 bias = r.bias ? _mm512_maskz_loadu_ps(mask, r.bias + n + half) : _mm512_setzero_ps();
         for (int64_t i = 0; i < rows; i++) {
             const uint32_t row = zero.b * static_cast<uint32_t>(row_sums[i]) - zero.k * zero.a * zero.b;
