@@ -65,8 +65,8 @@ std::vector<Direct> direct_phases(const Product& p) {
     if (w.position[1] != 1 || w.size[0] != 1 || w.kernel[0] != 1 || w.padding[0] != 0) return {};
     const bool strided = w.stride[1] > 1 || w.stride[2] > 1;
     if (w.dilation[2] != 1 || (strided && w.dilation[1] != 1)) return {};
-    if (!(strided && w.transposed) && (w.kernel[2] < 2 || w.position[3] < 8)) return {};
-    if (w.position[3] < 8 || w.transposed == p.b_along) return {};  // taps that run backwards lie across
+    if (w.position[3] < 8 || (w.kernel[1] * w.kernel[2] == 1 && !strided)) return {};
+    if (w.transposed == p.b_along) return {};  // taps that run backwards lie across
     if (Kind(p.b, false).zero != 0) return {};
     std::vector<Direct> phases;
     for (int64_t i = 0; i < (w.transposed ? w.stride[1] : 1); i++)
@@ -322,7 +322,7 @@ void multiply_phase(const Kind& a_kind, const Kind& b_kind, const Product& p, co
                     Zero zero, bool add, typename Kind::Sum* c, int32_t* column_sums) {
     constexpr int64_t in_group = Kind::in_group;
     // Where sums are few, the tiles of so many quarters stay in the first-level cache too.
-    const int64_t parts = d.sums <= 1 << 12 ? ceil_div(quarters, 48) : 1;
+    const int64_t parts = ceil_div(quarters, 48);
     const int64_t width = ceil_div(d.columns, 2) * kPanel, tiles = d.tiles_of_place();
     const int64_t count = phase.taps[0] * phase.taps[1] * tiles;
     const int64_t begin = d.tile_of[phase.first[0] * (takes_lines(*p.b.window) ? 1 : p.b.window->kernel[2]) + phase.first[1]];
