@@ -189,7 +189,7 @@ void multiply_direct(const Product& p, const Direct& d) {
             const auto row_of = [&](int64_t k) { return d.k_of(w, k / (d.steps * per_step), k % (d.steps * per_step)); };
 #pragma omp for schedule(dynamic)
             for (int64_t s = 0; s < steps; s++)
-                pack_b_across(b_kind, p, row_of, s, b + s * 2 * kTile, panel_bytes, across.groups, across.scratch);
+                pack_b_across(b_kind, p, row_of, s, b + s * 2 * kTile, panel_bytes, across);
         }
         if (zero.a) {
 #pragma omp for schedule(static)
@@ -213,7 +213,8 @@ void multiply_direct(const Product& p, const Direct& d) {
 
 // The gradient of a weight likewise: a tap's operand is the padded image shifted by whole places, so the image is put
 // in groups of k once from each of the first places, and every tap reads one of these. Of a strided convolution each
-// phase of the image is one for itself, which some of the taps read. Places that are no positions hold real zeros of A.
+// phase of the image is one for itself, which some of the taps read. Vectors go from one row of positions to the next,
+// tiles through all places; those that are no positions hold real zeros of A.
 struct Phase {
     int64_t first[2], step[2], taps[2];  // along both axes: the taps that read it
     int64_t apart[2];                    // places between two taps
@@ -225,8 +226,12 @@ struct DirectWeight {
     int64_t of_place, channels;       // numbers of a place, the taps of a line where they are few; padded to whole tiles
     int64_t places, halo;             // of the padded image's width; rows beyond the positions'
     int64_t rows, width, samples;     // positions
+    int64_t block;                    // rows of positions of one task
     int64_t columns, sums;            // tiles of 16 columns; sums of a group of samples
     int64_t groups;                   // of samples, each summed in its order, whatever the number of threads
+    int64_t lines, quarters, steps;   // of k of a task; quarters of steps of a line; steps of all lines
+    int64_t of_row;                   // numbers of k from one row of positions to the next
+    Tiling a;                         // where packed A lies
 
     int64_t tiles_of_place() const { return channels / 16; }
 };
@@ -279,7 +284,20 @@ bool direct_weight_fits(const Product& p, DirectWeight* d) {
             d->places = std::max(d->places, d->width + (phase.taps[1] - 1) * phase.apart[1]);
             d->phases.push_back(phase);
         }
-    if ((1 + d->halo) * d->places * d->channels * 2 > kCache) return false;  // and so should the smallest piece of an image
+    constexpr int64_t in_group = Kind::in_group, in_step = 16 * in_group, size = sizeof(typename Kind::Number);
+    d->places = ceil_div(d->places, in_group) * in_group;
+    const int64_t row_bytes = d->places * d->channels * size;
+    if ((1 + d->halo) * row_bytes > kCache) return false;  // and so should the smallest piece of an image
+    d->block = std::min(d->rows, std::max<int64_t>(1, kCache / 2 / row_bytes - d->halo));
+    if (machine().amx) {
+        d->lines = 1, d->steps = ceil_div(d->block * d->places, in_step);
+        d->quarters = d->steps * 4, d->of_row = d->places;
+    } else {
+        d->lines = d->block, d->quarters = ceil_div(d->width, in_step / 4);
+        d->steps = ceil_div(d->lines * d->quarters, 4), d->of_row = d->quarters * in_step / 4;
+        const int64_t row = d->steps * kStep + kStep;  // one step more, so that rows do not meet in the cache
+        d->a = {row, 16 * row, kStep, d->quarters * kStep / 4};
+    }
     d->groups = std::min<int64_t>(d->samples, std::clamp<int64_t>((1 << 20) / d->sums, 4, 16));
     return true;
 }
@@ -315,34 +333,37 @@ inline void add_to(int32_t& sum, int32_t more) {  // wraps: the result without t
     sum = static_cast<int32_t>(static_cast<uint32_t>(sum) + static_cast<uint32_t>(more));
 }
 
-// Sums of the taps of one task, a run of positions of one sample: `a` packed, the image in groups from each place.
+// Sums of the taps of one task, `lines` lines of k: `a` packed, the image in groups from each place.
 template <class Kind>
 void multiply_phase(const Kind& a_kind, const Kind& b_kind, const Product& p, const DirectWeight& d, const Phase& phase,
-                    const uint8_t* a, int64_t quarters, int64_t panel_bytes, const uint32_t* groups, int64_t grouped,
+                    const uint8_t* a, int64_t lines, int64_t panel_bytes, const uint32_t* groups, int64_t grouped,
                     Zero zero, bool add, typename Kind::Sum* c, int32_t* column_sums) {
     constexpr int64_t in_group = Kind::in_group;
-    // Where sums are few, the tiles of so many quarters stay in the first-level cache too.
-    const int64_t parts = ceil_div(quarters, 48);
     const int64_t width = ceil_div(d.columns, 2) * kPanel, tiles = d.tiles_of_place();
     const int64_t count = phase.taps[0] * phase.taps[1] * tiles;
+    const int64_t row_groups = d.places / in_group * d.channels;
     const int64_t begin = d.tile_of[phase.first[0] * (takes_lines(*p.b.window) ? 1 : p.b.window->kernel[2]) + phase.first[1]];
-    const auto address = [&](int64_t tile) {
+    const auto address = [&](int64_t tile, int64_t line) {
         const int64_t tap = tile / tiles, channel = tile % tiles * 16;
         const int64_t place = tap / phase.taps[1] * phase.apart[0] * d.places + tap % phase.taps[1] * phase.apart[1];
-        return groups + place % in_group * grouped + place / in_group * d.channels + channel;
+        const auto* to = groups + place % in_group * grouped + place / in_group * d.channels + channel + line * row_groups;
+        return reinterpret_cast<const uint8_t*>(to);
     };
-    for (int64_t part = 0; part < parts; part++, add = true) {
-        const int64_t first = part * quarters / parts / 4 * 4;  // whole steps
-        const int64_t now = (part + 1 < parts ? (part + 1) * quarters / parts / 4 * 4 : quarters) - first;
+    // So many lines at a time that their tiles stay in the first-level cache.
+    const int64_t together = std::max<int64_t>(1, 48 / d.quarters);
+    for (int64_t first = 0; first < lines; first += together, add = true) {
+        const int64_t now = std::min(together, lines - first);
         for (int64_t n = 0; n < count; n += 2) {
-            const auto* b = reinterpret_cast<const uint8_t*>(address(n) + first * 4 * d.channels);
+            const uint8_t* b = address(n, first);
             const int64_t columns = n + 1 < count ? kPanel : 16, at_column = (begin + n) * 16;
-            const int64_t second = columns > 16 ? reinterpret_cast<const uint8_t*>(address(n + 1) + first * 4 * d.channels) - b : 0;
-            Path at{now / 4, 1, {}, {d.channels * 4, second, d.channels * 64}, now % 4};
-            if (zero.a) add_column_sums(b_kind, b, now, columns, at.b, column_sums + at_column);
+            const int64_t second = columns > 16 ? address(n + 1, first) - b : 0;
+            const Tiling of_b{d.channels * 4, second, d.channels * 64, row_groups * 4};
+            Path at{d.quarters / 4, now, d.a, of_b, d.quarters % 4};
+            for (int64_t l = 0; l < (zero.a ? now : 0); l++)
+                add_column_sums(b_kind, b + l * of_b.line, d.quarters, columns, of_b, column_sums + at_column);
             for (int64_t m = 0; m < ceil_div(p.m, kPanel); m++) {
                 at.rows = std::min(kPanel, whole_grains(p.m - m * kPanel));
-                multiplier<false>(a_kind, columns, at.rows)(a + m * panel_bytes + first / 4 * 2 * kTile, at, b,
+                multiplier<false>(a_kind, columns, at.rows)(a + m * panel_bytes + first * d.a.line, at, b,
                                                             c + m * kPanel * width + at_column, width, add);
             }
         }
@@ -355,19 +376,17 @@ template <class Kind>
 bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
     using Number = typename Kind::Number;
     using Sum = typename Kind::Sum;
-    constexpr int64_t in_group = Kind::in_group, in_quarter = 4 * in_group;
+    constexpr int64_t in_group = Kind::in_group, in_step = 16 * in_group;
     const Kind a_kind(p.a, true), b_kind(p.b, false);
     const int64_t panels = ceil_div(p.m, kPanel), width = ceil_div(d.columns, 2) * kPanel;
-    const int64_t row_bytes = d.places * d.channels * static_cast<int64_t>(sizeof(Number));
-    const int64_t fitting = std::max<int64_t>(1, kCache / 2 / row_bytes - d.halo);
-    const int64_t block = std::min(d.rows, fitting), blocks = ceil_div(d.rows, block);
-    const int64_t steps = ceil_div(block * d.places, 4 * in_quarter);
-    const int64_t quarters = machine().amx ? steps * 4 : ceil_div(block * d.places, in_quarter);  // tiles are whole
-    const int64_t panel_bytes = steps * 2 * kTile;
-    const int64_t image = steps * 4 * in_quarter + d.halo * d.places + d.places - d.width + in_group;  // places
+    const int64_t blocks = ceil_div(d.rows, d.block), panel_bytes = d.steps * kStep * kPanel + kPanel * kStep;
+    // Places that the last tap of the last line reads.
+    const int64_t last = (d.lines - 1 + d.halo) * d.places + d.quarters * in_step / 4 + d.places;
+    const int64_t image = last / in_group * in_group + in_group;
     const int64_t grouped = image / in_group * d.channels;  // groups from one of the first places
     Zero zero = zero_of(p, a_kind, b_kind);
-    zero.k = static_cast<uint32_t>(d.samples * blocks * quarters * in_quarter);  // with the places that are no positions
+    const int64_t lines = d.lines == 1 ? blocks : d.rows;  // of k of a sample, with the places that are no positions
+    zero.k = static_cast<uint32_t>(d.samples * lines * d.quarters * in_step / 4);
     // Of each group of samples: sums, then those of the codes of its rows and columns.
     const int64_t of_group = d.sums + panels * kPanel + width;
     auto* all = workspace<Sum>(kSlotSums, d.groups * of_group);
@@ -386,18 +405,16 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
             std::fill_n(row_sums, panels * kPanel + width, 0);
             const int64_t from = group * d.samples / d.groups, until = (group + 1) * d.samples / d.groups;
             for (int64_t task = from * blocks; task < until * blocks; task++) {
-                const int64_t sample = task / blocks, first = task % blocks * block;
-                const int64_t count = std::min(block, d.rows - first);
+                const int64_t sample = task / blocks, first = task % blocks * d.block;
+                const int64_t count = std::min(d.block, d.rows - first), now = std::min(d.lines, count);
                 const auto row_of = [&](int64_t k) {
-                    const int64_t row = k / d.places, place = k % d.places;
+                    const int64_t row = k / d.of_row, place = k % d.of_row;
                     return row < count && place < d.width ? (sample * d.rows + first + row) * d.width + place : -1;
                 };
-                for (int64_t s = 0; s < steps; s++)
-                    pack_a_across(a_kind, p, row_of, a_kind.outside(), s, a + s * 2 * kTile, panel_bytes, across.groups,
-                                  across.scratch);
-                if (zero.b)
-                    for (int64_t m = 0; m < panels; m++)
-                        add_row_sums(a + m * panel_bytes, quarters, row_sums + m * kPanel);
+                for (int64_t s = 0; s < d.steps; s++)
+                    pack_a_across(a_kind, p, row_of, a_kind.outside(), s, d.a, a, panel_bytes, across);
+                for (int64_t m = 0; m < (zero.b ? panels : 0); m++)
+                    add_row_sums(a + m * panel_bytes, now * d.quarters, d.a, row_sums + m * kPanel);
                 for (const Phase& phase : d.phases) {
                     const int64_t held = (count + d.halo) * d.places;  // zeros after it
                     pad_phase(b_kind, p, d, phase, sample, first, count + d.halo, x);
@@ -406,7 +423,7 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
                         for (int64_t i = 0; i < (image - place) / in_group; i++)
                             interleave(x + (in_group * i + place) * d.channels, d.channels, d.channels,
                                        all_groups + place * grouped + i * d.channels);
-                    multiply_phase(a_kind, b_kind, p, d, phase, a, quarters, panel_bytes, all_groups, grouped, zero,
+                    multiply_phase(a_kind, b_kind, p, d, phase, a, now, panel_bytes, all_groups, grouped, zero,
                                    task > from * blocks, c, column_sums);
                 }
             }

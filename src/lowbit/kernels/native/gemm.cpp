@@ -64,7 +64,7 @@ void multiply_tall(const Product& p) {
             for (int64_t m = first; m < last; m++) {
                 uint8_t* panel = a + (m - first) * panel_bytes;
                 pack_a_along(a_kind, p, m, 0, steps, panel);
-                if (zero.b) add_row_sums(panel, steps * 4, row_sums + (m - first) * kPanel);
+                if (zero.b) add_row_sums(panel, steps * 4, {}, row_sums + (m - first) * kPanel);
             }
             for (int64_t n = begin; n < end; n++) {
                 multiply_panels(a_kind, a, b + n * panel_bytes, steps, last - first, panel_bytes, p.n - n * kPanel, c);
@@ -110,7 +110,7 @@ void multiply_long(const Product& p) {
             if (zero.b) {
 #pragma omp for schedule(static)
                 for (int64_t m = 0; m < row_panels; m++)
-                    add_row_sums(a + m * panel_bytes, (last - first) * 4, row_sums + m * kPanel);
+                    add_row_sums(a + m * panel_bytes, (last - first) * 4, {}, row_sums + m * kPanel);
             }
             if (zero.a) {
 #pragma omp for schedule(static)

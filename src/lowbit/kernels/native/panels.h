@@ -214,6 +214,11 @@ void load_row(const Kind& kind, const Rows& rows, int64_t r, int64_t first, int6
 
 // ---- packing ----
 
+// Where the tiles of one side of a panel lie, in bytes: the rows of a tile, the second tile, the next step, the next line.
+struct Tiling {
+    int64_t row = 64, second = kTile, step = 2 * kTile, line = 0;
+};
+
 // Transpose 16 x 16 groups of 32 bits.
 inline void transpose16(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
     __m512i r[16], t[16];
@@ -286,26 +291,37 @@ void load_across(const Kind& kind, const Rows& rows, const RowOf& row_of, typena
     }
 }
 
+// Memory for `pack_a_across` and `pack_b_across` of a width.
+template <class Kind>
+struct Across {
+    uint32_t* groups;
+    typename Kind::Number* scratch;
+    explicit Across(int64_t width)
+        : groups(workspace<uint32_t>(kSlotGroups, 16 * (width + kPanel))),
+          scratch(workspace<typename Kind::Number>(kSlotScratch, Kind::in_group * width)) {}
+};
+
 // Step `step` of every panel of A whose rows are k, panels `panel_bytes` apart.
 template <class Kind, class RowOf>
 void pack_a_across(const Kind& kind, const Product& p, const RowOf& row_of, typename Kind::Number none, int64_t step,
-                   uint8_t* to, int64_t panel_bytes, uint32_t* groups, typename Kind::Number* scratch) {
+                   const Tiling& at, uint8_t* to, int64_t panel_bytes, const Across<Kind>& across) {
     const int64_t width = ceil_div(p.m, kPanel) * kPanel;
-    load_across(kind, p.a, row_of, none, step * 16, 0, p.m, groups, width, scratch);
+    load_across(kind, p.a, row_of, none, step * 16, 0, p.m, across.groups, width, across.scratch);
+    to += step * at.step;
     for (int64_t m = 0; m < width; m += 16)
-        transpose16(groups + m, width, reinterpret_cast<uint32_t*>(to + m / kPanel * panel_bytes + m % kPanel / 16 * kTile),
-                    16);
+        transpose16(across.groups + m, width,
+                    reinterpret_cast<uint32_t*>(to + m / kPanel * panel_bytes + m % kPanel / 16 * at.second), at.row / 4);
 }
 
 // Step `step` of every panel of B whose rows are k, panels `panel_bytes` apart.
 template <class Kind, class RowOf>
 void pack_b_across(const Kind& kind, const Product& p, const RowOf& row_of, int64_t step, uint8_t* to, int64_t panel_bytes,
-                   uint32_t* groups, typename Kind::Number* scratch) {
+                   const Across<Kind>& across) {
     const int64_t width = ceil_div(p.n, kPanel) * kPanel;
-    load_across(kind, p.b, row_of, 0, step * 16, 0, p.n, groups, width, scratch);
+    load_across(kind, p.b, row_of, 0, step * 16, 0, p.n, across.groups, width, across.scratch);
     for (int64_t n = 0; n < width; n += 16)
         for (int64_t g = 0; g < 16; g++)
-            std::memcpy(to + n / kPanel * panel_bytes + n % kPanel / 16 * kTile + g * 64, groups + g * width + n, 64);
+            std::memcpy(to + n / kPanel * panel_bytes + n % kPanel / 16 * kTile + g * 64, across.groups + g * width + n, 64);
 }
 
 // Panel `panel` of A whose rows run along k, steps [first, last), as tiles.
@@ -349,16 +365,6 @@ void pack_b_along(const Kind& kind, const Product& p, int64_t panel, int64_t fir
         pack_b_step(kind, p, panel, s * per_step, std::min(per_step, p.k - s * per_step), to);
 }
 
-// Memory for `pack_a_across` and `pack_b_across` of a width.
-template <class Kind>
-struct Across {
-    uint32_t* groups;
-    typename Kind::Number* scratch;
-    explicit Across(int64_t width)
-        : groups(workspace<uint32_t>(kSlotGroups, 16 * (width + kPanel))),
-          scratch(workspace<typename Kind::Number>(kSlotScratch, Kind::in_group * width)) {}
-};
-
 // Steps [first, last) of all of B, by all threads of the enclosing team, which wait for each other at the end.
 template <class Kind>
 void pack_all_b(const Kind& kind, const Product& p, int64_t first, int64_t last, uint8_t* b, int64_t panel_bytes) {
@@ -371,7 +377,7 @@ void pack_all_b(const Kind& kind, const Product& p, int64_t first, int64_t last,
         const auto row_of = [&p](int64_t k) { return k < p.k ? k : -1; };
 #pragma omp for schedule(dynamic)
         for (int64_t s = first; s < last; s++)
-            pack_b_across(kind, p, row_of, s, b + (s - first) * 2 * kTile, panel_bytes, across.groups, across.scratch);
+            pack_b_across(kind, p, row_of, s, b + (s - first) * 2 * kTile, panel_bytes, across);
     }
 }
 
@@ -387,19 +393,14 @@ void pack_all_a(const Kind& kind, const Product& p, int64_t first, int64_t last,
         const auto row_of = [&p](int64_t k) { return k < p.k ? k : -1; };
 #pragma omp for schedule(dynamic) nowait
         for (int64_t s = first; s < last; s++)
-            pack_a_across(kind, p, row_of, 0, s, a + (s - first) * 2 * kTile, panel_bytes, across.groups, across.scratch);
+            pack_a_across(kind, p, row_of, 0, s, {}, a - first * 2 * kTile, panel_bytes, across);
     }
 }
 
 // ---- 32 x 32 and 32 x 16 multiplications ----
 
-// Where the tiles of one side lie, in bytes: the rows of a tile, the second tile, the next step, the next line.
-struct Tiling {
-    int64_t row = 64, second = kTile, step = 2 * kTile, line = 0;
-};
-
 // What one multiplication goes through: `lines` times `steps` and a last step of which `quarters` count, and where. By
-// default both sides are packed. B has no lines: its steps follow each other. Vectors leave out what does not count,
+// default both sides are packed, and the lines of B follow each other. Vectors leave out what does not count,
 // and rows from `rows` on; tiles are always whole.
 struct Path {
     int64_t steps, lines = 1;
@@ -495,6 +496,7 @@ __attribute__((target("avx512f,avx512vnni,avx512bf16"))) void vectors(const uint
         const uint8_t* tile = b;
         for (int64_t l = 0; l < at.lines; l++) {
             const uint8_t* row = a + l * at.a.line + first / 16 * at.a.second + first % 16 * a_row;
+            if (!packed && at.b.line) tile = b + l * at.b.line;
             const uint8_t* of[rows];
             for (int i = 0; i < rows; i++) of[i] = row + i * a_row;
             int64_t done = 0;
@@ -573,14 +575,14 @@ Zero zero_of(const Product&, const Kind&, const Kind&) {
 }
 
 // Add the codes of each row of a packed panel of A, of so many quarters of steps.
-inline void add_row_sums(const uint8_t* a, int64_t quarters, int32_t* sums) {
+inline void add_row_sums(const uint8_t* a, int64_t quarters, const Tiling& at, int32_t* sums) {
     const __m512i none = _mm512_setzero_si512();
     for (int64_t i = 0; i < kPanel; i++) {
-        const uint8_t* row = a + i / 16 * kTile + i % 16 * kStep;
+        const uint8_t* row = a + i / 16 * at.second + i % 16 * at.row;
         __m512i sum = none;
         for (int64_t q = 0; q < quarters; q += 4) {
             const __mmask16 mask = quarters - q >= 4 ? 0xFFFF : static_cast<__mmask16>((1 << 4 * (quarters - q)) - 1);
-            const __m512i codes = _mm512_maskz_loadu_epi32(mask, row + q / 4 * 2 * kTile);
+            const __m512i codes = _mm512_maskz_loadu_epi32(mask, row + q / 4 * at.step);
             sum = _mm512_add_epi64(sum, _mm512_sad_epu8(codes, none));
         }
         sums[i] += static_cast<int32_t>(_mm512_reduce_add_epi64(sum));
