@@ -431,7 +431,7 @@ class TestCodesOfChannels:
     @pytest.mark.parametrize("channels", [1, 3, 64, 65, 300])
     @pytest.mark.parametrize("starts", [[0, 2], [0, 2, 4, 7], [0, 100, 200, 300, 333], [0, 9000, 40_000]])
     def test_statistics(self, starts: list[int], channels: int) -> None:
-        """Sums and first rows of the extremes of each chunk are exact, mean and sigma to 1e-6, on one thread and two."""
+        """Sums and first rows of the extremes of each chunk are exact, mean and sigma to 1e-6, on 1 thread and 2."""
         slopes = torch.linspace(0.1, 0.2, len(starts) - 1)
         for high in (2, 256):  # few codes: many ties
             q = torch.randint(0, high, (starts[-1], channels), generator=torch.Generator().manual_seed(channels))

@@ -49,6 +49,10 @@ class Codes:
     shape: torch.Size
     layout: Layout
 
+    def holding(self, q: Tensor) -> "Codes":
+        """The same grid with other numbers."""
+        return Codes(q=q, scale=self.scale, zero=self.zero, shape=self.shape, layout=self.layout)
+
     def values(self, sharing: Sharing) -> Tensor:
         """The real values, float32 in the shape of the tensor; `sharing` as for `encode_operand`."""
         view, dims = sharing
@@ -71,6 +75,10 @@ class Values:
     def scale(self) -> Tensor:
         """One."""
         return torch.ones(1)
+
+    def holding(self, q: Tensor) -> "Values":
+        """Other numbers of the same shape."""
+        return Values(q=q, shape=self.shape, layout=self.layout)
 
     def values(self, sharing: Sharing) -> Tensor:  # noqa: ARG002 - there is no scale
         """The real values rounded to bfloat16, float32 in the shape of the tensor."""

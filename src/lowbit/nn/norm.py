@@ -505,7 +505,7 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
         assert self.running_var is not None
         self.num_batches_tracked.add_(1)
         momentum = self.momentum if self.norm.momentum is None else self.norm.momentum
-        weight = 1.0 / int(self.num_batches_tracked) if momentum is None else momentum
+        weight = 1.0 / self.num_batches_tracked.to(self.running_mean) if momentum is None else momentum
         self.running_mean.lerp_(mean.to(self.running_mean), weight)
         self.running_var.lerp_((sigma * sigma).to(self.running_var), weight)
 
