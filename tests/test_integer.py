@@ -635,6 +635,18 @@ class TestChoice:
 
         assert engines == [{("int8", (8, 8))}, {("reference", (10, 10))}, {("int8", (4, 4))}]
 
+    def test_bits_changed_in_place(self) -> None:
+        """The same setting runs at the bits that its tensor has now."""
+        bits = torch.full((6,), 8)
+        setting = Setting(recipe=RECIPES["int8"], bits=bits, noise=noise(), engine="int8")
+        x, w, results = randn(6, 20), randn(4, 20, seed=1), []
+        for width in (8, 3, 8):
+            bits.fill_(width)
+            results.append(products.linear(x, w, setting=setting))
+
+        assert torch.equal(results[0], results[2])
+        assert not torch.equal(results[0], results[1])
+
     @pytest.mark.parametrize("name", ["bf16", "sbm8", "int8"])
     def test_units_of_each_product(self, name: str) -> None:
         """Integers run as codes, products with a bf16 operand as halves."""

@@ -1,5 +1,6 @@
 """The native passes over memory against their torch twins, bit for bit."""
 
+import dataclasses
 import hashlib
 import itertools
 import math
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import threads
+from lowbit.formats import Integer
 from lowbit.kernels import cpu, reference
-from lowbit.kernels.cpu import Grid, View
+from lowbit.kernels.cpu import Codes, Grid, View
+from lowbit.quantizer import grid_of
 from lowbit.rounding import uniform_noise
 
 pytestmark = pytest.mark.skipif(cpu.instruction_sets() is None, reason="lowbit has no native kernels in this install")
@@ -314,26 +317,142 @@ class TestCodesAndValues:
         assert not torch.equal(y, x)
 
 
+def formats() -> dict[str, Integer]:
+    """Formats whose codes `quantize` makes, nearest: the views here say what shares a scale."""
+    return {
+        "symmetric": Integer(bits=8, zero="symmetric"),
+        "integer": Integer(bits=8, zero="integer"),
+        "floor": Integer(bits=8, zero="integer", floor=0.5),
+    }
+
+
+class TestQuantize:
+    """`quantize`: range, grid and codes in one call."""
+
+    def check(
+        self,
+        x: Tensor,
+        view: View,
+        fmt: Integer,
+        *,
+        samples: int | None,
+        bits: int = 8,
+        observed: tuple[Tensor, Tensor] | None = None,
+        key: tuple[int, int] | None = None,
+    ) -> None:
+        """Codes, scales and zero point of (outer, channels, inner) are those of the definition, bit for bit."""
+        levels = float(2 ** (bits - (fmt.zero == "symmetric")) - 1)
+        memory = in_memory(x, view)
+
+        q, scale, zero = cpu.quantize(memory, view, fmt, levels=levels, samples=samples, observed=observed, key=key)
+
+        if observed is not None:
+            lo, hi = observed
+        elif samples is None:
+            lo, hi = x.float().amin((0, 2)), x.float().amax((0, 2))
+        else:
+            parts = memory.float().view(samples, -1)
+            lo, hi = (v.double().mean().float() for v in (parts.amin(1), parts.amax(1)))
+        expected, point, low, high = grid_of(lo.reshape(-1), hi.reshape(-1), fmt, levels)
+        grid = Grid(scale=expected, zero=point, low=low, high=high, key=key)
+        assert q.dtype == (torch.int8 if fmt.zero == "symmetric" else torch.uint8)
+        torch.testing.assert_close(scale, expected, rtol=0, atol=0, equal_nan=True)
+        assert zero == (0 if point is None or not point.isfinite().all() else int(point))
+        assert torch.equal(q.float(), in_memory(twin_codes(x, grid), view).nan_to_num(0.0))
+
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(data=st.data())
+    def test_equals_the_definition(self, data: st.DataObject) -> None:
+        """Any view, width, rule, rounding, dtype and magnitude, one grid or, symmetric, one for each channel."""
+        outer, channels = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 40))
+        inner = data.draw(st.integers(1, 80) | st.sampled_from([1023, 1024, 1025, 2500]))
+        fmt = formats()[data.draw(st.sampled_from(["symmetric", "integer", "floor"]))]
+        per_channel = fmt.zero == "symmetric" and data.draw(st.booleans())
+        samples = None if per_channel else data.draw(st.sampled_from([1, outer]))
+        key = data.draw(st.none() | st.just(KEY))
+        x = randn(outer, channels, inner, seed=data.draw(st.integers(0, 99)))
+        x = (x + data.draw(st.sampled_from([0.0, 3.0, -9.0]))) * 2.0 ** data.draw(st.integers(-146, 120))
+        fmt = dataclasses.replace(fmt, rounding="stochastic" if key else "nearest")
+        view = (outer, channels, inner, data.draw(st.booleans()))
+
+        x = x.to(data.draw(st.sampled_from(DTYPES)))
+        self.check(x, view, fmt, samples=samples, bits=data.draw(st.integers(2, 8)), key=key)
+
+    @pytest.mark.parametrize("zero", ["symmetric", "integer", "floor"])
+    def test_an_observed_range(self, zero: str) -> None:
+        """It takes the place of the tensor's own, narrower or wider, on either side of zero; for one grid alone."""
+        x, view = randn(2, 3, 70), (2, 3, 70, False)
+        for lo, hi in ((-1.0, 0.5), (-9.0, 9.0), (0.5, 2.0), (-2.0, -0.5), (0.0, 0.0), (math.nan, 1.0)):
+            self.check(x, view, formats()[zero], samples=1, observed=(torch.tensor([lo]), torch.tensor([hi])))
+        with pytest.raises(ValueError, match="3 grids"):
+            cpu.quantize(x, view, formats()[zero], levels=127, samples=None, observed=(torch.ones(1), torch.ones(1)))
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    def test_a_range_that_is_not_finite(self, bad: float) -> None:
+        """The scale of its own row, or of the tensor, is not finite, and no other; the zero point is then 0."""
+        x = randn(1, 4, 70)
+        x[0, 2, 5] = bad
+
+        _, scale, _ = cpu.quantize(x, (1, 4, 70, False), formats()["symmetric"], levels=127, samples=None)
+        _, one, zero = cpu.quantize(x, (1, 4, 70, False), formats()["integer"], levels=255, samples=1)
+
+        assert scale.isfinite().tolist() == [True, True, False, True]
+        assert (one.isfinite().tolist(), zero) == ([False], 0)
+
+    @pytest.mark.parametrize("samples", [1, 300, None])
+    @pytest.mark.parametrize("key", [None, KEY])
+    def test_one_thread_and_two(self, key: tuple[int, int] | None, samples: int | None) -> None:
+        """The same codes and scales, in a tensor of many tasks."""
+        x, fmt = randn(300, 1500), formats()["symmetric"]
+        seen = []
+        for count in (1, 2):
+            with threads(count):
+                seen.append(cpu.quantize(x, (1, 300, 1500, False), fmt, levels=127, samples=samples, key=key))
+
+        assert torch.equal(seen[0][0], seen[1][0])
+        assert torch.equal(seen[0][1], seen[1][1])
+
+    @pytest.mark.parametrize("taps", [9, 70])
+    def test_taps_are_transposed(self, taps: int) -> None:
+        """Rows longer than a run come out as (taps, channels) each."""
+        x, fmt = randn(5, 40 * taps), formats()["symmetric"]
+        view = (1, 5, 40 * taps, False)
+
+        plain, scale, _ = cpu.quantize(x, view, fmt, levels=127, samples=None)
+        turned, again, _ = cpu.quantize(x, view, fmt, levels=127, samples=None, taps=taps)
+
+        assert torch.equal(turned.view(5, taps, 40), plain.view(5, 40, taps).transpose(1, 2))
+        assert torch.equal(scale, again)
+
+
 class TestCodesOfChannels:
     """Passes over codes of rows by channels, which Range BN is made of."""
 
     @pytest.mark.parametrize("channels", [1, 3, 64, 65, 300])
-    @pytest.mark.parametrize("starts", [[0, 1], [0, 2, 4, 7], [0, 100, 200, 300, 333]])
-    def test_extremes_and_their_first_rows(self, starts: list[int], channels: int) -> None:
-        """In each chunk and channel the extremes, and the first of several equal ones, as torch finds them."""
+    @pytest.mark.parametrize("starts", [[0, 2], [0, 2, 4, 7], [0, 100, 200, 300, 333], [0, 9000, 40_000]])
+    def test_statistics(self, starts: list[int], channels: int) -> None:
+        """Sums and first rows of the extremes of each chunk are exact, mean and sigma to 1e-6, on 1 thread and 2."""
+        slopes = torch.linspace(0.1, 0.2, len(starts) - 1)
         for high in (2, 256):  # few codes: many ties
             q = torch.randint(0, high, (starts[-1], channels), generator=torch.Generator().manual_seed(channels))
-            flat = q.to(torch.uint8).flatten()
+            codes = Codes(q=q.to(torch.uint8).flatten(), scale=torch.tensor([0.3]), zero=7)
+            seen = []
             for count in (1, 2):
                 with threads(count):
-                    largest, smallest, argmax, argmin = cpu.code_extremes(flat, channels, starts)
+                    seen.append(cpu.code_statistics(codes, channels, starts, slopes))
 
-                for i, (a, b) in enumerate(itertools.pairwise(starts)):
-                    part = q[a:b]
-                    assert torch.equal(largest[i].long(), part.amax(0))
-                    assert torch.equal(smallest[i].long(), part.amin(0))
-                    assert torch.equal(argmax[i].long(), (part == part.amax(0)).int().argmax(0) + a)
-                    assert torch.equal(argmin[i].long(), (part == part.amin(0)).int().argmax(0) + a)
+            parts = [q[a:b] for a, b in itertools.pairwise(starts)]
+            spread = torch.stack([part.amax(0) - part.amin(0) for part in parts]) * codes.scale.double()
+            for found in seen:
+                for i, (part, first) in enumerate(zip(parts, starts, strict=False)):
+                    assert torch.equal(found.argmax[i].long(), (part == part.amax(0)).int().argmax(0) + first)
+                    assert torch.equal(found.argmin[i].long(), (part == part.amin(0)).int().argmax(0) + first)
+                assert torch.equal(found.total, q.sum(0))
+                mean = (q.double().mean(0) - 7) * codes.scale.double()
+                torch.testing.assert_close(found.mean, mean.float(), rtol=1e-6, atol=0)
+                torch.testing.assert_close(found.sigma, (spread * slopes[:, None]).sum(0).float(), rtol=1e-6, atol=0)
+            assert torch.equal(seen[0].mean, seen[1].mean)
+            assert torch.equal(seen[0].sigma, seen[1].sigma)
 
     @pytest.mark.parametrize("rows", [0, 1, 4095, 4097, 70_000])
     def test_sums_are_exact(self, rows: int) -> None:
@@ -431,7 +550,10 @@ def fingerprint() -> tuple[str, str]:
             lo, hi = cpu.extremes(memory, view)
             values = cpu.fake_quantize(memory, view, grid).float()
             codes = cpu.encode(memory, view, grid, signed=zero == "symmetric")
-            for t in (lo, hi, values, codes):
+            fmt = formats()["symmetric" if per_channel else "integer"]
+            samples = None if per_channel else 3
+            made, scale, _ = cpu.quantize(memory, view, fmt, levels=127, samples=samples, key=key)
+            for t in (lo, hi, values, codes, made, scale):
                 digest.update(t.numpy().tobytes())
     return (cpu.instruction_sets() or ["none"])[-1], digest.hexdigest()
 

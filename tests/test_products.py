@@ -14,7 +14,7 @@ from torch import Tensor
 from helpers import recipe_of
 from lowbit import UsageError, products
 from lowbit.formats import BF16, FP32, Integer
-from lowbit.products import ProductRun, Setting
+from lowbit.products import ProductRun, Setting, slot_of
 from lowbit.recipe import SLOTS, GradWeight, Recipe
 from lowbit.rounding import CounterNoise, RecordedNoise, step_key
 
@@ -376,6 +376,19 @@ class TestQuantized:
         expected = F.linear(_grid(x, dims=(0, 1), bits=3), _grid(w, dims=(0, 1), bits=5))
         torch.testing.assert_close(y, expected, **TIGHT)
         assert not torch.allclose(y, products.linear(x, w, setting=Setting(recipe=recipe_of(SYMMETRIC))))
+
+    def test_operands_of_one_format_have_one_width(self) -> None:
+        """`sbm8` has one format for each of input and weight, and two of grad_output: four widths count."""
+        slots = [slot_of(Recipe.from_name("sbm8"), *slot) for slot in SLOTS]
+
+        assert [SLOTS[i] for i in slots] == [
+            ("output", "input"),
+            ("output", "weight"),
+            ("grad_input", "grad_output"),
+            ("output", "weight"),
+            ("grad_weight", "grad_output"),
+            ("output", "input"),
+        ]
 
     def test_padding_stays_zero_where_zero_is_off_the_grid(self) -> None:
         """The zeros around an offset-quantised input are added after quantisation."""

@@ -1,4 +1,5 @@
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.formats import Integer
+from lowbit.kernels import cpu
 from lowbit.quantizer import quantize
 from lowbit.ranges import extremes, new_running_range, observed_extremes, record_range
 
@@ -271,3 +273,33 @@ def test_evaluation_of_a_batch_that_is_not_finite_gives_nan(bad: float) -> None:
     observed = observed_extremes(x, fmt, running, training=False)
 
     assert quantize(x, fmt, observed=observed).values.isnan().all()
+
+
+@pytest.mark.skipif(cpu.instruction_sets() is None, reason="lowbit has no native kernels in this install")
+@given(data=st.data())
+@settings(deadline=None, max_examples=100)
+def test_the_native_pass_records_what_torch_records(data: st.DataObject) -> None:
+    """Ranges used and kept are the same numbers to the bit, batches that are not finite included."""
+    fmt = Integer(
+        bits=8,
+        zero="integer",
+        range=data.draw(st.sampled_from(["minmax", "sample-mean"])),
+        running=data.draw(st.floats(0, 0.99)),
+        running_start=data.draw(st.sampled_from(["first", "zero"])),
+    )
+    kept = new_running_range(), new_running_range()
+    for step in range(4):
+        x = _randn(6, 3, 4, 5, seed=data.draw(st.integers(0, 99))) * 10.0 ** data.draw(st.integers(-30, 30))
+        x = x.to(data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
+        x.view(-1)[step] = data.draw(st.sampled_from([0.0, 0.0, math.nan, math.inf, -math.inf]))
+        x = x.to(memory_format=data.draw(st.sampled_from([torch.contiguous_format, torch.channels_last])))
+        training = data.draw(st.booleans())
+
+        native = observed_extremes(x, fmt, kept[0], training=training)
+        with mock.patch.object(cpu, "_cpu", None):
+            plain = observed_extremes(x, fmt, kept[1], training=training)
+
+        assert native is not None
+        assert plain is not None
+        for ours, theirs in ((kept[0], kept[1]), *zip(native, plain, strict=True)):
+            torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=0, equal_nan=True)

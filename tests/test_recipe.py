@@ -45,6 +45,14 @@ class TestStored:
         assert Recipe.from_name(name) == Recipe.from_name(name)
         assert hash(Recipe.from_name(name)) == hash(Recipe.from_name(name))
 
+    def test_another_format_under_the_same_name_is_another_recipe(self) -> None:
+        """What is remembered of one is not found for the other, though their hashes are equal."""
+        recipe = Recipe.from_name("sbm8")
+        other = recipe.replace(bias=BF16)
+
+        assert hash(other) == hash(recipe)
+        assert {recipe: 1, other: 2}[recipe] == 1
+
     def test_names_are_listed(self) -> None:
         """The list has the promised names, sorted, and the pattern of names that are made as needed at its end."""
         names = lowbit.recipes()

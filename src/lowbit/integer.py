@@ -10,7 +10,7 @@ Codes lie in memory as the products read them: activations (rows, channels) or (
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import torch
@@ -20,11 +20,12 @@ from lowbit.errors import UsageError
 from lowbit.formats import Float, Format, Integer
 from lowbit.kernels import cpu, cuda
 from lowbit.kernels.cpu import Rows, Window
-from lowbit.quantizer import encode, grid_of
-from lowbit.ranges import extremes
+from lowbit.quantizer import encode
+from lowbit.ranges import samples_of
 
 Unit = Literal["int8", "bf16"]
 Layout = Literal["matrix", "activation", "weight"]
+Sharing = tuple[tuple[int, ...], tuple[int, ...]]  # a view's shape and the dims of it that share a scale
 
 # The largest distance of a code from the code of zero.
 _REACH = {torch.uint8: 255, torch.int8: 127}
@@ -48,7 +49,11 @@ class Codes:
     shape: torch.Size
     layout: Layout
 
-    def values(self, sharing: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+    def holding(self, q: Tensor) -> "Codes":
+        """The same grid with other numbers."""
+        return Codes(q=q, scale=self.scale, zero=self.zero, shape=self.shape, layout=self.layout)
+
+    def values(self, sharing: Sharing) -> Tensor:
         """The real values, float32 in the shape of the tensor; `sharing` as for `encode_operand`."""
         view, dims = sharing
         q = _in_shape(self.q, self.shape, self.layout)
@@ -71,7 +76,11 @@ class Values:
         """One."""
         return torch.ones(1)
 
-    def values(self, sharing: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:  # noqa: ARG002 - there is no scale
+    def holding(self, q: Tensor) -> "Values":
+        """Other numbers of the same shape."""
+        return Values(q=q, shape=self.shape, layout=self.layout)
+
+    def values(self, sharing: Sharing) -> Tensor:  # noqa: ARG002 - there is no scale
         """The real values rounded to bfloat16, float32 in the shape of the tensor."""
         return _in_shape(self.q, self.shape, self.layout).to(torch.bfloat16).float()
 
@@ -172,12 +181,48 @@ def _ordered_view(x: Tensor, whole: bool, view: tuple[int, ...], dims: tuple[int
     return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Passes:
+    """How the native passes take an operand: its memory, one scale or one for each channel, taps to transpose."""
+
+    memory: cpu.View
+    whole: bool
+    taps: int
+
+
+@lru_cache(maxsize=4096)
+def _passes(
+    shape: torch.Size, stride: tuple[int, ...], layout: Layout, sharing: Sharing, stochastic: bool
+) -> _Passes | None:
+    """The passes over an operand of such memory; None where they do not take it."""
+    x = torch.empty_strided(shape, stride, device="meta")
+    view, dims = sharing
+    weight = layout == "weight"
+    taps = 1 if layout == "matrix" else math.prod(shape[2:])
+    memory = cpu.memory_view(x, view, dims)
+    whole = len(dims) == len(view) or (memory is not None and memory[1] == 1)  # one scale
+    last = memory is not None and memory[3]
+    ordered = weight and cpu.is_channels_last(x) and not x.is_contiguous()
+    if ordered:  # its memory is in the wanted order already; noise numbers would not be
+        memory = None if stochastic else _ordered_view(x, len(dims) == len(view), view, dims)
+    transposed = not last and not ordered and taps > 1
+    if transposed and memory is not None:
+        outer, channels, inner, _ = memory
+        if channels == 1:
+            memory = (shape[0], shape[1], taps, False)
+        elif not weight or (inner == taps and not (outer > 1 and inner < 64)) or (inner != taps and outer != 1):
+            memory = None
+    if memory is None or x.numel() == 0:
+        return None
+    return _Passes(memory=memory, whole=whole, taps=taps if transposed else 1)
+
+
 def encode_operand(
     x: Tensor,
     fmt: Format,
     *,
     layout: Layout,
-    sharing: tuple[tuple[int, ...], tuple[int, ...]],
+    sharing: Sharing,
     levels: float,
     key: tuple[int, int] | None,
     observed: tuple[Tensor, Tensor] | None,
@@ -195,30 +240,21 @@ def encode_operand(
     """
     if isinstance(fmt, Float):
         return Values(q=_in_order(x, layout), shape=x.shape, layout=layout)
-    view, dims = sharing
-    weight = layout == "weight"
-    taps = 1 if layout == "matrix" else math.prod(x.shape[2:])
     x = x.contiguous() if layout == "matrix" else x
-    memory = cpu.memory_view(x, view, dims)
-    whole = len(dims) == len(view) or (memory is not None and memory[1] == 1)  # one scale
-    last = memory is not None and memory[3]
-    ordered = weight and cpu.is_channels_last(x) and not x.is_contiguous()
-    if ordered:  # its memory is in the wanted order already; noise numbers would not be
-        memory = _ordered_view(x, len(dims) == len(view), view, dims) if key is None else None
-    transposed = not last and not ordered and taps > 1
-    if transposed and memory is not None:
-        outer, channels, inner, _ = memory
-        if channels == 1:
-            memory = (x.shape[0], x.shape[1], taps, False)
-        elif not weight or (inner == taps and not (outer > 1 and inner < 64)) or (inner != taps and outer != 1):
-            memory = None
-    if x.numel() == 0 or memory is None:
+    passes = _passes(x.shape, x.stride(), layout, sharing, key is not None)
+    if passes is None:
         return _encode_slowly(x.contiguous(), fmt, layout, sharing, levels, key, observed)
-    lo, hi = observed or (extremes(x, rule=fmt.range, dims=tuple(range(x.dim()))) if whole else cpu.extremes(x, memory))
-    scale, zero, low, high = grid_of(lo.reshape(-1), hi.reshape(-1), fmt, levels)
-    grid = cpu.Grid(scale=scale, zero=zero, low=float(low), high=float(high), key=key)
-    q = cpu.encode(x, memory, grid, signed=fmt.zero == "symmetric", taps=taps if transposed else 1)
-    return Codes(q=q, scale=scale, zero=_whole(zero), shape=x.shape, layout=layout)
+    q, scale, zero = cpu.quantize(
+        x,
+        passes.memory,
+        fmt,
+        levels=levels,
+        samples=samples_of(x.shape, fmt.range) if passes.whole else None,
+        observed=observed,
+        key=key,
+        taps=passes.taps,
+    )
+    return Codes(q=q, scale=scale, zero=zero, shape=x.shape, layout=layout)
 
 
 def _whole(zero: Tensor | None) -> int:
@@ -240,7 +276,7 @@ def _encode_slowly(
     x: Tensor,
     fmt: Integer,
     layout: Layout,
-    sharing: tuple[tuple[int, ...], tuple[int, ...]],
+    sharing: Sharing,
     levels: float,
     key: tuple[int, int] | None,
     observed: tuple[Tensor, Tensor] | None,
@@ -255,7 +291,7 @@ def encode_by_torch(
     fmt: Integer,
     *,
     layout: Layout,
-    sharing: tuple[tuple[int, ...], tuple[int, ...]],
+    sharing: Sharing,
     levels: float,
     noise: Tensor | None,
     observed: tuple[Tensor, Tensor] | None,

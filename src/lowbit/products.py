@@ -349,11 +349,19 @@ class Setting:
 
         An operand with the same format in several products has the same width in them: that of the first.
         """
-        if self.bits is None:
-            return None
-        fmt = self.format(product, operand)
-        first = next(i for i, (p, o) in enumerate(SLOTS) if o == operand and self.format(p, o) == fmt)
-        return self.bits[first]
+        return None if self.bits is None else self.bits[slot_of(self.recipe, product, operand)]
+
+    @property
+    def widths(self) -> tuple[int, ...] | None:
+        """`bits` as numbers, read anew: they may change in place."""
+        return None if self.bits is None else tuple(self.bits.tolist())
+
+
+@lru_cache(maxsize=4096)
+def slot_of(recipe: Recipe, product: str, operand: str) -> int:
+    """Where the width of an operand stands: in the first slot that has the same operand in the same format."""
+    formats = {(p, o): fmt for p, o, fmt in recipe.operands()}
+    return next(i for i, slot in enumerate(SLOTS) if slot[1] == operand and formats[slot] == formats[product, operand])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -507,6 +515,7 @@ def is_inside() -> bool:
     return _depth > 0
 
 
+@lru_cache(maxsize=4096)
 def scale_sharing(
     op: Op, product: str, operand: str, fmt: Format, shape: torch.Size
 ) -> tuple[tuple[int, ...], Any, Any]:
@@ -571,9 +580,10 @@ def _noise(op: Op, setting: Setting, product: str, operand: str) -> Noise:
     return setting.noise
 
 
-def _shares(op: Op, setting: Setting, operand: str, shape: torch.Size, first: str, second: str) -> bool:
+@lru_cache(maxsize=4096)
+def _shares(op: Op, recipe: Recipe, operand: str, shape: torch.Size, first: str, second: str) -> bool:
     """Whether an operand has the same codes in two products, so that it is quantised once for both."""
-    formats = setting.format(first, operand), setting.format(second, operand)
+    formats: list[Format] = [getattr(getattr(recipe, product), operand) for product in (first, second)]
     return formats[0] == formats[1] and (
         scale_sharing(op, first, operand, formats[0], shape) == scale_sharing(op, second, operand, formats[1], shape)
     )
@@ -664,11 +674,15 @@ def runs_integer(x: Tensor, w: Tensor, dtype: torch.dtype, op: Op, setting: Sett
         t in (torch.float32, torch.bfloat16) for t in (x.dtype, w.dtype, dtype)
     ):
         return False
-    if setting.bits is None:
-        return True
+    widths = setting.widths
+    return widths is None or _fits(setting.recipe, widths)
+
+
+@lru_cache(maxsize=4096)
+def _fits(recipe: Recipe, widths: tuple[int, ...]) -> bool:
+    """Whether all codes of these widths fit in a byte."""
     return all(
-        bits <= 8 or not isinstance(setting.format(*slot), Integer)
-        for slot, bits in zip(SLOTS, setting.bits.tolist(), strict=True)
+        bits <= 8 or not isinstance(fmt, Integer) for (*_, fmt), bits in zip(recipe.operands(), widths, strict=True)
     )
 
 
@@ -728,8 +742,8 @@ def _integer_outputs(
     dtype: torch.dtype,
     expected: tuple[str, ...],
     needs: tuple[bool, bool],
-) -> tuple[Tensor, _KeptCodes]:
-    """`outputs` on the int8 engine: what it keeps are codes."""
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], _KeptCodes]:
+    """`outputs` on the int8 engine: what it keeps are codes, whose numbers stand apart."""
     x_codes = _encoded(x, op, setting, "output", "input")
     w_codes = _encoded(w, op, setting, "output", "weight")
     b_hat = None if bias is None else quantize(bias.detach().float(), setting.recipe.bias).values.contiguous()
@@ -747,40 +761,44 @@ def _integer_outputs(
     )
     kept_x: integer.Operand | None = None
     if needs[1]:
-        shared = _shares(op, setting, "input", x.shape, "output", "grad_weight")
+        shared = _shares(op, setting.recipe, "input", x.shape, "output", "grad_weight")
         kept_x = x_codes if shared else _encoded(x, op, setting, "grad_weight", "input")
-    shares_w = _shares(op, setting, "weight", w.shape, "output", "grad_input")
-    return y, _KeptCodes(
+    shares_w = _shares(op, setting.recipe, "weight", w.shape, "output", "grad_input")
+    kept_w = w_codes if needs[0] and shares_w else None
+    kept = _KeptCodes(
         op=op,
         setting=setting,
         dtypes=(x.dtype, w.dtype, None if bias is None else bias.dtype),
-        x=kept_x,
-        w=w_codes if needs[0] and shares_w else None,
+        x=kept_x and kept_x.holding(_NOTHING),
+        w=kept_w and kept_w.holding(_NOTHING),
         x_shape=x.shape,
         w_shape=w.shape,
         exact=(x, w) if _observers else None,
     )
+    return y, (None if kept_x is None else kept_x.q, None if kept_w is None else kept_w.q), kept
 
 
 _NOTHING = torch.empty(0, device="cpu")
 
 
-def _without(operand: integer.Operand | None) -> integer.Operand | None:
-    """An operand without its numbers."""
-    return None if operand is None else replace(operand, q=_NOTHING)
-
-
 def _integer_gradients(
-    g: Tensor, w: Tensor, kept: _KeptCodes, needs: tuple[bool, bool, bool]
+    g: Tensor,
+    w: Tensor,
+    numbers: tuple[Tensor | None, Tensor | None],
+    kept: _KeptCodes,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`gradients` on the int8 engine."""
+    """`gradients` on the int8 engine; `numbers` are those of the kept codes."""
     op, setting = kept.op, kept.setting
     shapes = (kept.x_shape, kept.w_shape, g.shape)
     grad_input = grad_weight = None
     g_codes: integer.Operand | None = None
     if needs[0]:
         g_in = g_codes = _encoded(g, op, setting, "grad_input", "grad_output")
-        w_codes = kept.w or _encoded(w, op, setting, "grad_input", "weight")
+        if kept.w is not None and numbers[1] is not None:
+            w_codes = kept.w.holding(numbers[1])
+        else:
+            w_codes = _encoded(w, op, setting, "grad_input", "weight")
         grad_input = _run_integer(
             op,
             setting,
@@ -790,10 +808,10 @@ def _integer_gradients(
             lambda a, b: op.grad_input(a, b, kept.x_shape),
             shapes,
         )
-    if needs[1] and kept.x is not None:
-        if g_codes is None or not _shares(op, setting, "grad_output", g.shape, "grad_input", "grad_weight"):
+    if needs[1] and kept.x is not None and numbers[0] is not None:
+        if g_codes is None or not _shares(op, setting.recipe, "grad_output", g.shape, "grad_input", "grad_weight"):
             g_codes = _encoded(g, op, setting, "grad_weight", "grad_output")
-        x_codes, g_out = kept.x, g_codes
+        x_codes, g_out = kept.x.holding(numbers[0]), g_codes
         grad_weight = _run_integer(
             op,
             setting,
@@ -941,9 +959,9 @@ def outputs(
     if bias is not None:
         b_hat = quantize(_compute(bias.detach()), setting.recipe.bias).values
         y = y + (b_hat if op.has_rows else b_hat.reshape(-1, *[1] * (y.dim() - 2)))
-    if needs[1] and not _shares(op, setting, "input", x.shape, "output", "grad_weight"):
+    if needs[1] and not _shares(op, setting.recipe, "input", x.shape, "output", "grad_weight"):
         x_hat = quantize_operand(exact_x, op, setting, "grad_weight", "input")
-    weight_is_shared = _shares(op, setting, "weight", w.shape, "output", "grad_input")
+    weight_is_shared = _shares(op, setting.recipe, "weight", w.shape, "output", "grad_input")
     saved_weight = w_hat.values if weight_is_shared else w
     kept = _Kept(
         op=op,
@@ -972,10 +990,9 @@ class _Products(torch.autograd.Function):
     ) -> Tensor:
         needs = ctx.needs_input_grad[:2]
         if runs_integer(x, w, dtype, op, setting):
-            y, kept = _integer_outputs(x, w, bias, op, setting, dtype, expected, needs)
+            y, numbers, ctx.kept = _integer_outputs(x, w, bias, op, setting, dtype, expected, needs)
             # Codes are saved as tensors, so that they go as soon as the backward has used them.
-            ctx.save_for_backward(w, *(None if o is None else o.q for o in (kept.x, kept.w)))
-            ctx.kept = replace(kept, x=_without(kept.x), w=_without(kept.w))
+            ctx.save_for_backward(w, *numbers)
             return y
         y, saved, ctx.kept = outputs(x, w, bias, op, setting, expected, needs)
         ctx.save_for_backward(*saved)
@@ -991,10 +1008,10 @@ class _Products(torch.autograd.Function):
                 "create_graph, or restore_ this layer"
             )
         if isinstance(kept, _KeptCodes):
-            w, x_q, w_q = ctx.saved_tensors
-            kept = replace(kept, x=kept.x and replace(kept.x, q=x_q), w=kept.w and replace(kept.w, q=w_q))
+            w, *numbers = ctx.saved_tensors
             with torch.autocast(autocast_device(grad_output), enabled=False):
-                return (*_integer_gradients(grad_output, w, kept, ctx.needs_input_grad[:3]), None, None, None, None)
+                grads = _integer_gradients(grad_output, w, (numbers[0], numbers[1]), kept, ctx.needs_input_grad[:3])
+            return (*grads, None, None, None, None)
         x_hat, w = ctx.saved_tensors
         with torch.autocast(autocast_device(grad_output), enabled=False):
             grads = gradients(_compute(grad_output), x_hat, w, kept, ctx.needs_input_grad[:3])
@@ -1024,7 +1041,7 @@ def gradients(
             (kept.input_shape, kept.weight_shape, g.shape),
         ).to(kept.dtypes[0])
     if needs[1] and x_hat is not None:
-        if g_hat is None or not _shares(op, setting, "grad_output", g.shape, "grad_input", "grad_weight"):
+        if g_hat is None or not _shares(op, setting.recipe, "grad_output", g.shape, "grad_input", "grad_weight"):
             g_hat = quantize_operand(g, op, setting, "grad_weight", "grad_output")
         exact_x = x_hat if kept.exact is None else kept.exact[0]
         grad_weight = _run(
@@ -1097,8 +1114,10 @@ def _operand_run(op: Op, setting: Setting, product: str, operand: str, exact: Te
 def bits_of(setting: Setting, product: str, operand: str) -> int:
     """The width of an operand's codes in this call."""
     fmt = setting.format(product, operand)
-    bits = setting.width(product, operand)
-    return fmt.bits if bits is None or not isinstance(fmt, Integer) else int(bits)
+    widths = setting.widths
+    if widths is None or not isinstance(fmt, Integer):
+        return fmt.bits
+    return widths[slot_of(setting.recipe, product, operand)]
 
 
 def autocast_device(x: Tensor) -> str:

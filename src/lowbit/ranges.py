@@ -20,7 +20,8 @@ def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...]) -> tuple[Tens
         dims: the dims that share one scale.
 
     Returns:
-        lo and hi with `dims` kept as 1, in the dtype of `x`. Zeros for an empty tensor; nan where a nan is.
+        lo and hi with `dims` kept as 1, in the dtype of `x`; a mean, which float64 sums, in float32 for 16-bit types.
+        Zeros for an empty tensor; nan where a nan is.
 
     Raises:
         ValueError: the sample mean of less than the whole tensor.
@@ -36,15 +37,25 @@ def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...]) -> tuple[Tens
         return zeros, zeros
     if not dims:
         return x, x
-    by_sample = rule == "sample-mean" and x.dim() > 1
+    samples = samples_of(x.shape, rule)
     if cpu.runs(x) and len(dims) == x.dim() and _is_dense(x):
-        samples = x.shape[0] if by_sample else 1
         lo, hi = cpu.extremes(x, (1, samples, x.numel() // samples, False))
-    elif by_sample:
+    elif samples > 1:
         lo, hi = x.flatten(1).amin(1), x.flatten(1).amax(1)
     else:
         return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
-    return lo.mean().reshape(shape), hi.mean().reshape(shape)
+    return _mean(lo).reshape(shape), _mean(hi).reshape(shape)
+
+
+def samples_of(shape: torch.Size, rule: RangeRule) -> int:
+    """Of how many samples the extremes are averaged: 1 where they are those of the whole tensor."""
+    return shape[0] if rule == "sample-mean" and len(shape) > 1 else 1
+
+
+def _mean(v: Tensor) -> Tensor:
+    """The mean in float64, so that the order of the sum does not show, rounded to float32 where it is not float64."""
+    wide = torch.float32 if v.device.type == "mps" else torch.float64  # mps has no float64
+    return v.mean(dtype=wide).to(torch.promote_types(v.dtype, torch.float32))
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -89,12 +100,23 @@ def observed_extremes(x: Tensor, fmt: Integer, running: Tensor, *, training: boo
             batch's where none was recorded yet.
 
     Returns:
-        lo and hi of shape ``(1,) * x.dim()``; None where `fmt` keeps no running range. nan where `x` has a nan or
-        inf, which would else be clipped to a number.
+        lo and hi of shape ``(1,) * x.dim()``, float32 for 16-bit types; None where `fmt` keeps no running range. nan
+        where `x` has a nan or inf, which would else be clipped to a number.
     """
     if fmt.running is None or x.numel() == 0:
         return None
-    lo, hi = extremes(x.detach(), rule=fmt.range, dims=tuple(range(x.dim())))
+    x = x.detach()
+    if cpu.runs(x) and x.dim() and _is_dense(x) and running.dtype == torch.float32 and running.device == x.device:
+        return cpu.observe(
+            x,
+            samples_of(x.shape, fmt.range),
+            running,
+            momentum=fmt.running,
+            first=fmt.running_start == "first",
+            training=training,
+        )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    lo, hi = (v.to(wide) for v in extremes(x, rule=fmt.range, dims=tuple(range(x.dim()))))
     if training:
         record_range(running, lo, hi, momentum=fmt.running, start=fmt.running_start)
         return lo, hi

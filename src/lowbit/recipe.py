@@ -224,6 +224,10 @@ class Recipe:
     gates: Gating | None = None
     depthwise: tuple[int, int] | None = None
 
+    def __hash__(self) -> int:
+        """That of the name, which equal recipes share: a recipe is looked up at every product."""
+        return hash(self.name)
+
     def __post_init__(self) -> None:
         check_choice("policy for the first layer", self.first, Policy)
         check_choice("policy for the last layer", self.last, Policy)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.formats import Integer
+
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int8: 3}
 
 View = tuple[int, int, int, bool]
@@ -38,8 +40,14 @@ def runs(x: Tensor) -> bool:
     return _cpu is not None and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether memory is (B, *size, C) without gaps."""
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
     return x.dim() > 1 and x.movedim(1, -1).is_contiguous()
 
 
@@ -69,6 +77,71 @@ def extremes(x: Tensor, view: View) -> tuple[Tensor, Tensor]:
     return lo, hi
 
 
+def observe(
+    x: Tensor, samples: int, running: Tensor, *, momentum: float, first: bool, training: bool
+) -> tuple[Tensor, Tensor]:
+    """`lowbit.ranges.observed_extremes` in one pass: lo and hi, float32 ``(1,) * x.dim()``.
+
+    Args:
+        x: dense float32 or bfloat16 with at least one element, its samples one after the other in memory.
+        samples: whose extremes are averaged; 1 for those of the whole tensor.
+        running: float32 ``(3,)``, changed in place in training.
+        momentum: weight of the old range.
+        first: whether the first batch is taken whole.
+        training: whether the batch is recorded and used, or what was recorded before.
+    """
+    shape = (1,) * x.dim()
+    lo, hi = torch.empty(shape), torch.empty(shape)
+    _cpu.observe(
+        x.data_ptr(), _TYPES[x.dtype], x.numel(), samples, running.data_ptr(), momentum, first, training,
+        lo.data_ptr(), hi.data_ptr(),
+    )  # fmt: skip
+    return lo, hi
+
+
+def quantize(
+    x: Tensor,
+    view: View,
+    fmt: Integer,
+    *,
+    levels: float,
+    samples: int | None,
+    observed: tuple[Tensor, Tensor] | None = None,
+    key: tuple[int, int] | None = None,
+    taps: int = 1,
+) -> tuple[Tensor, Tensor, int]:
+    """Range, grid and codes of a tensor at once.
+
+    Args:
+        x: as for `extremes`.
+        view: see the top of this file.
+        fmt: zero point and floor of the scale; codes must fit in a byte, int8 where it is symmetric, else uint8.
+        levels: the largest code.
+        samples: one grid, whose range is the mean of so many samples' extremes; None: one for each channel.
+        observed: float lo and hi in place of those of `x`, one each where there is one grid.
+        key: as of `Grid`.
+        taps: as for `encode`.
+
+    Returns:
+        Codes, flat; their scales, float32 ``(1,)`` or ``(channels,)``; the zero point of the only grid, 0 where the
+        range is not finite.
+
+    Raises:
+        ValueError: an observed range is not one number, or there is a grid for each channel.
+    """
+    symmetric = fmt.zero == "symmetric"
+    codes = torch.empty(x.numel(), dtype=torch.int8 if symmetric else torch.uint8)
+    scale = torch.empty(view[1] if samples is None else 1)
+    lo, hi = (None, None) if observed is None else (observed[0].float(), observed[1].float())
+    if lo is not None and hi is not None and not (lo.numel() == hi.numel() == scale.numel() == 1):
+        raise ValueError(f"an observed range of {lo.numel()} numbers for {scale.numel()} grids: give one for one")
+    zero: int = _cpu.quantize(
+        x.data_ptr(), _TYPES[x.dtype], view, symmetric, levels, fmt.floor, samples or 0, _address(lo), _address(hi),
+        key is not None, *(key or (0, 0)), taps, codes.data_ptr(), scale.data_ptr(),
+    )  # fmt: skip
+    return codes, scale, zero
+
+
 def sums(x: Tensor, width: int) -> Tensor:
     """The sum of each column of dense memory of rows of `width` numbers, float32 ``(width,)``."""
     to = torch.empty(width)
@@ -76,24 +149,111 @@ def sums(x: Tensor, width: int) -> Tensor:
     return to
 
 
-def code_extremes(q: Tensor, channels: int, starts: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Largest and smallest code of each channel in each chunk of rows, and the first row that has them.
+@dataclass(frozen=True, kw_only=True)
+class Codes:
+    """uint8 codes of rows by channels, ``x = (q - zero) * scale``; `scale` is float32 ``(1,)``."""
+
+    q: Tensor
+    scale: Tensor
+    zero: int
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As the native functions take it."""
+        return self.q.data_ptr(), self.scale.data_ptr(), self.zero
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What one batch says of each channel of codes in K chunks of rows.
 
     Args:
-        q: uint8 codes of rows by channels.
+        mean: float32 ``(C,)``.
+        sigma: float32 ``(C,)``, the sum over chunks of their range times their slope.
+        total: int64 ``(C,)``, sums of codes; None, and all below, where mean and sigma were given.
+        argmax: int32 ``(K, C)``, the first row of each chunk that has its largest code.
+        argmin: likewise of the smallest.
+        slopes: float32 ``(K,)``.
+    """
+
+    mean: Tensor
+    sigma: Tensor
+    total: Tensor | None = None
+    argmax: Tensor | None = None
+    argmin: Tensor | None = None
+    slopes: Tensor | None = None
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As the native functions take it."""
+        tensors = self.total, self.mean, self.sigma, self.argmax, self.argmin, self.slopes
+        return *map(_address, tensors), 0 if self.slopes is None else self.slopes.numel()
+
+
+def code_statistics(codes: Codes, channels: int, starts: list[int], slopes: Tensor) -> Statistics:
+    """Mean and range estimate of each channel, in one pass over memory and a look for the extremes in the cache.
+
+    Args:
+        codes: two rows or more by channels.
         channels: numbers in a row.
         starts: the first row of each chunk, then the number of rows.
-
-    Returns:
-        high, low uint8 ``(chunks, channels)``; rows of the first such code, int32, likewise.
+        slopes: float32 ``(K,)``, the weight of each chunk's range in sigma.
     """
     shape = (len(starts) - 1, channels)
-    high, low = torch.empty(shape, dtype=torch.uint8), torch.empty(shape, dtype=torch.uint8)
-    argmax, argmin = torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.int32)
-    _cpu.code_extremes(
-        q.data_ptr(), channels, starts, high.data_ptr(), low.data_ptr(), argmax.data_ptr(), argmin.data_ptr()
+    to = Statistics(
+        mean=torch.empty(channels),
+        sigma=torch.empty(channels),
+        total=torch.empty(channels, dtype=torch.int64),
+        argmax=torch.empty(shape, dtype=torch.int32),
+        argmin=torch.empty(shape, dtype=torch.int32),
+        slopes=slopes,
     )
-    return high, low, argmax, argmin
+    _cpu.code_statistics(codes.arguments(), channels, starts, to.arguments())
+    return to
+
+
+def normalize(
+    codes: Codes, stats: Statistics, *, eps: float, inside: bool, gamma: Tensor | None, beta: Tensor | None, y: Tensor
+) -> Tensor:
+    """Write ``gamma (x - mean) / d + beta`` of the codes' values into `y`, and return d, float32 ``(C,)``.
+
+    Args:
+        codes: rows by channels.
+        stats: float32 mean and sigma.
+        eps: added to the divisor: ``d = sqrt(sigma**2 + eps)`` or ``sigma + eps``.
+        inside: which of them.
+        gamma: float32 ``(C,)``, or None for 1.
+        beta: float32 ``(C,)``, or None for 0.
+        y: float32 or bfloat16 of the memory order of the codes.
+    """
+    channels = stats.mean.numel()
+    d = torch.empty(channels)
+    _cpu.normalize(
+        codes.arguments(), codes.q.numel() // max(channels, 1), channels, stats.arguments(), eps, inside,
+        _address(gamma), _address(beta), d.data_ptr(), y.data_ptr(), _TYPES[y.dtype],
+    )  # fmt: skip
+    return d
+
+
+def normalize_backward(
+    g: Codes, codes: Codes, stats: Statistics, *, inside: bool, gamma: Tensor | None, d: Tensor, dx: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of gamma and beta, float32 ``(C,)``, and that of x into `dx`.
+
+    Args:
+        g: codes of the output's gradient.
+        codes: as for `normalize`, like the rest.
+        stats: what `normalize` got.
+        inside: whether eps is under the root.
+        gamma: float32 ``(C,)``, or None for 1.
+        d: what `normalize` returned.
+        dx: float32 or bfloat16 of the memory order of the codes.
+    """
+    channels = d.numel()
+    grad_gamma, grad_beta = torch.empty(channels), torch.empty(channels)
+    _cpu.normalize_backward(
+        g.arguments(), codes.arguments(), codes.q.numel() // max(channels, 1), channels, stats.arguments(), inside,
+        _address(gamma), d.data_ptr(), grad_gamma.data_ptr(), grad_beta.data_ptr(), dx.data_ptr(), _TYPES[dx.dtype],
+    )  # fmt: skip
+    return grad_gamma, grad_beta
 
 
 def code_sums(a: Tensor, b: Tensor | None, channels: int) -> tuple[Tensor, Tensor]:
@@ -163,7 +323,7 @@ def encode(x: Tensor, view: View, grid: Grid, *, signed: bool, taps: int = 1) ->
         A flat tensor of ``x.numel()`` codes.
     """
     codes = torch.empty(x.numel(), dtype=torch.int8 if signed else torch.uint8)
-    _cpu.encode(x.data_ptr(), _TYPES[x.dtype], view, *grid.arguments(), 0, taps, codes.data_ptr())
+    _cpu.encode(x.data_ptr(), _TYPES[x.dtype], view, *grid.arguments(), taps, codes.data_ptr())
     return codes
 
 

@@ -8,7 +8,8 @@ Notation: x input ``(B, C, *size)``, mu mean, N = B * prod(size) values per chan
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from lowbit.formats import Format, Integer
 from lowbit.kernels import cpu
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Clock, Site, is_recomputing, runs_eagerly
-from lowbit.quantizer import grid_of, levels_of, quantize
-from lowbit.ranges import extremes
+from lowbit.quantizer import levels_of, quantize
+from lowbit.ranges import samples_of
 from lowbit.recipe import Constant, EpsilonPlace, RangeNorm, Recipe
 from lowbit.rounding import Noise, field_of
 
@@ -265,13 +266,12 @@ def _flat_index(index: Tensor, shape: torch.Size) -> Tensor:
     return ((index // positions * shape[1] + channel) * positions + index % positions).flatten()
 
 
-def _codes(x: Tensor, setting: NormSetting, operand: str) -> tuple[Tensor, float, int] | None:
-    """Codes of x as rows by channels, with scale and zero point; None where the native passes do not take it."""
+def _codes(x: Tensor, setting: NormSetting, operand: str) -> cpu.Codes | None:
+    """Codes of x as rows by channels; None where the native passes do not take it."""
     fmt: Format = getattr(setting.norm, operand)
-    channels = x.shape[1]
     if setting.engine != "int8" or not cpu.runs(x) or not isinstance(fmt, Integer) or fmt.zero != "integer":
         return None
-    bits = fmt.bits if setting.bits is None else int(setting.bits[0 if operand == "input" else 1])
+    bits = fmt.bits if setting.bits is None else setting.bits.tolist()[0 if operand == "input" else 1]
     if bits > 8 or x.numel() == 0 or products.is_observed() or not cpu.is_channels_last(x):
         return None
     key = None
@@ -279,14 +279,16 @@ def _codes(x: Tensor, setting: NormSetting, operand: str) -> tuple[Tensor, float
         key = None if setting.noise is None else setting.noise.words("normalization", operand)
         if key is None:
             return None
-    observed = setting.input_range if operand == "input" else None
-    lo, hi = observed or extremes(x, rule=fmt.range, dims=tuple(range(x.dim())))
-    scale, zero, low, high = grid_of(lo.reshape(1), hi.reshape(1), fmt, float(2**bits - 1))
-    grid = cpu.Grid(scale=scale, zero=zero, low=float(low), high=float(high), key=key)
-    q = cpu.encode(x, (x.shape[0], channels, math.prod(x.shape[2:]), True), grid, signed=False)
-    assert zero is not None
-    point = float(zero)
-    return q, float(scale), 0 if math.isnan(point) else int(point)
+    q, scale, zero = cpu.quantize(
+        x,
+        (x.shape[0], x.shape[1], math.prod(x.shape[2:]), True),
+        fmt,
+        levels=float(2**bits - 1),
+        samples=samples_of(x.shape, fmt.range),
+        observed=setting.input_range if operand == "input" else None,
+        key=key,
+    )
+    return cpu.Codes(q=q, scale=scale, zero=zero)
 
 
 class _RangeBatchNormOfCodes(torch.autograd.Function):
@@ -300,24 +302,23 @@ class _RangeBatchNormOfCodes(torch.autograd.Function):
         bias: Tensor | None,
         setting: NormSetting,
         fixed: tuple[Tensor, Tensor] | None,
-        codes: tuple[Tensor, float, int],
+        codes: cpu.Codes,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, scale, zero = codes
-        channels = x.shape[1]
-        found = None
-        if fixed is None:
-            found = code_statistics(q, channels, scale, zero, setting.norm)
-            mean, sigma = found.mean, found.sigma
-        else:
-            mean, sigma = fixed
-        d = divisor(sigma, setting.eps, setting.norm.epsilon)
-        gamma = torch.ones_like(d) if weight is None else weight.float()
-        beta = torch.zeros_like(d) if bias is None else bias.float()
-        slope = gamma / d
+        norm = setting.norm
+        stats = code_statistics(codes, x.shape[1], norm) if fixed is None else _as_given(fixed)
         y = torch.empty_like(x)
-        cpu.affine(q, slope * scale, beta - slope * (mean + zero * scale), y)
-        ctx.save_for_backward(q, weight, mean, sigma, d)
-        ctx.kept = (setting, found, scale, zero, bias is not None, x.shape, x.dtype)
+        d = cpu.normalize(
+            codes,
+            stats,
+            eps=setting.eps,
+            inside=norm.epsilon == "inside",
+            gamma=_float(weight),
+            beta=_float(bias),
+            y=y,
+        )
+        ctx.save_for_backward(codes.q, weight, stats.mean, stats.sigma, d)
+        ctx.kept = (setting, codes.scale, codes.zero, stats, bias is not None, x.shape, x.dtype)
+        mean, sigma = fixed or (stats.mean, stats.sigma)
         ctx.mark_non_differentiable(mean, sigma)
         return y, mean, sigma
 
@@ -328,22 +329,32 @@ class _RangeBatchNormOfCodes(torch.autograd.Function):
                 "Range BN has no second derivative here: call backward without create_graph=True, or restore_ the layer"
             )
         q, weight, mean, sigma, d = ctx.saved_tensors
-        setting, found, scale, zero, has_bias, shape, dtype = ctx.kept
-        if not cpu.is_channels_last(grad_output):
-            grad_output = torch.empty_like(_in_rows(shape, grad_output.dtype)).copy_(grad_output)
-        codes = _codes(grad_output, setting, "grad_output")
-        if codes is None:  # an observer came, or recorded noise: the definition, on the values of the codes
-            values = (_in_rows(shape, torch.float32, q).float() - zero) * scale
-            normalized = (values - _per_channel(mean, values)) / _per_channel(d, values)
-            stats = None if found is None else found.statistics()
-            g = setting.quantized(grad_output.float(), "grad_output")
-            grads = range_batch_norm_backward(g, normalized, weight, sigma, d, stats, setting.norm.epsilon)
-            dx = grads[0].to(dtype)
-        else:
-            dx = _in_rows(shape, dtype)
-            grads = _backward_of_codes(codes, q, scale, zero, weight, mean, sigma, d, found, setting, dx)
-        grad_weight = None if weight is None else grads[1].to(weight.dtype)
-        return dx, grad_weight, grads[2] if has_bias else None, None, None, None
+        setting, scale, zero, stats, has_bias, shape, dtype = ctx.kept
+        dx, grad_weight, grad_bias = _backward_of_codes(
+            grad_output,
+            cpu.Codes(q=q, scale=scale, zero=zero),
+            weight,
+            replace(stats, mean=mean, sigma=sigma),
+            d,
+            setting,
+            _in_rows(shape, dtype),
+        )
+        return (
+            dx,
+            None if weight is None else grad_weight.to(weight.dtype),
+            grad_bias if has_bias else None,
+            *[None] * 3,
+        )
+
+
+def _float(v: Tensor | None) -> Tensor | None:
+    """As native passes read it."""
+    return None if v is None else v.detach().float().contiguous()
+
+
+def _as_given(fixed: tuple[Tensor, Tensor]) -> cpu.Statistics:
+    """Statistics that are not of this batch."""
+    return cpu.Statistics(mean=fixed[0].float().contiguous(), sigma=fixed[1].float().contiguous())
 
 
 def _in_rows(shape: torch.Size, dtype: torch.dtype, numbers: Tensor | None = None) -> Tensor:
@@ -353,75 +364,50 @@ def _in_rows(shape: torch.Size, dtype: torch.dtype, numbers: Tensor | None = Non
     return rows.movedim(-1, 1)
 
 
-@dataclass(frozen=True)
-class CodeStatistics:
-    """`Statistics` of codes: sums of codes ``(C,)``, rows of the extremes ``(K, C)``, the chunks' slopes ``(K,)``."""
-
-    total: Tensor
-    mean: Tensor
-    sigma: Tensor
-    argmax: Tensor
-    argmin: Tensor
-    slope: Tensor
-
-    def statistics(self) -> Statistics:
-        """The same with indices as `range_statistics` gives them."""
-        return Statistics(self.mean, self.sigma, self.argmax.t().long(), self.argmin.t().long(), self.slope)
+@cache
+def _slopes(constant: Constant, lengths: tuple[int, ...]) -> Tensor:
+    """The derivative of sigma for the range of each chunk, float32 ``(K,)``; not to be changed."""
+    return torch.tensor([KAPPA[constant] / len(lengths) / math.sqrt(2 * math.log(n)) for n in lengths])
 
 
-def code_statistics(q: Tensor, channels: int, scale: float, zero: int, norm: RangeNorm) -> CodeStatistics:
-    """`range_statistics` of the values ``(q - zero) * scale`` of codes that are two rows or more by channels."""
-    count = q.numel() // channels
+def code_statistics(codes: cpu.Codes, channels: int, norm: RangeNorm) -> cpu.Statistics:
+    """`range_statistics` of the values of codes that are two rows or more by channels."""
+    count = codes.q.numel() // channels
     lengths, starts = chunk_lengths(count, norm.chunks)
-    high, low, argmax, argmin = cpu.code_extremes(q, channels, [*starts, count])
-    slope = torch.tensor([KAPPA[norm.constant] / len(lengths) / math.sqrt(2 * math.log(n)) for n in lengths])
-    total, _ = cpu.code_sums(q, None, channels)
-    mean = ((total.double() / count - zero) * scale).float()
-    spread = (high.float() - low.float()) * scale
-    return CodeStatistics(total, mean, (spread * slope[:, None]).sum(0), argmax, argmin, slope)
+    return cpu.code_statistics(codes, channels, [*starts, count], _slopes(norm.constant, tuple(lengths)))
 
 
 def _backward_of_codes(
-    codes: tuple[Tensor, float, int],
-    q: Tensor,
-    scale: float,
-    zero: int,
+    grad_output: Tensor,
+    codes: cpu.Codes,
     weight: Tensor | None,
-    mean: Tensor,
-    sigma: Tensor,
+    stats: cpu.Statistics,
     d: Tensor,
-    found: CodeStatistics | None,
     setting: NormSetting,
     dx: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`range_batch_norm_backward` on codes, into `dx`; sums are exact integers until they are scaled."""
-    g, g_scale, g_zero = codes
-    channels = d.numel()
-    count = q.numel() // channels
-    total, product = cpu.code_sums(g, q, channels)
-    sum_q = (cpu.code_sums(q, None, channels)[0] if found is None else found.total).double()
-    sum_g = total.double() - count * g_zero
-    both = product.double() - g_zero * sum_q - zero * sum_g
-    grad_bias = sum_g * g_scale
-    grad_weight = ((both * (g_scale * scale) - mean.double() * grad_bias) / d.double()).float()
-    grad_bias = grad_bias.float()
-    gamma = torch.ones_like(d) if weight is None else weight.float()
-    slope = gamma / d
-    average = grad_bias / count if found is not None else torch.zeros_like(grad_bias)
-    a, b = slope * g_scale, -slope * (g_zero * g_scale + average)
-    cpu.affine(g, a, b, dx)
-    if found is not None:
-        slope_d = sigma / d if setting.norm.epsilon == "inside" else torch.ones_like(d)
-        share = (-gamma * grad_weight / d * slope_d) * found.slope[:, None]
-        # Chunks are apart, so a value gets the share of one largest and one smallest at most; of a constant chunk both.
-        same = found.argmax == found.argmin
-        rows = dx.movedim(1, -1).reshape(-1, channels)
-        channel = torch.arange(channels).expand_as(found.argmax)
-        for index, sign in ((found.argmax, 1.0), (found.argmin, -1.0)):
-            at = index.long()
-            exact = a * g.view(-1, channels)[at, channel].float() + b + torch.where(same, 0.0, sign * share)
-            rows[at, channel] = exact.to(dx.dtype)
-    return dx, grad_weight, grad_bias
+    """Gradients of x, in `dx` or of its dtype, gamma and beta; by the definition where g gets no codes."""
+    if not cpu.is_channels_last(grad_output):
+        grad_output = torch.empty_like(dx, dtype=grad_output.dtype).copy_(grad_output)
+    g = _codes(grad_output, setting, "grad_output")
+    place = setting.norm.epsilon
+    if g is not None:
+        grads = cpu.normalize_backward(g, codes, stats, inside=place == "inside", gamma=_float(weight), d=d, dx=dx)
+        return dx, *grads
+    # An observer came, or recorded noise.
+    values = (_in_rows(dx.shape, torch.float32, codes.q).float() - codes.zero) * codes.scale
+    normalized = (values - _per_channel(stats.mean, values)) / _per_channel(d, values)
+    grad = setting.quantized(grad_output.float(), "grad_output")
+    found = _by_value(stats)
+    found_dx, *found_grads = range_batch_norm_backward(grad, normalized, weight, stats.sigma, d, found, place)
+    return found_dx.to(dx.dtype), found_grads[0], found_grads[1]
+
+
+def _by_value(stats: cpu.Statistics) -> Statistics | None:
+    """The same as `range_statistics` gives them; None where they were given."""
+    if stats.argmax is None or stats.argmin is None or stats.slopes is None:
+        return None
+    return Statistics(stats.mean, stats.sigma, stats.argmax.t().long(), stats.argmin.t().long(), stats.slopes)
 
 
 def range_batch_norm(
@@ -519,9 +505,9 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
         assert self.running_var is not None
         self.num_batches_tracked.add_(1)
         momentum = self.momentum if self.norm.momentum is None else self.norm.momentum
-        weight = 1.0 / self.num_batches_tracked.to(mean) if momentum is None else torch.as_tensor(momentum).to(mean)
-        self.running_mean.lerp_(mean.to(self.running_mean), weight.to(self.running_mean))
-        self.running_var.lerp_((sigma * sigma).to(self.running_var), weight.to(self.running_var))
+        weight = 1.0 / self.num_batches_tracked.to(self.running_mean) if momentum is None else momentum
+        self.running_mean.lerp_(mean.to(self.running_mean), weight)
+        self.running_var.lerp_((sigma * sigma).to(self.running_var), weight)
 
 
 class RangeBatchNorm1d(_RangeBatchNormNd, nn.BatchNorm1d):

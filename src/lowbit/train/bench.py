@@ -305,7 +305,9 @@ def _native_passes(x: Tensor) -> dict[str, Step]:
     ones = torch.ones(channels)
     starts = [i * count // 16 for i in range(17)]
     found["affine (dequantise, Range BN)"] = partial(cpu.affine, codes, ones, ones, y)
-    found["extremes of codes (Range BN)"] = partial(cpu.code_extremes, codes, channels, starts)
+    found["statistics of codes (Range BN)"] = partial(
+        cpu.code_statistics, cpu.Codes(q=codes, scale=torch.ones(1), zero=0), channels, starts, torch.ones(16)
+    )
     found["sums of codes (Range BN)"] = partial(cpu.code_sums, codes, None, channels)
     found["sums of products of codes (Range BN)"] = partial(cpu.code_sums, codes, codes, channels)
     return found

@@ -184,6 +184,35 @@ void extremes(const void* x, Type type, View view, float* lo, float* hi) {
     }
 }
 
+// The range of a whole tensor: the mean, in float64, of the extremes of samples that lie one after the other.
+void range_of(const void* x, Type type, int64_t count, int64_t samples, float* lo, float* hi) {
+    std::vector<float> all(2 * samples);
+    extremes(x, type, {1, samples, count / samples, false}, all.data(), all.data() + samples);
+    double sum_lo = 0.0, sum_hi = 0.0;
+    for (int64_t i = 0; i < samples; i++) {
+        sum_lo += static_cast<double>(all[i]);
+        sum_hi += static_cast<double>(all[samples + i]);
+    }
+    *lo = static_cast<float>(sum_lo / static_cast<double>(samples));
+    *hi = static_cast<float>(sum_hi / static_cast<double>(samples));
+}
+
+void observe(const void* x, Type type, int64_t count, int64_t samples, const Running& running, float* lo, float* hi) {
+    range_of(x, type, count, samples, lo, hi);
+    float* kept = running.range;
+    const bool finite = std::isfinite(*lo) && std::isfinite(*hi);
+    if (!running.training) {
+        if (kept[2] == 0.0f || !finite) return;
+        *lo = kept[0];
+        *hi = kept[1];
+    } else if (finite) {
+        const float weight = running.first && kept[2] == 0.0f ? 0.0f : running.momentum;
+        kept[0] = kept[0] * weight + *lo * (1.0f - weight);
+        kept[1] = kept[1] * weight + *hi * (1.0f - weight);
+        kept[2] += 1.0f;
+    }
+}
+
 // ---- sums ----
 
 // Of each of `width` columns of a matrix: in float32 over blocks of rows, in float64 over blocks,
@@ -220,23 +249,45 @@ void sums(const void* x, Type type, int64_t rows, int64_t width, float* to) {
 // ---- codes of a matrix of rows by channels ----
 
 // Rows that are taken as one, so that vectors are full where channels are few.
+constexpr int64_t kFew = 256;  // codes whose sum fits in 16 bits
 int64_t folded(int64_t channels) { return channels >= 64 ? 1 : 64 / channels; }
 
-// Of each channel in rows [first, last): the largest and the smallest code, and the first row that has it.
+// Add each code to a sum of its place.
+void add_codes(const uint8_t* a, int64_t count, uint16_t* sums) {
+    for (int64_t i = 0; i < count; i++) sums[i] = static_cast<uint16_t>(sums[i] + a[i]);
+}
+void add_products(const uint8_t* a, const uint8_t* b, int64_t count, uint32_t* sums) {
+    for (int64_t i = 0; i < count; i++)
+        sums[i] += static_cast<uint32_t>(static_cast<uint16_t>(static_cast<uint16_t>(a[i]) * static_cast<uint16_t>(b[i])));
+}
+
+// The largest and smallest code of each place so far.
+void widen(const uint8_t* row, int64_t count, uint8_t* top, uint8_t* bottom) {
+    for (int64_t i = 0; i < count; i++) {
+        top[i] = row[i] > top[i] ? row[i] : top[i];
+        bottom[i] = row[i] < bottom[i] ? row[i] : bottom[i];
+    }
+}
+
+// Of each channel in rows [first, last): the largest and the smallest code, the first row that has it, and the sum.
 void chunk_extremes(const uint8_t* q, int64_t first, int64_t last, int64_t channels, uint8_t* high, uint8_t* low,
-                    int32_t* argmax, int32_t* argmin) {
+                    int32_t* argmax, int32_t* argmin, int64_t* sum) {
     const int64_t fold = folded(channels), width = fold * channels;
     std::vector<uint8_t> all(4 * width);
+    std::vector<uint16_t> few(width);
     uint8_t *top = all.data(), *bottom = top + width, *want_top = bottom + width, *want_bottom = want_top + width;
     std::fill_n(top, width, uint8_t{0});
     std::fill_n(bottom, width, uint8_t{255});
-    for (int64_t r = first; r < last; r += fold) {
-        const uint8_t* row = q + r * channels;
-        const int64_t count = std::min(fold, last - r) * channels;
-        for (int64_t i = 0; i < count; i++) {
-            top[i] = row[i] > top[i] ? row[i] : top[i];
-            bottom[i] = row[i] < bottom[i] ? row[i] : bottom[i];
+    std::fill_n(sum, channels, 0);
+    for (int64_t begin = first; begin < last; begin += kFew * fold) {
+        const int64_t end = std::min(begin + kFew * fold, last);
+        std::fill(few.begin(), few.end(), uint16_t{0});
+        for (int64_t r = begin; r < end; r += fold) {
+            const int64_t count = std::min(fold, end - r) * channels;
+            widen(q + r * channels, count, top, bottom);
+            add_codes(q + r * channels, count, few.data());
         }
+        for (int64_t i = 0; i < width; i++) sum[i % channels] += few[i];
     }
     for (int64_t c = 0; c < channels; c++) {
         for (int64_t i = c + channels; i < width; i += channels) {
@@ -278,27 +329,33 @@ void chunk_extremes(const uint8_t* q, int64_t first, int64_t last, int64_t chann
     }
 }
 
-void code_extremes(const uint8_t* q, int64_t channels, const int64_t* starts, int64_t chunks, uint8_t* high,
-                   uint8_t* low, int32_t* argmax, int32_t* argmin) {
-#pragma omp parallel for schedule(dynamic) if (starts[chunks] * channels > kAlone)
+void code_statistics(const CodeRows& codes, int64_t channels, const int64_t* starts, const Statistics& to) {
+    const int64_t chunks = to.chunks, rows = starts[chunks];
+    std::vector<uint8_t> high(chunks * channels), low(chunks * channels);
+    std::vector<int64_t> sum(chunks * channels);
+#pragma omp parallel for schedule(dynamic) if (rows * channels > kAlone)
     for (int64_t k = 0; k < chunks; k++) {
         const int64_t at = k * channels;
-        chunk_extremes(q, starts[k], starts[k + 1], channels, high + at, low + at, argmax + at, argmin + at);
+        chunk_extremes(codes.q, starts[k], starts[k + 1], channels, high.data() + at, low.data() + at, to.argmax + at,
+                       to.argmin + at, sum.data() + at);
     }
-}
-
-// Add each code to a sum of its place.
-void add_codes(const uint8_t* a, int64_t count, uint16_t* sums) {
-    for (int64_t i = 0; i < count; i++) sums[i] = static_cast<uint16_t>(sums[i] + a[i]);
-}
-void add_products(const uint8_t* a, const uint8_t* b, int64_t count, uint32_t* sums) {
-    for (int64_t i = 0; i < count; i++)
-        sums[i] += static_cast<uint32_t>(static_cast<uint16_t>(static_cast<uint16_t>(a[i]) * static_cast<uint16_t>(b[i])));
+    const float scale = *codes.scale;
+    for (int64_t c = 0; c < channels; c++) {
+        double sigma = 0.0;
+        to.total[c] = 0;
+        for (int64_t k = 0, i = c; k < chunks; k++, i += channels) {
+            to.total[c] += sum[i];
+            sigma += static_cast<double>(static_cast<float>(high[i] - low[i]) * scale * to.slopes[k]);
+        }
+        const double mean = static_cast<double>(to.total[c]) / static_cast<double>(rows);
+        to.mean[c] = static_cast<float>((mean - codes.zero) * static_cast<double>(scale));
+        to.sigma[c] = static_cast<float>(sigma);
+    }
 }
 
 // Of each channel: the sum of a's codes, and of a's times b's where there is a b.
 void code_sums(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t channels, int64_t* sum, int64_t* product) {
-    constexpr int64_t kFew = 256, kMany = 64 * kFew;  // rows whose sums fit in 16 bits, and products in 32
+    constexpr int64_t kMany = 64 * kFew;  // rows whose products fit in 32 bits
     const int64_t fold = folded(channels), width = fold * channels;
     std::fill_n(sum, channels, 0);
     if (b) std::fill_n(product, channels, 0);
@@ -358,6 +415,64 @@ void affine(const uint8_t* q, int64_t rows, int64_t channels, const float* a, co
                 store(values, count, type, y, i);
             }
     }
+}
+
+void normalize(const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats, float eps, bool inside,
+               const float* gamma, const float* beta, float* d, void* y, Type type) {
+    std::vector<float> a(channels), b(channels);
+    const float scale = *codes.scale, zero = static_cast<float>(codes.zero) * scale;
+    for (int64_t c = 0; c < channels; c++) {
+        const float sigma = stats.sigma[c];
+        d[c] = inside ? std::sqrt(sigma * sigma + eps) : sigma + eps;
+        const float slope = (gamma ? gamma[c] : 1.0f) / d[c];
+        a[c] = slope * scale;
+        b[c] = (beta ? beta[c] : 0.0f) - slope * (stats.mean[c] + zero);
+    }
+    affine(codes.q, rows, channels, a.data(), b.data(), false, y, type);
+}
+
+// The extremes of chunk k receive plus and minus the gradient of its range, beside the affine part of their gradient.
+void add_at_extremes(const uint8_t* g, int64_t channels, const Statistics& stats, const float* a, const float* b,
+                     const float* grad_sigma, void* dx, Type type) {
+    for (int64_t k = 0; k < stats.chunks; k++)
+        for (int64_t c = 0; c < channels; c++) {
+            const int64_t i = k * channels + c;
+            // Chunks are apart, so a number is one largest and one smallest at most; of a constant chunk it is both.
+            const float share = stats.argmax[i] == stats.argmin[i] ? 0.0f : grad_sigma[c] * stats.slopes[k];
+            const int64_t top = stats.argmax[i] * channels + c, bottom = stats.argmin[i] * channels + c;
+            const float high = static_cast<float>(g[top]) * a[c] + b[c] + share;
+            const float low = static_cast<float>(g[bottom]) * a[c] + b[c] - share;
+            store(&high, 1, type, dx, top);
+            store(&low, 1, type, dx, bottom);
+        }
+}
+
+void normalize_backward(const CodeRows& g, const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats,
+                        bool inside, const float* gamma, const float* d, float* grad_gamma, float* grad_beta, void* dx,
+                        Type type) {
+    std::vector<int64_t> sum(channels), product(channels), total(channels);
+    code_sums(g.q, codes.q, rows, channels, sum.data(), product.data());
+    if (stats.chunks)
+        std::copy_n(stats.total, channels, total.data());
+    else
+        code_sums(codes.q, nullptr, rows, channels, total.data(), nullptr);
+    std::vector<float> a(channels), b(channels), grad_sigma(channels);
+    const double g_scale = *g.scale, scale = *codes.scale, count = static_cast<double>(rows);
+    for (int64_t c = 0; c < channels; c++) {
+        // Sums are exact whole numbers until they are scaled.
+        const double sum_g = static_cast<double>(sum[c]) - count * g.zero;
+        const double both = static_cast<double>(product[c]) - g.zero * static_cast<double>(total[c]) - codes.zero * sum_g;
+        const double centred = both * (g_scale * scale) - stats.mean[c] * (sum_g * g_scale);
+        grad_gamma[c] = static_cast<float>(centred / d[c]);
+        grad_beta[c] = static_cast<float>(sum_g * g_scale);
+        const float weight = gamma ? gamma[c] : 1.0f, slope = weight / d[c];
+        const float average = stats.chunks ? grad_beta[c] / static_cast<float>(rows) : 0.0f;
+        a[c] = slope * *g.scale;
+        b[c] = -slope * (static_cast<float>(g.zero) * *g.scale + average);
+        grad_sigma[c] = -weight * grad_gamma[c] / d[c] * (inside ? stats.sigma[c] / d[c] : 1.0f);
+    }
+    affine(g.q, rows, channels, a.data(), b.data(), false, dx, type);
+    add_at_extremes(g.q, channels, stats, a.data(), b.data(), grad_sigma.data(), dx, type);
 }
 
 // ---- codes ----
@@ -431,6 +546,21 @@ QuantizeRun choose(bool offset, bool stochastic) {
     return stochastic ? quantize_run<each, fast, false, true> : quantize_run<each, fast, false, false>;
 }
 
+// Whether the corrections of `divide` stay among normal numbers.
+bool is_plain(float scale) {
+#ifdef LOWBIT_HAS_FMA
+    return scale > 0x1p-60f && scale < 0x1p20f;
+#else
+    (void)scale;
+    return false;
+#endif
+}
+
+QuantizeRun choose(bool each, bool fast, bool offset, bool stochastic) {
+    if (each) return fast ? choose<true, true>(offset, stochastic) : choose<true, false>(offset, stochastic);
+    return fast ? choose<false, true>(offset, stochastic) : choose<false, false>(offset, stochastic);
+}
+
 // How a tensor is worked on: `records` of `length` numbers, in runs of at most `run`. A run has one scale, or a scale for
 // each number; what differs between the numbers of a run stands in tables, read from where the run lies in its record,
 // or, `tiled`, from their beginning, since every run of a record is alike.
@@ -465,14 +595,11 @@ struct Plan {
         for (int64_t t = 0; t < (each ? times : 1); t++)
             for (int64_t s = 0; s < g.scales; s++) {
                 const float value = g.scale[s];
-                fast = fast && value > 0x1p-60f && value < 0x1p20f;
+                fast = fast && is_plain(value);
                 scale.insert(scale.end(), repeat, value);
                 reciprocal.insert(reciprocal.end(), repeat, 1.0f / value);
                 zero.insert(zero.end(), repeat, g.zero ? g.zero[s] : 0.0f);
             }
-#ifndef LOWBIT_HAS_FMA
-        fast = false;
-#endif
         if (g.stochastic) {
             numbers.resize(rows ? times * v.channels : kRun);
             for (int64_t i = 0; i < static_cast<int64_t>(numbers.size()); i++) {
@@ -480,10 +607,7 @@ struct Plan {
                 numbers[i] = static_cast<uint32_t>(number) * kSpread;
             }
         }
-        if (each)
-            quantize = fast ? choose<true, true>(g.offset, g.stochastic) : choose<true, false>(g.offset, g.stochastic);
-        else
-            quantize = fast ? choose<false, true>(g.offset, g.stochastic) : choose<false, false>(g.offset, g.stochastic);
+        quantize = choose(each, fast, g.offset, g.stochastic);
     }
 
     // The run that begins at number i of a record.
@@ -529,35 +653,105 @@ void visit(const void* x, Type type, View view, const Grid& grid, bool by_outer,
     }
 }
 
-void encode(const void* x, Type type, View view, const Grid& grid, int shift, int64_t taps, uint8_t* codes) {
-    const float extra = static_cast<float>(shift);
+void to_bytes(const float* q, int64_t count, float add, uint8_t* bytes) {
+    for (int64_t i = 0; i < count; i++) bytes[i] = static_cast<uint8_t>(static_cast<int32_t>(q[i] + add));
+}
+
+// Bytes of a record from number `first` on into its place `to`; with taps transposed from (.., taps) to (taps, ..).
+void put(const uint8_t* bytes, int64_t first, int64_t count, int64_t length, int64_t taps, uint8_t* to) {
+    if (taps == 1) {
+        std::memcpy(to + first, bytes, count);
+        return;
+    }
+    const int64_t channels = length / taps;
+    int64_t channel = first / taps, tap = first % taps;
+    for (int64_t i = 0; i < count; i++) {
+        to[tap * channels + channel] = bytes[i];
+        if (++tap == taps) {
+            tap = 0;
+            channel++;
+        }
+    }
+}
+
+void encode(const void* x, Type type, View view, const Grid& grid, int64_t taps, uint8_t* codes) {
     const bool offset = grid.offset;
     visit(x, type, view, grid, taps > 1,
           [=](const float* q, const Run& run, bool each, int64_t record, int64_t first, int64_t count, int64_t length) {
               uint8_t bytes[kRun];
-              if (each && !offset) {
+              if (each && !offset)
                   for (int64_t i = 0; i < count; i++)
-                      bytes[i] = static_cast<uint8_t>(static_cast<int32_t>(q[i] + run.zero[i] + extra));
-              } else {
-                  const float add = extra + (offset ? 0.0f : *run.zero);
-                  for (int64_t i = 0; i < count; i++)
-                      bytes[i] = static_cast<uint8_t>(static_cast<int32_t>(q[i] + add));
-              }
-              uint8_t* to = codes + record * length;
-              if (taps == 1) {
-                  std::memcpy(to + first, bytes, count);
-                  return;
-              }
-              const int64_t channels = length / taps;
-              int64_t channel = first / taps, tap = first % taps;
-              for (int64_t i = 0; i < count; i++) {
-                  to[tap * channels + channel] = bytes[i];
-                  if (++tap == taps) {
-                      tap = 0;
-                      channel++;
-                  }
-              }
+                      bytes[i] = static_cast<uint8_t>(static_cast<int32_t>(q[i] + run.zero[i]));
+              else
+                  to_bytes(q, count, offset ? 0.0f : *run.zero, bytes);
+              put(bytes, first, count, length, taps, codes + record * length);
           });
+}
+
+// Scale and zero point of a range, in the steps of `lowbit.quantizer.grid_of`; nan stays nan.
+void grid_of(const Rule& rule, float lo, float hi, float* scale, float* zero) {
+    float span = -lo > hi || lo != lo ? -lo : hi;
+    if (!rule.symmetric) {
+        lo = lo > 0.0f ? 0.0f : lo;
+        hi = hi < 0.0f ? 0.0f : hi;
+        span = hi - lo;
+    }
+    const float s = span / rule.levels, least = rule.floor;
+    *scale = least > 0.0f ? (s < least ? least : s) : (s == 0.0f ? 1.0f : s);
+    const float z = std::nearbyint(-lo / *scale);
+    *zero = rule.symmetric ? 0.0f : z < 0.0f ? 0.0f : z > rule.levels ? rule.levels : z;
+}
+
+// Codes of channels that are one run of memory each: their extremes are found while they are on their way into the cache.
+void quantize_rows(const void* x, Type type, View view, const Rule& rule, int64_t taps, uint8_t* codes, float* scale) {
+    const int64_t length = view.inner;
+    uint32_t numbers[kRun];
+    for (int64_t i = 0; i < kRun; i++) numbers[i] = static_cast<uint32_t>(i) * kSpread;
+#pragma omp parallel for schedule(static) if (view.channels * length > kAlone)
+    for (int64_t r = 0; r < view.channels; r++) {
+        float buffer[kRun], q[kRun], lo, hi, zero;
+        uint8_t bytes[kRun];
+        Extremes e;
+        for (int64_t i = 0; i < length; i += kRun) {
+            const int64_t count = std::min(kRun, length - i);
+            e.add(run_extremes(load(x, type, r * length + i, count, buffer), count));
+        }
+        e.write(&lo, &hi);
+        grid_of(rule, lo, hi, scale + r, &zero);
+        const float reciprocal = 1.0f / scale[r], low = rule.symmetric ? -rule.levels : 0.0f;
+        const QuantizeRun make = choose(false, is_plain(scale[r]), false, rule.stochastic);
+        for (int64_t i = 0; i < length; i += kRun) {
+            const int64_t count = std::min(kRun, length - i);
+            const uint32_t first = static_cast<uint32_t>(r * length + i) * kSpread + rule.key0;
+            make(load(x, type, r * length + i, count, buffer), count,
+                 {scale + r, &reciprocal, &zero, low, rule.levels, first, rule.key1, numbers}, q);
+            to_bytes(q, count, zero, bytes);
+            put(bytes, i, count, length, taps, codes + r * length);
+        }
+    }
+}
+
+int quantize(const void* x, Type type, View view, const Rule& rule, int64_t taps, uint8_t* codes, float* scale) {
+    const int64_t scales = rule.samples ? 1 : view.channels;
+    if (rule.symmetric && !rule.samples && !rule.lo && view.outer == 1 && !view.channels_last && view.inner >= kShort) {
+        quantize_rows(x, type, view, rule, taps, codes, scale);
+        return 0;
+    }
+    std::vector<float> all(3 * scales);
+    float *lo = all.data(), *hi = lo + scales, *zero = hi + scales;
+    if (rule.lo) {
+        std::copy_n(rule.lo, scales, lo);
+        std::copy_n(rule.hi, scales, hi);
+    } else if (rule.samples) {
+        range_of(x, type, view.outer * view.channels * view.inner, rule.samples, lo, hi);
+    } else {
+        extremes(x, type, view, lo, hi);
+    }
+    for (int64_t c = 0; c < scales; c++) grid_of(rule, lo[c], hi[c], scale + c, zero + c);
+    const float low = rule.symmetric ? -rule.levels : 0.0f;
+    encode(x, type, view, {scale, zero, scales, low, rule.levels, false, rule.stochastic, rule.key0, rule.key1}, taps,
+           codes);
+    return scales == 1 && *zero == *zero ? static_cast<int>(*zero) : 0;
 }
 
 void fake_quantize(const void* x, Type type, View view, const Grid& grid, void* y) {
@@ -592,7 +786,9 @@ void noise(int64_t count, uint32_t key0, uint32_t key1, float* u) {
 }  // namespace
 
 extern const Elementwise kernels;
-const Elementwise kernels = {extremes, sums, code_extremes, code_sums, affine, encode, fake_quantize, noise};
+const Elementwise kernels = {extremes,        observe,   quantize,           sums,   code_sums,
+                             code_statistics, normalize, normalize_backward, affine, encode,
+                             fake_quantize,   noise};
 
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit

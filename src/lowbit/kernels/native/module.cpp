@@ -33,6 +33,23 @@ Grid grid_of(Address scale, Address zero, int64_t scales, float low, float high,
     return {at<const float>(scale), at<const float>(zero), scales, low, high, offset, stochastic, key0, key1};
 }
 
+// (codes, scale, zero point)
+using CodesArgs = std::tuple<Address, Address, int>;
+
+CodeRows codes_of(const CodesArgs& args) {
+    const auto& [q, scale, zero] = args;
+    return {at<const uint8_t>(q), at<const float>(scale), zero};
+}
+
+// (total, mean, sigma, argmax, argmin, slopes, chunks)
+using StatisticsArgs = std::tuple<Address, Address, Address, Address, Address, Address, int64_t>;
+
+Statistics statistics_of(const StatisticsArgs& args) {
+    const auto& [total, mean, sigma, argmax, argmin, slopes, chunks] = args;
+    return {at<int64_t>(total),  at<float>(mean),         at<float>(sigma), at<int32_t>(argmax),
+            at<int32_t>(argmin), at<const float>(slopes), chunks};
+}
+
 #ifdef LOWBIT_X86
 // (data, type, rows, width, stride, fold, zero, window or None)
 using WindowArgs = std::tuple<std::array<int64_t, 4>, Three, Three, Three, Three, Three, bool, int64_t>;
@@ -91,12 +108,40 @@ NB_MODULE(_cpu, m) {
         const nb::gil_scoped_release release;
         elementwise().sums(at<const void>(x), static_cast<Type>(type), rows, width, at<float>(to));
     });
-    m.def("code_extremes", [](Address q, int64_t channels, const std::vector<int64_t>& starts, Address high, Address low,
-                              Address argmax, Address argmin) {
+    m.def("observe", [](Address x, int type, int64_t count, int64_t samples, Address range, float momentum, bool first,
+                        bool training, Address lo, Address hi) {
         const nb::gil_scoped_release release;
-        elementwise().code_extremes(at<const uint8_t>(q), channels, starts.data(),
-                                    static_cast<int64_t>(starts.size()) - 1, at<uint8_t>(high), at<uint8_t>(low),
-                                    at<int32_t>(argmax), at<int32_t>(argmin));
+        elementwise().observe(at<const void>(x), static_cast<Type>(type), count, samples,
+                              {at<float>(range), momentum, first, training}, at<float>(lo), at<float>(hi));
+    });
+    m.def("quantize", [](Address x, int type, const Shape& view, bool symmetric, float levels, float floor,
+                         int64_t samples, Address lo, Address hi, bool stochastic, uint32_t key0, uint32_t key1,
+                         int64_t taps, Address codes, Address scale) {
+        const Rule rule{symmetric,           levels,     floor, samples, at<const float>(lo),
+                        at<const float>(hi), stochastic, key0,  key1};
+        const nb::gil_scoped_release release;
+        return elementwise().quantize(at<const void>(x), static_cast<Type>(type), view_of(view), rule, taps,
+                                      at<uint8_t>(codes), at<float>(scale));
+    });
+    m.def("code_statistics", [](const CodesArgs& codes, int64_t channels, const std::vector<int64_t>& starts,
+                                const StatisticsArgs& to) {
+        const nb::gil_scoped_release release;
+        elementwise().code_statistics(codes_of(codes), channels, starts.data(), statistics_of(to));
+    });
+    m.def("normalize", [](const CodesArgs& codes, int64_t rows, int64_t channels, const StatisticsArgs& stats, float eps,
+                          bool inside, Address gamma, Address beta, Address d, Address y, int type) {
+        const nb::gil_scoped_release release;
+        elementwise().normalize(codes_of(codes), rows, channels, statistics_of(stats), eps, inside,
+                                at<const float>(gamma), at<const float>(beta), at<float>(d), at<void>(y),
+                                static_cast<Type>(type));
+    });
+    m.def("normalize_backward", [](const CodesArgs& g, const CodesArgs& codes, int64_t rows, int64_t channels,
+                                   const StatisticsArgs& stats, bool inside, Address gamma, Address d,
+                                   Address grad_gamma, Address grad_beta, Address dx, int type) {
+        const nb::gil_scoped_release release;
+        elementwise().normalize_backward(codes_of(g), codes_of(codes), rows, channels, statistics_of(stats), inside,
+                                         at<const float>(gamma), at<const float>(d), at<float>(grad_gamma),
+                                         at<float>(grad_beta), at<void>(dx), static_cast<Type>(type));
     });
     m.def("code_sums", [](Address a, Address b, int64_t rows, int64_t channels, Address sum, Address product) {
         const nb::gil_scoped_release release;
@@ -109,11 +154,10 @@ NB_MODULE(_cpu, m) {
                              at<void>(y), static_cast<Type>(type));
     });
     m.def("encode", [](Address x, int type, const Shape& view, Address scale, Address zero, int64_t scales, float low,
-                       float high, bool offset, bool stochastic, uint32_t key0, uint32_t key1, int shift, int64_t taps,
-                       Address codes) {
+                       float high, bool offset, bool stochastic, uint32_t key0, uint32_t key1, int64_t taps, Address codes) {
         const Grid grid = grid_of(scale, zero, scales, low, high, offset, stochastic, key0, key1);
         const nb::gil_scoped_release release;
-        elementwise().encode(at<const void>(x), static_cast<Type>(type), view_of(view), grid, shift, taps,
+        elementwise().encode(at<const void>(x), static_cast<Type>(type), view_of(view), grid, taps,
                              at<uint8_t>(codes));
     });
     m.def("fake_quantize",
