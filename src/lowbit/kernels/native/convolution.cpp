@@ -198,7 +198,7 @@ void multiply_direct(const Product& p, const Direct& d) {
         }
         const Tiles tiles;
         auto* a = workspace<Number>(kSlotA, image + slack);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
         for (int64_t task = 0; task < d.samples * blocks; task++) {
             const int64_t sample = task / blocks, first = task % blocks * block;
             const int64_t last = std::min(first + block, d.h.size);
@@ -321,13 +321,6 @@ void pad_phase(const Kind& kind, const Product& p, const DirectWeight& d, const 
         }
 }
 
-// What one sum of codes is without its zero points; of halves, itself.
-inline float corrected(int32_t sum, Zero zero, int32_t row_sum, int32_t column_sum) {
-    float y;
-    correct(&sum, zero, row_sum, &column_sum, 1, &y);
-    return y;
-}
-inline float corrected(float sum, Zero, int32_t, int32_t) { return sum; }
 inline void add_to(float& sum, float more) { sum += more; }
 inline void add_to(int32_t& sum, int32_t more) {  // wraps: the result without the zero points fits
     sum = static_cast<int32_t>(static_cast<uint32_t>(sum) + static_cast<uint32_t>(more));
@@ -370,6 +363,27 @@ void multiply_phase(const Kind& a_kind, const Kind& b_kind, const Product& p, co
     }
 }
 
+// Row m of the result before its scales: the sums of all groups of samples, `of_group` numbers apart.
+template <class Kind>
+void add_groups(const Product& p, const DirectWeight& d, const typename Kind::Sum* all, int64_t of_group, Zero zero,
+                int64_t m, float* to) {
+    using Sum = typename Kind::Sum;
+    const int64_t width = ceil_div(d.columns, 2) * kPanel, row_sums = d.sums, column_sums = d.sums + ceil_div(p.m, kPanel) * kPanel;
+    auto* sums = workspace<Sum>(kSlotLines, 2 * width);
+    auto* columns = reinterpret_cast<int32_t*>(sums + width);
+    std::fill_n(sums, 2 * width, Sum{0});
+    int32_t row = 0;
+    for (int64_t group = 0; group < d.groups; group++) {
+        const Sum* from = all + group * of_group;
+        const auto* codes = reinterpret_cast<const int32_t*>(from);
+        for (int64_t n = 0; n < width; n++) add_to(sums[n], from[m * width + n]);
+        for (int64_t n = 0; n < (zero.a ? width : 0); n++) add_to(columns[n], codes[column_sums + n]);
+        add_to(row, codes[row_sums + m]);
+    }
+    for (int64_t tap = 0; tap * d.of_place < p.n; tap++)
+        correct(sums + d.tile_of[tap] * 16, zero, row, columns + d.tile_of[tap] * 16, d.of_place, to + tap * d.of_place);
+}
+
 // False, and nothing written, where a sum is not finite: places that are no positions hold zeros of A, and 0 times nan
 // would spread it to taps that never see it.
 template <class Kind>
@@ -390,6 +404,8 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
     // Of each group of samples: sums, then those of the codes of its rows and columns.
     const int64_t of_group = d.sums + panels * kPanel + width;
     auto* all = workspace<Sum>(kSlotSums, d.groups * of_group);
+    auto* total = workspace<float>(kSlotPanels, p.m * p.n);
+    bool finite = true;
 #pragma omp parallel if (worth_threads(p))
     {
         const Tiles tiles;
@@ -428,30 +444,17 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
                 }
             }
         }
-    }
-    std::vector<float> total(p.m * p.n);
-    bool finite = true;
-    for (int64_t m = 0; m < p.m; m++)
-        for (int64_t n = 0; n < p.n; n++) {
-            const int64_t column = d.tile_of[n / d.of_place] * 16 + n % d.of_place, at = m * width + column;
-            Sum sum = 0;
-            uint32_t row_sum = 0, column_sum = 0;
-            for (int64_t group = 0; group < d.groups; group++) {
-                const Sum* c = all + group * of_group;
-                const auto* more = reinterpret_cast<const uint32_t*>(c + d.sums);
-                add_to(sum, c[at]);
-                row_sum += more[m];
-                column_sum += more[panels * kPanel + column];
-            }
-            const float y = corrected(sum, zero, static_cast<int32_t>(row_sum), static_cast<int32_t>(column_sum));
-            total[m * p.n + n] = y;
-            finite = finite && std::isfinite(y);
+#pragma omp for schedule(static) reduction(&& : finite)
+        for (int64_t m = 0; m < p.m; m++) {
+            add_groups<Kind>(p, d, all, of_group, zero, m, total + m * p.n);
+            for (int64_t n = 0; n < p.n; n++) finite = finite && std::isfinite(total[m * p.n + n]);
         }
-    if (!finite) return false;
-    for (int64_t m = 0; m < p.m; m++)
-        for (int64_t n = 0; n < p.n; n += kPanel)
-            finish(p, m, n, std::min(kPanel, p.n - n), total.data() + m * p.n + n);
-    return true;
+#pragma omp for schedule(static) nowait
+        for (int64_t m = 0; m < (finite ? p.m : 0); m++)
+            for (int64_t n = 0; n < p.n; n += kPanel)
+                finish(p, m, n, std::min(kPanel, p.n - n), total + m * p.n + n);
+    }
+    return finite;
 }
 
 template <class Kind>

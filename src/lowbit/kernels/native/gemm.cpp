@@ -55,7 +55,7 @@ void multiply_tall(const Product& p) {
         auto* a = workspace<uint8_t>(kSlotA, group * panel_bytes);
         auto* row_sums = workspace<int32_t>(kSlotRowSums, group * kPanel);
         auto* c = workspace<Sum>(kSlotPanels, group * kPanel * kPanel);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
         for (int64_t task = 0; task < groups * splits; task++) {
             const int64_t first = task / splits * group, last = std::min(first + group, row_panels);
             const int64_t begin = task % splits * column_panels / splits;
@@ -140,7 +140,7 @@ void multiply_long(const Product& p) {
             }
         }
         if (!once) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (int64_t m = 0; m < row_panels; m++)
                 for (int64_t n = 0; n < column_panels; n++)
                     finish_panel(p, c + m * kPanel * width + n * kPanel, width, zero, m, n, row_sums + m * kPanel,
