@@ -267,6 +267,25 @@ class TestCodesAndValues:
             # By one reciprocal the codes differ: the test sees what it is about.
             assert not torch.equal(twin_codes(x, grid), (x * (1 / scale)[:, None]).round().clamp(-32767, 32767))
 
+    @pytest.mark.parametrize("key", [None, KEY])
+    @pytest.mark.parametrize("zero", ["symmetric", "integer"])
+    def test_codes_next_to_where_rounding_turns(self, zero: str, key: tuple[int, int] | None) -> None:
+        """Quotients within an ulp, and within 1e-5 to 1e-3, of a half or of their noise have the definition's codes."""
+        g = torch.Generator().manual_seed(2)
+        whole = torch.randint(-120, 120, (64, 1000), generator=g)
+        turn = torch.full(whole.shape, 0.5) if key is None else uniform_noise(torch.tensor(key), whole.shape)
+        scale = (1 + torch.rand(64, 1, generator=g)) * 2.0 ** torch.randint(-50, 18, (64, 1), generator=g)
+        point = None if zero == "symmetric" else torch.full((64,), 128.0)
+        low, high = (-127.0, 127.0) if zero == "symmetric" else (0.0, 255.0)
+        for away in (0.0, 1e-5, -1e-5, 1e-4, -1e-4, 1e-3):
+            exact = scale * (whole + turn + away)
+            for x in (exact, exact.nextafter(torch.tensor(math.inf)), exact.nextafter(torch.tensor(-math.inf))):
+                check(
+                    x.unsqueeze(0),
+                    Grid(scale=scale.flatten(), zero=point, low=low, high=high, key=key),
+                    (1, 64, 1000, False),
+                )
+
     @pytest.mark.parametrize("per_channel", [False, True])
     @pytest.mark.parametrize("outer", [1, 3])
     @pytest.mark.parametrize("taps", [2, 9, 27, 64])

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.errors import UsageError, unknown
+from lowbit.formats import Integer
 from lowbit.kernels import cpu, native_instruction_sets
 from lowbit.machine import here, paired, ratio
 from lowbit.products import ENGINES
+from lowbit.ranges import new_running_range
 from lowbit.recipe import recipes
 from lowbit.tables import text_table
 from lowbit.train.models import GPT, ResNet
@@ -298,19 +300,36 @@ def _native_passes(x: Tensor) -> dict[str, Step]:
         found[f"fake_quantize {how}"] = partial(cpu.fake_quantize, x, views["tensor"], grid)
     found["noise"] = partial(cpu.noise, x.numel(), (12345, 67890))
     found["sums of columns (grad_bias)"] = partial(cpu.sums, x, width)
-    # Passes of Range BN, over codes as rows of 64 channels.
-    channels, y = 64, torch.empty_like(x)
-    codes = torch.randint(0, 256, x.shape, dtype=torch.uint8)
-    count = codes.numel() // channels
-    ones = torch.ones(channels)
-    starts = [i * count // 16 for i in range(17)]
-    found["affine (dequantise, Range BN)"] = partial(cpu.affine, codes, ones, ones, y)
-    found["statistics of codes (Range BN)"] = partial(
-        cpu.code_statistics, cpu.Codes(q=codes, scale=torch.ones(1), zero=0), channels, starts, torch.ones(16)
+    running = new_running_range()
+    found["observe (extremes, running range)"] = partial(
+        cpu.observe, x, rows_of, running, momentum=0.9, first=True, training=True
     )
-    found["sums of codes (Range BN)"] = partial(cpu.code_sums, codes, None, channels)
-    found["sums of products of codes (Range BN)"] = partial(cpu.code_sums, codes, codes, channels)
-    return found
+    fmt = Integer(bits=8, zero="symmetric")
+    for per, samples in (("tensor", 1), ("row", None)):
+        for how, key in rounding.items():
+            found[f"quantize s8 {per} {how} (extremes, encode)"] = partial(
+                cpu.quantize, x, views[per], fmt, levels=127.0, samples=samples, key=key
+            )
+    return found | _norm_passes(x)
+
+
+def _norm_passes(x: Tensor) -> dict[str, Step]:
+    """The passes of Range BN, over codes as rows of 64 channels."""
+    channels, y = 64, torch.empty_like(x)
+    q = torch.randint(0, 256, x.shape, dtype=torch.uint8)
+    count, ones = q.numel() // channels, torch.ones(channels)
+    codes, starts = cpu.Codes(q=q, scale=torch.ones(1), zero=0), [i * count // 16 for i in range(17)]
+    stats = cpu.code_statistics(codes, channels, starts, torch.ones(16))
+    return {
+        "affine (dequantise, Range BN)": partial(cpu.affine, q, ones, ones, y),
+        "statistics of codes (Range BN)": partial(cpu.code_statistics, codes, channels, starts, torch.ones(16)),
+        "sums of codes (Range BN)": partial(cpu.code_sums, q, None, channels),
+        "sums of products of codes (Range BN)": partial(cpu.code_sums, q, q, channels),
+        "normalise (Range BN)": partial(cpu.normalize, codes, stats, eps=1e-5, inside=True, gamma=ones, beta=ones, y=y),
+        "gradients (Range BN)": partial(
+            cpu.normalize_backward, codes, codes, stats, inside=True, gamma=ones, d=ones, dx=y
+        ),
+    }
 
 
 def _qtorch_passes(x: Tensor) -> dict[str, Step]:

@@ -57,7 +57,7 @@ struct Running {
     bool training;  // record the batch and use its extremes; else use what was recorded
 };
 
-// What one batch says of each channel of codes that are rows by channels, with their scale and zero point.
+// What one batch says of each channel of codes that are rows by channels.
 struct Statistics {
     int64_t* total;  // sums of codes
     float *mean, *sigma;
@@ -66,6 +66,7 @@ struct Statistics {
     int64_t chunks;            // 0: mean and sigma were given, and there is no more
 };
 
+// Codes of rows by channels: x = (q - zero) S.
 struct CodeRows {
     const uint8_t* q;
     const float* scale;
@@ -88,8 +89,8 @@ struct Elementwise {
     // All that `Statistics` has, of codes in chunks of rows.
     void (*code_statistics)(const CodeRows& codes, int64_t channels, const int64_t* starts, const Statistics& to);
     // y = gamma (x - mean) / d + beta of the values x of codes, and d, which is sqrt(sigma^2 + eps) or sigma + eps.
-    void (*normalize)(const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats, float eps, bool inside,
-                      const float* gamma, const float* beta, float* d, void* y, Type type);
+    void (*normalize)(const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats, float eps,
+                      bool inside, const float* gamma, const float* beta, float* d, void* y, Type type);
     // The gradients of gamma, beta and x, of the codes g of the output's gradient.
     void (*normalize_backward)(const CodeRows& g, const CodeRows& codes, int64_t rows, int64_t channels,
                                const Statistics& stats, bool inside, const float* gamma, const float* d,

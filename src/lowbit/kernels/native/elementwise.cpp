@@ -1,5 +1,5 @@
-// Passes over memory: extremes, codes, values on the grid, noise. Plain loops that the compiler turns into vectors; this
-// file is compiled once for each instruction set, and LOWBIT_ISA names the copy.
+// Passes over memory: extremes, codes, values on the grid, noise. Plain loops that the compiler turns into vectors, but for
+// codes on AVX-512; this file is compiled once for each instruction set, and LOWBIT_ISA names the copy.
 //
 // Every result equals that of the torch twin bit for bit: rounding is to even, x / S is correctly rounded, and nothing is
 // contracted.
@@ -11,6 +11,10 @@
 #include <cstring>
 #include <limits>
 #include <vector>
+
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
 
 #include "cpu.h"
 
@@ -68,8 +72,17 @@ struct Extremes {
     }
 };
 
+inline float as_float(float v) { return v; }
+inline float as_float(uint16_t half) {
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float v;
+    std::memcpy(&v, &bits, 4);
+    return v;
+}
+
 // Of one run, in 64 lanes, since a running minimum in one number would wait for itself.
-Extremes run_extremes(const float* x, int64_t count) {
+template <class Number>
+Extremes run_extremes(const Number* x, int64_t count) {
     constexpr int kLanes = 64;
     Extremes e;
     float lo[kLanes], hi[kLanes];
@@ -82,40 +95,42 @@ Extremes run_extremes(const float* x, int64_t count) {
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes)
         for (int j = 0; j < kLanes; j++) {
-            const float v = x[i + j];
+            const float v = as_float(x[i + j]);
             lo[j] = v < lo[j] ? v : lo[j];
             hi[j] = v > hi[j] ? v : hi[j];
             bad[j] |= v != v;
         }
     for (; i < count; i++) {
-        lo[0] = x[i] < lo[0] ? x[i] : lo[0];
-        hi[0] = x[i] > hi[0] ? x[i] : hi[0];
-        bad[0] |= x[i] != x[i];
+        const float v = as_float(x[i]);
+        lo[0] = v < lo[0] ? v : lo[0];
+        hi[0] = v > hi[0] ? v : hi[0];
+        bad[0] |= v != v;
     }
-    for (int j = 0; j < kLanes; j++) {
-        e.lo = std::min(e.lo, lo[j]);
-        e.hi = std::max(e.hi, hi[j]);
-        e.nan = e.nan || bad[j];
-    }
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
+        for (int j = 0; j < lanes; j++) {
+            lo[j] = lo[j + lanes] < lo[j] ? lo[j + lanes] : lo[j];
+            hi[j] = hi[j + lanes] > hi[j] ? hi[j + lanes] : hi[j];
+            bad[j] |= bad[j + lanes];
+        }
+    e.lo = lo[0];
+    e.hi = hi[0];
+    e.nan = bad[0] != 0;
     return e;
+}
+
+Extremes run_extremes(const void* x, Type type, int64_t from, int64_t count) {
+    if (type == Type::f32) return run_extremes(static_cast<const float*>(x) + from, count);
+    return run_extremes(static_cast<const uint16_t*>(x) + from, count);
 }
 
 // Of each channel of outer x channels x inner, the inner runs contiguous.
 void block_extremes(const void* x, Type type, View view, float* lo, float* hi) {
     const int64_t pieces = ceil_div(view.inner, kTask);
     std::vector<Extremes> parts(view.outer * view.channels * pieces);
-#pragma omp parallel if (view.outer * view.channels * view.inner > kAlone)
-    {
-        float buffer[kRun];
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < static_cast<int64_t>(parts.size()); task++) {
-            const int64_t block = task / pieces, begin = task % pieces * kTask;
-            const int64_t end = std::min(begin + kTask, view.inner);
-            for (int64_t i = begin; i < end; i += kRun) {
-                const int64_t count = std::min(kRun, end - i);
-                parts[task].add(run_extremes(load(x, type, block * view.inner + i, count, buffer), count));
-            }
-        }
+#pragma omp parallel for schedule(static) if (view.outer * view.channels * view.inner > kAlone)
+    for (int64_t task = 0; task < static_cast<int64_t>(parts.size()); task++) {
+        const int64_t block = task / pieces, begin = task % pieces * kTask;
+        parts[task] = run_extremes(x, type, block * view.inner + begin, std::min(kTask, view.inner - begin));
     }
     for (int64_t c = 0; c < view.channels; c++) {
         Extremes e;
@@ -248,8 +263,9 @@ void sums(const void* x, Type type, int64_t rows, int64_t width, float* to) {
 
 // ---- codes of a matrix of rows by channels ----
 
-// Rows that are taken as one, so that vectors are full where channels are few.
 constexpr int64_t kFew = 256;  // codes whose sum fits in 16 bits
+
+// Rows that are taken as one, so that vectors are full where channels are few.
 int64_t folded(int64_t channels) { return channels >= 64 ? 1 : 64 / channels; }
 
 // Add each code to a sum of its place.
@@ -261,71 +277,73 @@ void add_products(const uint8_t* a, const uint8_t* b, int64_t count, uint32_t* s
         sums[i] += static_cast<uint32_t>(static_cast<uint16_t>(static_cast<uint16_t>(a[i]) * static_cast<uint16_t>(b[i])));
 }
 
-// The largest and smallest code of each place so far.
-void widen(const uint8_t* row, int64_t count, uint8_t* top, uint8_t* bottom) {
-    for (int64_t i = 0; i < count; i++) {
-        top[i] = row[i] > top[i] ? row[i] : top[i];
-        bottom[i] = row[i] < bottom[i] ? row[i] : bottom[i];
+// Of `count` columns (`full`: 64) of rows `stride` apart, no more than kFew: extremes and sums so far.
+template <bool full>
+void add_rows(const uint8_t* q, int64_t rows, int64_t stride, int64_t count, uint8_t* top, uint8_t* bottom,
+              uint16_t* sums) {
+    const int64_t width = full ? 64 : count;
+    uint8_t t[64], b[64];
+    uint16_t s[64];
+    std::copy_n(top, width, t);
+    std::copy_n(bottom, width, b);
+    std::copy_n(sums, width, s);
+    for (int64_t r = 0; r < rows; r++) {
+        const uint8_t* row = q + r * stride;
+        for (int64_t j = 0; j < width; j++) {
+            t[j] = row[j] > t[j] ? row[j] : t[j];
+            b[j] = row[j] < b[j] ? row[j] : b[j];
+            s[j] = static_cast<uint16_t>(s[j] + row[j]);
+        }
     }
+    std::copy_n(t, width, top);
+    std::copy_n(b, width, bottom);
+    std::copy_n(s, width, sums);
 }
 
 // Of each channel in rows [first, last): the largest and the smallest code, the first row that has it, and the sum.
+// Extremes of blocks of rows tell which block to search.
 void chunk_extremes(const uint8_t* q, int64_t first, int64_t last, int64_t channels, uint8_t* high, uint8_t* low,
                     int32_t* argmax, int32_t* argmin, int64_t* sum) {
-    const int64_t fold = folded(channels), width = fold * channels;
-    std::vector<uint8_t> all(4 * width);
+    const int64_t fold = folded(channels), width = fold * channels, step = 64 * fold;
+    const int64_t blocks = ceil_div(last - first, step);
+    std::vector<uint8_t> tops(blocks * width, 0), bottoms(blocks * width, 255);
     std::vector<uint16_t> few(width);
-    uint8_t *top = all.data(), *bottom = top + width, *want_top = bottom + width, *want_bottom = want_top + width;
-    std::fill_n(top, width, uint8_t{0});
-    std::fill_n(bottom, width, uint8_t{255});
     std::fill_n(sum, channels, 0);
-    for (int64_t begin = first; begin < last; begin += kFew * fold) {
-        const int64_t end = std::min(begin + kFew * fold, last);
+    for (int64_t k = 0; k < blocks; k++) {
+        const int64_t begin = first + k * step, rows = std::min(step, last - begin);
+        const uint8_t* block = q + begin * channels;
+        uint8_t *top = tops.data() + k * width, *bottom = bottoms.data() + k * width;
         std::fill(few.begin(), few.end(), uint16_t{0});
-        for (int64_t r = begin; r < end; r += fold) {
-            const int64_t count = std::min(fold, end - r) * channels;
-            widen(q + r * channels, count, top, bottom);
-            add_codes(q + r * channels, count, few.data());
+        for (int64_t c = 0; c < width; c += 64) {
+            const int64_t count = std::min<int64_t>(64, width - c), rest = rows % fold * channels - c;
+            const auto add = count == 64 ? add_rows<true> : add_rows<false>;
+            uint16_t* sums = few.data() + c;
+            add(block + c, rows / fold, width, count, top + c, bottom + c, sums);
+            if (rest > 0) add_rows<false>(block + rows / fold * width + c, 1, width, rest, top + c, bottom + c, sums);
         }
-        for (int64_t i = 0; i < width; i++) sum[i % channels] += few[i];
-    }
-    for (int64_t c = 0; c < channels; c++) {
-        for (int64_t i = c + channels; i < width; i += channels) {
+        for (int64_t i = 0; i < width; i++) {
+            const int64_t c = i % channels;
             top[c] = std::max(top[c], top[i]);
             bottom[c] = std::min(bottom[c], bottom[i]);
+            sum[c] += few[i];
         }
-        high[c] = top[c];
-        low[c] = bottom[c];
-        argmax[c] = argmin[c] = -1;
     }
-    for (int64_t i = channels; i < width; i++) {
-        top[i] = top[i - channels];
-        bottom[i] = bottom[i - channels];
-    }
-    // Channels whose extreme is still to be found, 255 each, so that most rows are passed over in one look.
-    std::fill_n(want_top, 2 * width, uint8_t{255});
-    int64_t missing = 2 * channels;
-    for (int64_t r = first; r < last && missing > 0; r += fold) {
-        const uint8_t* row = q + r * channels;
-        const int64_t count = std::min(fold, last - r) * channels;
-        uint8_t hit = 0;
-        for (int64_t i = 0; i < count; i++)
-            hit |= static_cast<uint8_t>((row[i] == top[i] ? want_top[i] : 0) |
-                                        (row[i] == bottom[i] ? want_bottom[i] : 0));
-        if (!hit) continue;
-        for (int64_t i = 0; i < count; i++) {
-            const int64_t c = i % channels;
-            if (row[i] == top[i] && argmax[c] < 0) {
-                argmax[c] = static_cast<int32_t>(r + i / channels);
-                for (int64_t j = c; j < width; j += channels) want_top[j] = 0;
-                missing--;
-            }
-            if (row[i] == bottom[i] && argmin[c] < 0) {
-                argmin[c] = static_cast<int32_t>(r + i / channels);
-                for (int64_t j = c; j < width; j += channels) want_bottom[j] = 0;
-                missing--;
-            }
+    const auto find = [=](const std::vector<uint8_t>& of, int64_t c, uint8_t code) {
+        int64_t k = 0;
+        while (of[k * width + c] != code) k++;
+        int64_t r = first + k * step;
+        while (q[r * channels + c] != code) r++;
+        return static_cast<int32_t>(r);
+    };
+    for (int64_t c = 0; c < channels; c++) {
+        high[c] = tops[c];
+        low[c] = bottoms[c];
+        for (int64_t k = 1; k < blocks; k++) {
+            high[c] = std::max(high[c], tops[k * width + c]);
+            low[c] = std::min(low[c], bottoms[k * width + c]);
         }
+        argmax[c] = find(tops, c, high[c]);
+        argmin[c] = find(bottoms, c, low[c]);
     }
 }
 
@@ -447,9 +465,9 @@ void add_at_extremes(const uint8_t* g, int64_t channels, const Statistics& stats
         }
 }
 
-void normalize_backward(const CodeRows& g, const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats,
-                        bool inside, const float* gamma, const float* d, float* grad_gamma, float* grad_beta, void* dx,
-                        Type type) {
+void normalize_backward(const CodeRows& g, const CodeRows& codes, int64_t rows, int64_t channels,
+                        const Statistics& stats, bool inside, const float* gamma, const float* d, float* grad_gamma,
+                        float* grad_beta, void* dx, Type type) {
     std::vector<int64_t> sum(channels), product(channels), total(channels);
     code_sums(g.q, codes.q, rows, channels, sum.data(), product.data());
     if (stats.chunks)
@@ -461,7 +479,8 @@ void normalize_backward(const CodeRows& g, const CodeRows& codes, int64_t rows, 
     for (int64_t c = 0; c < channels; c++) {
         // Sums are exact whole numbers until they are scaled.
         const double sum_g = static_cast<double>(sum[c]) - count * g.zero;
-        const double both = static_cast<double>(product[c]) - g.zero * static_cast<double>(total[c]) - codes.zero * sum_g;
+        const double sum_q = static_cast<double>(total[c]);
+        const double both = static_cast<double>(product[c]) - g.zero * sum_q - codes.zero * sum_g;
         const double centred = both * (g_scale * scale) - stats.mean[c] * (sum_g * g_scale);
         grad_gamma[c] = static_cast<float>(centred / d[c]);
         grad_beta[c] = static_cast<float>(sum_g * g_scale);
@@ -501,6 +520,19 @@ inline float uniform(uint32_t h, uint32_t key1) {
     h ^= h >> 16;
     return static_cast<float>(static_cast<int32_t>(h >> 8)) * 0x1p-24f;
 }
+
+#ifdef __AVX512BW__
+// The same minus 1/2.
+inline __m512 centred_noise(__m512i h, __m512i key1) {
+    h = _mm512_xor_si512(h, _mm512_srli_epi32(h, 16));
+    h = _mm512_xor_si512(_mm512_mullo_epi32(h, _mm512_set1_epi32(0x7FEB352D)), key1);
+    h = _mm512_xor_si512(h, _mm512_srli_epi32(h, 15));
+    h = _mm512_mullo_epi32(h, _mm512_set1_epi32(static_cast<int>(0x846CA68Bu)));
+    h = _mm512_xor_si512(h, _mm512_srli_epi32(h, 16));
+    const __m512 u = _mm512_cvtepi32_ps(_mm512_srli_epi32(h, 8));
+    return _mm512_fmsub_ps(u, _mm512_set1_ps(0x1p-24f), _mm512_set1_ps(0.5f));
+}
+#endif
 
 constexpr uint32_t kSpread = 0x9E3779B1u;
 
@@ -568,7 +600,7 @@ struct Plan {
     std::vector<float> scale, reciprocal, zero;
     std::vector<uint32_t> numbers;
     int64_t records, length, run;
-    bool each = false, tiled = false, rows;
+    bool each = false, tiled = false, fast = true, rows;
     QuantizeRun quantize = nullptr;
     Grid grid;
     View view;
@@ -591,7 +623,6 @@ struct Plan {
         } else {
             records = v.outer * v.channels, length = v.inner;
         }
-        bool fast = true;
         for (int64_t t = 0; t < (each ? times : 1); t++)
             for (int64_t s = 0; s < g.scales; s++) {
                 const float value = g.scale[s];
@@ -627,34 +658,100 @@ struct Plan {
     }
 };
 
-// Visit the tensor in runs: work(quantised floats, Run, whether it has a scale for each number, record, first number in
-// the record, count, length of a record). `by_outer` makes a record of each index of `outer` where one scale serves all.
+// Visit the tensor in runs: work(Plan, Run, record, first number in the record, count). `by_outer` makes a record of each
+// index of `outer` where one scale serves all.
 template <class Work>
-void visit(const void* x, Type type, View view, const Grid& grid, bool by_outer, const Work& work) {
+void visit(View view, const Grid& grid, bool by_outer, const Work& work) {
     if (view.outer * view.channels * view.inner == 0) return;
     const Plan plan(view, grid, by_outer);
     const int64_t runs = ceil_div(plan.length, plan.run);               // of a record
     const int64_t batch = std::max<int64_t>(1, kTask / std::min(plan.run, plan.length));  // runs of one task
     const int64_t total = plan.records * runs;
-#pragma omp parallel if (total * plan.run > kAlone)
-    {
-        float buffer[kRun], q[kRun];
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < ceil_div(total, batch); task++) {
-            const int64_t last = std::min((task + 1) * batch, total);
-            for (int64_t part = task * batch; part < last; part++) {
-                const int64_t record = part / runs, i = part % runs * plan.run;
-                const int64_t count = std::min(plan.run, plan.length - i);
-                const Run run = plan.at(record, i);
-                plan.quantize(load(x, type, record * plan.length + i, count, buffer), count, run, q);
-                work(q, run, plan.each, record, i, count, plan.length);
-            }
+#pragma omp parallel for schedule(static) if (total * plan.run > kAlone)
+    for (int64_t task = 0; task < ceil_div(total, batch); task++) {
+        const int64_t last = std::min((task + 1) * batch, total);
+        for (int64_t part = task * batch; part < last; part++) {
+            const int64_t record = part / runs, i = part % runs * plan.run;
+            work(plan, plan.at(record, i), record, i, std::min(plan.run, plan.length - i));
         }
     }
 }
 
-void to_bytes(const float* q, int64_t count, float add, uint8_t* bytes) {
-    for (int64_t i = 0; i < count; i++) bytes[i] = static_cast<uint8_t>(static_cast<int32_t>(q[i] + add));
+#ifdef __AVX512BW__
+// As `bytes_of`, 16 numbers at a time. Stochastic rounding of t with noise u is rounding of t - u + 1/2 to nearest, but
+// where that lies half way. So x times 1 / S rounds as x / S does unless it lies next to half way, by less than a margin
+// wider than the two can differ (codes are bytes): then the 16 are divided, and rounded as they are defined to be.
+template <bool half, bool each, bool stochastic>
+void quick_bytes(const void* x, int64_t from, int64_t count, const Run& r, uint8_t* bytes) {
+    const auto table = [](const float* t, int64_t i, __mmask16 here) {
+        return each ? _mm512_maskz_loadu_ps(here, t + i) : _mm512_set1_ps(*t);
+    };
+    const __m512 magic = _mm512_set1_ps(12582912.0f);  // 1.5 * 2**23: sums with it are whole, their last byte the code
+    const __m512 unsure = _mm512_set1_ps(0.5f - 0x1p-14f), middle = _mm512_set1_ps(0.5f);
+    const __m512 low = _mm512_set1_ps(r.low), high = _mm512_set1_ps(r.high);
+    const __m512i first = _mm512_set1_epi32(static_cast<int>(r.first));
+    const __m512i key = _mm512_set1_epi32(static_cast<int>(r.key1));
+    __m512 zero = table(r.zero, 0, 0), reciprocal = table(r.reciprocal, 0, 0), shift = zero;
+    __m512 bottom = _mm512_sub_ps(low, zero), top = _mm512_sub_ps(high, zero), whole = _mm512_add_ps(magic, zero);
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 here = static_cast<__mmask16>(count - i < 16 ? (1 << (count - i)) - 1 : 0xFFFF);
+        __m512 v;
+        if (half) {
+            const __m256i bits = _mm256_maskz_loadu_epi16(here, static_cast<const uint16_t*>(x) + from + i);
+            v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+        } else {
+            v = _mm512_maskz_loadu_ps(here, static_cast<const float*>(x) + from + i);
+        }
+        if (each) {
+            zero = table(r.zero, i, here), reciprocal = table(r.reciprocal, i, here);
+            bottom = _mm512_sub_ps(low, zero), top = _mm512_sub_ps(high, zero), whole = _mm512_add_ps(magic, zero);
+        }
+        // Within the bounds; nan stays nan.
+        __m512 t = _mm512_min_ps(top, _mm512_max_ps(bottom, _mm512_mul_ps(v, reciprocal)));
+        if (stochastic) {
+            shift = centred_noise(_mm512_add_epi32(first, _mm512_maskz_loadu_epi32(here, r.numbers + i)), key);
+            t = _mm512_sub_ps(t, shift);
+        }
+        __m512 code = _mm512_add_ps(t, whole);
+        const __m512 part = _mm512_sub_ps(t, _mm512_sub_ps(code, whole));
+        if (_mm512_cmp_ps_mask(_mm512_abs_ps(part), unsure, _CMP_GT_OQ)) {
+            t = _mm512_div_ps(v, table(r.scale, i, here));
+            t = _mm512_min_ps(top, _mm512_max_ps(bottom, t));
+            __m512 q = _mm512_roundscale_ps(t, stochastic ? _MM_FROUND_TO_NEG_INF : _MM_FROUND_TO_NEAREST_INT);
+            if (stochastic) {
+                const __mmask16 up = _mm512_cmp_ps_mask(_mm512_sub_ps(t, q), _mm512_add_ps(shift, middle), _CMP_GT_OQ);
+                q = _mm512_mask_add_ps(q, up, q, _mm512_set1_ps(1.0f));
+            }
+            code = _mm512_add_ps(q, whole);
+        }
+        const __m128i last = _mm512_cvtepi32_epi8(_mm512_castps_si512(code));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + i), last);
+    }
+}
+
+template <bool half>
+void quick_bytes(const void* x, int64_t from, int64_t count, const Run& r, bool each, bool stochastic, uint8_t* bytes) {
+    if (each) return stochastic ? quick_bytes<half, true, true>(x, from, count, r, bytes)
+                                : quick_bytes<half, true, false>(x, from, count, r, bytes);
+    return stochastic ? quick_bytes<half, false, true>(x, from, count, r, bytes)
+                      : quick_bytes<half, false, false>(x, from, count, r, bytes);
+}
+#endif
+
+// Codes of the numbers x[from, from + count) as bytes, whose place has room for a whole run.
+void bytes_of(const void* x, Type type, int64_t from, int64_t count, const Run& run, bool each, bool fast,
+              bool stochastic, uint8_t* bytes) {
+#ifdef __AVX512BW__
+    if (fast && type == Type::f32) return quick_bytes<false>(x, from, count, run, each, stochastic, bytes);
+    if (fast) return quick_bytes<true>(x, from, count, run, each, stochastic, bytes);
+#endif
+    float buffer[kRun], q[kRun];
+    choose(each, fast, false, stochastic)(load(x, type, from, count, buffer), count, run, q);
+    const float zero = *run.zero;
+    if (each)
+        for (int64_t i = 0; i < count; i++) bytes[i] = static_cast<uint8_t>(static_cast<int32_t>(q[i] + run.zero[i]));
+    else
+        for (int64_t i = 0; i < count; i++) bytes[i] = static_cast<uint8_t>(static_cast<int32_t>(q[i] + zero));
 }
 
 // Bytes of a record from number `first` on into its place `to`; with taps transposed from (.., taps) to (taps, ..).
@@ -675,17 +772,18 @@ void put(const uint8_t* bytes, int64_t first, int64_t count, int64_t length, int
 }
 
 void encode(const void* x, Type type, View view, const Grid& grid, int64_t taps, uint8_t* codes) {
-    const bool offset = grid.offset;
-    visit(x, type, view, grid, taps > 1,
-          [=](const float* q, const Run& run, bool each, int64_t record, int64_t first, int64_t count, int64_t length) {
-              uint8_t bytes[kRun];
-              if (each && !offset)
-                  for (int64_t i = 0; i < count; i++)
-                      bytes[i] = static_cast<uint8_t>(static_cast<int32_t>(q[i] + run.zero[i]));
-              else
-                  to_bytes(q, count, offset ? 0.0f : *run.zero, bytes);
-              put(bytes, first, count, length, taps, codes + record * length);
-          });
+    visit(view, grid, taps > 1, [=](const Plan& plan, const Run& run, int64_t record, int64_t first, int64_t count) {
+        uint8_t bytes[kRun];
+        const int64_t from = record * plan.length + first;
+        if (grid.offset) {
+            float buffer[kRun], q[kRun];
+            plan.quantize(load(x, type, from, count, buffer), count, run, q);
+            for (int64_t i = 0; i < count; i++) bytes[i] = static_cast<uint8_t>(static_cast<int32_t>(q[i]));
+        } else {
+            bytes_of(x, type, from, count, run, plan.each, plan.fast, grid.stochastic, bytes);
+        }
+        put(bytes, first, count, plan.length, taps, codes + record * plan.length);
+    });
 }
 
 // Scale and zero point of a range, in the steps of `lowbit.quantizer.grid_of`; nan stays nan.
@@ -702,30 +800,23 @@ void grid_of(const Rule& rule, float lo, float hi, float* scale, float* zero) {
     *zero = rule.symmetric ? 0.0f : z < 0.0f ? 0.0f : z > rule.levels ? rule.levels : z;
 }
 
-// Codes of channels that are one run of memory each: their extremes are found while they are on their way into the cache.
+// Codes of channels that are one piece of memory each: finding their extremes brings them into the cache.
 void quantize_rows(const void* x, Type type, View view, const Rule& rule, int64_t taps, uint8_t* codes, float* scale) {
     const int64_t length = view.inner;
     uint32_t numbers[kRun];
     for (int64_t i = 0; i < kRun; i++) numbers[i] = static_cast<uint32_t>(i) * kSpread;
 #pragma omp parallel for schedule(static) if (view.channels * length > kAlone)
     for (int64_t r = 0; r < view.channels; r++) {
-        float buffer[kRun], q[kRun], lo, hi, zero;
+        float lo, hi, zero;
         uint8_t bytes[kRun];
-        Extremes e;
-        for (int64_t i = 0; i < length; i += kRun) {
-            const int64_t count = std::min(kRun, length - i);
-            e.add(run_extremes(load(x, type, r * length + i, count, buffer), count));
-        }
-        e.write(&lo, &hi);
+        run_extremes(x, type, r * length, length).write(&lo, &hi);
         grid_of(rule, lo, hi, scale + r, &zero);
         const float reciprocal = 1.0f / scale[r], low = rule.symmetric ? -rule.levels : 0.0f;
-        const QuantizeRun make = choose(false, is_plain(scale[r]), false, rule.stochastic);
         for (int64_t i = 0; i < length; i += kRun) {
             const int64_t count = std::min(kRun, length - i);
             const uint32_t first = static_cast<uint32_t>(r * length + i) * kSpread + rule.key0;
-            make(load(x, type, r * length + i, count, buffer), count,
-                 {scale + r, &reciprocal, &zero, low, rule.levels, first, rule.key1, numbers}, q);
-            to_bytes(q, count, zero, bytes);
+            const Run run{scale + r, &reciprocal, &zero, low, rule.levels, first, rule.key1, numbers};
+            bytes_of(x, type, r * length + i, count, run, false, is_plain(scale[r]), rule.stochastic, bytes);
             put(bytes, i, count, length, taps, codes + r * length);
         }
     }
@@ -756,23 +847,24 @@ int quantize(const void* x, Type type, View view, const Rule& rule, int64_t taps
 
 void fake_quantize(const void* x, Type type, View view, const Grid& grid, void* y) {
     const bool offset = grid.offset;
-    visit(x, type, view, grid, false,
-          [=](const float* q, const Run& run, bool each, int64_t record, int64_t first, int64_t count, int64_t length) {
-              float values[kRun];
-              const float scale = *run.scale, zero = offset ? *run.zero : 0.0f;
-              if (each) {
-                  for (int64_t i = 0; i < count; i++) {
-                      const float v = q[i] * run.scale[i];
-                      values[i] = offset ? v + run.zero[i] : v;
-                  }
-              } else {
-                  for (int64_t i = 0; i < count; i++) {
-                      const float v = q[i] * scale;
-                      values[i] = offset ? v + zero : v;
-                  }
-              }
-              store(values, count, type, y, record * length + first);
-          });
+    visit(view, grid, false, [=](const Plan& plan, const Run& run, int64_t record, int64_t first, int64_t count) {
+        float buffer[kRun], q[kRun], values[kRun];
+        const int64_t from = record * plan.length + first;
+        plan.quantize(load(x, type, from, count, buffer), count, run, q);
+        const float scale = *run.scale, zero = offset ? *run.zero : 0.0f;
+        if (plan.each) {
+            for (int64_t i = 0; i < count; i++) {
+                const float v = q[i] * run.scale[i];
+                values[i] = offset ? v + run.zero[i] : v;
+            }
+        } else {
+            for (int64_t i = 0; i < count; i++) {
+                const float v = q[i] * scale;
+                values[i] = offset ? v + zero : v;
+            }
+        }
+        store(values, count, type, y, from);
+    });
 }
 
 void noise(int64_t count, uint32_t key0, uint32_t key1, float* u) {

@@ -128,8 +128,8 @@ NB_MODULE(_cpu, m) {
         const nb::gil_scoped_release release;
         elementwise().code_statistics(codes_of(codes), channels, starts.data(), statistics_of(to));
     });
-    m.def("normalize", [](const CodesArgs& codes, int64_t rows, int64_t channels, const StatisticsArgs& stats, float eps,
-                          bool inside, Address gamma, Address beta, Address d, Address y, int type) {
+    m.def("normalize", [](const CodesArgs& codes, int64_t rows, int64_t channels, const StatisticsArgs& stats,
+                          float eps, bool inside, Address gamma, Address beta, Address d, Address y, int type) {
         const nb::gil_scoped_release release;
         elementwise().normalize(codes_of(codes), rows, channels, statistics_of(stats), eps, inside,
                                 at<const float>(gamma), at<const float>(beta), at<float>(d), at<void>(y),
@@ -154,7 +154,8 @@ NB_MODULE(_cpu, m) {
                              at<void>(y), static_cast<Type>(type));
     });
     m.def("encode", [](Address x, int type, const Shape& view, Address scale, Address zero, int64_t scales, float low,
-                       float high, bool offset, bool stochastic, uint32_t key0, uint32_t key1, int64_t taps, Address codes) {
+                       float high, bool offset, bool stochastic, uint32_t key0, uint32_t key1, int64_t taps,
+                       Address codes) {
         const Grid grid = grid_of(scale, zero, scales, low, high, offset, stochastic, key0, key1);
         const nb::gil_scoped_release release;
         elementwise().encode(at<const void>(x), static_cast<Type>(type), view_of(view), grid, taps,
