@@ -212,8 +212,8 @@ def draw_linear(data: st.DataObject) -> Case:
     return Case(products.linear, tensors, setting, options)
 
 
-def draw_convolution(data: st.DataObject, width: int = 7, taps: int = 3) -> Case:
-    """A convolution or transposed convolution of one to three axes, the last of at most that width."""
+def draw_convolution(data: st.DataObject, width: int = 7, taps: int = 3, height: int = 7) -> Case:
+    """A convolution or transposed convolution of one to three axes, the last two of at most that size."""
     axes = data.draw(st.integers(1, 3), "axes")
     transposed = data.draw(st.booleans(), "transposed")
     groups = data.draw(st.sampled_from([1, 1, 2, 3]), "groups")
@@ -221,7 +221,8 @@ def draw_convolution(data: st.DataObject, width: int = 7, taps: int = 3) -> Case
     each = [data.draw(st.lists(st.integers(*r), min_size=axes, max_size=axes).map(tuple)) for r in ((1, 3), (1, 2))]
     (stride, dilation), kernel = each, tuple(data.draw(st.integers(1, taps)) for _ in range(axes))
     padding = tuple(data.draw(st.integers(0, 2)) for _ in range(axes))
-    size = tuple(data.draw(st.integers(1, 7 if i < axes - 1 else width)) for i in range(axes))
+    limits = (7, height, width)[-axes:]
+    size = tuple(data.draw(st.integers(1, limit)) for limit in limits)
     batch = data.draw(st.sampled_from([0, 1, 1, 2, 3]), "batch")
     layouts = [data.draw(st.sampled_from(LAYOUTS)) for _ in range(3)]
     setting, options, dtype = draw_options(data, layouts[2])
@@ -280,6 +281,12 @@ class TestEquality:
     def test_convolution_of_pictures(self, data: st.DataObject) -> None:
         """Convolutions wide enough for rows to be read where they lie in the picture."""
         self.check(draw_convolution(data, width=40, taps=5))
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(data=st.data())
+    def test_convolution_of_large_pictures(self, data: st.DataObject) -> None:
+        """Convolutions with so many positions that gradients of weights are summed on shifted pictures."""
+        self.check(draw_convolution(data, width=40, taps=4, height=24))
 
     @pytest.mark.parametrize("name", sorted(RECIPES))
     @pytest.mark.parametrize("autocast", [False, True])

@@ -246,7 +246,7 @@ bool direct_weight_fits(const Product& p, DirectWeight* d) {
     if (p.a_along || p.b_along || !p.b.window || p.a.window || p.a.fold || p.m == 0 || p.n == 0) return false;
     const Window& w = *p.b.window;
     if (w.transposed || w.position[1] != 1 || w.size[0] != 1 || w.kernel[0] != 1 || w.padding[0] != 0) return false;
-    if (w.position[3] < 8 || w.position[2] * w.position[3] < 256) return false;  // few positions to a sum: unfolding is faster
+    if (w.position[3] < 8 || w.position[2] * w.position[3] < 16 * Kind::in_group * Kind::in_group) return false;  // few positions to a sum: unfolding is faster
     const int64_t stride[] = {w.stride[1], w.stride[2]}, dilation[] = {w.dilation[1], w.dilation[2]};
     if ((stride[0] > 1 && dilation[0] > 1) || (stride[1] > 1 && dilation[1] > 1)) return false;
     const bool strided = stride[0] * stride[1] > 1;
@@ -343,7 +343,7 @@ void multiply_phase(const Kind& a_kind, const Kind& b_kind, const Product& p, co
         return reinterpret_cast<const uint8_t*>(to);
     };
     // So many lines at a time that their tiles stay in the first-level cache.
-    const int64_t together = std::max<int64_t>(1, 48 / d.quarters);
+    const int64_t together = std::max<int64_t>(1, 96 / d.quarters);
     for (int64_t first = 0; first < lines; first += together, add = true) {
         const int64_t now = std::min(together, lines - first);
         for (int64_t n = 0; n < count; n += 2) {
