@@ -94,6 +94,9 @@ struct Codes {
         for (int64_t i = 0; i < count; i++) to[i] = q[i] ^ 0x80;
     }
     Number outside() const { return static_cast<Number>(zero); }
+    // Whether groups of numbers as they lie in memory become those of `load` by exchanging the bits of `flipped`.
+    bool lie_so(const Rows&) const { return true; }
+    uint32_t flipped() const { return flip * 0x01010101u; }
 };
 
 // Codes that are signed and have no zero point, on both sides of a product: tile units take them as they are.
@@ -107,6 +110,8 @@ struct SignedCodes {
         std::memcpy(to, static_cast<const uint8_t*>(from) + first, count);
     }
     Number outside() const { return 0; }
+    bool lie_so(const Rows&) const { return true; }
+    uint32_t flipped() const { return 0; }
     static bool fits(const Product& p) {
         const auto plain = [](const Rows& rows) { return rows.type == Type::s8 && rows.zero == 0; };
         return machine().amx && plain(p.a) && plain(p.b);
@@ -144,6 +149,8 @@ struct Halves {
         }
     }
     Number outside() const { return 0; }
+    bool lie_so(const Rows& rows) const { return rows.type == Type::bf16; }
+    uint32_t flipped() const { return 0; }
 };
 
 inline int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : type == Type::bf16 ? 2 : 1; }
@@ -274,12 +281,21 @@ template <class Kind, class RowOf>
 void load_across(const Kind& kind, const Rows& rows, const RowOf& row_of, typename Kind::Number none, int64_t first,
                  int64_t at, int64_t count, uint32_t* groups, int64_t stride, typename Kind::Number* scratch) {
     constexpr int64_t in_group = Kind::in_group;
-    const bool dense = !rows.window && !rows.fold && rows.stride == count;
+    using Number = typename Kind::Number;
+    const bool plain = !rows.window && !rows.fold;
     for (int64_t g = 0; g < 16; g++) {
         const int64_t k = (first + g) * in_group, from = row_of(k);
-        const bool together = dense && from >= 0 && row_of(k + in_group - 1) == from + in_group - 1;
-        if (together) load_row(kind, rows, from, at, in_group * count, scratch);
-        for (int64_t i = 0; i < in_group && !together; i++) {
+        const bool together = plain && from >= 0 && row_of(k + in_group - 1) == from + in_group - 1;
+        if (together && kind.lie_so(rows)) {
+            interleave(static_cast<const Number*>(rows.data) + from * rows.stride + at, rows.stride, count, groups + g * stride);
+            const uint32_t flipped = kind.flipped();
+            for (int64_t i = 0; i < (flipped ? count : 0); i++) groups[g * stride + i] ^= flipped;
+            std::memset(groups + g * stride + count, 0, (stride - count) * 4);
+            continue;
+        }
+        const bool dense = together && rows.stride == count;
+        if (dense) load_row(kind, rows, from, at, in_group * count, scratch);
+        for (int64_t i = 0; i < in_group && !dense; i++) {
             const int64_t r = row_of(k + i);
             if (r >= 0)
                 load_row(kind, rows, r, at, count, scratch + i * count);
@@ -689,30 +705,31 @@ void finish_rows(const Product& p, const Sum* sum, int64_t stride, Zero zero, in
         }
         return;
     }
-    for (int64_t half = 0; half < columns; half += 16) {  // the same, a vector wide
-        const int64_t count = std::min<int64_t>(16, columns - half);
-        const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
-        const __m512i column = _mm512_mullo_epi32(_mm512_set1_epi32(static_cast<int>(zero.a)),
-                                                  _mm512_loadu_si512(column_sums + half));
-        const __m512 scale = r.column_scales == 1 ? _mm512_set1_ps(r.column_scale[0])
-                                                  : _mm512_maskz_loadu_ps(mask, r.column_scale + (n + half) % r.column_scales);
-        const __m512 bias = r.bias ? _mm512_maskz_loadu_ps(mask, r.bias + n + half) : _mm512_setzero_ps();
-        for (int64_t i = 0; i < rows; i++) {
-            const uint32_t row = zero.b * static_cast<uint32_t>(row_sums[i]) - zero.k * zero.a * zero.b;
-            __m512 y = corrected(sum + i * stride + half, column, row);
-            const __m512 by = _mm512_mul_ps(_mm512_set1_ps(r.row_scale[r.row_scales == 1 ? 0 : m + i * step]), scale);
-            y = _mm512_mul_ps(y, by);
-            if (r.bias) y = _mm512_add_ps(y, bias);
-            const int64_t to = (m + i * step) * r.stride + n + half;
-            if (r.type == Type::f32) {
-                _mm512_mask_storeu_ps(static_cast<float*>(r.data) + to, mask, y);
-            } else if (count == 16) {
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(r.data) + to), to_bf16(y));
-            } else {
-                uint16_t tail[16];
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(tail), to_bf16(y));
-                std::memcpy(static_cast<uint16_t*>(r.data) + to, tail, count * 2);
-            }
+    // The same, a vector wide; rows one after the other, so that a line of the cache is written at once.
+    __m512i column[2];
+    __m512 scale[2], bias[2];
+    __mmask16 mask[2];
+    for (int64_t half = 0; half < 2; half++) {
+        const int64_t count = std::clamp<int64_t>(columns - half * 16, 0, 16), at = n + half * 16;
+        mask[half] = static_cast<__mmask16>((1u << count) - 1);
+        column[half] = _mm512_mullo_epi32(_mm512_set1_epi32(static_cast<int>(zero.a)),
+                                          _mm512_loadu_si512(column_sums + half * 16));
+        scale[half] = r.column_scales == 1 ? _mm512_set1_ps(r.column_scale[0])
+                                           : _mm512_maskz_loadu_ps(mask[half], r.column_scale + at % r.column_scales);
+        bias[half] = r.bias ? _mm512_maskz_loadu_ps(mask[half], r.bias + at) : _mm512_setzero_ps();
+    }
+    for (int64_t i = 0; i < rows; i++) {
+        const uint32_t row = zero.b * static_cast<uint32_t>(row_sums[i]) - zero.k * zero.a * zero.b;
+        const __m512 row_scale = _mm512_set1_ps(r.row_scale[r.row_scales == 1 ? 0 : m + i * step]);
+        const int64_t to = (m + i * step) * r.stride + n;
+        for (int64_t half = 0; half < (columns > 16 ? 2 : 1); half++) {
+            __m512 y = _mm512_mul_ps(corrected(sum + i * stride + half * 16, column[half], row),
+                                     _mm512_mul_ps(row_scale, scale[half]));
+            if (r.bias) y = _mm512_add_ps(y, bias[half]);
+            if (r.type == Type::f32)
+                _mm512_mask_storeu_ps(static_cast<float*>(r.data) + to + half * 16, mask[half], y);
+            else
+                _mm256_mask_storeu_epi16(static_cast<uint16_t*>(r.data) + to + half * 16, mask[half], to_bf16(y));
         }
     }
 }
