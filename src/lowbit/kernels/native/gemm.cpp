@@ -38,7 +38,7 @@ void multiply_tall(const Product& p) {
     const int64_t fitting = std::max<int64_t>(1, kCache / panel_bytes);
     const int64_t group = std::max<int64_t>(1, std::min({fitting, int64_t{16}, ceil_div(row_panels, threads)}));
     const int64_t groups = ceil_div(row_panels, group);
-    const int64_t splits = std::min(column_panels, std::max<int64_t>(1, ceil_div(threads, groups)));
+    const int64_t splits = std::min(column_panels, std::max<int64_t>(1, ceil_div(4 * threads, groups)));
     const Zero zero = zero_of(p, a_kind, b_kind);
     auto* b = workspace<uint8_t>(kSlotB, column_panels * panel_bytes);
     auto* column_sums = workspace<int32_t>(kSlotColumnSums, column_panels * kPanel);
@@ -90,7 +90,7 @@ void multiply_long(const Product& p) {
     const int64_t block = std::max<int64_t>(1, kCache / panel_bytes);
     const int64_t blocks = ceil_div(row_panels, block), width = column_panels * kPanel;
     const int64_t threads = omp_get_max_threads();
-    const int64_t splits = std::min(column_panels, std::max<int64_t>(1, ceil_div(threads * 2, blocks)));
+    const int64_t splits = std::min(column_panels, std::max<int64_t>(1, ceil_div(8 * threads, blocks)));
     const Zero zero = zero_of(p, a_kind, b_kind);
     auto* a = workspace<uint8_t>(kSlotA, row_panels * panel_bytes);
     auto* b = workspace<uint8_t>(kSlotB, column_panels * panel_bytes);
