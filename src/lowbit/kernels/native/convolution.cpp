@@ -143,7 +143,7 @@ void multiply_image(const Kind& kind, const Product& p, const Direct& d, Path at
         const auto* from = image + ((row - first) * d.h.stride * places + x * d.w.stride) * w.channels;
         const int64_t rest = goes_on ? (last - 1 - row) * places + d.w.size - x : d.w.size - x;
         at.rows = std::min(kPanel, whole_grains(rest));
-        multiplier<false>(kind, left, at.rows)(reinterpret_cast<const uint8_t*>(from), at, b, c, kPanel, false);
+        multiplier<Lie::anywhere, true>(kind, left, at.rows)(reinterpret_cast<const uint8_t*>(from), at, b, c, kPanel, false);
         for (int64_t i = 0; i < at.rows && row < last;) {
             const int64_t count = std::min(at.rows - i, d.w.size - x);
             const int64_t y = sample * w.position[2] + d.h.start + row * d.h.skip;
@@ -175,7 +175,7 @@ void multiply_direct(const Product& p, const Direct& d) {
     const int64_t slack = kPanel * d.w.stride * w.channels + d.steps * per_step;
     const int64_t next = d.w.stride * w.channels * size;  // bytes from one position to the next
     const int64_t whole = d.line * size / kStep, quarters = ceil_div(d.line * size % kStep, kStep / 4);
-    const Path at{whole, d.h.taps, {next, 16 * next, kStep, d.h.dilation * row_bytes}, {}, quarters};
+    const Path at{whole, d.h.taps, {next, 16 * next, kTiles.group, kStep, d.h.dilation * row_bytes}, kTiles, quarters};
     auto* b = workspace<uint8_t>(kSlotB, column_panels * panel_bytes);
     auto* column_sums = workspace<int32_t>(kSlotColumnSums, column_panels * kPanel);
     std::fill_n(column_sums, column_panels * kPanel, 0);
@@ -194,7 +194,7 @@ void multiply_direct(const Product& p, const Direct& d) {
         if (zero.a) {
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < column_panels; n++)
-                add_column_sums(b_kind, b + n * panel_bytes, steps * 4, kPanel, {}, column_sums + n * kPanel);
+                add_column_sums(b_kind, b + n * panel_bytes, steps * 4, kPanel, kTiles, column_sums + n * kPanel);
         }
         const Tiles tiles;
         auto* a = workspace<Number>(kSlotA, image + slack);
@@ -231,7 +231,7 @@ struct DirectWeight {
     int64_t groups;                   // of samples, each summed in its order, whatever the number of threads
     int64_t lines, quarters, steps;   // of k of a task; quarters of steps of a line; steps of all lines
     int64_t of_row;                   // numbers of k from one row of positions to the next
-    Tiling a;                         // where packed A lies
+    Tiling a;                         // where packed A lies, line after line
 
     int64_t tiles_of_place() const { return channels / 16; }
 };
@@ -295,8 +295,8 @@ bool direct_weight_fits(const Product& p, DirectWeight* d) {
     } else {
         d->lines = d->block, d->quarters = ceil_div(d->width, in_step / 4);
         d->steps = ceil_div(d->lines * d->quarters, 4), d->of_row = d->quarters * in_step / 4;
-        const int64_t row = d->steps * kStep + kStep;  // one step more, so that rows do not meet in the cache
-        d->a = {row, 16 * row, kStep, d->quarters * kStep / 4};
+        d->a = kGroups;
+        d->a.line = d->quarters * 4 * kGroups.group;
     }
     d->groups = std::min<int64_t>(d->samples, std::clamp<int64_t>((1 << 20) / d->sums, 4, 16));
     return true;
@@ -350,13 +350,13 @@ void multiply_phase(const Kind& a_kind, const Kind& b_kind, const Product& p, co
             const uint8_t* b = address(n, first);
             const int64_t columns = n + 1 < count ? kPanel : 16, at_column = (begin + n) * 16;
             const int64_t second = columns > 16 ? address(n + 1, first) - b : 0;
-            const Tiling of_b{d.channels * 4, second, d.channels * 64, row_groups * 4};
+            const Tiling of_b{d.channels * 4, second, 0, d.channels * 64, row_groups * 4};
             Path at{d.quarters / 4, now, d.a, of_b, d.quarters % 4};
             for (int64_t l = 0; l < (zero.a ? now : 0); l++)
                 add_column_sums(b_kind, b + l * of_b.line, d.quarters, columns, of_b, column_sums + at_column);
             for (int64_t m = 0; m < ceil_div(p.m, kPanel); m++) {
                 at.rows = std::min(kPanel, whole_grains(p.m - m * kPanel));
-                multiplier<false>(a_kind, columns, at.rows)(a + m * panel_bytes + first * d.a.line, at, b,
+                multiplier<Lie::groups, false>(a_kind, columns, at.rows)(a + m * panel_bytes + first * d.a.line, at, b,
                                                             c + m * kPanel * width + at_column, width, add);
             }
         }
@@ -393,7 +393,7 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
     constexpr int64_t in_group = Kind::in_group, in_step = 16 * in_group;
     const Kind a_kind(p.a, true), b_kind(p.b, false);
     const int64_t panels = ceil_div(p.m, kPanel), width = ceil_div(d.columns, 2) * kPanel;
-    const int64_t blocks = ceil_div(d.rows, d.block), panel_bytes = d.steps * kStep * kPanel + kPanel * kStep;
+    const int64_t blocks = ceil_div(d.rows, d.block), panel_bytes = d.steps * 2 * kTile;
     // Places that the last tap of the last line reads.
     const int64_t last = (d.lines - 1 + d.halo) * d.places + d.quarters * in_step / 4 + d.places;
     const int64_t image = last / in_group * in_group + in_group;
@@ -428,7 +428,7 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
                     return row < count && place < d.width ? (sample * d.rows + first + row) * d.width + place : -1;
                 };
                 for (int64_t s = 0; s < d.steps; s++)
-                    pack_a_across(a_kind, p, row_of, a_kind.outside(), s, d.a, a, panel_bytes, across);
+                    pack_a_across(a_kind, p, row_of, a_kind.outside(), s, a, panel_bytes, across);
                 for (int64_t m = 0; m < (zero.b ? panels : 0); m++)
                     add_row_sums(a + m * panel_bytes, now * d.quarters, d.a, row_sums + m * kPanel);
                 for (const Phase& phase : d.phases) {

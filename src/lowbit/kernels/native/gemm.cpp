@@ -12,11 +12,17 @@ namespace {
 // Steps of k that are multiplied at a time, so that a panel of B stays in the first-level cache.
 constexpr int64_t kDeep = 8;
 
-// Panels [top, bottom) of A by one of B, into `c`: a panel of sums each.
+// The multiplier of packed panels.
 template <class Kind>
-void multiply_panels(const Kind& kind, const uint8_t* a, const uint8_t* b, int64_t steps, int64_t panels,
-                     int64_t panel_bytes, int64_t columns, typename Kind::Sum* c) {
-    const auto multiply = multiplier<true>(kind, columns);
+Multiply<typename Kind::Sum> packed_multiplier(const Kind& kind, const Product& p, int64_t columns) {
+    return p.a_along ? multiplier<Lie::tiles, true>(kind, columns) : multiplier<Lie::groups, true>(kind, columns);
+}
+
+// So many panels of A by one of B, of so many columns, into `c`: a panel of sums each.
+template <class Kind>
+void multiply_panels(const Kind& kind, const Product& p, const uint8_t* a, const uint8_t* b, int64_t steps,
+                     int64_t panels, int64_t panel_bytes, int64_t columns, typename Kind::Sum* c) {
+    const auto multiply = packed_multiplier(kind, p, columns);
     const int64_t parts = ceil_div(steps, kDeep + kDeep / 2);
     for (int64_t part = 0; part < parts; part++) {
         const int64_t first = part * steps / parts, count = (part + 1) * steps / parts - first;
@@ -49,7 +55,7 @@ void multiply_tall(const Product& p) {
         if (zero.a) {
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < column_panels; n++)
-                add_column_sums(b_kind, b + n * panel_bytes, steps * 4, kPanel, {}, column_sums + n * kPanel);
+                add_column_sums(b_kind, b + n * panel_bytes, steps * 4, kPanel, kTiles, column_sums + n * kPanel);
         }
         const Tiles tiles;
         auto* a = workspace<uint8_t>(kSlotA, group * panel_bytes);
@@ -64,10 +70,10 @@ void multiply_tall(const Product& p) {
             for (int64_t m = first; m < last; m++) {
                 uint8_t* panel = a + (m - first) * panel_bytes;
                 pack_a_along(a_kind, p, m, 0, steps, panel);
-                if (zero.b) add_row_sums(panel, steps * 4, {}, row_sums + (m - first) * kPanel);
+                if (zero.b) add_row_sums(panel, steps * 4, kTiles, row_sums + (m - first) * kPanel);
             }
             for (int64_t n = begin; n < end; n++) {
-                multiply_panels(a_kind, a, b + n * panel_bytes, steps, last - first, panel_bytes, p.n - n * kPanel, c);
+                multiply_panels(a_kind, p, a, b + n * panel_bytes, steps, last - first, panel_bytes, p.n - n * kPanel, c);
                 for (int64_t m = first; m < last; m++)
                     finish_panel(p, c + (m - first) * kPanel * kPanel, kPanel, zero, m, n,
                                  row_sums + (m - first) * kPanel, column_sums + n * kPanel);
@@ -110,12 +116,13 @@ void multiply_long(const Product& p) {
             if (zero.b) {
 #pragma omp for schedule(static)
                 for (int64_t m = 0; m < row_panels; m++)
-                    add_row_sums(a + m * panel_bytes, (last - first) * 4, {}, row_sums + m * kPanel);
+                    add_row_sums(a + m * panel_bytes, (last - first) * 4, p.a_along ? kTiles : across_tiling(),
+                                 row_sums + m * kPanel);
             }
             if (zero.a) {
 #pragma omp for schedule(static)
                 for (int64_t n = 0; n < column_panels; n++)
-                    add_column_sums(b_kind, b + n * panel_bytes, (last - first) * 4, kPanel, {}, column_sums + n * kPanel);
+                    add_column_sums(b_kind, b + n * panel_bytes, (last - first) * 4, kPanel, kTiles, column_sums + n * kPanel);
             }
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < blocks * splits; task++) {
@@ -125,14 +132,14 @@ void multiply_long(const Product& p) {
                 for (int64_t n = begin; n < end; n++) {
                     const uint8_t* right = b + n * panel_bytes;
                     if (once) {
-                        multiply_panels(a_kind, a + top * panel_bytes, right, steps, bottom - top, panel_bytes,
+                        multiply_panels(a_kind, p, a + top * panel_bytes, right, steps, bottom - top, panel_bytes,
                                         p.n - n * kPanel, local);
                         for (int64_t m = top; m < bottom; m++)
                             finish_panel(p, local + (m - top) * kPanel * kPanel, kPanel, zero, m, n,
                                          row_sums + m * kPanel, column_sums + n * kPanel);
                         continue;
                     }
-                    const auto multiply = multiplier<true>(a_kind, p.n - n * kPanel);
+                    const auto multiply = packed_multiplier(a_kind, p, p.n - n * kPanel);
                     for (int64_t m = top; m < bottom; m++)
                         multiply(a + m * panel_bytes, {last - first}, right, c + m * kPanel * width + n * kPanel, width,
                                  first > 0);

@@ -221,10 +221,16 @@ void load_row(const Kind& kind, const Rows& rows, int64_t r, int64_t first, int6
 
 // ---- packing ----
 
-// Where the tiles of one side of a panel lie, in bytes: the rows of a tile, the second tile, the next step, the next line.
+// Where the numbers of one side of a panel lie, in bytes: its rows, rows 16 to 31 from rows 0 to 15, the next group of a
+// row, the next step, the next line. Of B a row is a group of all columns.
 struct Tiling {
-    int64_t row = 64, second = kTile, step = 2 * kTile, line = 0;
+    int64_t row = 64, second = kTile, group = 4, step = 2 * kTile, line = 0;
 };
+constexpr Tiling kTiles{};
+// Groups after each other, 32 rows to each: how rows that are k come out of memory. Tile units cannot read it.
+constexpr Tiling kGroups{4, 64, kPanel * 4};
+// What packed A whose rows are k lies in.
+inline const Tiling& across_tiling() { return machine().amx ? kTiles : kGroups; }
 
 // Transpose 16 x 16 groups of 32 bits.
 inline void transpose16(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
@@ -317,16 +323,20 @@ struct Across {
           scratch(workspace<typename Kind::Number>(kSlotScratch, Kind::in_group * width)) {}
 };
 
-// Step `step` of every panel of A whose rows are k, panels `panel_bytes` apart.
+// Step `step` of every panel of A whose rows are k, panels `panel_bytes` apart, as `across_tiling` has it.
 template <class Kind, class RowOf>
 void pack_a_across(const Kind& kind, const Product& p, const RowOf& row_of, typename Kind::Number none, int64_t step,
-                   const Tiling& at, uint8_t* to, int64_t panel_bytes, const Across<Kind>& across) {
+                   uint8_t* to, int64_t panel_bytes, const Across<Kind>& across) {
     const int64_t width = ceil_div(p.m, kPanel) * kPanel;
     load_across(kind, p.a, row_of, none, step * 16, 0, p.m, across.groups, width, across.scratch);
-    to += step * at.step;
-    for (int64_t m = 0; m < width; m += 16)
-        transpose16(across.groups + m, width,
-                    reinterpret_cast<uint32_t*>(to + m / kPanel * panel_bytes + m % kPanel / 16 * at.second), at.row / 4);
+    to += step * 2 * kTile;
+    for (int64_t m = 0; m < width; m += kPanel) {
+        uint8_t* panel = to + m / kPanel * panel_bytes;
+        for (int64_t half = 0; half < (machine().amx ? 2 : 0); half++)
+            transpose16(across.groups + m + half * 16, width, reinterpret_cast<uint32_t*>(panel + half * kTile), 16);
+        for (int64_t g = 0; g < (machine().amx ? 0 : 16); g++)
+            std::memcpy(panel + g * kGroups.group, across.groups + g * width + m, kPanel * 4);
+    }
 }
 
 // Step `step` of every panel of B whose rows are k, panels `panel_bytes` apart.
@@ -409,7 +419,7 @@ void pack_all_a(const Kind& kind, const Product& p, int64_t first, int64_t last,
         const auto row_of = [&p](int64_t k) { return k < p.k ? k : -1; };
 #pragma omp for schedule(dynamic) nowait
         for (int64_t s = first; s < last; s++)
-            pack_a_across(kind, p, row_of, 0, s, {}, a - first * 2 * kTile, panel_bytes, across);
+            pack_a_across(kind, p, row_of, 0, s, a - first * 2 * kTile, panel_bytes, across);
     }
 }
 
@@ -420,7 +430,7 @@ void pack_all_a(const Kind& kind, const Product& p, int64_t first, int64_t last,
 // and rows from `rows` on; tiles are always whole.
 struct Path {
     int64_t steps, lines = 1;
-    Tiling a = {}, b = {};
+    Tiling a = kTiles, b = kTiles;
     int64_t quarters = 0, rows = kPanel;
 };
 
@@ -483,27 +493,30 @@ LOWBIT_LANES void save(float* c, __m512 sum) { _mm512_storeu_ps(c, sum); }
 // of the units.
 template <class Vector, int rows, int columns, int groups>
 LOWBIT_LANES void multiply_groups(Vector (&sum)[rows][columns], const uint8_t* const (&of)[rows], int64_t at,
-                                  const uint8_t* tile, int64_t b_row, int64_t b_second) {
+                                  int64_t a_group, const uint8_t* tile, int64_t b_row, int64_t b_second) {
 #pragma GCC unroll 16
     for (int g = 0; g < groups; g++) {
         __m512i right[columns];
         for (int j = 0; j < columns; j++) right[j] = _mm512_loadu_si512(tile + j * b_second + g * b_row);
         for (int i = 0; i < rows; i++) {
             int32_t group;
-            std::memcpy(&group, of[i] + at + g * 4, 4);
+            std::memcpy(&group, of[i] + at + g * a_group, 4);
             for (int j = 0; j < columns; j++) dot(sum[i][j], _mm512_set1_epi32(group), right[j]);
         }
     }
 }
 #undef LOWBIT_LANES
 
-// With vectors: `rows` rows by `columns` vectors at a time stay in registers. `packed` knows where both sides lie.
-template <class Sum, class Vector, int rows, int columns, bool packed>
+// What a multiplier knows of where its sides lie when it is compiled.
+enum class Lie { tiles, groups, anywhere };
+
+// With vectors: `rows` rows by `columns` vectors at a time stay in registers.
+template <class Sum, class Vector, int rows, int columns, Lie a_lies, bool b_packed>
 __attribute__((target("avx512f,avx512vnni,avx512bf16"))) void vectors(const uint8_t* a, const Path& at, const uint8_t* b,
                                                                       Sum* c, int64_t c_stride, bool add) {
-    const Tiling in_order;
-    const int64_t a_row = packed ? in_order.row : at.a.row, a_step = packed ? in_order.step : at.a.step;
-    const int64_t b_row = packed ? in_order.row : at.b.row, b_second = packed ? in_order.second : at.b.second;
+    const Tiling of_a = a_lies == Lie::tiles ? kTiles : a_lies == Lie::groups ? kGroups : at.a;
+    const Tiling of_b = b_packed ? kTiles : at.b;
+    const int64_t group = a_lies == Lie::groups ? kGroups.group : kTiles.group;
     for (int64_t first = 0; first < at.rows; first += rows) {
         Vector sum[rows][columns] = {};
         if (add)
@@ -511,26 +524,26 @@ __attribute__((target("avx512f,avx512vnni,avx512bf16"))) void vectors(const uint
                 for (int j = 0; j < columns; j++) load(sum[i][j], c + (first + i) * c_stride + 16 * j);
         const uint8_t* tile = b;
         for (int64_t l = 0; l < at.lines; l++) {
-            const uint8_t* row = a + l * at.a.line + first / 16 * at.a.second + first % 16 * a_row;
-            if (!packed && at.b.line) tile = b + l * at.b.line;
+            const uint8_t* row = a + l * at.a.line + first / 16 * of_a.second + first % 16 * of_a.row;
+            if (!b_packed) tile = b + l * at.b.line;
             const uint8_t* of[rows];
-            for (int i = 0; i < rows; i++) of[i] = row + i * a_row;
+            for (int i = 0; i < rows; i++) of[i] = row + i * of_a.row;
             int64_t done = 0;
-            for (int64_t s = 0; s < at.steps; s++, done += a_step, tile += at.b.step)
-                multiply_groups<Vector, rows, columns, 16>(sum, of, done, tile, b_row, b_second);
-            if (packed) continue;
+            for (int64_t s = 0; s < at.steps; s++, done += of_a.step, tile += of_b.step)
+                multiply_groups<Vector, rows, columns, 16>(sum, of, done, group, tile, of_b.row, of_b.second);
             for (int64_t q = 0; q < at.quarters; q++)
-                multiply_groups<Vector, rows, columns, 4>(sum, of, done + q * 16, tile + q * 4 * b_row, b_row, b_second);
-            if (at.quarters) tile += at.b.step;
+                multiply_groups<Vector, rows, columns, 4>(sum, of, done + q * 4 * group, group,
+                                                          tile + q * 4 * of_b.row, of_b.row, of_b.second);
+            if (at.quarters) tile += of_b.step;
         }
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < columns; j++) save(c + (first + i) * c_stride + 16 * j, sum[i][j]);
     }
 }
-template <class Sum, class Vector, bool packed>
+template <class Sum, class Vector, Lie a_lies, bool b_packed>
 Multiply<Sum> vectors_for(int64_t columns, int64_t rows) {
-    if (columns > 16) return vectors<Sum, Vector, 8, 2, packed>;
-    return rows % 16 ? vectors<Sum, Vector, 8, 1, packed> : vectors<Sum, Vector, 16, 1, packed>;
+    if (columns > 16) return vectors<Sum, Vector, 8, 2, a_lies, b_packed>;
+    return rows % 16 ? vectors<Sum, Vector, 8, 1, a_lies, b_packed> : vectors<Sum, Vector, 16, 1, a_lies, b_packed>;
 }
 
 struct alignas(64) TileShape {
@@ -559,19 +572,19 @@ struct Tiles {
 inline int64_t grain() { return machine().amx ? kPanel : 8; }
 inline int64_t whole_grains(int64_t rows) { return ceil_div(rows, grain()) * grain(); }
 
-// The multiplier of that many columns and rows; `packed` where both sides lie as a `Path` has them by default.
-template <bool packed>
+// The multiplier of that many columns and rows, for sides that lie so.
+template <Lie a_lies, bool b_packed>
 Multiply<int32_t> multiplier(const Codes&, int64_t columns, int64_t rows = kPanel) {
-    if (!machine().amx) return vectors_for<int32_t, __m512i, packed>(columns, rows);
+    if (!machine().amx) return vectors_for<int32_t, __m512i, a_lies, b_packed>(columns, rows);
     return columns <= 16 ? narrow_codes_tiles : codes_tiles;
 }
-template <bool packed>
+template <Lie a_lies, bool b_packed>
 Multiply<int32_t> multiplier(const SignedCodes&, int64_t columns, int64_t = kPanel) {
     return columns <= 16 ? narrow_signed_codes_tiles : signed_codes_tiles;
 }
-template <bool packed>
+template <Lie a_lies, bool b_packed>
 Multiply<float> multiplier(const Halves&, int64_t columns, int64_t rows = kPanel) {
-    if (!machine().amx) return vectors_for<float, __m512, packed>(columns, rows);
+    if (!machine().amx) return vectors_for<float, __m512, a_lies, b_packed>(columns, rows);
     return columns <= 16 ? narrow_halves_tiles : halves_tiles;
 }
 
@@ -592,15 +605,22 @@ Zero zero_of(const Product&, const Kind&, const Kind&) {
 
 // Add the codes of each row of a packed panel of A, of so many quarters of steps.
 inline void add_row_sums(const uint8_t* a, int64_t quarters, const Tiling& at, int32_t* sums) {
+    if (at.group != kTiles.group) {
+        const __m512i ones = _mm512_set1_epi8(1);
+        for (int64_t half = 0; half < 2; half++) {
+            __m512i sum = _mm512_loadu_si512(sums + half * 16);
+            for (int64_t g = 0; g < quarters * 4; g++)
+                sum = _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(a + half * at.second + g * at.group), ones);
+            _mm512_storeu_si512(sums + half * 16, sum);
+        }
+        return;
+    }
     const __m512i none = _mm512_setzero_si512();
     for (int64_t i = 0; i < kPanel; i++) {
         const uint8_t* row = a + i / 16 * at.second + i % 16 * at.row;
         __m512i sum = none;
-        for (int64_t q = 0; q < quarters; q += 4) {
-            const __mmask16 mask = quarters - q >= 4 ? 0xFFFF : static_cast<__mmask16>((1 << 4 * (quarters - q)) - 1);
-            const __m512i codes = _mm512_maskz_loadu_epi32(mask, row + q / 4 * at.step);
-            sum = _mm512_add_epi64(sum, _mm512_sad_epu8(codes, none));
-        }
+        for (int64_t s = 0; s < quarters / 4; s++)
+            sum = _mm512_add_epi64(sum, _mm512_sad_epu8(_mm512_load_si512(row + s * at.step), none));
         sums[i] += static_cast<int32_t>(_mm512_reduce_add_epi64(sum));
     }
 }
