@@ -577,6 +577,21 @@ def fingerprint() -> tuple[str, str]:
     return (cpu.instruction_sets() or ["none"])[-1], digest.hexdigest()
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_bfloat16_values(last: bool) -> None:
+    """One pass rounds as torch does: halves to even, denormals, infinities and nan too, in the memory order given."""
+    bits = torch.randint(-(2**31), 2**31, (5, 7, 31, 13), generator=torch.Generator().manual_seed(0))
+    x = bits.to(torch.int32).view(torch.float32)
+    x[0, 0, 0, :5] = torch.tensor([math.nan, math.inf, -math.inf, 1.00390625, 1.01171875])
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+
+    y = cpu.round_bf16(x)
+
+    assert y.stride() == x.stride()
+    assert not torch.equal(y, x)
+    torch.testing.assert_close(y, x.to(torch.bfloat16).float(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("limit", ["SSE41", "AVX2", "AVX512_CORE"])
 def test_every_instruction_set_gives_the_same(limit: str) -> None:
     """A process that may use less of the processor makes the same codes, values and extremes."""

@@ -24,6 +24,7 @@ from lowbit.formats import Format, Integer
 from lowbit.kernels import native_instruction_sets
 from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS
 from lowbit.nn.layers import QuantLayer
+from lowbit.nn.norm import FusedSequential, has_fused_pair
 from lowbit.nn.site import Clock, Site
 from lowbit.products import ENGINES, Convolution, Linear, Op, refusal
 from lowbit.recipe import Recipe, recipes
@@ -196,6 +197,8 @@ def convert_(
         model.register_forward_pre_hook(clock.advance)
         for module in model.modules():
             _forbid_bypass(module)
+            if has_fused_pair(module):
+                module.__class__ = FusedSequential
     rows = tuple(_row(plan, choices.get(plan.name)) for plan in plans)
     notes = _notes(clock) if engine != "auto" else (*_notes(clock), *_choice_notes(choices, found))
     report = Report(recipe=recipe.name, rows=rows, notes=notes)
@@ -574,10 +577,14 @@ def restore_(model: nn.Module) -> None:
             site.clock.sites.remove(site)
         del layer.site
         layer.__dict__.pop("norm", None)
+        layer.__dict__.pop("rectify", None)
         plain: Any = layer
         plain.__class__ = _PLAIN_TYPES[type(layer)]
     for module in model.modules():
         _remove_hooks(module)
+        if type(module) is FusedSequential and not any(isinstance(m, QuantLayer) for m in module):
+            container: Any = module
+            container.__class__ = nn.Sequential
 
 
 def _remove_controllers(layers: list[QuantLayer]) -> None:

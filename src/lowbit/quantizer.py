@@ -187,7 +187,7 @@ def quantize(
         _check_tensor(x)
         if not (noise is None and levels is None and observed is None and block_axis is None):
             raise ValueError(f"{fmt} takes no noise, levels, observed range or block axis")
-        return Quantized(x if fmt.name == "fp32" else x.to(torch.bfloat16).to(x.dtype), 0.0 if measure else None)
+        return Quantized(x if fmt.name == "fp32" else _round_bf16(x), 0.0 if measure else None)
     shape = x.shape if view is None else torch.Size(view)
     if (fmt.block is None) != (block_axis is None):
         raise ValueError(f"block_axis={block_axis} with granularity {fmt.granularity!r}")
@@ -214,6 +214,13 @@ def quantize(
     values = codes.dequantize_into(codes.q)
     values = values if block_axis is None else _merge(values, block_axis, shape)
     return Quantized(values.reshape(original), clipped)
+
+
+def _round_bf16(x: Tensor) -> Tensor:
+    """The nearest bfloat16 of each number, in the dtype of `x`."""
+    if cpu.runs(x) and x.dtype == torch.float32 and (x.is_contiguous() or cpu.is_channels_last(x)):
+        return cpu.round_bf16(x)
+    return x.to(torch.bfloat16).to(x.dtype)
 
 
 def _natively(

@@ -211,7 +211,15 @@ def code_statistics(codes: Codes, channels: int, starts: list[int], slopes: Tens
 
 
 def normalize(
-    codes: Codes, stats: Statistics, *, eps: float, inside: bool, gamma: Tensor | None, beta: Tensor | None, y: Tensor
+    codes: Codes,
+    stats: Statistics,
+    *,
+    eps: float,
+    inside: bool,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    rectify: bool,
+    y: Tensor,
 ) -> Tensor:
     """Write ``gamma (x - mean) / d + beta`` of the codes' values into `y`, and return d, float32 ``(C,)``.
 
@@ -222,15 +230,45 @@ def normalize(
         inside: which of them.
         gamma: float32 ``(C,)``, or None for 1.
         beta: float32 ``(C,)``, or None for 0.
+        rectify: whether y is to be 0 where it would be less.
         y: float32 or bfloat16 of the memory order of the codes.
     """
     channels = stats.mean.numel()
     d = torch.empty(channels)
     _cpu.normalize(
         codes.arguments(), codes.q.numel() // max(channels, 1), channels, stats.arguments(), eps, inside,
-        _address(gamma), _address(beta), d.data_ptr(), y.data_ptr(), _TYPES[y.dtype],
+        _address(gamma), _address(beta), rectify, d.data_ptr(), y.data_ptr(), _TYPES[y.dtype],
     )  # fmt: skip
     return d
+
+
+def rectify_backward(
+    g: Tensor,
+    codes: Codes,
+    stats: Statistics,
+    *,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    d: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The gradient of what `normalize` rectified: `g` where y was more than 0 (or nan), else 0.
+
+    Args:
+        g: float32 or bfloat16 of the memory order of the codes.
+        codes: as for `normalize`, like the rest.
+        stats: what `normalize` got.
+        gamma: what it got.
+        beta: what it got.
+        d: what it returned.
+        dtype: of y.
+    """
+    channels, to = d.numel(), torch.empty_like(g)
+    _cpu.rectify_backward(
+        codes.arguments(), codes.q.numel() // max(channels, 1), channels, stats.arguments(), _address(gamma),
+        _address(beta), d.data_ptr(), _TYPES[dtype], g.data_ptr(), _TYPES[g.dtype], to.data_ptr(),
+    )  # fmt: skip
+    return to
 
 
 def normalize_backward(
@@ -331,6 +369,17 @@ def fake_quantize(x: Tensor, view: View, grid: Grid) -> Tensor:
     """The values of the codes in the dtype, shape and memory order of `x`."""
     y = torch.empty_like(x)
     _cpu.fake_quantize(x.data_ptr(), _TYPES[x.dtype], view, *grid.arguments(), y.data_ptr())
+    return y
+
+
+def round_bf16(x: Tensor) -> Tensor:
+    """The nearest bfloat16 of each number, halves to even, float32 in the shape and memory order of `x`.
+
+    Args:
+        x: dense float32 on the CPU, its memory in the order of its axes or channels last.
+    """
+    y = torch.empty_like(x)
+    _cpu.round_bf16(x.data_ptr(), x.numel(), y.data_ptr())
     return y
 
 

@@ -119,6 +119,7 @@ class NormSetting:
         layer: name for reports.
         engine: for reports.
         source: what calls, for observers.
+        rectify: whether the result is to be 0 where it would be less, as a ReLU after it makes it.
     """
 
     norm: RangeNorm
@@ -129,6 +130,7 @@ class NormSetting:
     layer: str = ""
     engine: str = "reference"
     source: object = None
+    rectify: bool = False
 
     def quantized(self, x: Tensor, operand: str, expected: tuple[str, ...] = ()) -> Tensor:
         """`x`, which is the layer's ``"input"`` or ``"grad_output"``, in its format; shown to observers."""
@@ -314,10 +316,11 @@ class _RangeBatchNormOfCodes(torch.autograd.Function):
             inside=norm.epsilon == "inside",
             gamma=_float(weight),
             beta=_float(bias),
+            rectify=setting.rectify,
             y=y,
         )
-        ctx.save_for_backward(codes.q, weight, stats.mean, stats.sigma, d)
-        ctx.kept = (setting, codes.scale, codes.zero, stats, bias is not None, x.shape, x.dtype)
+        ctx.save_for_backward(codes.q, weight, bias, stats.mean, stats.sigma, d)
+        ctx.kept = (setting, codes.scale, codes.zero, stats, x.shape, x.dtype)
         mean, sigma = fixed or (stats.mean, stats.sigma)
         ctx.mark_non_differentiable(mean, sigma)
         return y, mean, sigma
@@ -328,12 +331,12 @@ class _RangeBatchNormOfCodes(torch.autograd.Function):
             raise RuntimeError(
                 "Range BN has no second derivative here: call backward without create_graph=True, or restore_ the layer"
             )
-        q, weight, mean, sigma, d = ctx.saved_tensors
-        setting, scale, zero, stats, has_bias, shape, dtype = ctx.kept
+        q, weight, bias, mean, sigma, d = ctx.saved_tensors
+        setting, scale, zero, stats, shape, dtype = ctx.kept
         dx, grad_weight, grad_bias = _backward_of_codes(
             grad_output,
             cpu.Codes(q=q, scale=scale, zero=zero),
-            weight,
+            (weight, bias),
             replace(stats, mean=mean, sigma=sigma),
             d,
             setting,
@@ -342,7 +345,7 @@ class _RangeBatchNormOfCodes(torch.autograd.Function):
         return (
             dx,
             None if weight is None else grad_weight.to(weight.dtype),
-            grad_bias if has_bias else None,
+            None if bias is None else grad_bias,
             *[None] * 3,
         )
 
@@ -380,7 +383,7 @@ def code_statistics(codes: cpu.Codes, channels: int, norm: RangeNorm) -> cpu.Sta
 def _backward_of_codes(
     grad_output: Tensor,
     codes: cpu.Codes,
-    weight: Tensor | None,
+    parameters: tuple[Tensor | None, Tensor | None],
     stats: cpu.Statistics,
     d: Tensor,
     setting: NormSetting,
@@ -389,6 +392,11 @@ def _backward_of_codes(
     """Gradients of x, in `dx` or of its dtype, gamma and beta; by the definition where g gets no codes."""
     if not cpu.is_channels_last(grad_output):
         grad_output = torch.empty_like(dx, dtype=grad_output.dtype).copy_(grad_output)
+    weight, bias = parameters
+    if setting.rectify:
+        grad_output = cpu.rectify_backward(
+            grad_output, codes, stats, gamma=_float(weight), beta=_float(bias), d=d, dtype=dx.dtype
+        )
     g = _codes(grad_output, setting, "grad_output")
     place = setting.norm.epsilon
     if g is not None:
@@ -451,7 +459,8 @@ def range_batch_norm(
     with torch.autocast(products.autocast_device(x), enabled=False):
         expected = ("grad_input",) if torch.is_grad_enabled() and x.requires_grad else ()
         y, mean, sigma = _RangeBatchNorm.apply(x, weight, bias, setting, fixed, expected)
-    return y.to(dtype), mean, sigma
+    y = y.to(dtype)
+    return y.relu() if setting.rectify else y, mean, sigma
 
 
 class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
@@ -459,6 +468,9 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
 
     `running_mean` and `running_var` hold running averages of mu and sigma squared, so that the plain layer that
     `lowbit.restore_` gives back evaluates alike.
+
+    Attributes:
+        rectify: whether the call that runs now also does the ReLU after it, see `FusedSequential`.
     """
 
     def attach(self, *, name: str, recipe: Recipe, clock: Clock, engine: str) -> None:
@@ -469,6 +481,7 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
         bits = [norm.input.bits, norm.grad_output.bits]
         self.site = Site(name=name, recipe=recipe, clock=clock, input_format=norm.input, bits=bits, engine=engine)
         self.norm = norm
+        self.rectify = False
 
     @runs_eagerly
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
@@ -490,6 +503,7 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
                 layer=self.site.name,
                 engine=self.site.engine,
                 source=self.site,
+                rectify=self.rectify,
             ),
             fixed=fixed,
         )
@@ -520,3 +534,42 @@ class RangeBatchNorm2d(_RangeBatchNormNd, nn.BatchNorm2d):
 
 class RangeBatchNorm3d(_RangeBatchNormNd, nn.BatchNorm3d):
     """Range BN of ``(B, C, D, H, W)`` in place of `torch.nn.BatchNorm3d`."""
+
+
+class FusedSequential(nn.Sequential):
+    """`torch.nn.Sequential` in which a Range BN does the ReLU right after it in its own pass over memory.
+
+    Only here is it known that nothing else sees what lies between them: a call of the normalisation on its own, a slice
+    without the ReLU, or a hook that looks at either of them gets what it got before.
+    """
+
+    @runs_eagerly
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain container's argument
+        """Call the modules one after the other, a Range BN together with the ReLU after it."""
+        x, modules = input, iter(self)
+        following = next(modules, None)
+        while (module := following) is not None:
+            following = next(modules, None)
+            if not _fuses(module, following):
+                x = module(x)
+                continue
+            assert isinstance(module, _RangeBatchNormNd)
+            module.rectify = True
+            try:
+                x = module(x)
+            finally:
+                module.rectify = False
+            following = next(modules, None)
+        return x
+
+
+def has_fused_pair(module: nn.Module) -> bool:
+    """Whether this is a plain `torch.nn.Sequential` with a Range BN on the int8 engine right before a ReLU."""
+    return type(module) is nn.Sequential and any(_fuses(*pair) for pair in itertools.pairwise(module))
+
+
+def _fuses(norm: nn.Module, relu: nn.Module | None) -> bool:
+    """Whether these two run as one: nobody looks between them, and the engine of the first makes it a gain."""
+    if not isinstance(norm, _RangeBatchNormNd) or type(relu) is not nn.ReLU or norm.site.engine != "int8":
+        return False
+    return not (norm._forward_hooks or relu._forward_hooks or relu._forward_pre_hooks)

@@ -298,6 +298,7 @@ def _native_passes(x: Tensor) -> dict[str, Step]:
     for how, key in rounding.items():
         grid = cpu.Grid(scale=torch.full((1,), 0.02), zero=None, low=-127.0, high=127.0, key=key)
         found[f"fake_quantize {how}"] = partial(cpu.fake_quantize, x, views["tensor"], grid)
+    found["fake_quantize bf16"] = partial(cpu.round_bf16, x)
     found["noise"] = partial(cpu.noise, x.numel(), (12345, 67890))
     found["sums of columns (grad_bias)"] = partial(cpu.sums, x, width)
     running = new_running_range()
@@ -325,7 +326,12 @@ def _norm_passes(x: Tensor) -> dict[str, Step]:
         "statistics of codes (Range BN)": partial(cpu.code_statistics, codes, channels, starts, torch.ones(16)),
         "sums of codes (Range BN)": partial(cpu.code_sums, q, None, channels),
         "sums of products of codes (Range BN)": partial(cpu.code_sums, q, q, channels),
-        "normalise (Range BN)": partial(cpu.normalize, codes, stats, eps=1e-5, inside=True, gamma=ones, beta=ones, y=y),
+        "normalise, ReLU (Range BN)": partial(
+            cpu.normalize, codes, stats, eps=1e-5, inside=True, gamma=ones, beta=ones, rectify=True, y=y
+        ),
+        "gradient of the ReLU (Range BN)": partial(
+            cpu.rectify_backward, x, codes, stats, gamma=ones, beta=ones, d=ones, dtype=x.dtype
+        ),
         "gradients (Range BN)": partial(
             cpu.normalize_backward, codes, codes, stats, inside=True, gamma=ones, d=ones, dx=y
         ),

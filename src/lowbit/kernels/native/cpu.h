@@ -88,9 +88,14 @@ struct Elementwise {
                       int64_t* product);
     // All that `Statistics` has, of codes in chunks of rows.
     void (*code_statistics)(const CodeRows& codes, int64_t channels, const int64_t* starts, const Statistics& to);
-    // y = gamma (x - mean) / d + beta of the values x of codes, and d, which is sqrt(sigma^2 + eps) or sigma + eps.
-    void (*normalize)(const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats, float eps,
-                      bool inside, const float* gamma, const float* beta, float* d, void* y, Type type);
+    // y = gamma (x - mean) / d + beta of the values x of codes, and d, which is sqrt(sigma^2 + eps) or sigma + eps; with
+    // `rectify` no less than 0.
+    void (*normalize)(const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats, float eps, bool inside,
+                      const float* gamma, const float* beta, bool rectify, float* d, void* y, Type type);
+    // g where such a y of type `y_type` is not 0 or less, 0 elsewhere.
+    void (*rectify_backward)(const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats,
+                             const float* gamma, const float* beta, const float* d, Type y_type, const void* g, Type type,
+                             void* to);
     // The gradients of gamma, beta and x, of the codes g of the output's gradient.
     void (*normalize_backward)(const CodeRows& g, const CodeRows& codes, int64_t rows, int64_t channels,
                                const Statistics& stats, bool inside, const float* gamma, const float* d,
@@ -103,6 +108,8 @@ struct Elementwise {
     void (*encode)(const void* x, Type type, View view, const Grid& grid, int64_t taps, uint8_t* codes);
     // The values of the codes, (q - z) S or q S + o, in the type and order of x.
     void (*fake_quantize)(const void* x, Type type, View view, const Grid& grid, void* y);
+    // The nearest bfloat16 of each number.
+    void (*round_bf16)(const float* x, int64_t count, float* y);
     // The uniform noise of numbers 0 to count - 1.
     void (*noise)(int64_t count, uint32_t key0, uint32_t key1, float* u);
 };

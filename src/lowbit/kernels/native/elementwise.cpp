@@ -405,48 +405,78 @@ void code_sums(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t channel
     }
 }
 
-// y = a q + b in each channel, and where `relu` no less than 0.
-void affine(const uint8_t* q, int64_t rows, int64_t channels, const float* a, const float* b, bool relu, void* y,
-            Type type) {
-    const int64_t together = std::max<int64_t>(1, kRun / channels);  // rows of one piece, whose scales are repeated
+// Visit rows by channels in runs: work(first number, count, a and b of each number's channel).
+template <class Work>
+void by_channel(int64_t rows, int64_t channels, const float* a, const float* b, const Work& work) {
+    const int64_t together = std::max<int64_t>(1, kRun / channels);  // rows of one piece, whose factors are repeated
     const int64_t width = std::min(together * channels, std::max(kRun, channels));
     std::vector<float> all_a(width), all_b(width);
     for (int64_t i = 0; i < width; i++) {
         all_a[i] = a[i % channels];
         all_b[i] = b[i % channels];
     }
-    const float bottom = relu ? 0.0f : -std::numeric_limits<float>::infinity();
     const int64_t total = rows * channels;
-#pragma omp parallel if (total > kAlone)
-    {
-        float values[kRun];
-#pragma omp for schedule(static)
-        for (int64_t first = 0; first < total; first += width)
-            for (int64_t i = first; i < std::min(first + width, total); i += kRun) {
-                const int64_t count = std::min({kRun, total - i, first + width - i});
-                const float *scale = all_a.data() + (i - first), *add = all_b.data() + (i - first);
-                const uint8_t* codes = q + i;
-                for (int64_t j = 0; j < count; j++) {
-                    const float v = static_cast<float>(codes[j]) * scale[j] + add[j];
-                    values[j] = v < bottom ? bottom : v;
-                }
-                store(values, count, type, y, i);
-            }
-    }
+#pragma omp parallel for schedule(static) if (total > kAlone)
+    for (int64_t first = 0; first < total; first += width)
+        for (int64_t i = first; i < std::min(first + width, total); i += kRun)
+            work(i, std::min({kRun, total - i, first + width - i}), all_a.data() + (i - first), all_b.data() + (i - first));
 }
 
+// y = a q + b in each channel, and where `relu` no less than 0.
+void affine(const uint8_t* q, int64_t rows, int64_t channels, const float* a, const float* b, bool relu, void* y,
+            Type type) {
+    const float bottom = relu ? 0.0f : -std::numeric_limits<float>::infinity();
+    by_channel(rows, channels, a, b, [=](int64_t i, int64_t count, const float* scale, const float* add) {
+        float values[kRun];
+        const uint8_t* codes = q + i;
+        for (int64_t j = 0; j < count; j++) {
+            const float v = static_cast<float>(codes[j]) * scale[j] + add[j];
+            values[j] = v < bottom ? bottom : v;
+        }
+        store(values, count, type, y, i);
+    });
+}
+
+// The factors that make y = a q + b of the codes of a channel.
+struct Factors {
+    std::vector<float> a, b;
+
+    Factors(const CodeRows& codes, int64_t channels, const Statistics& stats, const float* gamma, const float* beta,
+            const float* d)
+        : a(channels), b(channels) {
+        const float scale = *codes.scale, zero = static_cast<float>(codes.zero) * scale;
+        for (int64_t c = 0; c < channels; c++) {
+            const float slope = (gamma ? gamma[c] : 1.0f) / d[c];
+            a[c] = slope * scale;
+            b[c] = (beta ? beta[c] : 0.0f) - slope * (stats.mean[c] + zero);
+        }
+    }
+};
+
 void normalize(const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats, float eps, bool inside,
-               const float* gamma, const float* beta, float* d, void* y, Type type) {
-    std::vector<float> a(channels), b(channels);
-    const float scale = *codes.scale, zero = static_cast<float>(codes.zero) * scale;
+               const float* gamma, const float* beta, bool rectify, float* d, void* y, Type type) {
     for (int64_t c = 0; c < channels; c++) {
         const float sigma = stats.sigma[c];
         d[c] = inside ? std::sqrt(sigma * sigma + eps) : sigma + eps;
-        const float slope = (gamma ? gamma[c] : 1.0f) / d[c];
-        a[c] = slope * scale;
-        b[c] = (beta ? beta[c] : 0.0f) - slope * (stats.mean[c] + zero);
     }
-    affine(codes.q, rows, channels, a.data(), b.data(), false, y, type);
+    const Factors factors(codes, channels, stats, gamma, beta, d);
+    affine(codes.q, rows, channels, factors.a.data(), factors.b.data(), rectify, y, type);
+}
+
+// y is made anew from its codes; nan is not 0 or less.
+void rectify_backward(const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats, const float* gamma,
+                      const float* beta, const float* d, Type y_type, const void* g, Type type, void* to) {
+    const Factors factors(codes, channels, stats, gamma, beta, d);
+    const float least = y_type == Type::bf16 ? 0x1p-134f : 0.0f;  // what rounds to 0
+    by_channel(rows, channels, factors.a.data(), factors.b.data(),
+               [=](int64_t i, int64_t count, const float* a, const float* b) {
+                   float buffer[kRun], values[kRun];
+                   const float* v = load(g, type, i, count, buffer);
+                   const uint8_t* q = codes.q + i;
+                   for (int64_t j = 0; j < count; j++)
+                       values[j] = static_cast<float>(q[j]) * a[j] + b[j] <= least ? 0.0f : v[j];
+                   store(values, count, type, to, i);
+               });
 }
 
 // The extremes of chunk k receive plus and minus the gradient of its range, beside the affine part of their gradient.
@@ -867,6 +897,16 @@ void fake_quantize(const void* x, Type type, View view, const Grid& grid, void* 
     });
 }
 
+void round_bf16(const float* x, int64_t count, float* y) {
+#pragma omp parallel for schedule(static) if (count > kAlone)
+    for (int64_t begin = 0; begin < count; begin += kRun) {
+        uint16_t half[kRun];
+        const int64_t now = std::min(kRun, count - begin);
+        store(x + begin, now, Type::bf16, half, 0);
+        load(half, Type::bf16, 0, now, y + begin);
+    }
+}
+
 void noise(int64_t count, uint32_t key0, uint32_t key1, float* u) {
 #pragma omp parallel for schedule(static) if (count > kAlone)
     for (int64_t begin = 0; begin < count; begin += kTask) {
@@ -879,8 +919,8 @@ void noise(int64_t count, uint32_t key0, uint32_t key1, float* u) {
 
 extern const Elementwise kernels;
 const Elementwise kernels = {extremes,        observe,   quantize,           sums,   code_sums,
-                             code_statistics, normalize, normalize_backward, affine, encode,
-                             fake_quantize,   noise};
+                             code_statistics, normalize, rectify_backward, normalize_backward, affine, encode,
+                             fake_quantize,   round_bf16, noise};
 
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit

@@ -129,11 +129,19 @@ NB_MODULE(_cpu, m) {
         elementwise().code_statistics(codes_of(codes), channels, starts.data(), statistics_of(to));
     });
     m.def("normalize", [](const CodesArgs& codes, int64_t rows, int64_t channels, const StatisticsArgs& stats,
-                          float eps, bool inside, Address gamma, Address beta, Address d, Address y, int type) {
+                          float eps, bool inside, Address gamma, Address beta, bool rectify, Address d, Address y,
+                          int type) {
         const nb::gil_scoped_release release;
         elementwise().normalize(codes_of(codes), rows, channels, statistics_of(stats), eps, inside,
-                                at<const float>(gamma), at<const float>(beta), at<float>(d), at<void>(y),
+                                at<const float>(gamma), at<const float>(beta), rectify, at<float>(d), at<void>(y),
                                 static_cast<Type>(type));
+    });
+    m.def("rectify_backward", [](const CodesArgs& codes, int64_t rows, int64_t channels, const StatisticsArgs& stats,
+                                 Address gamma, Address beta, Address d, int y_type, Address g, int type, Address to) {
+        const nb::gil_scoped_release release;
+        elementwise().rectify_backward(codes_of(codes), rows, channels, statistics_of(stats), at<const float>(gamma),
+                                       at<const float>(beta), at<const float>(d), static_cast<Type>(y_type),
+                                       at<const void>(g), static_cast<Type>(type), at<void>(to));
     });
     m.def("normalize_backward", [](const CodesArgs& g, const CodesArgs& codes, int64_t rows, int64_t channels,
                                    const StatisticsArgs& stats, bool inside, Address gamma, Address d,
@@ -168,6 +176,10 @@ NB_MODULE(_cpu, m) {
               const nb::gil_scoped_release release;
               elementwise().fake_quantize(at<const void>(x), static_cast<Type>(type), view_of(view), grid, at<void>(y));
           });
+    m.def("round_bf16", [](Address x, int64_t count, Address y) {
+        const nb::gil_scoped_release release;
+        elementwise().round_bf16(at<const float>(x), count, at<float>(y));
+    });
     m.def("noise", [](int64_t count, uint32_t key0, uint32_t key1, Address u) {
         const nb::gil_scoped_release release;
         elementwise().noise(count, key0, key1, at<float>(u));
