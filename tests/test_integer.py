@@ -465,6 +465,37 @@ class TestLongSums:
 
         assert_equal(fast, slow, case.tensors.get("b"))
 
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(data=st.data())
+    def test_cut_sums_of_large_pictures(self, data: st.DataObject) -> None:
+        """The same where a run of positions begins inside a picture whose shifts are multiplied, with any stride."""
+        most = data.draw(st.integers(100, 800), "most")
+        case = draw_convolution(data, width=40, taps=4, height=30)
+        with pytest.MonkeyPatch.context() as patch:
+            pieces = integer._pieces
+            patch.setattr(integer, "_pieces", lambda window, _: pieces(window, most))
+            fast, slow = both(case.call, case.tensors, case.setting, **case.options | {"needs": "w"})
+
+        assert_equal(fast, slow, case.tensors.get("b"))
+
+    @pytest.mark.parametrize("stride", [2, 3])
+    def test_gradient_of_a_strided_convolution_over_large_pictures(self, stride: int) -> None:
+        """An RGB picture with more positions than fit, cut inside it."""
+        size = 270 * stride
+        tensors = {"x": randn(1, 3, size, size), "w": randn(4, 3, 3, 3, seed=1)}
+
+        fast, slow = both(
+            lambda *t, setting: products.conv(
+                *t, stride=(stride,) * 2, padding=(1, 1), dilation=(1, 1), setting=setting
+            ),
+            tensors,
+            Setting(recipe=RECIPES["all affine"], noise=noise()),
+            needs="w",
+            grad=lambda y: randn(*y.shape, seed=5),
+        )
+
+        assert_equal(fast, slow)
+
     @settings(max_examples=100, deadline=None, derandomize=True)
     @given(data=st.data())
     def test_cut_sums_of_matrices(self, data: st.DataObject) -> None:

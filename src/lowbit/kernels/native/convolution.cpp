@@ -269,7 +269,7 @@ bool direct_weight_fits(const Product& p, DirectWeight* d) {
             int64_t before[2];
             for (int axis = 0; axis < 2; axis++) {
                 const int64_t padding = w.padding[axis + 1], s = stride[axis];
-                phase.first[axis] = (start[axis] + padding) % s;
+                phase.first[axis] = ((start[axis] + padding) % s + s) % s;  // a run of positions may begin inside
                 phase.step[axis] = s;
                 phase.taps[axis] = phase.first[axis] < taps[axis] ? (taps[axis] - 1 - phase.first[axis]) / s + 1 : 0;
                 phase.apart[axis] = s > 1 ? 1 : dilation[axis];

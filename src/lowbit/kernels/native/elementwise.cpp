@@ -230,19 +230,18 @@ void observe(const void* x, Type type, int64_t count, int64_t samples, const Run
 
 // ---- sums ----
 
-// Of each of `width` columns of a matrix: in float32 over blocks of rows, in float64 over blocks,
-// threads in their order, so that a run can be repeated to the bit.
+// Of each of `width` columns of a matrix: in float32 over blocks of rows, in float64 over blocks and over a fixed number
+// of ranges of rows, in their order, so that the number of threads does not show.
 void sums(const void* x, Type type, int64_t rows, int64_t width, float* to) {
-    constexpr int64_t kBlock = 64;
-    const int64_t threads = omp_get_max_threads();
-    std::vector<double> parts(threads * width, 0.0);
-#pragma omp parallel if (rows * width > kAlone)
-    {
-        double* mine = parts.data() + omp_get_thread_num() * width;
+    constexpr int64_t kBlock = 64, kRanges = 16;
+    const int64_t blocks = ceil_div(rows, kBlock), ranges = std::min(kRanges, blocks);
+    std::vector<double> parts(ranges * width, 0.0);
+#pragma omp parallel for schedule(static) if (rows * width > kAlone)
+    for (int64_t range = 0; range < ranges; range++) {
+        double* mine = parts.data() + range * width;
         float buffer[kRun], block[kRun];
-#pragma omp for schedule(static)
-        for (int64_t first = 0; first < rows; first += kBlock) {
-            const int64_t last = std::min(first + kBlock, rows);
+        for (int64_t number = range * blocks / ranges; number < (range + 1) * blocks / ranges; number++) {
+            const int64_t first = number * kBlock, last = std::min(first + kBlock, rows);
             for (int64_t c = 0; c < width; c += kRun) {
                 const int64_t count = std::min(kRun, width - c);
                 std::fill_n(block, count, 0.0f);
@@ -256,7 +255,7 @@ void sums(const void* x, Type type, int64_t rows, int64_t width, float* to) {
     }
     for (int64_t c = 0; c < width; c++) {
         double total = 0.0;
-        for (int64_t t = 0; t < threads; t++) total += parts[t * width + c];
+        for (int64_t range = 0; range < ranges; range++) total += parts[range * width + c];
         to[c] = static_cast<float>(total);
     }
 }
@@ -408,6 +407,7 @@ void code_sums(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t channel
 // Visit rows by channels in runs: work(first number, count, a and b of each number's channel).
 template <class Work>
 void by_channel(int64_t rows, int64_t channels, const float* a, const float* b, const Work& work) {
+    if (rows * channels == 0) return;
     const int64_t together = std::max<int64_t>(1, kRun / channels);  // rows of one piece, whose factors are repeated
     const int64_t width = std::min(together * channels, std::max(kRun, channels));
     std::vector<float> all_a(width), all_b(width);
