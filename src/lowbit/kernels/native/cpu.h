@@ -14,7 +14,11 @@ namespace lowbit {
 struct Machine {
     bool avx2, avx512, vnni, bf16, amx;
 };
-const Machine& machine();
+Machine detect();
+inline const Machine& machine() {
+    static const Machine m = detect();
+    return m;
+}
 std::vector<std::string> instruction_sets();
 
 // Element types of tensors that cross from Python; the numbers are those of `lowbit.kernels.cpu`.

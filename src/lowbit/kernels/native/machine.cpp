@@ -49,6 +49,8 @@ bool ask_for_tiles() {
 }
 #endif
 
+}  // namespace
+
 Machine detect() {
     Machine m{};
 #ifdef LOWBIT_X86
@@ -64,13 +66,6 @@ Machine detect() {
     const bool tiles = (edx >> 24 & 1) && (edx >> 25 & 1) && (edx >> 22 & 1);  // amx-tile, amx-int8, amx-bf16
     m.amx = m.bf16 && level >= 5 && tiles && ask_for_tiles();
 #endif
-    return m;
-}
-
-}  // namespace
-
-const Machine& machine() {
-    static const Machine m = detect();
     return m;
 }
 
