@@ -79,7 +79,7 @@ class TestSteps:
         work, dtypes, called = bench.WORKS["tiny"](), [], []
         bench.WORKS["tiny"] = lambda: work
         step, _ = bench.stepper("tiny", name)
-        before = work.model[3].weight.clone()  # type: ignore[index,union-attr]
+        before = work.model[3].weight.clone()
         work.model.register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
 
         with products.counted_by(called.append):
@@ -87,7 +87,7 @@ class TestSteps:
 
         assert {call.engine for call in called} == engines
         assert dtypes == [dtype]
-        assert not torch.equal(before, work.model[3].weight)  # type: ignore[index,union-attr]
+        assert not torch.equal(before, work.model[3].weight)
 
     def test_variants_begin_with_the_same_network(self) -> None:
         """Every variant of a work has the same weights, batch and labels."""
@@ -208,7 +208,7 @@ class TestForeign:
             def forward(*_: Any) -> None:
                 raise RuntimeError("no C++ compiler\nand a long story")
 
-            self.forward = forward  # type: ignore[method-assign]
+            self.forward = forward
 
         monkeypatch.setattr(nn.Module, "compile", fails)
 
@@ -268,8 +268,8 @@ class TestKernels:
         found = {name: run() for name, run in bench._native_passes(x).items() if name.startswith("encode")}
 
         assert len(found) == 8
-        assert {str(codes.dtype) for codes in found.values()} == {"torch.uint8", "torch.int8"}  # type: ignore[attr-defined]
-        assert not torch.equal(found["encode s8 row nearest"], found["encode s8 row stochastic"])  # type: ignore[arg-type]
+        assert {str(codes.dtype) for codes in found.values()} == {"torch.uint8", "torch.int8"}
+        assert not torch.equal(found["encode s8 row nearest"], found["encode s8 row stochastic"])
 
     def test_without_native_kernels_it_is_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """An install without a compiler times torch's passes and says what is missing."""

@@ -606,7 +606,7 @@ def test_loops_cover_the_layer() -> None:
 def test_an_estimate_is_frozen() -> None:
     """Results are values: cached ones cannot be altered by who receives them."""
     with pytest.raises(dataclasses.FrozenInstanceError):
-        BitFusion().estimate(**LAYER).macs = 0  # type: ignore[misc]
+        BitFusion().estimate(**LAYER).macs = 0
 
 
 @pytest.mark.parametrize("bits", [0, -1, 17, True, 8.0, None, "8"])
@@ -702,4 +702,4 @@ def test_a_part_of_an_estimate_is_refused(times: Any) -> None:
 @pytest.mark.parametrize("kind", [BitFusion, Counters, Energies, Estimate, Loop, TrainingEstimate])
 def test_settings_and_results_are_frozen_values(kind: type) -> None:
     """Every public class is a frozen dataclass."""
-    assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert kind.__dataclass_params__.frozen

@@ -609,17 +609,17 @@ class TestAwkward:
     def test_no_recipe_is_an_error(self) -> None:
         """None is no recipe, and the message lists those there are."""
         with pytest.raises(UsageError, match="sbm8-hoffer"):
-            lowbit.convert_(_mlp(), None)  # type: ignore[arg-type]
+            lowbit.convert_(_mlp(), None)
 
     def test_a_rule_that_is_no_pair_is_an_error(self) -> None:
         """A pair in place of a list of pairs is refused in words."""
         with pytest.raises(UsageError, match="pairs"):
-            lowbit.convert_(_mlp(), "sbm8", rules=("0", None))  # type: ignore[arg-type]
+            lowbit.convert_(_mlp(), "sbm8", rules=("0", None))
 
     def test_a_replaced_forward_is_refused(self) -> None:
         """An object whose forward was replaced would bypass its new class."""
         model = _mlp()
-        model[0].forward = lambda x: x  # type: ignore[method-assign]
+        model[0].forward = lambda x: x
 
         with pytest.raises(UsageError, match="replaced"):
             lowbit.convert_(model, "sbm8")

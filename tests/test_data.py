@@ -265,7 +265,7 @@ def test_fewer_samples_than_a_batch_is_an_error() -> None:
 def test_a_number_out_of_range_is_an_error(wrong: dict[str, int]) -> None:
     """Sizes that no data set can have are refused by name."""
     with pytest.raises(UsageError, match=next(iter(wrong))):
-        data.load("fashion-mnist", **{"batch_size": 4, "seed": 0, **wrong})  # type: ignore[arg-type]
+        data.load("fashion-mnist", **{"batch_size": 4, "seed": 0, **wrong})
 
 
 @pytest.mark.usefixtures("fashion")

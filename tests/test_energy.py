@@ -12,7 +12,7 @@ from lowbit.energy import measured_energy
 def fake_zeus(monkeypatch: pytest.MonkeyPatch, monitor: Any) -> None:
     """Put a package `zeus` in place whose monitor is `monitor`."""
     package, module = ModuleType("zeus"), ModuleType("zeus.monitor")
-    module.ZeusMonitor = monitor  # type: ignore[attr-defined]
+    module.ZeusMonitor = monitor
     monkeypatch.setitem(sys.modules, "zeus", package)
     monkeypatch.setitem(sys.modules, "zeus.monitor", module)
 

@@ -45,7 +45,7 @@ def test_other_widths_are_refused(bits: int, zero: Zero) -> None:
 def test_a_width_is_a_whole_number(bits: object) -> None:
     """8.0, text, None and True are no widths."""
     with pytest.raises(UsageError, match="whole numbers"):
-        check_bits(bits, "offset")  # type: ignore[arg-type]
+        check_bits(bits, "offset")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_misspelt_value_is_answered_with_the_nearest(field: str, value: str, n
 def test_what_does_not_fit_together_is_refused(fields: dict[str, object], message: str) -> None:
     """A combination without meaning is an error that says why."""
     with pytest.raises(UsageError, match=message):
-        Integer(bits=8, zero="symmetric", **fields)  # type: ignore[arg-type]
+        Integer(bits=8, zero="symmetric", **fields)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_what_does_not_fit_together_is_refused(fields: dict[str, object], messag
 )
 def test_the_ends_of_what_is_allowed_are_allowed(fields: dict[str, object]) -> None:
     """Limits belong to the allowed values where the text says so."""
-    fmt = Integer(bits=8, zero="symmetric", **fields)  # type: ignore[arg-type]
+    fmt = Integer(bits=8, zero="symmetric", **fields)
 
     assert {name: getattr(fmt, name) for name in fields} == fields
 
@@ -142,7 +142,7 @@ def test_floats_know_their_width(fmt: Float, bits: int) -> None:
 def test_an_unknown_float_is_refused() -> None:
     """fp16 is not a format that exists here."""
     with pytest.raises(UsageError, match="unknown float format 'fp16'"):
-        Float(name="fp16")  # type: ignore[arg-type]
+        Float(name="fp16")
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def force(gates: Gates, choices: list[list[int]]) -> None:
         gates._masks[index] = mask
         return mask
 
-    gates._decide = decide  # type: ignore[method-assign]
+    gates._decide = decide
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -140,7 +140,7 @@ def mixed(mask: Tensor, x: Tensor, w: Tensor, recipe: Recipe, widths: list[int])
     fmt = recipe.output.input
     z = torch.zeros_like(x)
     for k, width in enumerate(widths):
-        x_hat = quantize(x.detach(), fmt, levels=levels_of(fmt, torch.tensor(width))).values  # type: ignore[arg-type]
+        x_hat = quantize(x.detach(), fmt, levels=levels_of(fmt, torch.tensor(width))).values
         straight = x + (x_hat - x).detach()
         z = z + mask[:, k, None] * straight
     w_hat = w + (quantize(w.detach(), recipe.output.weight, dims=(1,)).values - w).detach()
@@ -444,7 +444,7 @@ def test_gradient_checkpointing_of_gated_blocks_is_refused() -> None:
     model, _, _ = gated()
     blocks = model.blocks
     model.blocks = nn.Identity()
-    model.forward = lambda x: checkpoint(blocks, model.stem(x), use_reentrant=False)  # type: ignore[method-assign]
+    model.forward = lambda x: checkpoint(blocks, model.stem(x), use_reentrant=False)
 
     with pytest.raises(RuntimeError, match="gradient checkpointing"):
         model(X).sum().backward()

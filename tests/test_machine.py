@@ -31,7 +31,7 @@ def test_another_number_of_threads_is_another_machine() -> None:
 
 
 def _steps(names: str, order: list[str]) -> dict[str, Callable[[], object]]:
-    return {name: lambda name=name: order.append(name) for name in names}  # type: ignore[misc]
+    return {name: lambda name=name: order.append(name) for name in names}
 
 
 def test_rounds_run_every_step_once_in_rotating_order() -> None:

@@ -751,7 +751,7 @@ class TestErrors:
     def test_no_module(self) -> None:
         """A function cannot be metered."""
         with pytest.raises(UsageError, match="function"):
-            lowbit.Meter(lambda x: x)  # type: ignore[arg-type]
+            lowbit.Meter(lambda x: x)
 
     def test_a_step_in_which_nothing_ran(self) -> None:
         """step() without a forward of the model says what to check."""

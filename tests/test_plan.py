@@ -46,7 +46,7 @@ def test_a_plan_is_what_runs(recipe: str | None) -> None:
     planned, ran = plan(model, X, steps=3), real(model, X, steps=3)
 
     for convention in ("as-ran", "as-charged"):
-        assert planned.totals(convention) == ran.totals(convention)  # type: ignore[arg-type]
+        assert planned.totals(convention) == ran.totals(convention)
     assert planned.steps == ran.steps
     assert planned.layers == ran.layers
 

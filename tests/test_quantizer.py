@@ -32,7 +32,7 @@ def _noise(x: Tensor, seed: int = 0) -> Tensor:
 def _rounded(x: Tensor, fmt: Integer, **kwargs: object) -> Tensor:
     """Values of a format, with noise where it needs some."""
     noise = _noise(x) if fmt.stochastic else None
-    return quantize(x, fmt, noise=noise, **kwargs).values  # type: ignore[arg-type]
+    return quantize(x, fmt, noise=noise, **kwargs).values
 
 
 def _all_codes(bits: int, zero: Zero, point: int) -> tuple[Tensor, Tensor]:
@@ -455,7 +455,7 @@ class TestShapes:
     def test_sample_means_clip_the_outlier(self, range_rule: str) -> None:
         """With sample-mean one sample's outlier is clipped to the mean of the extremes; with minmax it stays."""
         x = torch.cat([_randn(7, 20).clamp(-1, 1), torch.full((1, 20), 9.0)])
-        fmt = Integer(bits=8, zero="integer", range=range_rule)  # type: ignore[arg-type]
+        fmt = Integer(bits=8, zero="integer", range=range_rule)
 
         largest = _rounded(x, fmt).max().item()
 
@@ -565,7 +565,7 @@ class TestNotFinite:
         """Means over samples do not hide an inf."""
         x = _randn(4, 5)
         x[2, 2] = math.inf
-        fmt = Integer(bits=8, zero="integer", range=range_rule)  # type: ignore[arg-type]
+        fmt = Integer(bits=8, zero="integer", range=range_rule)
 
         assert _rounded(x, fmt).isnan().all()
 
@@ -742,8 +742,8 @@ class TestFloats:
     @pytest.mark.parametrize("fmt", [BF16, FP32])
     def test_nothing_is_clipped(self, fmt: object) -> None:
         """A float format clips nothing."""
-        assert quantize(_randn(3), fmt, measure=True).clipped == 0  # type: ignore[arg-type]
-        assert quantize(_randn(3), fmt).clipped is None  # type: ignore[arg-type]
+        assert quantize(_randn(3), fmt, measure=True).clipped == 0
+        assert quantize(_randn(3), fmt).clipped is None
 
 
 def test_codes_of_all_kinds_decode_alike() -> None:

@@ -71,7 +71,7 @@ class TestExtremes:
     @pytest.mark.parametrize("rule", ["minmax", "sample-mean"])
     def test_a_number_is_its_own_range(self, rule: str) -> None:
         """A tensor without axes has lo = hi = its value."""
-        lo, hi = extremes(torch.tensor(-2.5), rule=rule, dims=())  # type: ignore[arg-type]
+        lo, hi = extremes(torch.tensor(-2.5), rule=rule, dims=())
 
         assert (lo.shape, lo.item(), hi.item()) == ((), -2.5, -2.5)
 
@@ -79,7 +79,7 @@ class TestExtremes:
     @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 4)])
     def test_an_empty_tensor_has_a_zero_range(self, rule: str, shape: tuple[int, ...]) -> None:
         """Zeros, with all dims kept as 1."""
-        lo, hi = extremes(torch.empty(shape), rule=rule, dims=tuple(range(len(shape))))  # type: ignore[arg-type]
+        lo, hi = extremes(torch.empty(shape), rule=rule, dims=tuple(range(len(shape))))
 
         assert lo.shape == (1,) * len(shape)
         assert lo.sum() == hi.sum() == 0
@@ -90,7 +90,7 @@ class TestExtremes:
         x = _randn(3, 4)
         x[1, 2] = math.nan
 
-        lo, hi = extremes(x, rule=rule, dims=(0, 1))  # type: ignore[arg-type]
+        lo, hi = extremes(x, rule=rule, dims=(0, 1))
 
         assert lo.isnan().all()
         assert hi.isnan().all()
@@ -109,8 +109,8 @@ class TestExtremes:
         x = _randn(4, 3, 5, 6)
 
         for rule in ("minmax", "sample-mean"):
-            lo, hi = extremes(x, rule=rule, dims=(0, 1, 2, 3))  # type: ignore[arg-type]
-            other = extremes(x.to(memory_format=torch.channels_last), rule=rule, dims=(0, 1, 2, 3))  # type: ignore[arg-type]
+            lo, hi = extremes(x, rule=rule, dims=(0, 1, 2, 3))
+            other = extremes(x.to(memory_format=torch.channels_last), rule=rule, dims=(0, 1, 2, 3))
             torch.testing.assert_close((lo, hi), other, rtol=1e-6, atol=0)
 
     def test_float64_stays_float64(self) -> None:
@@ -167,7 +167,7 @@ class TestRunning:
                 torch.tensor(value),
                 torch.tensor(value),
                 momentum=momentum,
-                start=start,  # type: ignore[arg-type]
+                start=start,
             )
             expected = momentum * expected + (1 - momentum) * value
 

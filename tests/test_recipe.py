@@ -114,7 +114,7 @@ class TestStored:
     @pytest.mark.parametrize("name", ["fp32", "bf16"])
     def test_float_recipes_have_one_format(self, name: str) -> None:
         """All six operands are of the format that names the recipe."""
-        assert {fmt for _, _, fmt in Recipe.from_name(name).operands()} == {Float(name=name)}  # type: ignore[arg-type]
+        assert {fmt for _, _, fmt in Recipe.from_name(name).operands()} == {Float(name=name)}
 
     def test_the_last_layer_of_the_cpt_variant_is_left(self) -> None:
         """Their classifier is in float, their first layer is not."""
@@ -259,7 +259,7 @@ class TestValue:
     def test_a_normalisation_without_meaning_is_refused(self, changes: dict[str, object], message: str) -> None:
         """Range BN settings check themselves."""
         with pytest.raises(UsageError, match=message):
-            RangeNorm(**{"input": X, "grad_output": X, **changes})  # type: ignore[arg-type]
+            RangeNorm(**{"input": X, "grad_output": X, **changes})
 
 
 class TestToml:

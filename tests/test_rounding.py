@@ -214,7 +214,7 @@ class TestNoise:
     @pytest.mark.parametrize("other", OTHERS)
     def test_fields_are_independent(self, other: str) -> None:
         """Chi-square of n = 2**20 pairs of two fields in 16 x 16 cells is within 6 deviations (false alarm < 1e-6)."""
-        u, v = _noise((N,)), _noise((N,), **OTHERS[other])  # type: ignore[arg-type]
+        u, v = _noise((N,)), _noise((N,), **OTHERS[other])
 
         assert -6 < _excess(_pairs(u, v), 256) < 6
 
@@ -222,7 +222,7 @@ class TestNoise:
     def test_no_field_is_another_one_shifted(self, other: str) -> None:
         """Over all n = 2**16 shifts the correlation stays below 7 / sqrt(n) (false alarm < 1e-6); a copy has 1."""
         n = 2**16
-        u, v = _noise((n,)).double(), _noise((n,), **OTHERS[other]).double()  # type: ignore[arg-type]
+        u, v = _noise((n,)).double(), _noise((n,), **OTHERS[other]).double()
 
         spectrum = torch.fft.rfft(u - 0.5).conj() * torch.fft.rfft(v - 0.5)
         correlation = torch.fft.irfft(spectrum) * 12 / n
@@ -288,7 +288,7 @@ class TestNoise:
     @pytest.mark.parametrize("difference", list(OTHERS))
     def test_nearly_all_draws_of_two_fields_differ(self, difference: str) -> None:
         """Of 10,000 draws at most 5 are equal by chance (expected 0.0006, false alarm < 1e-6)."""
-        u, v = _noise((10_000,)), _noise((10_000,), **OTHERS[difference])  # type: ignore[arg-type]
+        u, v = _noise((10_000,)), _noise((10_000,), **OTHERS[difference])
 
         assert (u == v).sum() <= 5
 

@@ -404,7 +404,7 @@ def _plateau(**changes: Any) -> Progressive:
     [
         (lambda: Constant(bits=0), "bits=0: bits are whole numbers from 1 to 32"),
         (lambda: Constant(bits=33), "bits=33"),
-        (lambda: Constant(bits=8.0), "bits=8.0"),  # type: ignore[arg-type]
+        (lambda: Constant(bits=8.0), "bits=8.0"),
         (lambda: Constant(bits=True), "bits=True"),
         (lambda: _cycle(low=0), "low=0: bits are"),
         (lambda: _cycle(high=40), "high=40: bits are"),

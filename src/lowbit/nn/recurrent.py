@@ -85,7 +85,7 @@ class QuantLSTM(_QuantRecurrent, nn.LSTM):
     """`torch.nn.LSTM`, one direction, with its input and recurrent products in the formats of a recipe."""
 
     @runs_eagerly
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # torch's is an overload that also takes packed sequences
         self,
         input: Tensor,  # noqa: A002 - the plain layer's argument
         hx: tuple[Tensor, Tensor] | None = None,
@@ -114,7 +114,11 @@ class QuantGRU(_QuantRecurrent, nn.GRU):
     """`torch.nn.GRU`, one direction, with its input and recurrent products in the formats of a recipe."""
 
     @runs_eagerly
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # noqa: A002
+    def forward(  # type: ignore[override]  # torch's is an overload that also takes packed sequences
+        self,
+        input: Tensor,  # noqa: A002 - the plain layer's argument
+        hx: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """As `torch.nn.GRU.forward` for padded tensors: output, last h."""
         x = self._batch_first(input)
         unbatched = input.dim() == 2

@@ -15,6 +15,7 @@ struct Machine {
     bool avx2, avx512, vnni, bf16, amx;
 };
 Machine detect();
+// Found once; inline, since products ask in their loops.
 inline const Machine& machine() {
     static const Machine m = detect();
     return m;

@@ -330,13 +330,15 @@ void pack_a_across(const Kind& kind, const Product& p, const RowOf& row_of, type
     const int64_t width = ceil_div(p.m, kPanel) * kPanel;
     load_across(kind, p.a, row_of, none, step * 16, 0, p.m, across.groups, width, across.scratch);
     to += step * 2 * kTile;
-    const bool amx = machine().amx;
     for (int64_t m = 0; m < width; m += kPanel) {
         uint8_t* panel = to + m / kPanel * panel_bytes;
-        for (int64_t half = 0; half < (amx ? 2 : 0); half++)
-            transpose16(across.groups + m + half * 16, width, reinterpret_cast<uint32_t*>(panel + half * kTile), 16);
-        for (int64_t g = 0; g < (amx ? 0 : 16); g++)
-            std::memcpy(panel + g * kGroups.group, across.groups + g * width + m, kPanel * 4);
+        if (machine().amx) {
+            for (int64_t half = 0; half < 2; half++)
+                transpose16(across.groups + m + half * 16, width, reinterpret_cast<uint32_t*>(panel + half * kTile), 16);
+        } else {
+            for (int64_t g = 0; g < 16; g++)
+                std::memcpy(panel + g * kGroups.group, across.groups + g * width + m, kPanel * 4);
+        }
     }
 }
 
