@@ -577,7 +577,6 @@ def restore_(model: nn.Module) -> None:
             site.clock.sites.remove(site)
         del layer.site
         layer.__dict__.pop("norm", None)
-        layer.__dict__.pop("rectify", None)
         plain: Any = layer
         plain.__class__ = _PLAIN_TYPES[type(layer)]
     for module in model.modules():

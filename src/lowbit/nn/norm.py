@@ -10,7 +10,7 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -469,8 +469,6 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
     `running_mean` and `running_var` hold running averages of mu and sigma squared, so that the plain layer that
     `lowbit.restore_` gives back evaluates alike.
 
-    Attributes:
-        rectify: whether the call that runs now also does the ReLU after it, see `FusedSequential`.
     """
 
     def attach(self, *, name: str, recipe: Recipe, clock: Clock, engine: str) -> None:
@@ -481,11 +479,14 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
         bits = [norm.input.bits, norm.grad_output.bits]
         self.site = Site(name=name, recipe=recipe, clock=clock, input_format=norm.input, bits=bits, engine=engine)
         self.norm = norm
-        self.rectify = False
 
     @runs_eagerly
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
         """See `range_batch_norm`; in training the running statistics move towards the batch's."""
+        return self.normalize(input)
+
+    def normalize(self, input: Tensor, *, rectify: bool = False) -> Tensor:  # noqa: A002 - the plain layer's argument
+        """What `forward` does; with `rectify` the result is 0 where it would be less, as a ReLU after it makes it."""
         self._check_input_dim(input)
         fixed = None
         if not self.training and self.running_mean is not None and self.running_var is not None:
@@ -503,7 +504,7 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
                 layer=self.site.name,
                 engine=self.site.engine,
                 source=self.site,
-                rectify=self.rectify,
+                rectify=rectify,
             ),
             fixed=fixed,
         )
@@ -550,26 +551,37 @@ class FusedSequential(nn.Sequential):
         following = next(modules, None)
         while (module := following) is not None:
             following = next(modules, None)
-            if not _fuses(module, following):
+            if is_fusible(module, following) and _is_called_plainly(module) and _is_called_plainly(following):
+                x = module.normalize(x, rectify=True)
+                following = next(modules, None)
+            else:
                 x = module(x)
-                continue
-            assert isinstance(module, _RangeBatchNormNd)
-            module.rectify = True
-            try:
-                x = module(x)
-            finally:
-                module.rectify = False
-            following = next(modules, None)
         return x
 
 
 def has_fused_pair(module: nn.Module) -> bool:
     """Whether this is a plain `torch.nn.Sequential` with a Range BN on the int8 engine right before a ReLU."""
-    return type(module) is nn.Sequential and any(_fuses(*pair) for pair in itertools.pairwise(module))
+    return type(module) is nn.Sequential and any(is_fusible(*pair) for pair in itertools.pairwise(module))
 
 
-def _fuses(norm: nn.Module, relu: nn.Module | None) -> bool:
-    """Whether these two run as one: nobody looks between them, and the engine of the first makes it a gain."""
-    if not isinstance(norm, _RangeBatchNormNd) or type(relu) is not nn.ReLU or norm.site.engine != "int8":
-        return False
-    return not (norm._forward_hooks or relu._forward_hooks or relu._forward_pre_hooks)
+def is_fusible(norm: nn.Module, relu: nn.Module | None) -> TypeGuard[_RangeBatchNormNd]:
+    """Whether these are a Range BN and a ReLU that could run as one, and the engine of the first makes it a gain."""
+    return isinstance(norm, _RangeBatchNormNd) and type(relu) is nn.ReLU and norm.site.engine == "int8"
+
+
+# What a plain call of either module runs.
+_PLAIN_FORWARDS = (_RangeBatchNormNd.forward, nn.ReLU.forward)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _is_called_plainly(module: nn.Module | None) -> bool:
+    """Whether calling the module runs its class's own forward and nothing else: no hook, no replaced forward."""
+    return (
+        module is not None
+        and type(module).forward in _PLAIN_FORWARDS
+        and type(module).__call__ is nn.Module.__call__
+        and "forward" not in module.__dict__
+        and module._compiled_call_impl is None
+        and not any(getattr(module, hooks) for hooks in _HOOKS)
+        and not nn.modules.module._has_any_global_hook()
+    )
