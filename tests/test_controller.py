@@ -551,7 +551,7 @@ def test_a_damaged_state_changes_nothing() -> None:
     controller.step(1.0)
     before = controller.state_dict()
 
-    with pytest.raises(UsageError, match="no state of a PrecisionController"):
+    with pytest.raises(UsageError, match="not a state of a PrecisionController"):
         controller.load_state_dict({**before, "version": 2})
     with pytest.raises(UsageError, match="at step -3"):
         controller.load_state_dict({**before, "step": -3})

@@ -568,7 +568,7 @@ class TestState:
         model = _mlp()
         lowbit.convert_(model, "sbm8")
 
-        with pytest.raises(UsageError, match=r"no state of lowbit\.state_dict"):
+        with pytest.raises(UsageError, match=r"not a lowbit\.state_dict|state=|lacks groups"):
             lowbit.load_state_dict(model, state)
 
     def test_a_plain_model_has_no_state(self) -> None:
@@ -707,3 +707,54 @@ class TestAwkward:
 
         assert torch.equal(gradient(), second)
         assert not torch.equal(second, third)
+
+
+@pytest.mark.parametrize(
+    "seed", [True, 1.5, "1", None, -1, 2**64, 10**5000, torch.tensor(1)], ids=lambda s: type(s).__name__
+)
+def test_a_seed_is_a_whole_number_of_64_bits(seed: Any) -> None:
+    """Any other seed would share its noise with one of these, or fail in a step: the model stays plain."""
+    model = _mlp()
+
+    with pytest.raises(UsageError, match=r"seed=.*from 0 to 18446744073709551615"):
+        lowbit.convert_(model, "sbm8", seed=seed)
+
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+def test_the_smallest_and_the_largest_seed_train(seed: int) -> None:
+    """Both ends of the range convert, step and round trip."""
+    model = _mlp()
+    lowbit.convert_(model, "sbm8", seed=seed)
+    model(torch.randn(5, 6)).sum().backward()
+
+    lowbit.load_state_dict(model, lowbit.state_dict(model))
+
+    assert lowbit.state_dict(model)["groups"][0]["seed"] == seed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"rules": 3}, "rules=3"),
+        ({"rules": "0"}, "rules='0'"),
+        ({"rules": {"0": None}}, "rules="),
+        ({"rules": [("0",)]}, "rule .*pairs"),
+        ({"rules": [(3, None)]}, "rule for 3: give a name"),
+        ({"rules": [("0", 3)]}, "recipe 3: give a lowbit.Recipe"),
+        ({"engine": 3}, "engine 3"),
+        ({"engine": None}, "engine None"),
+        ({"engine": ["int8"]}, "engine \\['int8'\\]"),
+        ({"strict": "no"}, "strict='no': give True or False"),
+        ({"strict": 0}, "strict=0: give True or False"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused(arguments: dict[str, Any], said: str) -> None:
+    """What was given is named with what is allowed, and the model stays plain."""
+    model = _mlp()
+
+    with pytest.raises(UsageError, match=said):
+        lowbit.convert_(model, "sbm8", **arguments)
+
+    assert type(model[0]) is nn.Linear

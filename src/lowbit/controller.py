@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lowbit.checks import check_keys, check_type, check_whole, is_finite, is_whole, shown
 from lowbit.convert import Matcher, matches
 from lowbit.errors import UsageError, unknown
 from lowbit.formats import Zero, check_bits
@@ -33,6 +34,7 @@ LayerRule = tuple[Matcher | Callable[[nn.Module], bool], tuple[Bits | None, Bits
 # A range test in the first cycle trains at least so many steps at each width.
 _LEAST_STEPS = 10
 _MOST_LOOKS = 10**6
+_MOST_STEPS = 2**63 - 1
 
 
 def is_depthwise(layer: nn.Module) -> bool:
@@ -296,30 +298,53 @@ class PrecisionController:
         Raises:
             UsageError: the state is of another version or of other schedules, or damaged.
         """
-        if not isinstance(state, Mapping) or state.get("version") != 1 or set(state) != set(self.state_dict()):
-            raise UsageError("load_state_dict: this is no state of a PrecisionController, version 1")
-        if state["fingerprint"] != self._fingerprint or len(state["rules"]) != len(self._rules()):
-            different = [key for key, value in self._fingerprint.items() if state["fingerprint"].get(key) != value]
+        own = self.state_dict()
+        if not isinstance(state, Mapping) or not is_whole(state.get("version")) or state["version"] != 1:
+            raise UsageError("load_state_dict: this is not a state of a PrecisionController, version 1")
+        check_keys("load_state_dict: the state", state, own)
+        self._check_fingerprint(state["fingerprint"])
+        if not is_whole(state["step"]) or not 0 <= state["step"] <= (
+            _MOST_STEPS if (n := self.total_steps) is None else n
+        ):
+            raise UsageError(f"load_state_dict: the state is at step {shown(state['step'])} of {self.total_steps}")
+        counted = check_whole("load_state_dict: counted", state["counted"], 0, (self._steps_per_epoch or 1) - 1)
+        if not is_finite(state["losses"]) or (not counted and state["losses"]):
             raise UsageError(
-                f"load_state_dict: the state is of a controller with other {', '.join(different) or 'rules'}: make "
-                "this one with the arguments, for the model, that it was saved with"
+                f"load_state_dict: losses={shown(state['losses'])} of {counted} steps: expected the finite sum of the "
+                "losses of so many steps, 0 of none"
             )
-        if not _is_count(state["step"] + 1) or (self.total_steps is not None and state["step"] > self.total_steps):
-            raise UsageError(f"load_state_dict: the state is at step {state['step']!r} of {self.total_steps}")
-        before = [rule.state_dict() for rule in self._rules()]
+        rules = self._rules()
+        if not isinstance(state["rules"], list) or len(state["rules"]) != len(rules):
+            raise UsageError(f"load_state_dict: rules={shown(state['rules'])}: expected a list of {len(rules)} states")
+        if self.gates is None and state["gates"] is not None:
+            raise UsageError("load_state_dict: the state is of a controller with gates, and this one has none")
+        before = [rule.state_dict() for rule in rules]
         try:
-            for rule, saved in zip(self._rules(), state["rules"], strict=True):
+            for rule, saved in zip(rules, state["rules"], strict=True):
                 rule.load_state_dict(saved)
             if self.gates is not None:
                 self.gates.load_state_dict(state["gates"])
-        except (UsageError, RuntimeError, TypeError, KeyError) as error:
-            for rule, saved in zip(self._rules(), before, strict=True):
+        except Exception as error:  # a rule of a user's own raises what it likes
+            for rule, saved in zip(rules, before, strict=True):
                 rule.load_state_dict(saved)
             raise UsageError(f"load_state_dict: {error}") from error
-        self._step, self._counted = state["step"], state["counted"]
+        self._step, self._counted = state["step"], counted
         self._losses = torch.tensor(state["losses"], dtype=torch.float64)
         self._follow_rules()
         self._write(training=True)
+
+    def _check_fingerprint(self, saved: object) -> None:
+        """Raise where a state is of other schedules, layers or gates."""
+        check_type("load_state_dict: fingerprint", saved, dict[str, str])
+        assert isinstance(saved, dict)
+        different = [
+            key for key in dict.fromkeys([*self._fingerprint, *saved]) if self._fingerprint.get(key) != saved.get(key)
+        ]
+        if different:
+            raise UsageError(
+                f"load_state_dict: the state is of a controller with other {', '.join(different)}: make "
+                "this one with the arguments, for the model, that it was saved with"
+            )
 
     def remove(self) -> None:
         """Let go of the model: hooks and gates go, and every layer has its recipe's bits again."""

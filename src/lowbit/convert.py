@@ -9,7 +9,7 @@ import re
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from lowbit import calibration, integer
 from lowbit.calibration import Shape, Table, Timing
+from lowbit.checks import check_keys, check_type, check_whole, checked, is_whole, shown
 from lowbit.errors import UsageError, unknown
-from lowbit.formats import Format, Integer
+from lowbit.formats import Format, Integer, check_width
 from lowbit.kernels import native_instruction_sets
 from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS
 from lowbit.nn.layers import QuantLayer
@@ -35,6 +36,11 @@ Matcher = str | re.Pattern[str] | type
 Rule = tuple[Matcher, RecipeLike | None]
 
 LEFT_BY_RULE = "a rule leaves it"
+_WHICH = "give a name, a compiled regular expression, or a module type"
+
+# The largest seed and step: noise is a hash of 64 bits of each, and a larger one would give another's noise.
+MOST_SEED = 2**64 - 1
+_MOST_STEPS = 2**63 - 1
 
 # Channels of one group below which a grouped convolution leaves 32-wide tiles mostly idle; engine="auto" then takes
 # the reference engine, where this machine was not measured.
@@ -163,17 +169,21 @@ def convert_(
             recipe's policy for first and last layers; None leaves the layer alone.
         strict: True raises where a layer should be converted and cannot; False leaves it and says so in the report.
         engine: ``"auto"`` or one of `lowbit.products.ENGINES`.
-        seed: of all noise in stochastic rounding. Parts of one model that are converted apart need a seed each.
+        seed: of all noise in stochastic rounding, 0 to ``2**64 - 1``. Parts of one model that are converted apart need
+            a seed each.
 
     Returns:
         The report, a row per layer.
 
     Raises:
-        UsageError: unknown recipe or engine, a rule that decided no layer, a layer that cannot be converted, nothing
-            to convert, a model that is compiled or converted already. The model is then unchanged.
+        UsageError: an argument of another type, unknown recipe or engine, a rule that decided no layer, a layer that
+            cannot be converted, nothing to convert, a model that is compiled or converted already. The model is then
+            unchanged.
     """
+    check_type("strict", strict, bool)
+    check_whole("seed", seed, 0, MOST_SEED)
     recipe = _recipe(recipe)
-    resolved = [(which, None if r is None else _recipe(r)) for which, r in map(_pair, rules)]
+    resolved = [(which, None if r is None else _recipe(r)) for which, r in _pairs(rules)]
     if engine not in ("auto", *ENGINES):
         raise unknown("engine", engine, ("auto", *ENGINES))
     _check_model(model)
@@ -324,13 +334,19 @@ def _recipe(given: object) -> Recipe:
         return given
     if isinstance(given, str):
         return Recipe.from_name(given)
-    raise UsageError(f"recipe {given!r}: give a lowbit.Recipe or the name of one: {', '.join(recipes())}")
+    raise UsageError(f"recipe {shown(given)}: give a lowbit.Recipe or the name of one: {', '.join(recipes())}")
 
 
-def _pair(rule: object) -> Rule:
-    if isinstance(rule, tuple) and len(rule) == 2:
-        return rule
-    raise UsageError(f"rule {rule!r}: rules are pairs (which layers, recipe or None) in a list")
+def _pairs(rules: object) -> list[Rule]:
+    """The rules as they are; a UsageError unless each is a pair that begins with what can match."""
+    if not isinstance(rules, list | tuple):
+        raise UsageError(f"rules={shown(rules)}: rules are pairs (which layers, recipe or None) in a list")
+    for rule in rules:
+        if not isinstance(rule, tuple) or len(rule) != 2:
+            raise UsageError(f"rule {shown(rule)}: rules are pairs (which layers, recipe or None) in a list")
+        if not isinstance(rule[0], str | re.Pattern | type):
+            raise UsageError(f"rule for {shown(rule[0])}: {_WHICH}")
+    return list(rules)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -408,7 +424,7 @@ def matches(which: Matcher, name: str, layer: nn.Module) -> bool:
         return which.fullmatch(name) is not None
     if isinstance(which, type):
         return plain_type(layer) is which
-    raise UsageError(f"rule for {which!r}: give a name, a compiled regular expression, or a module type")
+    raise UsageError(f"rule for {shown(which)}: {_WHICH}")
 
 
 def _check_rules(
@@ -556,6 +572,7 @@ def _remove_hooks(module: nn.Module) -> None:
         module.use_nested_tensor = module.__dict__.pop("_lowbit_nested")
 
 
+@checked
 def restore_(model: nn.Module) -> None:
     """Make every converted layer of a model plain again, in place; parameters stay the same objects.
 
@@ -606,6 +623,7 @@ def clocks(model: nn.Module) -> list[Clock]:
     return list(dict.fromkeys(found))
 
 
+@checked
 def state_dict(model: nn.Module) -> dict[str, Any]:
     """Lowbit's own state, apart from `model.state_dict()`: seed, step, recipes, bits, running ranges, engines.
 
@@ -618,26 +636,29 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
     groups = clocks(model)
     if not groups:
         raise UsageError("state_dict: nothing in this model is converted; call lowbit.convert_ first")
+    return {"version": 1, "groups": [_state_of(clock) for clock in groups]}
+
+
+# What is saved of a site.
+_SITE = ("recipe", "formats", "engine", "uses", "bits", "running_range")
+
+
+def _state_of(clock: Clock) -> dict[str, Any]:
+    """The part of `state_dict` that one conversion has."""
     return {
-        "version": 1,
-        "groups": [
-            {
-                "seed": clock.seed,
-                "step": int(clock.step),
-                "sites": {
-                    site.name: {
-                        "recipe": site.recipe.name,
-                        "formats": _fingerprint(site.recipe),
-                        "engine": site.engine,
-                        "uses": site.uses,
-                        "bits": site.bits.detach().cpu().clone(),
-                        "running_range": site.running_range.detach().cpu().clone(),
-                    }
-                    for site in clock.sites
-                },
+        "seed": clock.seed,
+        "step": int(clock.step),
+        "sites": {
+            site.name: {
+                "recipe": site.recipe.name,
+                "formats": _fingerprint(site.recipe),
+                "engine": site.engine,
+                "uses": site.uses,
+                "bits": site.bits.detach().cpu().clone(),
+                "running_range": site.running_range.detach().cpu().clone(),
             }
-            for clock in groups
-        ],
+            for site in clock.sites
+        },
     }
 
 
@@ -646,8 +667,9 @@ def _fingerprint(recipe: Recipe) -> int:
     return zlib.crc32(repr(recipe).encode())
 
 
+@checked
 def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
-    """Give a converted model the state that `state_dict` returned; nothing changes where it does not fit.
+    """Give a converted model the state that `state_dict` returned; nothing changes where any part of it does not fit.
 
     A model converted with ``engine="auto"`` takes the saved engines too, whatever it chose itself: the run goes on as
     it began, also where this machine was measured since.
@@ -656,14 +678,18 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
         UsageError: the state is of another version, model or recipe, or damaged; or it is of another engine than the
             one that was asked for at conversion, or than a layer can run on here.
     """
-    if not isinstance(state, dict) or state.get("version") != 1 or not isinstance(state.get("groups"), list):
-        raise UsageError("load_state_dict: this is no state of lowbit.state_dict, version 1")
     groups = clocks(model)
-    if len(groups) != len(state["groups"]):
-        raise UsageError(f"load_state_dict: {len(state['groups'])} conversions saved, the model has {len(groups)}")
+    if not isinstance(state, dict) or not is_whole(state.get("version")) or state["version"] != 1:
+        raise UsageError("load_state_dict: this is not a lowbit.state_dict of version 1")
+    check_keys("load_state_dict: the state", state, ("version", "groups"))
+    if not isinstance(state["groups"], list) or len(groups) != len(state["groups"]):
+        saved = len(state["groups"]) if isinstance(state["groups"], list) else shown(state["groups"])
+        raise UsageError(f"load_state_dict: {saved} conversions saved, the model has {len(groups)}")
     layers = {site: m for m in model.modules() if isinstance(m, QuantLayer) for site in m.sites()}
     for clock, saved in zip(groups, state["groups"], strict=True):
         _check_group(clock, saved)
+        for site in clock.sites:
+            _check_site(site, saved["sites"][site.name])
         if clock.free:
             _check_engines(clock, saved["sites"], layers)
     for clock, saved in zip(groups, state["groups"], strict=True):
@@ -677,53 +703,67 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
             site.running_range.copy_(entry["running_range"])
 
 
+def _check_group(clock: Clock, saved: Any) -> None:
+    """Raise unless a saved group has a seed, a step, and the sites of this clock, with the same recipes and engines.
+
+    A clock that is free in its engines takes any.
+    """
+    check_keys("load_state_dict: a conversion", saved, ("seed", "step", "sites"))
+    check_whole("load_state_dict: seed", saved["seed"], 0, MOST_SEED)
+    check_whole("load_state_dict: step", saved["step"], 0, _MOST_STEPS)
+    if not isinstance(saved["sites"], dict):
+        raise UsageError(f"load_state_dict: sites is {shown(saved['sites'])}: expected a dict by the layers' names")
+    there = {name: _identity(entry, clock) for name, entry in saved["sites"].items()}
+    own = _state_of(clock)["sites"]
+    here = {name: _identity(entry, clock) for name, entry in own.items()}
+    different = [name for name in dict.fromkeys([*here, *there]) if here.get(name) != there.get(name)]
+    if different:
+        name = different[0]
+        raise UsageError(
+            f"load_state_dict: {len(different)} layers differ, first {shown(name)}: saved {there.get(name, 'none')}, "
+            f"here {here.get(name, 'none')}. Convert the same model in the same way first"
+        )
+
+
+def _identity(entry: object, clock: Clock) -> str:
+    """What must agree between a saved site and one here."""
+    check_keys("load_state_dict: a site", entry, _SITE)
+    assert isinstance(entry, Mapping)
+    check_type("load_state_dict: recipe", entry["recipe"], str)
+    check_whole("load_state_dict: formats", entry["formats"], 0, 2**32 - 1)
+    check_type("load_state_dict: engine", entry["engine"], str)
+    if entry["engine"] not in ENGINES:
+        raise unknown("engine in load_state_dict", entry["engine"], ENGINES)
+    engine = "any" if clock.free else entry["engine"]
+    return f"recipe {entry['recipe']} ({entry['formats']:08x}), engine {engine}"
+
+
+def _check_site(site: Site, entry: dict[str, Any]) -> None:
+    """Raise unless the saved values of a site are values that it can have."""
+    what = f"load_state_dict: {site.name or 'the model'}"
+    check_whole(f"{what}: uses", entry["uses"], 0, _MOST_STEPS)
+    for name in ("bits", "running_range"):
+        own, saved = getattr(site, name), entry[name]
+        if not isinstance(saved, Tensor) or (saved.shape, saved.dtype) != (own.shape, own.dtype) or saved.is_meta:
+            raise UsageError(f"{what}: {name} is {shown(saved)}: expected {own.dtype} of shape {tuple(own.shape)}")
+    for bits, (product, operand, fmt) in zip(entry["bits"].tolist(), site.formats(), strict=True):
+        try:
+            check_width(bits, fmt)
+        except UsageError as error:
+            raise UsageError(f"{what}: {operand} of {product}: {error}") from error
+    low, high, count = entry["running_range"].tolist()
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high and count >= 0 and count == count // 1):
+        raise UsageError(
+            f"{what}: running_range={[low, high, count]}: expected finite extremes in order, and a number of batches"
+        )
+
+
 def _check_engines(clock: Clock, saved: dict[str, Any], layers: dict[Site, QuantLayer]) -> None:
     """Raise where a layer of this clock cannot run on the engine that was saved for it."""
     for site in clock.sites:
         engine = saved[site.name]["engine"]
-        if engine not in ENGINES:
-            raise unknown(f"engine of {site.name!r} in load_state_dict", engine, ENGINES)
         if engine == "int8" and engine != site.engine and (why := _why_refused(layers[site], site.recipe)):
             raise UsageError(
                 f"load_state_dict: {site.name!r} was saved on the int8 engine, which cannot run it here: {why}. Go on "
                 "where it began; another engine gives other last digits"
             )
-
-
-def _check_group(clock: Clock, saved: Any) -> None:
-    """Raise unless a saved group has just the sites of this clock, each with the same recipe, engine and shapes.
-
-    A clock that is free in its engines takes any.
-    """
-    try:
-        whole = isinstance(saved["seed"], int) and isinstance(saved["step"], int)
-        there = {
-            name: _identity(**{**entry, "engine": "any"} if clock.free and "engine" in entry else entry)
-            for name, entry in saved["sites"].items()
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"load_state_dict: the state is incomplete ({error})") from error
-    here = {
-        site.name: _identity(
-            recipe=site.recipe.name,
-            formats=_fingerprint(site.recipe),
-            engine="any" if clock.free else site.engine,
-            uses=site.uses,
-            bits=site.bits,
-            running_range=site.running_range,
-        )
-        for site in clock.sites
-    }
-    different = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-    if different or not whole:
-        name = different[0] if different else ""
-        raise UsageError(
-            f"load_state_dict: {len(different)} layers differ, first {name!r}: saved {there.get(name, 'none')}, here "
-            f"{here.get(name, 'none')}. Convert the same model in the same way first"
-        )
-
-
-def _identity(*, recipe: str, formats: int, engine: str, uses: int, bits: Tensor, running_range: Tensor) -> str:
-    """What must agree between a saved site and one here."""
-    shapes = f"{tuple(bits.shape)}, {tuple(running_range.shape)}"
-    return f"recipe {recipe} ({formats:08x}), engine {engine}, shapes {shapes}, {type(uses).__name__}"

@@ -153,3 +153,11 @@ def check_bits(bits: int, zero: Zero) -> None:
     low, high = (1, 32) if zero == "offset" else (2, 16)
     if isinstance(bits, bool) or not isinstance(bits, int) or not low <= bits <= high:
         raise UsageError(f"bits={bits!r} for zero={zero!r}: allowed are whole numbers from {low} to {high}")
+
+
+def check_width(bits: int, fmt: Format) -> None:
+    """Raise a UsageError unless codes of a format can have this width; a float format has its own alone."""
+    if isinstance(fmt, Integer):
+        check_bits(bits, fmt.zero)
+    elif bits != fmt.bits:
+        raise UsageError(f"bits={bits!r} of {fmt}: it has {fmt.bits}")

@@ -15,6 +15,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
 
+from lowbit.checks import check_fields, check_keys, is_number, shown
 from lowbit.errors import RunError, UsageError, check_choice, unknown
 
 Profile = Literal["cosine", "linear", "rex", "exponential"]
@@ -474,9 +475,9 @@ class PlateauRule:
 
     def __init__(self, *, stages: int, threshold: float, decay: float) -> None:
         _count("stages", stages)
-        if not _is_number(threshold) or not 0 <= threshold < math.inf:
+        if not is_number(threshold) or not 0 <= threshold < math.inf:
             raise UsageError(f"threshold={threshold!r}: give a finite number, 0 or more")
-        if not _is_number(decay) or not 0 <= decay <= 1:
+        if not is_number(decay) or not 0 <= decay <= 1:
             raise UsageError(f"decay={decay!r}: give a number from 0 to 1")
         self._stages, self._decay = stages, float(decay)
         self._state = _Plateau(threshold=float(threshold))
@@ -537,13 +538,20 @@ class PlateauRule:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` gave; a UsageError where it is not the state of such a rule."""
-        _check_keys("a plateau rule", state, _Plateau)
-        loaded = _Plateau(**{**state, "window": list(state["window"])})
+        loaded: _Plateau = _loaded("a plateau rule", state, _Plateau)
         if not 0 <= loaded.stage < self._stages:
             raise UsageError(
                 f"stage {loaded.stage} of a rule with {self._stages} stages: give the stages that it was saved with"
             )
-        self._state = loaded
+        if not (
+            loaded.threshold >= 0
+            and _PLATEAU_EPOCHS * loaded.stage <= loaded.epochs < 2**63
+            and loaded.first_losses >= 0
+            and (loaded.epochs > 0 or loaded.first_losses == 0)
+            and len(loaded.window) <= min(_PLATEAU_EPOCHS, loaded.epochs)
+        ):
+            raise UsageError(f"state of a plateau rule {shown(dict(state))}: no epochs lead to these numbers")
+        self._state = replace(loaded, window=list(loaded.window))
 
 
 class Progressive(PlateauRule):
@@ -672,7 +680,7 @@ class RangeTest:
             raise UsageError(f"low={low}, high={high}: low is at most high")
         if _count("steps_per_bit", steps_per_bit) < 2:
             raise UsageError(f"steps_per_bit={steps_per_bit}: a gain needs two steps or more at each width")
-        if not _is_number(threshold) or not math.isfinite(threshold):
+        if not is_number(threshold) or not math.isfinite(threshold):
             raise UsageError(f"threshold={threshold!r}: give a finite number, e.g. 0.01")
         check_choice("direction", better, Better)
         self.low, self.high, self.steps_per_bit = low, high, steps_per_bit
@@ -769,8 +777,11 @@ class RangeTest:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` gave; a UsageError where it is not the state of such a test."""
-        _check_keys("a range test", state, _Ladder)
-        tried = [tuple(row) for row in state["tried"]]
+        check_keys("state of a range test", state, (f.name for f in fields(_Ladder)))
+        rows = state["tried"]
+        rows = [tuple(row) if isinstance(row, list) else row for row in rows] if isinstance(rows, list) else rows
+        loaded: _Ladder = _loaded("a range test", {**state, "tried": rows}, _Ladder)
+        tried = loaded.tried
         widths = [row[0] for row in tried]
         fits = len(tried) * self.steps_per_bit <= self.most_steps and len(state["measures"]) < self.steps_per_bit
         if not fits or widths != [*range(self.low, self.low + len(widths))]:
@@ -778,7 +789,17 @@ class RangeTest:
                 f"state of a range test that tried {widths} bits: this one goes from {self.low} to {self.high} with "
                 f"{self.steps_per_bit} steps at each; give the arguments that it was saved with"
             )
-        self._state = _Ladder(measures=list(state["measures"]), tried=tried, chosen=state["chosen"])
+        if any(row[1] != self.steps_per_bit for row in tried):
+            raise UsageError(f"state of a range test with {shown(tried)}: each width has {self.steps_per_bit} steps")
+        over = len(tried) == self.most_steps // self.steps_per_bit
+        gains = {row[0]: row[4] for row in tried}
+        if loaded.chosen is None:
+            consistent = not over
+        else:
+            consistent = gains.get(loaded.chosen, -math.inf) > self.threshold or (over and loaded.chosen == self.high)
+        if not consistent:
+            raise UsageError(f"state of a range test that chose {loaded.chosen} bits: its gains do not lead to that")
+        self._state = replace(loaded, measures=list(loaded.measures))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -892,15 +913,25 @@ def _check_bits(what: str, bits: object) -> None:
         raise UsageError(f"{what}={bits!r}: bits are whole numbers from 1 to 32")
 
 
-def _is_number(given: object) -> bool:
-    return isinstance(given, int | float) and not isinstance(given, bool)
+def _loaded(what: str, state: object, expected: type[Any]) -> Any:
+    """A saved state as the class that remembers it; a UsageError unless each field is of its type and finite."""
+    check_keys(f"state of {what}", state, (f.name for f in fields(expected)))
+    assert isinstance(state, Mapping)
+    loaded = expected(**state)
+    try:
+        check_fields(loaded)
+    except UsageError as error:
+        raise UsageError(f"state of {what}: {error}") from error
+    if bad := [name for name, value in state.items() if not _is_finite(value)]:
+        raise UsageError(f"state of {what}: {bad[0]}={shown(state[bad[0]])} is not finite")
+    return loaded
 
 
-def _check_keys(what: str, state: Mapping[str, Any], expected: type[Any]) -> None:
-    """Raise a UsageError unless a saved state has exactly the fields of that class."""
-    names = {f.name for f in fields(expected)}
-    if set(state) != names:
-        raise UsageError(f"state of {what} with {sorted(state)}: it has exactly {sorted(names)}")
+def _is_finite(value: object) -> bool:
+    """Whether a number, or every number in a list, is neither inf nor nan."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _check_step(step: int, total_steps: int | None) -> None:

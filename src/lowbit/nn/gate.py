@@ -6,7 +6,7 @@ Notation: B samples, n blocks, K choices, p probabilities ``(B, K)``, m MACs of 
 Source: Fu et al. 2020, FracTrain, arXiv:2012.13113, section 3.2; sizes, mixing and sign rule as in the authors' code.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowbit.checks import check_keys, shown
 from lowbit.errors import UsageError
 from lowbit.formats import Zero, check_bits
 from lowbit.nn.site import Site, is_recomputing, runs_eagerly
@@ -168,6 +169,24 @@ class Gates(nn.Module):
                         for pair in self._gating.choices:
                             if pair[place]:
                                 _check_width(site, operand, pair[place], fmt.zero)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Continue from what `state_dict` gave; nothing changes where any tensor does not fit.
+
+        Raises:
+            UsageError: a tensor is missing, unknown, of another shape or dtype, or has a nan or inf.
+        """
+        own = self.state_dict()
+        check_keys("state of the gates", state_dict, own)
+        for name, saved in state_dict.items():
+            like = own[name]
+            if not isinstance(saved, Tensor) or (saved.shape, saved.dtype) != (like.shape, like.dtype) or saved.is_meta:
+                raise UsageError(
+                    f"state of the gates: {name} is {shown(saved)}: expected {like.dtype} of shape {tuple(like.shape)}"
+                )
+            if not bool(saved.isfinite().all()) or (name in ("sizes", "costs") and bool((saved < 0).any())):
+                raise UsageError(f"state of the gates: {name} has values that it cannot have")
+        return super().load_state_dict(state_dict, strict, assign)
 
     @property
     def blocks(self) -> tuple[str, ...]:
