@@ -2,7 +2,7 @@
 
 One variant a call, on Fashion-MNIST with SGD and a one-cycle learning rate that ends at zero. Example:
 
-    python benchmarks/range_norm.py sbm8 batch-norm range-only authors
+    python benchmarks/range_norm.py sbm8 batch-norm range-only paper
 """
 
 import argparse
@@ -26,7 +26,7 @@ VARIANTS = {
     "fp32": lowbit.Recipe.from_name("fp32"),
     "sbm8": SBM8,
     "batch-norm": SBM8.replace(name="sbm8 with batch normalisation", normalization=None),
-    "authors": SBM8.replace(name="sbm8-authors", normalization=dataclasses.replace(NORM, constant="authors")),
+    "paper": SBM8.replace(name="sbm8-paper", normalization=dataclasses.replace(NORM, constant="paper")),
     "range-only": lowbit.Recipe.from_name("fp32").replace(
         name="fp32 with Range BN", normalization=dataclasses.replace(NORM, input=FP32, grad_output=FP32)
     ),

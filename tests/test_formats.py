@@ -73,6 +73,9 @@ def test_a_misspelt_value_is_answered_with_the_nearest(field: str, value: str, n
         ({"granularity": "block", "block": 0}, "at least one element"),
         ({"granularity": "block", "block": -4}, "at least one element"),
         ({"granularity": "row", "range": "sample-mean"}, "per tensor only"),
+        ({"fewest": 8}, "only with it"),
+        ({"fewest": 0, "range": "sample-mean"}, "1 or more"),
+        ({"fewest": 1.5, "range": "sample-mean"}, "without a fraction"),
         ({"granularity": "sample", "running": 0.9}, "per tensor only"),
         ({"granularity": "block", "block": 4, "running": 0.9}, "per tensor only"),
         ({"running": 1.0}, r"in \[0, 1\)"),
@@ -153,6 +156,10 @@ def test_an_unknown_float_is_refused() -> None:
         (
             Integer(bits=4, zero="integer", range="sample-mean", rounding="stochastic"),
             "4-bit integer, tensor, sample-mean, stochastic",
+        ),
+        (
+            Integer(bits=8, zero="integer", range="sample-mean", fewest=256),
+            "8-bit integer, tensor, sample-mean from 256 values",
         ),
         (Integer(bits=4, zero="offset", granularity="block", block=32), "4-bit offset, block 32"),
     ],

@@ -89,7 +89,7 @@ def test_any_number_of_chunks(vectors: Vectors, chunks: int) -> None:
     fp32 = Recipe.from_name("fp32").output.input
     assert HOFFER.normalization is not None
     norm = type(HOFFER.normalization)(
-        input=fp32, grad_output=fp32, constant="authors", chunks=chunks, epsilon="outside"
+        input=fp32, grad_output=fp32, constant="authors", chunks=chunks, fewest_per_chunk=2, epsilon="outside"
     )
     x = vectors["x0"].double().requires_grad_()
 

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from unittest import mock
 
@@ -17,6 +18,8 @@ def _randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 KEEPS = Integer(bits=8, zero="integer", running=0.75)
+_FEWEST = {"range": "sample-mean", "fewest": 61}  # one more than samples of (3, 4, 5) have
+_ENOUGH = {"range": "sample-mean", "fewest": 60}
 
 
 class TestExtremes:
@@ -61,6 +64,22 @@ class TestExtremes:
         assert lo.shape == (1, 1, 1, 1)
         torch.testing.assert_close(lo.item(), sum(s.min().item() for s in x) / 4, rtol=1e-6, atol=0)
         torch.testing.assert_close(hi.item(), sum(s.max().item() for s in x) / 4, rtol=1e-6, atol=0)
+
+    @pytest.mark.parametrize(("fewest", "expected"), [(None, (-2, 3)), (2, (-2, 3)), (3, (-3, 4))])
+    def test_samples_of_too_few_values_have_the_extremes_of_all(self, fewest: int, expected: tuple[int, int]) -> None:
+        """Samples of 2 values are averaged where 2 suffice, and from 3 on the batch's extremes are taken."""
+        lo, hi = extremes(torch.tensor([[-1.0, 2.0], [-3.0, 4.0]]), rule="sample-mean", dims=(0, 1), fewest=fewest)
+
+        assert (lo.item(), hi.item()) == expected
+
+    @pytest.mark.parametrize(("values", "low", "high"), [(64, 0.015, 0.025), (256, 0.003, 0.006)])
+    def test_share_that_the_mean_of_extremes_clips(self, values: int, low: float, high: float) -> None:
+        """Of normal samples of n values about 1.1 / n is clipped: the reason for 256 (n = 32,768; alarm < 1e-4)."""
+        x = _randn(32_768 // values, values)
+        fmt = Integer(bits=8, zero="integer", range="sample-mean")
+
+        assert low < (quantize(x, fmt, measure=True).clipped or 0) < high
+        assert (quantize(x, dataclasses.replace(fmt, fewest=values + 1), measure=True).clipped or 0) < 1e-4
 
     def test_a_vector_is_one_sample(self) -> None:
         """In one axis nothing can be averaged: the extremes are those of the vector."""
@@ -283,7 +302,7 @@ def test_the_native_pass_records_what_torch_records(data: st.DataObject) -> None
     fmt = Integer(
         bits=8,
         zero="integer",
-        range=data.draw(st.sampled_from(["minmax", "sample-mean"])),
+        **data.draw(st.sampled_from([{"range": "minmax"}, {"range": "sample-mean"}, _FEWEST, _ENOUGH])),
         running=data.draw(st.floats(0, 0.99)),
         running_start=data.draw(st.sampled_from(["first", "zero"])),
     )

@@ -63,7 +63,7 @@ class TestStored:
 
     def test_sbm8_is_what_the_design_says(self) -> None:
         """The whole table of `sbm8`, operand by operand."""
-        x = Integer(bits=8, zero="integer", range="sample-mean", running=0.9)
+        x = Integer(bits=8, zero="integer", range="sample-mean", fewest=256, running=0.9)
         w = Integer(bits=8, zero="symmetric", granularity="kept-channel")
         g = Integer(bits=8, zero="integer", rounding="stochastic")
         recipe = _sbm8()
@@ -76,7 +76,9 @@ class TestStored:
             grad_input=GradInput(grad_output=g, weight=w),
             grad_weight=GradWeight(grad_output=BF16, input=x),
             bias=FP32,
-            normalization=RangeNorm(input=x, grad_output=g, constant="paper", chunks=16, epsilon="inside"),
+            normalization=RangeNorm(
+                input=x, grad_output=g, constant="authors", chunks=16, fewest_per_chunk=16, epsilon="inside"
+            ),
             first="convert",
             last="convert",
         )
@@ -86,6 +88,15 @@ class TestStored:
         floors = {fmt.floor for _, _, fmt in _sbm8().operands() if isinstance(fmt, Integer)}
 
         assert floors == {0.0}
+
+    def test_the_authors_code_has_no_fewest_values(self) -> None:
+        """`sbm8-hoffer` averages over samples of any size and cuts chunks of 2 values, as its authors do."""
+        recipe = Recipe.from_name("sbm8-hoffer")
+
+        assert isinstance(recipe.output.input, Integer)
+        assert recipe.normalization is not None
+        assert (recipe.output.input.range, recipe.output.input.fewest) == ("sample-mean", None)
+        assert recipe.normalization.fewest_per_chunk == 2
 
     @pytest.mark.parametrize("name", ["sbm8-hoffer", "sbm8-cpt"])
     def test_the_authors_variants_have_their_floor_and_offset(self, name: str) -> None:
@@ -252,6 +263,7 @@ class TestValue:
             ({"constant": "author"}, "Did you mean 'authors'"),
             ({"epsilon": "in"}, "unknown place of epsilon 'in'"),
             ({"chunks": 0}, "at least one chunk"),
+            ({"fewest_per_chunk": 1}, "at least two values"),
             ({"momentum": 0.0}, r"in \(0, 1\]"),
             ({"momentum": 1.5}, r"in \(0, 1\]"),
         ],

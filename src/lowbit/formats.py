@@ -71,6 +71,8 @@ class Integer:
         block: length of a block, only with granularity ``"block"``; the last one may be shorter.
         range: lo and hi: ``"minmax"`` of what shares the scale, or ``"sample-mean"``: the mean over samples of
             each sample's extremes, so that the largest outliers are clipped (per tensor only).
+        fewest: only with ``"sample-mean"``: a sample of fewer values has no extremes worth a mean, and lo and hi are
+            those of the whole tensor; None: samples of any size, as in the authors' codes.
         running: weight of the old value in the running range that evaluation uses, in [0, 1); None:
             evaluation takes the range of its own batch. Per tensor only.
         running_start: ``"first"``: the running range starts as the first batch's; ``"zero"``: it starts at 0
@@ -87,6 +89,7 @@ class Integer:
     granularity: Granularity = "tensor"
     block: int | None = None
     range: RangeRule = "minmax"
+    fewest: int | None = None
     running: float | None = None
     running_start: RunningStart = "first"
     rounding: Rounding = "nearest"
@@ -102,7 +105,7 @@ class Integer:
         ):
             check_choice(what, getattr(self, what), allowed)
         check_bits(self.bits, self.zero)
-        for what, types in (("block", int), ("running", int | float), ("floor", int | float)):
+        for what, types in (("block", int), ("fewest", int), ("running", int | float), ("floor", int | float)):
             value = getattr(self, what)
             if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
                 raise UsageError(f"{what}={value!r}: give a number" + (", without a fraction" if types is int else ""))
@@ -113,6 +116,11 @@ class Integer:
             )
         if self.block is not None and self.block < 1:
             raise UsageError(f"block={self.block}: a block has at least one element")
+        if self.fewest is not None and (self.range != "sample-mean" or self.fewest < 1):
+            raise UsageError(
+                f"fewest={self.fewest} with range={self.range!r}: the fewest values of a sample, 1 or more, go with "
+                "range 'sample-mean', and only with it"
+            )
         if self.granularity != "tensor" and (self.range == "sample-mean" or self.running is not None):
             raise UsageError(
                 f"range={self.range!r}, running={self.running} with granularity={self.granularity!r}: the mean of "
@@ -138,7 +146,9 @@ class Integer:
     def __str__(self) -> str:
         shared = f"block {self.block}" if self.block else self.granularity
         parts = [f"{self.bits}-bit {self.zero}", shared]
-        parts += ["sample-mean"] * (self.range == "sample-mean") + ["stochastic"] * self.stochastic
+        if self.range == "sample-mean":
+            parts.append("sample-mean" if self.fewest is None else f"sample-mean from {self.fewest} values")
+        parts += ["stochastic"] * self.stochastic
         return ", ".join(parts)
 
 

@@ -249,7 +249,7 @@ def encode_operand(
         passes.memory,
         fmt,
         levels=levels,
-        samples=samples_of(x.shape, fmt.range) if passes.whole else None,
+        samples=samples_of(x.shape, fmt.range, fmt.fewest) if passes.whole else None,
         observed=observed,
         key=key,
         taps=passes.taps,

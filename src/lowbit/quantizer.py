@@ -106,7 +106,7 @@ def encode(
         raise ValueError("a format in blocks needs the dims that share a scale: use `quantize`, which cuts the blocks")
     dims = tuple(range(x.dim())) if dims is None else dims
     levels = float(fmt.code_range[1]) if levels is None else levels
-    lo, hi = observed or extremes(x, rule=fmt.range, dims=dims)
+    lo, hi = observed or extremes(x, rule=fmt.range, dims=dims, fewest=fmt.fewest)
     scale, zero, low, high = grid_of(lo, hi, fmt, levels)
     if fmt.zero == "symmetric":
         return Codes(reference.codes_symmetric(x, scale, levels, noise), scale, None, None, low, high)
@@ -241,7 +241,7 @@ def _natively(
     if observed is not None:
         lo, hi = observed
     elif len(dims) == len(view):
-        lo, hi = extremes(x, rule=fmt.range, dims=tuple(range(x.dim())))
+        lo, hi = extremes(x, rule=fmt.range, dims=tuple(range(x.dim())), fewest=fmt.fewest)
     else:
         lo, hi = cpu.extremes(x, memory)
     levels = float(fmt.code_range[1]) if levels is None else float(levels)

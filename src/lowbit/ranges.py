@@ -3,6 +3,8 @@
 Notation: r running extreme, m weight of its old value.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from lowbit.formats import Integer, RangeRule, RunningStart
 from lowbit.kernels import cpu
 
 
-def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...], fewest: int | None = None) -> tuple[Tensor, Tensor]:
     """The lo and hi of what shares a scale.
 
     Args:
@@ -18,6 +20,7 @@ def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...]) -> tuple[Tens
         rule: ``"minmax"``: smallest and largest over `dims`. ``"sample-mean"``: the mean over the first axis of
             each sample's smallest and largest (then `dims` must be all dims).
         dims: the dims that share one scale.
+        fewest: as of `lowbit.formats.Integer`.
 
     Returns:
         lo and hi with `dims` kept as 1, in the dtype of `x`; a mean, which float64 sums, in float32 for 16-bit types.
@@ -37,7 +40,7 @@ def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...]) -> tuple[Tens
         return zeros, zeros
     if not dims:
         return x, x
-    samples = samples_of(x.shape, rule)
+    samples = samples_of(x.shape, rule, fewest)
     if cpu.runs(x) and len(dims) == x.dim() and _is_dense(x):
         lo, hi = cpu.extremes(x, (1, samples, x.numel() // samples, False))
     elif samples > 1:
@@ -47,9 +50,10 @@ def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...]) -> tuple[Tens
     return _mean(lo).reshape(shape), _mean(hi).reshape(shape)
 
 
-def samples_of(shape: torch.Size, rule: RangeRule) -> int:
+def samples_of(shape: torch.Size, rule: RangeRule, fewest: int | None) -> int:
     """Of how many samples the extremes are averaged: 1 where they are those of the whole tensor."""
-    return shape[0] if rule == "sample-mean" and len(shape) > 1 else 1
+    averaged = rule == "sample-mean" and len(shape) > 1 and math.prod(shape[1:]) >= (fewest or 1)
+    return shape[0] if averaged else 1
 
 
 def _mean(v: Tensor) -> Tensor:
@@ -109,14 +113,14 @@ def observed_extremes(x: Tensor, fmt: Integer, running: Tensor, *, training: boo
     if cpu.runs(x) and x.dim() and _is_dense(x) and running.dtype == torch.float32 and running.device == x.device:
         return cpu.observe(
             x,
-            samples_of(x.shape, fmt.range),
+            samples_of(x.shape, fmt.range, fmt.fewest),
             running,
             momentum=fmt.running,
             first=fmt.running_start == "first",
             training=training,
         )
     wide = torch.promote_types(x.dtype, torch.float32)
-    lo, hi = (v.to(wide) for v in extremes(x, rule=fmt.range, dims=tuple(range(x.dim()))))
+    lo, hi = (v.to(wide) for v in extremes(x, rule=fmt.range, dims=tuple(range(x.dim())), fewest=fmt.fewest))
     if training:
         record_range(running, lo, hi, momentum=fmt.running, start=fmt.running_start)
         return lo, hi

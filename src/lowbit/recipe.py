@@ -57,22 +57,27 @@ class RangeNorm:
         grad_output: format of the gradient that arrives at its output.
         constant: the factor of ``range / sqrt(2 ln n)``: ``"paper"`` 1, ``"authors"`` 0.5402 as in their code.
         chunks: the range is the mean over at most so many chunks of the batch.
+        fewest_per_chunk: values of a channel in each chunk, 2 or more; a channel of fewer is one chunk. The mean over
+            chunks of 2 to 8 values can be almost 0 where the values are not.
         epsilon: ``"inside"``: divide by ``sqrt(sigma**2 + eps)`` as BatchNorm does; ``"outside"``: by ``sigma + eps``.
         momentum: weight of the new batch in the running statistics; None keeps the layer's own.
     """
 
     input: Format
     grad_output: Format
-    constant: Constant = "paper"
+    constant: Constant = "authors"
     chunks: int = 16
+    fewest_per_chunk: int = 16
     epsilon: EpsilonPlace = "inside"
     momentum: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("Range BN constant", self.constant, Constant)
         check_choice("place of epsilon", self.epsilon, EpsilonPlace)
-        if isinstance(self.chunks, bool) or not isinstance(self.chunks, int) or self.chunks < 1:
+        if not _is_whole(self.chunks) or self.chunks < 1:
             raise UsageError(f"chunks={self.chunks!r}: a whole number of at least one chunk")
+        if not _is_whole(self.fewest_per_chunk) or self.fewest_per_chunk < 2:
+            raise UsageError(f"fewest_per_chunk={self.fewest_per_chunk!r}: a whole number of at least two values")
         for operand in ("input", "grad_output"):
             fmt = getattr(self, operand)
             if isinstance(fmt, Integer) and fmt.granularity != "tensor":
@@ -351,7 +356,9 @@ def _check_operand(where: str, operand: str, fmt: Integer) -> None:
 
 
 def _range_of(fmt: Format) -> tuple[object, ...] | None:
-    return (fmt.range, fmt.running, fmt.running_start, fmt.granularity) if isinstance(fmt, Integer) else None
+    return (
+        (fmt.range, fmt.fewest, fmt.running, fmt.running_start, fmt.granularity) if isinstance(fmt, Integer) else None
+    )
 
 
 SLOTS = tuple(

@@ -48,16 +48,17 @@ class Statistics:
     slope: Tensor
 
 
-def range_statistics(x: Tensor, *, constant: Constant, chunks: int) -> Statistics:
+def range_statistics(x: Tensor, *, constant: Constant, chunks: int, fewest: int = 2) -> Statistics:
     """Mean and range estimate of each channel.
 
-    The N values of a channel, batch-major, are cut into ``K = min(chunks, N // 2)`` chunks whose lengths differ by
-    at most one; each is weighed with its own ``sqrt(2 ln n_k)``.
+    The N values of a channel, batch-major, are cut into ``K = min(chunks, N // fewest)`` chunks, one at least, whose
+    lengths differ by at most one; each is weighed with its own ``sqrt(2 ln n_k)``.
 
     Args:
         x: float ``(B, C, *size)``.
         constant: which kappa.
         chunks: at most so many chunks.
+        fewest: values in a chunk, unless the channel has fewer.
 
     Raises:
         ValueError: N < 2: one value has no range.
@@ -72,7 +73,7 @@ def range_statistics(x: Tensor, *, constant: Constant, chunks: int) -> Statistic
             f"Range BN got an input of shape {tuple(x.shape)}: {count} value(s) per channel have no range. Use a "
             "larger batch, or leave this layer out with a rule"
         )
-    lengths, first = chunk_lengths(count, chunks)
+    lengths, first = chunk_lengths(count, chunks, fewest)
     number, longer = len(lengths), lengths.count(lengths[-1] + 1)
     short = lengths[-1]
     starts = torch.tensor(first, device=x.device)
@@ -93,9 +94,9 @@ def range_statistics(x: Tensor, *, constant: Constant, chunks: int) -> Statistic
     )
 
 
-def chunk_lengths(count: int, chunks: int) -> tuple[list[int], list[int]]:
+def chunk_lengths(count: int, chunks: int, fewest: int) -> tuple[list[int], list[int]]:
     """Lengths and first indices of the chunks that `count` values are cut into, the longer ones first."""
-    number = min(chunks, count // 2)
+    number = max(1, min(chunks, count // fewest))
     short, longer = divmod(count, number)
     lengths = [short + 1] * longer + [short] * (number - longer)
     return lengths, [0, *itertools.accumulate(lengths[:-1])]
@@ -193,7 +194,7 @@ class _RangeBatchNorm(torch.autograd.Function):
         norm = setting.norm
         stats = None
         if fixed is None:
-            stats = range_statistics(values, constant=norm.constant, chunks=norm.chunks)
+            stats = range_statistics(values, constant=norm.constant, chunks=norm.chunks, fewest=norm.fewest_per_chunk)
             mean, sigma = stats.mean, stats.sigma
         else:
             mean, sigma = fixed
@@ -286,7 +287,7 @@ def _codes(x: Tensor, setting: NormSetting, operand: str) -> cpu.Codes | None:
         (x.shape[0], x.shape[1], math.prod(x.shape[2:]), True),
         fmt,
         levels=float(2**bits - 1),
-        samples=samples_of(x.shape, fmt.range),
+        samples=samples_of(x.shape, fmt.range, fmt.fewest),
         observed=setting.input_range if operand == "input" else None,
         key=key,
     )
@@ -376,7 +377,7 @@ def _slopes(constant: Constant, lengths: tuple[int, ...]) -> Tensor:
 def code_statistics(codes: cpu.Codes, channels: int, norm: RangeNorm) -> cpu.Statistics:
     """`range_statistics` of the values of codes that are two rows or more by channels."""
     count = codes.q.numel() // channels
-    lengths, starts = chunk_lengths(count, norm.chunks)
+    lengths, starts = chunk_lengths(count, norm.chunks, norm.fewest_per_chunk)
     return cpu.code_statistics(codes, channels, [*starts, count], _slopes(norm.constant, tuple(lengths)))
 
 
