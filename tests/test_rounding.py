@@ -22,8 +22,10 @@ MASK = 2**32 - 1
 N = 2**20
 
 
-def _noise(shape: tuple[int, ...], *, seed: int = 0, step: int = 1, layer: str = "layer", use: int = 0) -> Tensor:
-    key = step_key(seed, torch.tensor(step))
+def _noise(
+    shape: tuple[int, ...], *, seed: int = 0, step: int = 1, rank: int = 0, layer: str = "layer", use: int = 0
+) -> Tensor:
+    key = step_key(seed, torch.tensor(step), rank=rank)
     return CounterNoise(key=key, layer=layer, use=use).draw("grad_input", "grad_output", torch.empty(shape))
 
 
@@ -31,6 +33,7 @@ def _noise(shape: tuple[int, ...], *, seed: int = 0, step: int = 1, layer: str =
 OTHERS = {
     "step": {"step": 2},
     "distant step": {"step": 1 + 2**32},
+    "rank": {"rank": 1},
     "seed": {"seed": 1},
     "distant seed": {"seed": 2**32},
     "layer": {"layer": "layes"},
@@ -312,9 +315,17 @@ class TestKeys:
 
         assert len(keys) == len(steps)
 
-    def test_a_key_is_a_32_bit_number(self) -> None:
+    def test_ranks_of_one_step_have_different_keys(self) -> None:
+        """300 ranks over 5 steps share no key; rank 0 has that of one process."""
+        keys = [int(step_key(3, torch.tensor(step), rank=rank)) for step in range(5) for rank in range(300)]
+
+        assert len(set(keys)) == len(keys)
+        assert keys[300] == int(step_key(3, torch.tensor(1)))
+
+    @pytest.mark.parametrize("rank", [0, 7])
+    def test_a_key_is_a_32_bit_number(self, rank: int) -> None:
         """Keys lie in [0, 2**32) in int64."""
-        key = step_key(-5, torch.tensor(9))
+        key = step_key(-5, torch.tensor(9), rank=rank)
 
         assert key.dtype == torch.int64
         assert key.shape == ()

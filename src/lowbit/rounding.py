@@ -55,20 +55,23 @@ def _mix(h: Word) -> Word:
     return h ^ (h >> 16)
 
 
-def step_key(seed: int, step: Tensor) -> Tensor:
-    """The hash of seed and step that all noise of one step starts from.
+def step_key(seed: int, step: Tensor, *, rank: int = 0) -> Tensor:
+    """The hash of seed, step and rank that all noise of one step starts from.
 
-    ``mix(mix(mix(mix(seed_lo) ^ seed_hi) ^ step_lo) ^ step_hi)``: for one seed no two steps below 2**32 share it.
+    ``k = mix(mix(mix(mix(seed_lo) ^ seed_hi) ^ step_lo) ^ step_hi)``: for one seed no two steps below 2**32 share it.
+    Rank 0 has k itself, any other ``mix(mix(k ^ c) ^ rank)``: in one step no two ranks share it.
 
     Args:
         seed: any Python integer; its low 64 bits count.
         step: int64 scalar tensor, 0 or more.
+        rank: which process of a distributed run this is, 0 to 2**32 - 1.
 
     Returns:
         int64 scalar tensor in [0, 2**32) on the device of `step`.
     """
     low, high = torch.tensor([seed & _MASK, seed >> 32 & _MASK], device=step.device).unbind()
-    return _mix(_mix(_mix(_mix(low) ^ high) ^ (step & _MASK)) ^ (step >> 32 & _MASK))
+    key = _mix(_mix(_mix(_mix(low) ^ high) ^ (step & _MASK)) ^ (step >> 32 & _MASK))
+    return _mix(_mix(key ^ 0x1B56C4E9) ^ rank) if rank else key
 
 
 def noise_key(key: Tensor, tensor_id: int) -> Tensor:

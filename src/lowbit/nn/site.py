@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
@@ -41,8 +42,12 @@ class Clock:
 
     def set_step(self, step: int) -> None:
         """Set the number of training forwards done."""
-        self.step = torch.tensor(step, dtype=torch.int64, device="cpu")
-        self.key = step_key(self.seed, self.step)
+        self._begin_step(torch.tensor(step, dtype=torch.int64, device="cpu"))
+
+    def _begin_step(self, step: Tensor) -> None:
+        """Go to a step; the rank is asked for at each, since processes may meet after the conversion."""
+        self.step = step
+        self.key = step_key(self.seed, step, rank=rank_of_process())
 
     @runs_eagerly
     def advance(self, module: nn.Module, _args: object) -> None:
@@ -56,8 +61,7 @@ class Clock:
         if module.training:
             self._check_controlled()
             # New tensors, not in place: a backward that is still to come keeps the noise of its own forward.
-            self.step = self.step + 1
-            self.key = step_key(self.seed, self.step)
+            self._begin_step(self.step + 1)
         for site in self.sites:
             site.uses = 0
 
@@ -70,6 +74,11 @@ class Clock:
                     "no controller is attached: make one with lowbit.PrecisionController.from_recipe(model, "
                     "total_steps=...) and call its step(loss) after each step"
                 )
+
+
+def rank_of_process() -> int:
+    """The rank of this process in a distributed run; 0 where there is none."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 class Controller(Protocol):
