@@ -248,12 +248,12 @@ def _setting(recipe: str, engine: str) -> products.Setting:
 
 
 def _noise() -> CounterNoise:
-    return CounterNoise(key=step_key(0, torch.tensor(0)), layer="calibration")
+    return CounterNoise(key=step_key(0, torch.tensor(0, dtype=torch.int64, device="cpu")), layer="calibration")
 
 
 def _numbers(operand: str, shape: tuple[int, ...]) -> Tensor:
     """Numbers in [-0.5, 0.5), always the same."""
-    return _noise().draw("output", operand, torch.empty(shape)) - 0.5
+    return _noise().draw("output", operand, torch.empty(shape, dtype=torch.float32, device="cpu")) - 0.5
 
 
 def _tensors(shape: Shape, size: int) -> tuple[Tensor, Tensor]:

@@ -332,7 +332,7 @@ def _plan(
     with torch.device("meta"):
         network = models.build(model, task)
         shape = (batch_size, *task.shape)
-        batch = torch.zeros(shape, dtype=torch.int64) if task.kind == "text" else torch.zeros(shape)
+        batch = torch.zeros(shape, dtype=torch.int64 if task.kind == "text" else torch.float32, device="meta")
     method = lowbit.Recipe.from_name(recipe or "sbm8")
     forward, back = [
         None if text is None else parse_schedule(text, total_steps=steps, steps_per_epoch=steps_per_epoch)

@@ -142,7 +142,7 @@ class PrecisionController:
         self._test = self._range_test(range_test)
         self._steps_per_epoch = self._check_epochs(steps_per_epoch)
         self._step = 0
-        self._losses, self._counted = torch.zeros((), dtype=torch.float64), 0
+        self._losses, self._counted = torch.zeros((), dtype=torch.float64, device="cpu"), 0
         self._fingerprint = self._check_widths()
         self._attach(model)
 
@@ -329,7 +329,7 @@ class PrecisionController:
                 rule.load_state_dict(saved)
             raise UsageError(f"load_state_dict: {error}") from error
         self._step, self._counted = state["step"], counted
-        self._losses = torch.tensor(state["losses"], dtype=torch.float64)
+        self._losses = torch.tensor(state["losses"], dtype=torch.float64, device="cpu")
         self._follow_rules()
         self._write(training=True)
 
@@ -354,7 +354,7 @@ class PrecisionController:
             self.gates.detach()
         for site in self.sites():
             site.controller = None
-            site.bits.copy_(torch.tensor([fmt.bits for _, _, fmt in site.formats()]))
+            site.bits.copy_(site.bits.new_tensor([fmt.bits for _, _, fmt in site.formats()]))
         self._layers = []
 
     def __str__(self) -> str:
@@ -486,8 +486,8 @@ class PrecisionController:
         for site in self.sites():
             site.controller = self
         if self.gates is not None:
-            parameter = next(model.parameters(), torch.zeros(()))
-            self.gates.to(parameter.device)
+            parameter = next(model.parameters(), None)
+            self.gates.to("cpu" if parameter is None else parameter.device)
         self._handles: list[Any] = [model.register_forward_pre_hook(self._before_forward)]
         self._handles += [] if self.gates is None else self.gates.attach(model)
         self._follow_rules()
@@ -540,7 +540,7 @@ class PrecisionController:
             key = (id(layer.forward), id(layer.backward), layer.has_rule)
             if key not in now:
                 now[key] = self._present(layer, training=training)
-            values = torch.tensor(layer.values(*now[key]))
+            values = torch.tensor(layer.values(*now[key]), dtype=torch.int64, device="cpu")
             for site in layer.sites:
                 site.bits.copy_(values)
 
@@ -551,7 +551,9 @@ class PrecisionController:
             return
         if loss is None:
             raise UsageError("step() without a loss: a plateau rule or a range test needs step(loss)")
-        value = torch.as_tensor(loss).detach().double()
+        value = torch.as_tensor(
+            loss, dtype=torch.float64, device=loss.device if isinstance(loss, Tensor) else "cpu"
+        ).detach()
         if value.numel() != 1:
             raise UsageError(f"step() with a loss of shape {tuple(value.shape)}: give one number, e.g. its mean")
         value = value.reshape(())
@@ -562,7 +564,7 @@ class PrecisionController:
             losses, counted = self._losses.to(value.device) + value, self._counted + 1
             if counted == self._steps_per_epoch:
                 mean = _mean_over_ranks(losses / counted)
-                losses, counted = torch.zeros((), dtype=torch.float64), 0
+                losses, counted = torch.zeros((), dtype=torch.float64, device="cpu"), 0
                 rule = self._plateau or self._forward
                 assert isinstance(rule, PlateauRule)
                 rule.update(mean)

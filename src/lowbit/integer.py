@@ -74,7 +74,7 @@ class Values:
     @property
     def scale(self) -> Tensor:
         """One."""
-        return torch.ones(1)
+        return torch.ones(1, dtype=torch.float32, device="cpu")
 
     def holding(self, q: Tensor) -> "Values":
         """Other numbers of the same shape."""
@@ -103,10 +103,10 @@ def self_test() -> str:
 
     Processors without 8-bit units that sum in 32 bits saturate in between: then results of extreme codes differ.
     """
-    one = torch.ones(1)
+    one = torch.ones(1, dtype=torch.float32, device="cpu")
     for rows, k, columns in ((1, 1, 1), (33, 130, 40), (5, 4096, 17)):
-        a = (torch.arange(rows * k) * 40503 // 64 % 256).view(rows, k).to(torch.uint8)
-        b = (torch.arange(columns * k) * 48271 // 32 % 256 - 128).view(columns, k).to(torch.int8)
+        a = (_count(rows * k) * 40503 // 64 % 256).view(rows, k).to(torch.uint8)
+        b = (_count(columns * k) * 48271 // 32 % 256 - 128).view(columns, k).to(torch.int8)
         for low in (-128, 127, None):
             if low is not None:
                 a, b = torch.full_like(a, 255), torch.full_like(b, low)
@@ -122,6 +122,11 @@ def self_test() -> str:
             if not (torch.equal(found, wanted.float()) and torch.equal(windows.flatten(1), wanted.float())):
                 return f"products of 8-bit codes are wrong on this processor (shape {rows}x{k}x{columns})"
     return ""
+
+
+def _count(number: int) -> Tensor:
+    """0 to number - 1."""
+    return torch.arange(number, dtype=torch.int64, device="cpu")
 
 
 def missing(unit: Unit) -> str:
@@ -195,7 +200,7 @@ def _passes(
     shape: torch.Size, stride: tuple[int, ...], layout: Layout, sharing: Sharing, stochastic: bool
 ) -> _Passes | None:
     """The passes over an operand of such memory; None where they do not take it."""
-    x = torch.empty_strided(shape, stride, device="meta")
+    x = torch.empty_strided(shape, stride, dtype=torch.float32, device="meta")
     view, dims = sharing
     weight = layout == "weight"
     taps = 1 if layout == "matrix" else math.prod(shape[2:])
@@ -386,13 +391,13 @@ def _matrix(
         first, second = codes[0] if a.along else codes[0].t(), codes[1].t() if b.along else codes[1]
         scales = left.scale, right.scale
         return cuda.multiply(first, second, (a.zero, b.zero), scales, bias, dtype).view(shape)
-    out = torch.empty(shape, dtype=dtype)
+    out = torch.empty(shape, dtype=dtype, device="cpu")
     k = a.width if a.along else a.rows
     if k == 0 or out.numel() == 0:
         return out.zero_() if bias is None else out.zero_().add_(bias.to(dtype))
     most = most_summed(left, right)
     if k > most:
-        total = torch.zeros(shape) if bias is None else bias.expand(shape).clone()
+        total = torch.zeros(shape, dtype=torch.float32, device="cpu") if bias is None else bias.expand(shape).clone()
         for start in range(0, k, most):
             parts = _part(a, start, most), _part(b, start, most)
             total += _matrix(*parts, left, right, shape, None, torch.float32)
@@ -439,7 +444,7 @@ def _window(geometry: Geometry, kernel: torch.Size, rows: torch.Size, reached: t
 
 def _new(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """An empty (B, C, *size) whose memory is (B, *size, C)."""
-    return torch.empty((shape[0], *shape[2:], shape[1]), dtype=dtype).movedim(-1, 1)
+    return torch.empty((shape[0], *shape[2:], shape[1]), dtype=dtype, device="cpu").movedim(-1, 1)
 
 
 def _of_group(scale: Tensor, group: int, groups: int) -> Tensor:
@@ -516,7 +521,7 @@ def _weight(
     small: Operand, large: Operand, geometry: Geometry, shape: torch.Size, dtype: torch.dtype, ordered: bool
 ) -> Tensor:
     """The gradient of a weight (first axis of `small`, second of `large`, *kernel)."""
-    out = _new(shape, dtype) if ordered else torch.empty(shape, dtype=dtype)
+    out = _new(shape, dtype) if ordered else torch.empty(shape, dtype=dtype, device="cpu")
     if out.numel() == 0 or small.shape.numel() == 0:
         return out.zero_()
     window = _window(geometry, shape[2:], small.shape, large.shape, False)

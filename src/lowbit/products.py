@@ -778,7 +778,7 @@ def _integer_outputs(
     return y, (None if kept_x is None else kept_x.q, None if kept_w is None else kept_w.q), kept
 
 
-_NOTHING = torch.empty(0, device="cpu")
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _integer_gradients(
@@ -889,7 +889,7 @@ def _shown(x: Tensor | None, hat: integer.Operand, op: Op, setting: Setting, pro
     low = -levels if isinstance(fmt, Integer) and fmt.zero == "symmetric" else 0
     scale = hat.scale if hat.scale.numel() == 1 else hat.scale.view([1 if d in dims else n for d, n in enumerate(view)])
     t = x.float().reshape(view) / scale + hat.zero
-    clipped = ((t < low - 0.5) | (t > levels + 0.5)).float().mean() if x.numel() else torch.zeros(())
+    clipped = ((t < low - 0.5) | (t > levels + 0.5)).float().mean() if x.numel() else 0.0
     return Quantized(values, float(clipped))
 
 

@@ -200,7 +200,7 @@ def quantize(
         if values is not None:
             return Quantized(values)
     if isinstance(noise, tuple):
-        noise = uniform_noise(torch.tensor(noise), shape, x.device)
+        noise = uniform_noise(torch.tensor(noise, dtype=torch.int64, device="cpu"), shape, x.device)
     original, x = x.shape, x.reshape(shape)
     noise = noise.reshape(shape) if noise is not None and noise.shape == original else noise
     if observed is not None and observed[0].numel() == 1:
@@ -255,7 +255,7 @@ def _split(x: Tensor, axis: int, size: int) -> Tensor:
     """Cut `axis` into blocks of `size` on a new axis after it; a short last block repeats its last value."""
     axis %= x.dim()
     length = x.shape[axis]
-    index = torch.arange(-(-length // size) * size, device=x.device).clamp(max=max(length - 1, 0))
+    index = torch.arange(-(-length // size) * size, dtype=torch.int64, device=x.device).clamp(max=max(length - 1, 0))
     return x.index_select(axis, index).unflatten(axis, (-1, size)) if length else x.unsqueeze(axis + 1)
 
 

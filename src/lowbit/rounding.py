@@ -69,7 +69,7 @@ def step_key(seed: int, step: Tensor, *, rank: int = 0) -> Tensor:
     Returns:
         int64 scalar tensor in [0, 2**32) on the device of `step`.
     """
-    low, high = torch.tensor([seed & _MASK, seed >> 32 & _MASK], device=step.device).unbind()
+    low, high = torch.tensor([seed & _MASK, seed >> 32 & _MASK], dtype=torch.int64, device=step.device).unbind()
     key = _mix(_mix(_mix(_mix(low) ^ high) ^ (step & _MASK)) ^ (step >> 32 & _MASK))
     return _mix(_mix(key ^ 0x1B56C4E9) ^ rank) if rank else key
 
@@ -84,7 +84,7 @@ def noise_key(key: Tensor, tensor_id: int) -> Tensor:
     Returns:
         int64 ``(2,)`` on the device of `key`, values in [0, 2**32).
     """
-    return torch.stack(_words(key, torch.tensor(tensor_id, device=key.device)))
+    return torch.stack(_words(key, torch.tensor(tensor_id, dtype=torch.int64, device=key.device)))
 
 
 def _words(key: Word, tensor_id: Word) -> tuple[Word, Word]:

@@ -609,7 +609,7 @@ def all_tiles(array: BitFusion, layer: Layer) -> Tiles:
 
     def sizes(whole: int, step: int = 1) -> Tensor:
         tries = (_ceil(whole, step) - 1).bit_length() + 1
-        return torch.tensor([min(step << i, whole) for i in range(tries)], device="cpu")
+        return torch.tensor([min(step << i, whole) for i in range(tries)], dtype=torch.int64, device="cpu")
 
     tiles = torch.cartesian_prod(
         sizes(layer.batch), sizes(layer.output_size), sizes(layer.in_channels), sizes(layer.out_channels, columns)
@@ -692,7 +692,7 @@ def _walk(tile: Tensor, room: int, loops: str, counts: Tensor, orders: Tensor) -
     Returns:
         Both int64 ``(T, R)``.
     """
-    depends = torch.tensor([loop in loops for loop in LOOPS], device="cpu")
+    depends = torch.tensor([loop in loops for loop in LOOPS], dtype=torch.bool, device="cpu")
     bits = resident = tile
     for loop in orders.flip(1).unbind(1):
         grows = depends[loop] | (bits > room)
@@ -766,7 +766,8 @@ def evaluate(array: BitFusion, layer: Layer, tiles: Tiles, orders: Tensor) -> Co
 
 def order_indices(orders: Iterable[str]) -> Tensor:
     """Loop orders such as ``"oibhw"`` as indices into `LOOPS`, int64 ``(R, 5)``."""
-    return torch.tensor([[LOOPS.index(loop) for loop in order] for order in orders], device="cpu")
+    levels = [[LOOPS.index(loop) for loop in order] for order in orders]
+    return torch.tensor(levels, dtype=torch.int64, device="cpu")
 
 
 @functools.cache

@@ -44,6 +44,11 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def _floats(*shape: int) -> Tensor:
+    """Memory that a kernel fills, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether memory is (B, *size, C) without gaps."""
     if x.dim() == 4:
@@ -72,7 +77,7 @@ def extremes(x: Tensor, view: View) -> tuple[Tensor, Tensor]:
         x: dense float32 or bfloat16 with at least one element, its memory as `view` says.
         view: see the top of this file.
     """
-    lo, hi = torch.empty(view[1]), torch.empty(view[1])
+    lo, hi = _floats(view[1]), _floats(view[1])
     _cpu.extremes(x.data_ptr(), _TYPES[x.dtype], view, lo.data_ptr(), hi.data_ptr())
     return lo, hi
 
@@ -91,7 +96,7 @@ def observe(
         training: whether the batch is recorded and used, or what was recorded before.
     """
     shape = (1,) * x.dim()
-    lo, hi = torch.empty(shape), torch.empty(shape)
+    lo, hi = _floats(*shape), _floats(*shape)
     _cpu.observe(
         x.data_ptr(), _TYPES[x.dtype], x.numel(), samples, running.data_ptr(), momentum, first, training,
         lo.data_ptr(), hi.data_ptr(),
@@ -130,8 +135,8 @@ def quantize(
         ValueError: an observed range is not one number, or there is a grid for each channel.
     """
     symmetric = fmt.zero == "symmetric"
-    codes = torch.empty(x.numel(), dtype=torch.int8 if symmetric else torch.uint8)
-    scale = torch.empty(view[1] if samples is None else 1)
+    codes = torch.empty(x.numel(), dtype=torch.int8 if symmetric else torch.uint8, device="cpu")
+    scale = _floats(view[1] if samples is None else 1)
     lo, hi = (None, None) if observed is None else (observed[0].float(), observed[1].float())
     if lo is not None and hi is not None and not (lo.numel() == hi.numel() == scale.numel() == 1):
         raise ValueError(f"an observed range of {lo.numel()} numbers for {scale.numel()} grids: give one for one")
@@ -144,7 +149,7 @@ def quantize(
 
 def sums(x: Tensor, width: int) -> Tensor:
     """The sum of each column of dense memory of rows of `width` numbers, float32 ``(width,)``."""
-    to = torch.empty(width)
+    to = _floats(width)
     _cpu.sums(x.data_ptr(), _TYPES[x.dtype], x.numel() // max(width, 1), width, to.data_ptr())
     return to
 
@@ -199,11 +204,11 @@ def code_statistics(codes: Codes, channels: int, starts: list[int], slopes: Tens
     """
     shape = (len(starts) - 1, channels)
     to = Statistics(
-        mean=torch.empty(channels),
-        sigma=torch.empty(channels),
-        total=torch.empty(channels, dtype=torch.int64),
-        argmax=torch.empty(shape, dtype=torch.int32),
-        argmin=torch.empty(shape, dtype=torch.int32),
+        mean=_floats(channels),
+        sigma=_floats(channels),
+        total=torch.empty(channels, dtype=torch.int64, device="cpu"),
+        argmax=torch.empty(shape, dtype=torch.int32, device="cpu"),
+        argmin=torch.empty(shape, dtype=torch.int32, device="cpu"),
         slopes=slopes,
     )
     _cpu.code_statistics(codes.arguments(), channels, starts, to.arguments())
@@ -234,7 +239,7 @@ def normalize(
         y: float32 or bfloat16 of the memory order of the codes.
     """
     channels = stats.mean.numel()
-    d = torch.empty(channels)
+    d = _floats(channels)
     _cpu.normalize(
         codes.arguments(), codes.q.numel() // max(channels, 1), channels, stats.arguments(), eps, inside,
         _address(gamma), _address(beta), rectify, d.data_ptr(), y.data_ptr(), _TYPES[y.dtype],
@@ -286,7 +291,7 @@ def normalize_backward(
         dx: float32 or bfloat16 of the memory order of the codes.
     """
     channels = d.numel()
-    grad_gamma, grad_beta = torch.empty(channels), torch.empty(channels)
+    grad_gamma, grad_beta = _floats(channels), _floats(channels)
     _cpu.normalize_backward(
         g.arguments(), codes.arguments(), codes.q.numel() // max(channels, 1), channels, stats.arguments(), inside,
         _address(gamma), d.data_ptr(), grad_gamma.data_ptr(), grad_beta.data_ptr(), dx.data_ptr(), _TYPES[dx.dtype],
@@ -296,7 +301,7 @@ def normalize_backward(
 
 def code_sums(a: Tensor, b: Tensor | None, channels: int) -> tuple[Tensor, Tensor]:
     """Sums of codes of each channel, int64 ``(channels,)``: of `a`, and of `a` times `b` (zeros without `b`)."""
-    total, product = torch.zeros(channels, dtype=torch.int64), torch.zeros(channels, dtype=torch.int64)
+    total, product = torch.zeros(2, channels, dtype=torch.int64, device="cpu").unbind()
     rows, other = a.numel() // max(channels, 1), 0 if b is None else b.data_ptr()
     _cpu.code_sums(a.data_ptr(), other, rows, channels, total.data_ptr(), product.data_ptr())
     return total, product
@@ -360,7 +365,7 @@ def encode(x: Tensor, view: View, grid: Grid, *, signed: bool, taps: int = 1) ->
     Returns:
         A flat tensor of ``x.numel()`` codes.
     """
-    codes = torch.empty(x.numel(), dtype=torch.int8 if signed else torch.uint8)
+    codes = torch.empty(x.numel(), dtype=torch.int8 if signed else torch.uint8, device="cpu")
     _cpu.encode(x.data_ptr(), _TYPES[x.dtype], view, *grid.arguments(), taps, codes.data_ptr())
     return codes
 
@@ -385,7 +390,7 @@ def round_bf16(x: Tensor) -> Tensor:
 
 def noise(count: int, key: tuple[int, int]) -> Tensor:
     """The noise of elements 0 to count - 1, float32, as `lowbit.rounding.uniform_noise` makes it."""
-    u = torch.empty(count)
+    u = _floats(count)
     _cpu.noise(count, *key, u.data_ptr())
     return u
 

@@ -53,7 +53,7 @@ def multiply(
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(f"codes of shapes {tuple(a.shape)} and {tuple(b.shape)}: give (m, k) and (k, n)")
     (a, zero_a), (b, zero_b) = _signed(a, zeros[0]), _signed(b, zeros[1])
-    total = torch.zeros(a.shape[0], b.shape[1], device=a.device)
+    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
     if total.numel():
         for start in range(0, a.shape[1], MOST_SUMMED):
             end = start + MOST_SUMMED

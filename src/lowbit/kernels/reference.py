@@ -31,8 +31,8 @@ def zero_point(lo: Tensor, scale: Tensor, levels: Tensor | float) -> Tensor:
 def _bound(t: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     """Clamp `t` in place; nan stays nan."""
     if isinstance(high, Tensor):
-        return t.clamp_(torch.as_tensor(low).to(t), high.to(t))
-    return t.clamp_(torch.as_tensor(low).item(), high)
+        return t.clamp_(low.to(t) if isinstance(low, Tensor) else t.new_tensor(low), high.to(t))
+    return t.clamp_(float(low), high)
 
 
 def _round(t: Tensor, noise: Tensor | None) -> Tensor:

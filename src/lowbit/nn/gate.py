@@ -152,8 +152,8 @@ class Gates(nn.Module):
         )
         self.gate = RecurrentGate(features=features, state=gating.state, choices=len(gating.choices))
         # MACs of each block, and its cost at each choice in MACs of full precision, as of the latest training forward.
-        self.register_buffer("sizes", torch.zeros(len(blocks), dtype=torch.float64))
-        self.register_buffer("costs", torch.zeros(len(blocks), len(gating.choices), dtype=torch.float64))
+        self.register_buffer("sizes", torch.zeros(len(blocks), dtype=torch.float64, device="cpu"))
+        self.register_buffer("costs", self.sizes.new_zeros(len(blocks), len(gating.choices)))
         self.target = gating.targets[0]
         self._masks: dict[int, Tensor] = {}
         self._counts: dict[int, Tensor] = {}
@@ -205,7 +205,7 @@ class Gates(nn.Module):
 
     def histogram(self) -> Tensor:
         """How many samples took each choice in the latest forward: int64 ``(n, K)``."""
-        none = torch.zeros(len(self.choices), dtype=torch.int64)
+        none = torch.zeros(len(self.choices), dtype=torch.int64, device="cpu")
         return torch.stack([self._counts.get(i, none) for i in range(len(self._blocks))])
 
     @property
@@ -390,7 +390,8 @@ class Gates(nn.Module):
         block.module.eval()
         try:
             with torch.no_grad(), counted_by(count):
-                at(x[:1], torch.full((1,), next(k for k, pair in enumerate(self.choices) if pair != SKIP)))
+                first = next(k for k, pair in enumerate(self.choices) if pair != SKIP)
+                at(x[:1], torch.full((1,), first, dtype=torch.int64, device=x.device))
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -401,7 +402,8 @@ class Gates(nn.Module):
         if macs:
             block = self._blocks[index]
             self.sizes[index] = sum(macs.values())
-            self.costs[index] = torch.tensor([self._cost_of(block, macs, pair) for pair in self.choices])
+            costs = [self._cost_of(block, macs, pair) for pair in self.choices]
+            self.costs[index] = torch.tensor(costs, dtype=torch.float32, device=self.costs.device)
 
     @staticmethod
     def _cost_of(block: Block, macs: dict[Site, float], pair: tuple[int, int]) -> float:
@@ -463,7 +465,7 @@ def _output_mixed(
         if pair == SKIP:
             y = x if shortcut is None else shortcut(x)
         else:
-            y = at(x, torch.full((len(x),), k, device=x.device))
+            y = at(x, torch.full((len(x),), k, dtype=torch.int64, device=x.device))
         if not isinstance(y, Tensor) or (total is not None and y.shape != total.shape):
             raise UsageError(_cannot_mix(x, y))
         term = _weighed(y, mask[:, k])

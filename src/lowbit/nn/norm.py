@@ -76,7 +76,7 @@ def range_statistics(x: Tensor, *, constant: Constant, chunks: int, fewest: int 
     lengths, first = chunk_lengths(count, chunks, fewest)
     number, longer = len(lengths), lengths.count(lengths[-1] + 1)
     short = lengths[-1]
-    starts = torch.tensor(first, device=x.device)
+    starts = torch.tensor(first, dtype=torch.int64, device=x.device)
     split = longer * (short + 1)
     parts = [rows[:, :split].unflatten(1, (longer, short + 1))] if longer else []
     parts.append(rows[:, split:].unflatten(1, (number - longer, short)))
@@ -265,7 +265,7 @@ def _per_channel(v: Tensor, x: Tensor) -> Tensor:
 def _flat_index(index: Tensor, shape: torch.Size) -> Tensor:
     """Batch-major indices ``(C, K)`` within each channel as indices into contiguous ``(B, C, *size)``."""
     positions = math.prod(shape[2:])
-    channel = torch.arange(shape[1], device=index.device)[:, None]
+    channel = torch.arange(shape[1], dtype=torch.int64, device=index.device)[:, None]
     return ((index // positions * shape[1] + channel) * positions + index % positions).flatten()
 
 
@@ -364,14 +364,15 @@ def _as_given(fixed: tuple[Tensor, Tensor]) -> cpu.Statistics:
 def _in_rows(shape: torch.Size, dtype: torch.dtype, numbers: Tensor | None = None) -> Tensor:
     """A tensor (B, C, *size) whose memory is rows by channels: new, or of these numbers."""
     order = (shape[0], *shape[2:], shape[1])
-    rows = torch.empty(order, dtype=dtype) if numbers is None else numbers.view(order)
+    rows = torch.empty(order, dtype=dtype, device="cpu") if numbers is None else numbers.view(order)
     return rows.movedim(-1, 1)
 
 
 @cache
 def _slopes(constant: Constant, lengths: tuple[int, ...]) -> Tensor:
     """The derivative of sigma for the range of each chunk, float32 ``(K,)``; not to be changed."""
-    return torch.tensor([KAPPA[constant] / len(lengths) / math.sqrt(2 * math.log(n)) for n in lengths])
+    slopes = [KAPPA[constant] / len(lengths) / math.sqrt(2 * math.log(n)) for n in lengths]
+    return torch.tensor(slopes, dtype=torch.float32, device="cpu")
 
 
 def code_statistics(codes: cpu.Codes, channels: int, norm: RangeNorm) -> cpu.Statistics:

@@ -132,7 +132,7 @@ class Site(nn.Module):
         self.controller: Controller | None = None
         self.gated = False
         self.samples: Samples | None = None
-        self.register_buffer("bits", torch.tensor(bits, device="cpu"), persistent=False)
+        self.register_buffer("bits", torch.tensor(bits, dtype=torch.int64, device="cpu"), persistent=False)
         self.register_buffer("running_range", new_running_range(), persistent=False)
         clock.sites.append(self)
 
@@ -203,7 +203,7 @@ class Site(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Follow the model to another device, not to another dtype: a range in float16 would not be one."""
-        device = fn(torch.empty(0, device=self.bits.device)).device
+        device = fn(torch.empty(0, dtype=torch.float32, device=self.bits.device)).device
         # Bits and range are values, also of a model whose parameters have none yet.
         return super()._apply(lambda t: t if device.type == "meta" else t.to(device), recurse)
 

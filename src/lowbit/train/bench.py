@@ -41,21 +41,31 @@ class Work(NamedTuple):
     y: Tensor
 
 
+def _normal(*shape: int) -> Tensor:
+    """Normal numbers, where torch makes the networks."""
+    return torch.randn(shape, dtype=torch.get_default_dtype(), device=torch.get_default_device())
+
+
+def _labels(classes: int, *shape: int) -> Tensor:
+    """Whole numbers below `classes`, where torch makes the networks."""
+    return torch.randint(classes, shape, dtype=torch.int64, device=torch.get_default_device())
+
+
 def _mlp() -> Work:
     sizes = [1024, 2048, 2048, 2048]
     hidden = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
-    return Work(nn.Sequential(*hidden, nn.Linear(2048, 16)), torch.randn(1024, 1024), torch.randint(16, (1024,)))
+    return Work(nn.Sequential(*hidden, nn.Linear(2048, 16)), _normal(1024, 1024), _labels(16, 1024))
 
 
 def _gpt(d: int, batch: int) -> Work:
     model = GPT(vocabulary=1024, d=d, layers=4, heads=8, context=256)
-    return Work(model, torch.randint(1024, (batch, 256)), torch.randint(1024, (batch * 256,)))
+    return Work(model, _labels(1024, batch, 256), _labels(1024, batch * 256))
 
 
 def _resnet(depths: tuple[int, ...], width: int, batch: int) -> Work:
     model: Any = ResNet(depths=depths, width=width, classes=10)
-    x = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)
-    return Work(model.to(memory_format=torch.channels_last), x, torch.randint(10, (batch,)))
+    x = _normal(batch, 3, 32, 32).to(memory_format=torch.channels_last)
+    return Work(model.to(memory_format=torch.channels_last), x, _labels(10, batch))
 
 
 # An MLP 1024-2048-2048-2048-16 at batch 1024; GPTs of 4 layers, 8 heads, 256 positions and 1,024 tokens at batch 8 and
@@ -290,13 +300,13 @@ def _native_passes(x: Tensor) -> dict[str, Step]:
     signs = {"u8": (False, 0.0, 255.0), "s8": (True, -127.0, 127.0)}
     found: dict[str, Step] = {f"extremes {per}": partial(cpu.extremes, x, views[per]) for per in views}
     for per, view in views.items():
-        scale, zero = torch.full((counts[per],), 0.02), torch.full((counts[per],), 128.0)
+        scale, zero = x.new_full((counts[per],), 0.02), x.new_full((counts[per],), 128.0)
         for sign, (signed, low, high) in signs.items():
             for how, key in rounding.items():
                 grid = cpu.Grid(scale=scale, zero=None if signed else zero, low=low, high=high, key=key)
                 found[f"encode {sign} {per} {how}"] = partial(cpu.encode, x, view, grid, signed=signed)
     for how, key in rounding.items():
-        grid = cpu.Grid(scale=torch.full((1,), 0.02), zero=None, low=-127.0, high=127.0, key=key)
+        grid = cpu.Grid(scale=x.new_full((1,), 0.02), zero=None, low=-127.0, high=127.0, key=key)
         found[f"fake_quantize {how}"] = partial(cpu.fake_quantize, x, views["tensor"], grid)
     found["fake_quantize bf16"] = partial(cpu.round_bf16, x)
     found["noise"] = partial(cpu.noise, x.numel(), (12345, 67890))
@@ -317,13 +327,13 @@ def _native_passes(x: Tensor) -> dict[str, Step]:
 def _norm_passes(x: Tensor) -> dict[str, Step]:
     """The passes of Range BN, over codes as rows of 64 channels."""
     channels, y = 64, torch.empty_like(x)
-    q = torch.randint(0, 256, x.shape, dtype=torch.uint8)
-    count, ones = q.numel() // channels, torch.ones(channels)
-    codes, starts = cpu.Codes(q=q, scale=torch.ones(1), zero=0), [i * count // 16 for i in range(17)]
-    stats = cpu.code_statistics(codes, channels, starts, torch.ones(16))
+    q = torch.randint(0, 256, x.shape, dtype=torch.uint8, device="cpu")
+    count, ones = q.numel() // channels, x.new_ones(channels)
+    codes, starts = cpu.Codes(q=q, scale=x.new_ones(1), zero=0), [i * count // 16 for i in range(17)]
+    stats = cpu.code_statistics(codes, channels, starts, x.new_ones(16))
     return {
         "affine (dequantise, Range BN)": partial(cpu.affine, q, ones, ones, y),
-        "statistics of codes (Range BN)": partial(cpu.code_statistics, codes, channels, starts, torch.ones(16)),
+        "statistics of codes (Range BN)": partial(cpu.code_statistics, codes, channels, starts, x.new_ones(16)),
         "sums of codes (Range BN)": partial(cpu.code_sums, q, None, channels),
         "sums of products of codes (Range BN)": partial(cpu.code_sums, q, q, channels),
         "normalise, ReLU (Range BN)": partial(
@@ -359,7 +369,7 @@ def kernels(rounds: int, side: int = SIDE) -> Iterator[str]:
     Raises:
         UsageError: no round.
     """
-    x = torch.randn(side, side)
+    x = torch.randn(side, side, dtype=torch.float32, device="cpu")
     ready = passes(x)
     yield f"{here()}\n\n{x.numel():,} elements, {rounds} rounds\n"
     seconds = paired(ready, rounds, ready=True)

@@ -130,13 +130,14 @@ class ImageFolder:
         paths = [self.paths[sample] for sample in samples.tolist()]
         draws: list[list[float]] | list[None] = [None] * len(paths)
         if self.augment and noise is not None:
-            draws = torch.rand(len(paths), 5, generator=noise).tolist()
+            draws = torch.rand(len(paths), 5, generator=noise, dtype=torch.float32, device="cpu").tolist()
         # Decoding leaves Python's lock, so threads gain; every draw is made before they start.
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             x = torch.stack(list(pool.map(_decode, paths, draws)))
-        mean = torch.tensor([0.485, 0.456, 0.406]).mul(255).view(3, 1, 1)
-        std = torch.tensor([0.229, 0.224, 0.225]).mul(255).view(3, 1, 1)
-        return x.float().sub_(mean).div_(std), self.labels[samples]
+        x = x.float()
+        mean = x.new_tensor([0.485, 0.456, 0.406]).mul(255).view(3, 1, 1)
+        std = x.new_tensor([0.229, 0.224, 0.225]).mul(255).view(3, 1, 1)
+        return x.sub_(mean).div_(std), self.labels[samples]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +163,13 @@ class Text:
             return starts
         # The last window also needs one byte after it, its last label.
         spare = len(self.content) - 1 - int(starts.max()) - self.context
-        return starts + torch.randint(min(self.context, spare + 1), (), generator=noise)
+        return starts + torch.randint(
+            min(self.context, spare + 1), (), generator=noise, dtype=torch.int64, device="cpu"
+        )
 
     def read(self, starts: Tensor, _noise: Generator | None) -> tuple[Tensor, Tensor]:
         """Bytes (B, T) int64 and the byte after each, (B, T) int64."""
-        windows = self.content[starts[:, None] + torch.arange(self.context + 1)].long()
+        windows = self.content[starts[:, None] + torch.arange(self.context + 1, dtype=torch.int64, device="cpu")].long()
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
@@ -344,11 +347,11 @@ def crop_and_flip(x: Tensor, noise: Generator, *, pad: int = 4) -> Tensor:
     Source: He et al., arXiv:1512.03385, section 4.2.
     """
     batch, _, height, width = x.shape
-    top, left = torch.randint(2 * pad + 1, (2, batch), generator=noise)
-    flip = torch.randint(2, (batch, 1, 1, 1), generator=noise).bool()
+    top, left = torch.randint(2 * pad + 1, (2, batch), generator=noise, dtype=torch.int64, device="cpu")
+    flip = torch.randint(2, (batch, 1, 1, 1), generator=noise, dtype=torch.int64, device="cpu").bool()
     # (B, C, shifts, shifts, H, W), a view: picking one shift for each image copies whole rows.
     shifts = F.pad(x, (pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)
-    y = shifts[torch.arange(batch), :, top, left]
+    y = shifts[torch.arange(batch, dtype=torch.int64, device="cpu"), :, top, left]
     return torch.where(flip, y.flip(3), y)
 
 
@@ -360,7 +363,11 @@ def _generator(*key: object) -> Generator:
 
 
 def _shuffled(samples: Tensor, noise: Generator | None) -> Tensor:
-    return samples if noise is None else samples[torch.randperm(len(samples), generator=noise)]
+    return (
+        samples
+        if noise is None
+        else samples[torch.randperm(len(samples), generator=noise, dtype=torch.int64, device="cpu")]
+    )
 
 
 def _subset(samples: Tensor, count: int) -> Tensor:
@@ -384,7 +391,7 @@ def _in_memory(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, cla
             labels=labels.long(),
             mean=mean,
             std=std,
-            samples=torch.arange(len(images)),
+            samples=torch.arange(len(images), dtype=torch.int64, device="cpu"),
             augment=augment,
         )
         for images, labels in (train, test)
@@ -396,7 +403,7 @@ def _in_memory(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, cla
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel, (C, 1, 1) float32; the latter is 1 where it is 0."""
     counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]).double()
-    share, value = counts / counts.sum(1, keepdim=True), torch.arange(256.0, dtype=torch.float64)
+    share, value = counts / counts.sum(1, keepdim=True), torch.arange(256, dtype=torch.float64, device="cpu")
     mean = share @ value
     std = (share @ value**2 - mean**2).clamp(min=0).sqrt()
     std[std == 0] = 1
@@ -675,8 +682,11 @@ def _folder_source(folder: Path, classes: list[str]) -> ImageFolder:
             raise RunError(f"no images found in {folder / name}: files end in {', '.join(IMAGE_SUFFIXES)}.")
         paths += found
         labels += [label] * len(found)
-    samples = torch.arange(len(paths))
-    return ImageFolder(paths=tuple(paths), labels=torch.tensor(labels), samples=samples, augment=True)
+    samples, of = (
+        torch.arange(len(paths), dtype=torch.int64, device="cpu"),
+        torch.tensor(labels, dtype=torch.int64, device="cpu"),
+    )
+    return ImageFolder(paths=tuple(paths), labels=of, samples=samples, augment=True)
 
 
 def _decode(path: Path, draws: list[float] | None) -> Tensor:
@@ -720,7 +730,7 @@ def _text(path: Path, context: int) -> _Sets:
     if not path.is_file():
         raise UsageError(f"text:{path}: no such file.")
     raw = bytearray(_read(path))
-    content = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
+    content = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8, device="cpu")
     split = len(content) * 9 // 10
     task = Task(kind="text", shape=(context,), classes=256)
     train = _text_source(path, content[:split], context, augment=True)
@@ -737,7 +747,12 @@ def _text_source(path: Path, content: Tensor, context: int, *, augment: bool) ->
             f"Use a longer text or a smaller context."
         )
     windows = max(1, len(content) // context - 1) if augment else whole
-    return Text(content=content, context=context, samples=torch.arange(windows), augment=augment)
+    return Text(
+        content=content,
+        context=context,
+        samples=torch.arange(windows, dtype=torch.int64, device="cpu"),
+        augment=augment,
+    )
 
 
 _NAMED: dict[str, Callable[[], _Sets]] = {

@@ -305,7 +305,7 @@ class GPT(nn.Module):
             raise UsageError(
                 f"this GPT takes {self.context} positions, given {length}: build it with context={length}."
             )
-        y = self.tokens(x) + self.positions(torch.arange(length, device=x.device))
+        y = self.tokens(x) + self.positions(torch.arange(length, dtype=torch.int64, device=x.device))
         return cast(Tensor, self.head(self.norm(self.blocks(y))))
 
 

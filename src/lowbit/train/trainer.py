@@ -277,12 +277,12 @@ class _Module(LightningModule):
         return {name: float(value) for name, value in values.items() if value is not None}
 
     def on_validation_epoch_start(self) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64)
+        self.sums = torch.zeros(3, dtype=torch.float64, device="cpu")
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         x, y = batch
         loss, accuracy = _score(self.model(x), y)
-        self.sums += torch.tensor([loss.item(), accuracy.item(), 1.0], dtype=torch.float64) * y.numel()
+        self.sums += self.sums.new_tensor([loss.item(), accuracy.item(), 1.0]) * y.numel()
 
     def on_validation_epoch_end(self) -> None:
         loss, accuracy, _ = (self.sums / self.sums[2]).tolist()
