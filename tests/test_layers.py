@@ -25,6 +25,7 @@ LAYERS = {
     "recipes": 1,
     "kernels": 1,
     "report": 1,
+    "strides": 1,
     "ranges": 2,
     "quantizer": 2,
     "integer": 2,

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lowbit import strides
 from lowbit.errors import UsageError
 from lowbit.formats import Float, Format, Integer
 from lowbit.kernels import cpu, cuda
@@ -244,7 +245,8 @@ def encode_operand(
         observed: lo and hi in place of those of `x`.
     """
     if isinstance(fmt, Float):
-        return Values(q=_in_order(x, layout), shape=x.shape, layout=layout)
+        # The numbers may lie in x itself; saved as those of a detached x, a change of them raises torch's usual error.
+        return Values(q=_in_order(x.detach(), layout), shape=x.shape, layout=layout)
     x = x.contiguous() if layout == "matrix" else x
     passes = _passes(x.shape, x.stride(), layout, sharing, key is not None)
     if passes is None:
@@ -444,7 +446,7 @@ def _window(geometry: Geometry, kernel: torch.Size, rows: torch.Size, reached: t
 
 def _new(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """An empty (B, C, *size) whose memory is (B, *size, C)."""
-    return torch.empty((shape[0], *shape[2:], shape[1]), dtype=dtype, device="cpu").movedim(-1, 1)
+    return torch.empty_strided(shape, strides.channels_last(shape), dtype=dtype, device="cpu")
 
 
 def _of_group(scale: Tensor, group: int, groups: int) -> Tensor:

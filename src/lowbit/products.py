@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import integer
+from lowbit import integer, strides
 from lowbit.errors import UsageError
 from lowbit.formats import FP32, Format, Integer
 from lowbit.kernels import cpu, cuda
@@ -45,6 +45,9 @@ class Op(Protocol):
 
     def output_shape(self, x: torch.Size, w: torch.Size) -> torch.Size:
         """The shape of the output."""
+
+    def output_strides(self, shape: torch.Size, x: Tensor, w: Tensor) -> strides.Strides:
+        """The strides of an output of this shape, those that the plain layer gives it."""
 
     def grad_input(self, g: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
         """The product of grad_output and weight, in the shape of the input."""
@@ -92,6 +95,10 @@ class Linear:
         if x[-1] != w[1]:
             raise RuntimeError(f"linear cannot multiply shapes {tuple(x)} of the input and {tuple(w)} of the weight")
         return torch.Size((*x[:-1], w[0]))
+
+    def output_strides(self, shape: torch.Size, x: Tensor, w: Tensor) -> strides.Strides:  # noqa: ARG002 - always so
+        """Contiguous."""
+        return strides.contiguous(shape)
 
     def output(self, x: Tensor, w: Tensor) -> Tensor:
         """``x w^T``."""
@@ -148,6 +155,10 @@ class Matmul:
     def output_shape(self, x: torch.Size, w: torch.Size) -> torch.Size:
         """``(..., M, N)``."""
         return torch.Size((*torch.broadcast_shapes(x[:-2], w[:-2]), x[-2], w[-1]))
+
+    def output_strides(self, shape: torch.Size, x: Tensor, w: Tensor) -> strides.Strides:  # noqa: ARG002 - always so
+        """Contiguous."""
+        return strides.contiguous(shape)
 
     def output(self, x: Tensor, w: Tensor) -> Tensor:
         """``x w``."""
@@ -247,6 +258,10 @@ class Convolution:
                 f"{wanted} channels and sizes that its kernel fits into"
             )
         return torch.Size((x[0], w[1] * self.groups if self.transposed else w[0], *sizes))
+
+    def output_strides(self, shape: torch.Size, x: Tensor, w: Tensor) -> strides.Strides:
+        """Channels last where the input or the weight is."""
+        return strides.of_convolution(shape, x, w)
 
     def output(self, x: Tensor, w: Tensor) -> Tensor:
         """The convolution."""
@@ -730,6 +745,7 @@ class _KeptCodes:
     w: integer.Operand | None
     x_shape: torch.Size
     w_shape: torch.Size
+    w_channels_last: bool
     exact: tuple[Tensor, Tensor] | None
 
 
@@ -773,6 +789,7 @@ def _integer_outputs(
         w=kept_w and kept_w.holding(_NOTHING),
         x_shape=x.shape,
         w_shape=w.shape,
+        w_channels_last=cpu.is_channels_last(w),
         exact=(x, w) if _observers else None,
     )
     return y, (None if kept_x is None else kept_x.q, None if kept_w is None else kept_w.q), kept
@@ -783,7 +800,7 @@ _NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 def _integer_gradients(
     g: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     numbers: tuple[Tensor | None, Tensor | None],
     kept: _KeptCodes,
     needs: tuple[bool, bool, bool],
@@ -793,7 +810,7 @@ def _integer_gradients(
     shapes = (kept.x_shape, kept.w_shape, g.shape)
     grad_input = grad_weight = None
     g_codes: integer.Operand | None = None
-    if needs[0]:
+    if needs[0] and w is not None:
         g_in = g_codes = _encoded(g, op, setting, "grad_input", "grad_output")
         if kept.w is not None and numbers[1] is not None:
             w_codes = kept.w.holding(numbers[1])
@@ -818,7 +835,7 @@ def _integer_gradients(
             "grad_weight",
             {"grad_output": (g, g_out), "input": (None if kept.exact is None else kept.exact[0], x_codes)},
             lambda: integer.grad_weight(
-                g_out, x_codes, op.geometry, kept.w_shape, kept.dtypes[1], ordered=cpu.is_channels_last(w)
+                g_out, x_codes, op.geometry, kept.w_shape, kept.dtypes[1], ordered=kept.w_channels_last
             ),
             lambda a, b: op.grad_weight(a, b, kept.w_shape),
             shapes,
@@ -992,11 +1009,11 @@ class _Products(torch.autograd.Function):
         if runs_integer(x, w, dtype, op, setting):
             y, numbers, ctx.kept = _integer_outputs(x, w, bias, op, setting, dtype, expected, needs)
             # Codes are saved as tensors, so that they go as soon as the backward has used them.
-            ctx.save_for_backward(w, *numbers)
-            return y
+            ctx.save_for_backward(w if needs[0] else None, *numbers)
+            return strides.laid_out(y, op.output_strides(y.shape, x, w))
         y, saved, ctx.kept = outputs(x, w, bias, op, setting, expected, needs)
         ctx.save_for_backward(*saved)
-        return y.to(dtype)
+        return strides.laid_out(y.to(dtype), op.output_strides(y.shape, x, w))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -1169,7 +1186,10 @@ def _by_choice(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setti
         noise = None if setting.noise is None else setting.noise.branch(str(k))
         own = replace(setting, samples=None, bits=samples.bits[k], noise=noise)
         outputs.append(_apply(x if len(chosen) == 1 else x[index], w, bias, op, own))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)[torch.cat(indices).argsort()]
+    if len(outputs) == 1:
+        return outputs[0]
+    y = torch.cat(outputs)[torch.cat(indices).argsort()]
+    return strides.laid_out(y, op.output_strides(y.shape, x, w))
 
 
 class _TellMask(torch.autograd.Function):
@@ -1284,7 +1304,7 @@ def conv(
     for axis, (b, a) in enumerate(zip(before, after, strict=True), start=2):
         if b != a:  # an odd "same" padding, stride 1: one zero too many before, so one output too many
             y = y.narrow(axis, 1, y.shape[axis] - 1)
-    return y
+    return y if before == after else strides.laid_out(y, op.output_strides(y.shape, x, weight))
 
 
 def _padding(

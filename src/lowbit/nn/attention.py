@@ -62,7 +62,7 @@ class QuantMultiheadAttention(SeveralProducts, nn.MultiheadAttention):
             shares = shares.mean(1)
         if not batched:
             return out.squeeze(0), None if shares is None else shares.squeeze(0)
-        return out if self.batch_first else out.transpose(0, 1), shares
+        return out if self.batch_first else out.transpose(0, 1).contiguous(), shares
 
     def _as_batch(self, x: Tensor, batched: bool) -> Tensor:
         """The input as (B, length, E)."""

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from lowbit import products
+from lowbit import products, strides
 from lowbit.formats import Format, Integer
 from lowbit.kernels import cpu
 from lowbit.nn.layers import QuantLayer
@@ -363,9 +363,9 @@ def _as_given(fixed: tuple[Tensor, Tensor]) -> cpu.Statistics:
 
 def _in_rows(shape: torch.Size, dtype: torch.dtype, numbers: Tensor | None = None) -> Tensor:
     """A tensor (B, C, *size) whose memory is rows by channels: new, or of these numbers."""
-    order = (shape[0], *shape[2:], shape[1])
-    rows = torch.empty(order, dtype=dtype, device="cpu") if numbers is None else numbers.view(order)
-    return rows.movedim(-1, 1)
+    if numbers is None:
+        return torch.empty_strided(shape, strides.channels_last(shape), dtype=dtype, device="cpu")
+    return numbers.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
 @cache
@@ -445,7 +445,7 @@ def range_batch_norm(
 
     Source: Banner et al. 2018, arXiv:1805.11046, section 3; backward derived and checked against the authors' code.
     """
-    dtype = x.dtype
+    dtype, wanted = x.dtype, strides.of_normalization(x)
     if setting.engine == "int8" and x.device.type == "cpu" and not cpu.is_channels_last(x) and x.dim() > 1:
         x = (
             x.contiguous(memory_format=torch.channels_last)
@@ -455,13 +455,13 @@ def range_batch_norm(
     codes = _codes(x, setting, "input") if fixed is not None or x.numel() > x.shape[1] else None
     if codes is not None:
         with torch.autocast("cpu", enabled=False):
-            result: tuple[Tensor, Tensor, Tensor] = _RangeBatchNormOfCodes.apply(x, weight, bias, setting, fixed, codes)
-        return result
+            y, mean, sigma = _RangeBatchNormOfCodes.apply(x, weight, bias, setting, fixed, codes)
+        return strides.laid_out(y, wanted), mean, sigma
     x = x.float() if dtype in (torch.bfloat16, torch.float16) else x
     with torch.autocast(products.autocast_device(x), enabled=False):
         expected = ("grad_input",) if torch.is_grad_enabled() and x.requires_grad else ()
         y, mean, sigma = _RangeBatchNorm.apply(x, weight, bias, setting, fixed, expected)
-    y = y.to(dtype)
+    y = strides.laid_out(y.to(dtype), wanted)
     return y.relu() if setting.rectify else y, mean, sigma
 
 

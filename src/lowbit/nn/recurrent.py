@@ -59,10 +59,10 @@ class _QuantRecurrent(SeveralProducts, nn.RNNBase):
         return x if self.batch_first else x.transpose(0, 1)
 
     def _restore_layout(self, y: Tensor, x: Tensor) -> Tensor:
-        """(B, T, H) in the layout that the caller's input had."""
+        """(B, T, H) in the layout that the caller's input had, contiguous as that of the plain layer."""
         if x.dim() == 2:
             return y.squeeze(0)
-        return y if self.batch_first else y.transpose(0, 1)
+        return y if self.batch_first else y.transpose(0, 1).contiguous()
 
     def _initial(self, state: Tensor | None, x: Tensor, unbatched: bool) -> Tensor:
         """A given state as (layers, B, H), or zeros."""
@@ -126,7 +126,8 @@ class QuantGRU(_QuantRecurrent, nn.GRU):
         last: list[Tensor] = []
         for layer in range(self.num_layers):
             x_gates = self._product("ih", layer, x)
-            h, outputs = h_0[layer].to(x_gates.dtype), []
+            # Under autocast h stays in float32, as in the plain layer.
+            h, outputs = h_0[layer], []
             for t in range(x.shape[1]):
                 h = gru_cell(x_gates[:, t], self._product("hh", layer, h), h)
                 outputs.append(h)
