@@ -291,6 +291,7 @@ class TestRefused:
 
         assert _is_same(_snapshot(model), before)
 
+    @pytest.mark.filterwarnings("ignore:convert_")  # most of these models is left
     @pytest.mark.parametrize("case", list(CASES))
     def test_otherwise_it_is_left_with_a_reason(self, case: str) -> None:
         """With strict=False the rest is converted, and the report gives the reason that strict would have."""
@@ -587,6 +588,111 @@ def test_the_report_shows_bits_and_engine_of_each_product() -> None:
     linear = next(line for line in lines if "Linear" in line)
     assert linear.split() == ["0", "Linear", "sbm8", "8x8", "8x8", "16x8", "reference"]
     assert "has no product" in str(lines)
+
+
+class Conv1D(nn.Module):
+    """A matrix product of a user's own, as GPT-2 has it: the weight is (in, out)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x w + b``."""
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def _foreign(*, tied: bool = False) -> nn.ModuleDict:
+    """A language model whose blocks lowbit does not know: 96 of its 656 weights are of its head."""
+    model = nn.ModuleDict(
+        {
+            "tokens": nn.Embedding(12, 8),
+            "norm": nn.LayerNorm((2, 8)),
+            "up": Conv1D(8, 32),
+            "down": Conv1D(32, 8),
+            "mix": Conv1D(8, 4),
+            "gain": Conv1D(8, 2),
+            "head": nn.Linear(8, 12, bias=False),
+        }
+    )
+    model.register_parameter("token", nn.Parameter(torch.zeros(1, 1, 8)))
+    if tied:
+        model["head"].weight = model["tokens"].weight
+    return model
+
+
+class TestShare:
+    """How much of the weights of matrix products and convolutions is converted."""
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_it_counts_weights_of_products(self, tied: bool) -> None:
+        """Unknown layers count, an embedding only where it is the head too, and norms, biases and single rows never."""
+        model = _foreign(tied=tied)
+
+        with pytest.warns(UserWarning, match="1 of 8 layers"):
+            report = lowbit.convert_(model, "sbm8")
+
+        assert {row.name: row.weights for row in report.rows} == {
+            "": 0,
+            "tokens": 0,
+            "norm": 0,
+            "up": 256,
+            "down": 256,
+            "mix": 32,
+            "gain": 16,
+            "head": 96,
+        }
+        assert report.share == 96 / 656
+
+    def test_the_first_line_names_the_largest_that_are_not(self) -> None:
+        """Share, then up to three layers with type and size, the largest first; a warning says the same."""
+        said = (
+            "1 of 8 layers converted with 14.6 % of the weights of matrix products and convolutions, largest not "
+            "converted: up (Conv1D, 256), down (Conv1D, 256), mix (Conv1D, 32)"
+        )
+        with pytest.warns(UserWarning, match=re.escape(f"convert_(ModuleDict, 'sbm8'): {said}. What")):
+            report = lowbit.convert_(_foreign(), "sbm8")
+
+        assert str(report).splitlines()[0] == f"sbm8: {said}; bits as first operand x second"
+
+    def test_what_a_rule_leaves_is_not_asked_for(self) -> None:
+        """With rules for the unknown layers everything else is converted, and nobody warns."""
+        report = lowbit.convert_(_foreign(), "sbm8", rules=[(Conv1D, None)])
+
+        assert report.share == 1
+        assert "with 100 % of the weights" in str(report)
+        assert "largest" not in str(report)
+
+    def test_what_the_recipe_leaves_counts_and_does_not_warn(self) -> None:
+        """A last layer that cpt leaves lowers the share; it was not asked for, so nobody warns."""
+        report = lowbit.convert_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 12)), "cpt")
+
+        assert report.share == 16 / 64
+        assert "largest not converted: 1 (Linear, 48)" in str(report)
+
+    def test_almost_all_is_not_all(self) -> None:
+        """One unconverted weight in a thousand and more does not round to 100 %, and half of them is enough."""
+        large = nn.Sequential(nn.Linear(100, 100), Conv1D(2, 2))
+
+        assert "with 99.9 % of" in str(lowbit.convert_(large, "sbm8"))
+        assert lowbit.convert_(nn.Sequential(nn.Linear(4, 4), Conv1D(4, 4)), "sbm8").share == 0.5
+
+    def test_all_weights_of_a_layer_with_several_count(self) -> None:
+        """Those of attention, its output projection included, and of an LSTM."""
+        model = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2), "b": nn.LSTM(4, 3), "c": nn.Conv2d(2, 3, 5)})
+
+        report = lowbit.convert_(model, "sbm8", rules=[("b", None)])
+
+        assert [row.weights for row in report.rows] == [64, 12 * 7, 150]
+        assert report.share == 1
+
+    def test_a_model_without_such_weights_has_no_share(self) -> None:
+        """Range BN alone multiplies by no matrix."""
+        report = lowbit.convert_(nn.Sequential(nn.BatchNorm1d(4)), "sbm8")
+
+        assert report.share is None
+        assert str(report).startswith("sbm8: 1 of 1 layers converted; bits")
 
 
 def test_converted_layers_are_still_instances_of_their_plain_type() -> None:

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ RecipeLike = Recipe | str
 Matcher = str | re.Pattern[str] | type
 Rule = tuple[Matcher, RecipeLike | None]
 
-LEFT_BY_RULE = "a rule leaves it"
+LeftBy = Literal["rule", "recipe"]
 _WHICH = "give a name, a compiled regular expression, or a module type"
 
 # The largest seed and step: noise is a hash of 64 bits of each, and a larger one would give another's noise.
@@ -89,6 +89,8 @@ class Row:
         engines: how each product is executed.
         speed: how many times as fast as in full precision this machine was on that engine with the most similar
             layer; None where nothing was measured or ``"auto"`` did not choose.
+        weights: numbers in the weights of its matrix products and convolutions, see `lowbit.Report`.
+        left_by: whether a ``"rule"`` or the ``"recipe"``, for the first or last layer, leaves it as it is.
     """
 
     name: str
@@ -98,6 +100,8 @@ class Row:
     bits: dict[str, str] = field(default_factory=dict)
     engines: dict[str, str] = field(default_factory=dict)
     speed: float | None = None
+    weights: int = 0
+    left_by: LeftBy | None = None
 
     @property
     def converted(self) -> bool:
@@ -107,11 +111,22 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `convert_` did, a row per layer; `print` shows it as a table."""
+    """What `convert_` did, a row per layer; `print` shows it as a table.
+
+    Its first line says which share of the weights of matrix products and convolutions is converted. These are the
+    parameters with two axes or more of every layer that has products, and of a layer of unknown type those with two
+    axes longer than 1; each tensor counts once. Embeddings and normalisations have none, unless an embedding is also
+    the weight of a layer.
+    """
 
     recipe: str
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float | None:
+        """The converted share of these weights, 0 to 1; what a rule leaves is not asked for. None without any."""
+        return _share([row for row in self.rows if row.left_by != "rule"])
 
     @property
     def without_gain(self) -> tuple[str, ...]:
@@ -131,10 +146,42 @@ class Report:
             ]
             for row in self.rows
         ]
-        converted = sum(row.converted for row in self.rows)
-        head = f"{self.recipe}: {converted} of {len(self.rows)} layers converted; bits as first operand x second"
+        head = f"{self.recipe}: {self._converted()}; bits as first operand x second"
         body = text_table(["layer", "type", "recipe", *names, "engine", "remark"], table)
         return "\n".join([head, "", body, *("note: " + note for note in self.notes)])
+
+    def _converted(self) -> str:
+        """How many layers and which share of the weights are converted, and where the largest of the others are."""
+        layers = f"{sum(row.converted for row in self.rows)} of {len(self.rows)} layers converted"
+        if self.share is None:
+            return layers
+        left = [row for row in self.rows if row.weights and not row.converted and row.left_by != "rule"]
+        largest = [
+            f"{row.name or '(model)'} ({row.type}, {row.weights:,})"
+            for row in sorted(left, key=lambda row: -row.weights)[:3]
+        ]
+        percent = math.floor(1000 * self.share) / 10  # 100 % is all of them
+        others = f", largest not converted: {', '.join(largest)}" if largest else ""
+        return f"{layers} with {percent:g} % of the weights of matrix products and convolutions{others}"
+
+
+def _share(rows: Sequence[Row]) -> float | None:
+    """The converted share of the weights of these layers; None where they have none."""
+    total = sum(row.weights for row in rows)
+    return sum(row.weights for row in rows if row.converted) / total if total else None
+
+
+def _warn_of_a_small_share(report: Report, model: nn.Module) -> None:
+    """Say it where less than half of what neither a rule nor the recipe leaves is converted."""
+    share = _share([row for row in report.rows if row.left_by is None])
+    if share is not None and share < 0.5:
+        warnings.warn(
+            f"convert_({type(model).__name__}, {report.recipe!r}): {report._converted()}. What is left runs in the "
+            "precision it has: replace layers of unknown types by torch's own, or say with rules=[(name, None)] that "
+            "they stay",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)
@@ -146,6 +193,7 @@ class _Plan:
     twin: type[QuantLayer] | None
     recipe: Recipe | None
     reason: str
+    left_by: LeftBy | None = None
 
 
 def convert_(
@@ -159,7 +207,8 @@ def convert_(
 ) -> Report:
     """Convert every layer with products in place, so that it trains and evaluates in the formats of a recipe.
 
-    Parameters stay the same objects under the same names; `state_dict()` does not change.
+    Parameters stay the same objects under the same names; `state_dict()` does not change. Warns where less than half of
+    the model's weights, of those that neither a rule nor the recipe leaves, is converted; see `Report`.
 
     Args:
         model: any module, also a single layer.
@@ -192,7 +241,7 @@ def convert_(
     plans = _plan(model, recipe, resolved, strict)
     table, found = calibration.load() if engine == "auto" else (None, "")
     choices = _choices(plans, engine, table)
-    if strict and not any(plan.twin or plan.reason == LEFT_BY_RULE for plan in plans):
+    if strict and not any(plan.twin or plan.left_by == "rule" for plan in plans):
         reasons = "; ".join(f"{p.name or 'the model'} ({_type_name(p.layer)}): {p.reason}" for p in plans[:5])
         raise UsageError(f"nothing in this model would be converted. {reasons or 'It has no layer with products'}")
 
@@ -209,12 +258,16 @@ def convert_(
             _forbid_bypass(module)
             if has_fused_pair(module):
                 module.__class__ = FusedSequential
-    rows = tuple(_row(plan, choices.get(plan.name)) for plan in plans)
+    weights = _weights(plans)
+    rows = tuple(
+        replace(_row(plan, choices.get(plan.name)), weights=weights[plan.name], left_by=plan.left_by) for plan in plans
+    )
     notes = _notes(clock) if engine != "auto" else (*_notes(clock), *_choice_notes(choices, found))
     report = Report(recipe=recipe.name, rows=rows, notes=notes)
     if slow := report.without_gain:
         gain = f"no engine is faster than fp32 here for {_some(slow)}: rules=[(name, None)] leaves them in fp32"
         report = replace(report, notes=(*notes, gain))
+    _warn_of_a_small_share(report, model)
     return report
 
 
@@ -397,15 +450,16 @@ def _plan(
         chosen = recipe if rule is None else rules[rule][1]
         end = next((end for end, which in ends.items() if which is layer), None)
         twin, reason = None, ""
+        left_by: LeftBy | None = None
         if chosen is None:
-            reason = LEFT_BY_RULE
+            reason, left_by = "a rule leaves it", "rule"
         elif rule is None and end is not None:
-            reason = f"{recipe.name} leaves the {end} layer"
+            reason, left_by = f"{recipe.name} leaves the {end} layer", "recipe"
         else:
             twin, reason, refused = _twin(layer, chosen)
             if refused:
                 refusals.append((name, f"{name or 'the model'} ({_type_name(layer)}): {reason}"))
-        plans.append(_Plan(name, layer, twin, chosen if twin else None, reason))
+        plans.append(_Plan(name, layer, twin, chosen if twin else None, reason, left_by))
     _check_rules(model, {plan.name for plan in plans}, rules, used)
     if strict and refusals:
         raise UsageError(
@@ -494,7 +548,28 @@ def _mark_shared_parameters(plans: list[_Plan]) -> None:
             owner.setdefault(p, plan.name)
         if shared:
             remark = "; ".join(filter(None, [plan.reason, f"shares a parameter with {', '.join(sorted(shared))}"]))
-            plans[i] = _Plan(plan.name, plan.layer, plan.twin, plan.recipe, remark)
+            plans[i] = replace(plan, reason=remark)
+
+
+def _weights(plans: Sequence[_Plan]) -> dict[str, int]:
+    """How many numbers each layer multiplies by, see `Report`; a shared tensor counts with a converted layer."""
+    counts: dict[str, int] = {}
+    seen: set[Tensor] = set()
+    for plan in sorted(plans, key=lambda plan: plan.twin is None):
+        own = [p for p in _matrices(plan.layer) if p not in seen]
+        seen.update(own)
+        counts[plan.name] = sum(p.numel() for p in own)
+    return counts
+
+
+def _matrices(layer: nn.Module) -> list[Tensor]:
+    """The parameters of a layer that are, or may be, the weight of a matrix product or a convolution."""
+    if isinstance(layer, _NO_PRODUCT):
+        return []
+    given = [p for p in layer.parameters(isinstance(layer, nn.MultiheadAttention)) if not nn.parameter.is_lazy(p)]
+    if isinstance(layer, (*PRODUCT_LAYERS, *_REFUSED)):
+        return [p for p in given if p.dim() >= 2]
+    return [p for p in given if sum(size > 1 for size in p.shape) >= 2]
 
 
 def _type_name(layer: nn.Module) -> str:
