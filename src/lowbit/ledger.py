@@ -2,7 +2,8 @@
 
 A product (its layer, shapes and bits) is written once, and so is a program: which products one step ran, and how
 often each. A step is then one short line that names its program. So a ledger has the bits of every step, and stays
-small. Nothing in it depends on the clock or the machine: the same run writes the same bytes.
+small. Nothing in it depends on the clock or the machine: the same run writes the same bytes. Each line ends with its
+checksum (``crc``, the CRC-32 of what stands before it); ledgers of older versions, without, are read as they are.
 
 Notation: a step is one update of the weights, counted from 0; one multiply-accumulate (MAC) is one operation.
 """
@@ -11,14 +12,18 @@ import dataclasses
 import io
 import json
 import os
+import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, Self, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, Self, TypeVar
 
+from lowbit import files
 from lowbit.errors import RunError, UsageError, check_choice
 
+_T = TypeVar("_T")
 Convention = Literal["as-ran", "as-charged"]
 PRODUCTS = ("output", "grad_input", "grad_weight")
 # The two operands of each product, in the order of `Product.bits`.
@@ -30,6 +35,8 @@ OPERANDS = {
 PLAIN = "plain"  # the engine of what ran outside converted layers
 
 _VERSION = 1
+_DROPPED = "damaged lines dropped: "
+_CRC = re.compile(rb',"crc":"([0-9a-f]{8})"\}\n?')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +168,8 @@ class Ledger:
         self.notes: list[str] = []
         self._product_index: dict[Product, int] = {}
         self._program_index: dict[Program, int] = {}
+        self._next = first_step  # number of the next step
+        self._lost: set[tuple[str, int]] | None = None  # definitions in lines that were dropped; None: none may be
         self._file: BinaryIO | None = None
 
     # Reading and writing files.
@@ -173,24 +182,34 @@ class Ledger:
             RunError: the file cannot be written.
         """
         ledger = cls(model=model, layers=layers, first_step=first_step)
-        ledger._open(Path(path), "wb")
+        Path(path).unlink(missing_ok=True)  # a link is replaced, not followed
+        ledger._open(Path(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         ledger._write("ledger", ledger._header())
         return ledger
 
     @classmethod
-    def load(cls, path: Path | str) -> Self:
+    def load(cls, path: Path | str, *, drop_damaged: bool = False) -> Self:
         """Read a ledger. A last line that a killed process left incomplete is dropped, and a note says so.
+
+        Args:
+            path: the file.
+            drop_damaged: leave out damaged lines and what cannot be understood without them, and count them in a note.
 
         Raises:
             UsageError: there is no such file.
-            RunError: a line is damaged, or it is no ledger.
+            RunError: a line is damaged, or it is not a ledger.
         """
-        ledger, _ = cls._read(Path(path), until=None)
+        ledger, _ = cls._read(Path(path), until=None, drop_damaged=drop_damaged)
         return ledger
 
     @classmethod
-    def resume(cls, path: Path | str, *, steps: int) -> Self:
+    def resume(cls, path: Path | str, *, steps: int, drop_damaged: bool = False) -> Self:
         """Go on in the file of a run that continues after `steps` steps: later records are removed from it.
+
+        Args:
+            path: the file.
+            steps: steps done.
+            drop_damaged: go on although lines are damaged; they stay in the file, and a note counts them.
 
         Raises:
             UsageError: there is no such file, or `steps` is negative.
@@ -199,17 +218,20 @@ class Ledger:
         if steps < 0:
             raise UsageError(f"steps={steps}: the number of steps done, from 0")
         path = Path(path)
-        ledger, end = cls._read(path, until=steps)
-        done = ledger.first_step + len(ledger.steps)
-        if done != steps:
+        ledger, end = cls._read(path, until=steps, drop_damaged=drop_damaged)
+        if ledger._next != steps and not (drop_damaged and ledger.first_step <= steps):
             raise RunError(
-                f"{path} has steps {ledger.first_step} to {done - 1} and the run continues at step {steps}: steps are "
-                "missing. Move the file away to begin a new ledger at this step"
+                f"{path} has steps {ledger.first_step} to {ledger._next - 1} and the run continues at step {steps}: "
+                "steps are missing. Move the file away to begin a new ledger at this step"
             )
+        ledger._next = steps
+        dropped = [note for note in ledger.notes if note.startswith(_DROPPED)]
         ledger.notes.clear()  # of lines that are removed now
-        ledger._open(path, "ab")
+        ledger._open(path, os.O_WRONLY | os.O_APPEND)
         assert ledger._file is not None
         ledger._file.truncate(end)
+        for note in dropped:
+            ledger.add_note(f"resumed at step {steps}: {note}")
         return ledger
 
     def save(self, path: Path | str) -> None:
@@ -234,7 +256,7 @@ class Ledger:
         """The index of a product, which is added where it is new."""
         index = self._product_index.get(product)
         if index is None:
-            self._write("product", _fields(product))
+            self._write("product", {"index": len(self.products), **_fields(product)})
             index = self._product_index[product] = len(self.products)
             self.products.append(product)
         return index
@@ -246,7 +268,7 @@ class Ledger:
             for product, calls in program.calls:
                 if not 0 <= product < len(self.products) or calls < 1:
                     raise UsageError(f"a program calls product {product} {calls} times: no such product or count")
-            self._write("program", _fields(program))
+            self._write("program", {"index": len(self.programs), **_fields(program)})
             index = self._program_index[program] = len(self.programs)
             self.programs.append(program)
         return index
@@ -256,9 +278,10 @@ class Ledger:
         index = program if isinstance(program, int) else self.intern_program(program)
         if not 0 <= index < len(self.programs):
             raise UsageError(f"program {index}: this ledger has {len(self.programs)}")
-        step = Step(self.first_step + len(self.steps), index, samples)
+        step = Step(self._next, index, samples)
         self._write("step", step._asdict())
         self.steps.append(step)
+        self._next += 1
 
     def add_evaluation(
         self,
@@ -271,7 +294,7 @@ class Ledger:
     ) -> None:
         """Add an evaluation after the steps so far."""
         evaluation = Evaluation(
-            step=self.first_step + len(self.steps),
+            step=self._next,
             program=None if program is None else self.intern_program(program),
             samples=samples,
             name=name,
@@ -364,6 +387,8 @@ class Ledger:
         Raises:
             UsageError: there is none, or they do not cover the same steps.
         """
+        if any(led._next - led.first_step != len(led.steps) for led in ledgers):
+            raise UsageError("a ledger that lacks steps in its middle cannot be merged")
         ranges = {(led.first_step, len(led.steps)) for led in ledgers}
         if len(ranges) != 1:
             covered = "; ".join(f"{first} to {first + n - 1}" for first, n in sorted(ranges))
@@ -419,10 +444,11 @@ class Ledger:
 
     def _append(self, other: "Ledger", until: int | None = None) -> None:
         """Take over the records of another ledger, in the order they were made, up to a number of steps."""
-        for product in other.products:
-            self.intern(product)
-        for program in other.programs:
-            self.intern_program(program)  # in the same order, so under the same index
+        products = [self.intern(product) for product in other.products]
+        programs = [
+            self.intern_program(dataclasses.replace(program, calls=tuple((products[i], n) for i, n in program.calls)))
+            for program in other.programs
+        ]
         events = sorted(
             [(s.step, 1, s) for s in other.steps] + [(e.step, 0, e) for e in other.evaluations],
             key=lambda event: event[:2],
@@ -430,10 +456,11 @@ class Ledger:
         for step, is_step, event in events:
             if until is not None and step + is_step > until:
                 break
+            self._next = step
             if isinstance(event, Step):
-                self.add_step(event.program, samples=event.samples)
+                self.add_step(programs[event.program], samples=event.samples)
             else:
-                used = None if event.program is None else other.programs[event.program]
+                used = None if event.program is None else self.programs[programs[event.program]]
                 rest = {k: v for k, v in _fields(event).items() if k not in ("step", "program")}
                 self.add_evaluation(used, **rest)
         for note in other.notes:
@@ -449,9 +476,10 @@ class Ledger:
             "first_step": self.first_step,
         }
 
-    def _open(self, path: Path, mode: str) -> None:
+    def _open(self, path: Path, flags: int) -> None:
         try:
-            self._file = cast(BinaryIO, open(path, mode))  # noqa: SIM115 - open as long as the run
+            number = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+            self._file = open(number, "ab" if flags & os.O_APPEND else "wb")  # noqa: SIM115 - open as long as the run
         except OSError as error:
             raise RunError(f"cannot write the ledger {path}: {error.strerror or error}") from error
 
@@ -460,64 +488,87 @@ class Ledger:
         if self._file is not None and self._file.closed:
             raise UsageError(f"the ledger's file {self._file.name} is closed: go on with Ledger.resume")
         if self._file is not None:
-            self._file.write(json.dumps({"record": record, **values}, separators=(",", ":")).encode() + b"\n")
+            content = json.dumps({"record": record, **values}, separators=(",", ":")).encode()[:-1]
+            self._file.write(b'%b,"crc":"%08x"}\n' % (content, zlib.crc32(content)))
             self._file.flush()
 
     @classmethod
-    def _read(cls, path: Path, *, until: int | None) -> tuple[Self, int]:
+    def _read(cls, path: Path, *, until: int | None, drop_damaged: bool) -> tuple[Self, int]:
         """The ledger in a file up to the end of step `until`, and the offset in bytes where that ends."""
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError as error:
-            raise UsageError(f"there is no ledger {path}") from error
-        except OSError as error:
-            raise RunError(f"cannot read the ledger {path}: {error.strerror or error}") from error
+        content = _content(path)
         whole = content.rfind(b"\n") + 1
-        if whole == 0:
-            raise RunError(f"{path} is empty or no ledger: its first line is not complete")
         ledger: Self | None = None
         end = offset = 0
+        defined = (0, 0)
+        damaged: dict[int, str] = {}
+        checked = _CRC.search(content[:whole].partition(b"\n")[0]) is not None
         for number, line in enumerate(io.BytesIO(content[:whole]), start=1):
             try:
-                record = json.loads(line)
+                record = _parse(line, checked=checked)
                 kind = record.pop("record")
                 if ledger is None:
                     ledger = cls._from_header(kind, record)
+                    ledger._lost = set() if drop_damaged else None
                 elif until is not None and ledger._is_after(kind, record, until):
                     break
                 else:
                     ledger._take(kind, record)
-            except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-                raise RunError(
-                    f"line {number} of {path} is damaged or no record of a ledger ({error}); the lines before it are "
-                    "intact"
-                ) from error
+            except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+                if not drop_damaged or ledger is None:
+                    raise RunError(
+                        f"line {number} of {path} is damaged or not a record of a ledger ({error})"
+                        f"{'; the lines before it are intact. With --drop-damaged it is left out' if ledger else ''}"
+                    ) from error
+                damaged[number] = str(error)
+                offset += len(line)
+                continue
             offset += len(line)
             # Definitions count only with the step that uses them.
-            end = offset if kind not in ("product", "program") else end
+            if kind not in ("product", "program"):
+                end, defined = offset, (len(ledger.products), len(ledger.programs))
         assert ledger is not None
         if whole < len(content):
             ledger.notes.append(
                 f"the last line was incomplete ({len(content) - whole} bytes, left by a process that was killed) and "
                 "is dropped"
             )
+        if damaged:
+            reasons = "; ".join(f"line {number}: {reason}" for number, reason in list(damaged.items())[:5])
+            ledger.notes.append(f"{_DROPPED}{len(damaged)} of {number}, so figures lack what was in them ({reasons})")
         if until is not None:
-            ledger._forget_after(end, content)
+            ledger._forget_after(*defined)
         return ledger, end
 
-    def _forget_after(self, end: int, content: bytes) -> None:
+    def _forget_after(self, products: int, programs: int) -> None:
         """Forget definitions of steps that were dropped: the run that continues writes them again."""
-        kinds = [json.loads(line)["record"] for line in content[:end].splitlines()]
-        self.products = self.products[: kinds.count("product")]
-        self.programs = self.programs[: kinds.count("program")]
-        self._product_index = {product: i for i, product in enumerate(self.products)}
-        self._program_index = {program: i for i, program in enumerate(self.programs)}
+        lost = self._lost or set()
+        self.products, self.programs = self.products[:products], self.programs[:programs]
+        self._product_index = {p: i for i, p in enumerate(self.products) if ("product", i) not in lost}
+        self._program_index = {p: i for i, p in enumerate(self.programs) if ("program", i) not in lost}
 
     @classmethod
     def _from_header(cls, kind: str, record: dict[str, Any]) -> Self:
         if kind != "ledger" or record.get("version") != _VERSION:
             raise ValueError(f"it begins with {kind!r} of version {record.get('version')}, not a ledger of {_VERSION}")
+        if record.keys() != {"version", "model", "layers", "first_step"}:
+            raise ValueError(f"its header has {', '.join(record)}")
         return cls(model=record["model"], layers=record["layers"], first_step=record["first_step"])
+
+    def _has(self, kind: str, index: int) -> bool:
+        """Whether a definition is there: read, and not in a line that was dropped."""
+        known = len(self.products if kind == "product" else self.programs)
+        return 0 <= index < known and (kind, index) not in (self._lost or ())
+
+    def _define(self, kind: str, known: list[_T], index_of: dict[_T, int], index: int, definition: _T) -> None:
+        """Enter a definition; where lines before it were dropped, it stands in for theirs, which nothing may use."""
+        if index != len(known) and (self._lost is None or index < len(known)):
+            raise ValueError(f"{kind} {index} where {kind} {len(known)} belongs")
+        while len(known) < index:
+            assert self._lost is not None
+            self._lost.add((kind, len(known)))
+            known.append(definition)
+        index_of[definition] = len(known)
+        known.append(definition)
 
     @staticmethod
     def _is_after(kind: str, record: dict[str, Any], steps: int) -> bool:
@@ -529,26 +580,63 @@ class Ledger:
         match kind:
             case "step":
                 step = Step(**record)
-                expected = self.first_step + len(self.steps)
-                if step.step != expected or not 0 <= step.program < len(self.programs):
-                    raise ValueError(f"step {step.step} of program {step.program} where step {expected} belongs")
+                follows = step.step == self._next or (self._lost is not None and step.step > self._next)
+                if not follows or not self._has("program", step.program):
+                    raise ValueError(f"step {step.step} of program {step.program} where step {self._next} belongs")
                 self.steps.append(step)
+                self._next = step.step + 1
             case "product":
+                index = record.pop("index", len(self.products))
                 values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
-                self.intern(Product(**values))
+                self._define(kind, self.products, self._product_index, index, Product(**values))
             case "program":
+                index = record.pop("index", len(self.programs))
                 record["calls"] = tuple((int(product), int(n)) for product, n in record["calls"])
                 record["uncounted"] = tuple((str(op), int(n)) for op, n in record.get("uncounted", ()))
-                self.intern_program(Program(**record))
+                program = Program(**record)
+                if missing := [product for product, _ in program.calls if not self._has("product", product)]:
+                    raise ValueError(f"a program of product {missing[0]}, which is not there")
+                self._define(kind, self.programs, self._program_index, index, program)
             case "evaluation":
                 evaluation = Evaluation(**record)
-                if evaluation.program is not None and not 0 <= evaluation.program < len(self.programs):
+                if evaluation.program is not None and not self._has("program", evaluation.program):
                     raise ValueError(f"evaluation of program {evaluation.program}, which is not there")
                 self.evaluations.append(evaluation)
             case "note":
                 self.notes.append(record["text"])
             case _:
                 raise ValueError(f"a record of the unknown kind {kind!r}")
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with files.open_file(path) as file:
+            content = file.read()
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no ledger {path}") from error
+    except OSError as error:
+        raise RunError(f"cannot read the ledger {path}: {error.strerror or error}") from error
+    if b"\n" not in content:
+        raise RunError(f"{path} is empty or no ledger: its first line is not complete")
+    return content
+
+
+def _parse(line: bytes, *, checked: bool) -> dict[str, Any]:
+    """The record in a line, whose checksum must be right where it has one, and must be there where `checked`."""
+    match = _CRC.search(line)
+    if match is None or match.end() != len(line):
+        if checked:
+            raise ValueError("it does not end with its checksum")
+        content = line
+    else:
+        content = line[: match.start()]
+        if zlib.crc32(content) != int(match[1], 16):
+            raise ValueError(f"its checksum is {zlib.crc32(content):08x} and should be {match[1].decode()}")
+        content += b"}"
+    record = json.loads(content)
+    if not isinstance(record, dict):
+        raise ValueError(f"it is a {type(record).__name__}")
+    return record
 
 
 def _fields(record: Any) -> dict[str, Any]:
