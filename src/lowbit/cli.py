@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from lowbit.errors import RunError, UsageError
+from lowbit.errors import RunError, Stopped, UsageError
 from lowbit.train.config import RangeTestConfig, Result, TrainConfig
 
 
@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 if it did what was asked, 1 if a correct request failed (`RunError`), 2 if the request was wrong
-        (`UsageError`), 130 after Ctrl-C. Failures are one line on stderr; ``LOWBIT_TRACEBACK=1`` shows where.
+        (`UsageError`), 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. Failures are one line on stderr;
+        ``LOWBIT_TRACEBACK=1`` shows where.
     """
     try:
         return _command(sys.argv[1:] if argv is None else argv)
@@ -30,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (error.name or "").partition(".")[0] == "lowbit":
             raise
         return _fail(error, f"{error}: the command line needs `pip install 'lowbit[train]'`.", 1)
+    except Stopped as stop:
+        print(f"lowbit: {stop}", file=sys.stderr)
+        return 128 + stop.number
     except KeyboardInterrupt as stop:
         print(f"\nlowbit: {stop or 'interrupted'}", file=sys.stderr)
         return 130
@@ -76,7 +80,7 @@ def _command(argv: Sequence[str]) -> int:
             own.pop("config")
             _train(TrainConfig(**own))
         case "resume":
-            _resume(own.run)
+            _resume(**own)
         case "range-test":
             _range_test(RangeTestConfig(**own))
         case "inspect":
@@ -118,7 +122,7 @@ def _parser() -> Any:
     commands.add_subcommand("train", train, help="train a model in a new run folder")
 
     resume = parser("Continue a run from its last checkpoint, bit for bit.")
-    resume.add_argument("run", type=Path, help="run folder")
+    _add_resume(resume)
     commands.add_subcommand("resume", resume, help="continue a run from its last checkpoint")
 
     range_test = parser("Find the lowest precision at which a fresh model makes progress, for a cyclic schedule.")
@@ -152,6 +156,9 @@ def _parser() -> Any:
     cost.add_argument("--steps_per_epoch", type=int, help="plan: for times in epochs")
     cost.add_argument("--hardware", type=Literal["bitfusion"], help="also estimate cycles and energy on this model")
     cost.add_argument("--snap_bits", action="store_true", help="round widths up to 2, 4, 8, 16 there")
+    cost.add_argument(
+        "--drop_damaged", action="store_true", help="leave out damaged lines of the ledger, and count them"
+    )
     cost.add_argument("--format", type=Literal["text", "json", "csv"], default="text", help="text, json or csv (text)")
     commands.add_subcommand("cost", cost, help="show what a run costs, before or after it")
 
@@ -163,6 +170,19 @@ def _parser() -> Any:
     recipes.add_argument("name", type=str, nargs="?", help="the recipe to show")
     commands.add_subcommand("recipes", recipes, help="list the recipes, or show one")
     return main_parser
+
+
+def _add_resume(resume: Any) -> None:
+    resume.add_argument("run", type=Path, help="run folder")
+    resume.add_argument("--lr", type=float, help="from here on: peak learning rate; config.yaml keeps what changed")
+    resume.add_argument("--weight_decay", type=float, help="from here on: weight decay")
+    resume.add_argument("--epochs", type=int, help="from here on: passes over the training set, those done included")
+    resume.add_argument("--threads", type=int, help="from here on: threads of torch")
+    resume.add_argument("--checkpoint_every", type=int, help="from here on: steps between two checkpoints")
+    resume.add_argument("--checkpoint_minutes", type=float, help="from here on: minutes between two checkpoints")
+    resume.add_argument("--keep", type=int, help="from here on: how many checkpoints to keep")
+    resume.add_argument("--data_changed", action="store_true", help="go on although the data set has changed")
+    resume.add_argument("--drop_damaged", action="store_true", help="go on although lines of the ledger are damaged")
 
 
 def _add_bench(bench: Any) -> None:
@@ -182,10 +202,11 @@ def _train(config: TrainConfig) -> None:
     _show(trainer.train(config))
 
 
-def _resume(run: Path) -> None:
+def _resume(run: Path, *, data_changed: bool, drop_damaged: bool, **changes: Any) -> None:
     from lowbit.train import trainer
 
-    _show(trainer.resume(run))
+    given = {name: value for name, value in changes.items() if value is not None}
+    _show(trainer.resume(run, given, data_changed=data_changed, drop_damaged=drop_damaged))
 
 
 def _range_test(config: RangeTestConfig) -> None:
@@ -284,6 +305,7 @@ def _cost(
     run: Path | None,
     hardware: str | None,
     snap_bits: bool,
+    drop_damaged: bool,
     format: str,  # noqa: A002 - the flag
     **planned: Any,
 ) -> None:
@@ -295,10 +317,12 @@ def _cost(
         raise UsageError(f"{', '.join(given)} plan a run, and {run} is one that ran: give either.")
     if snap_bits and hardware is None:
         raise UsageError("--snap-bits is of a hardware model: give --hardware bitfusion too.")
+    if drop_damaged and run is None:
+        raise UsageError("--drop-damaged is of a ledger: give a run folder.")
     if run is None:
         ledger, measured = _plan(**planned), dict[str, str]()
     else:
-        ledger, measured = _ran(run)
+        ledger, measured = _ran(run, drop_damaged=drop_damaged)
     cost = Cost(ledger, BitFusion(snap_bits=snap_bits) if hardware else None, measured)
     # Tables are as wide as they are: folded by the terminal's width they could not be read or piped.
     print({"text": cost.__str__, "json": cost.to_json, "csv": cost.to_csv}[format]().rstrip("\n"))
@@ -367,7 +391,7 @@ def _own_schedule(recipe: Any, network: Any, steps: int, steps_per_epoch: int | 
     return forward, backward
 
 
-def _ran(run: Path) -> tuple[Any, dict[str, str]]:
+def _ran(run: Path, *, drop_damaged: bool) -> tuple[Any, dict[str, str]]:
     """The ledger of a run folder, or a ledger file, and what was measured beside it."""
     from lowbit.ledger import Ledger
     from lowbit.train.measured import read
@@ -377,8 +401,8 @@ def _ran(run: Path) -> tuple[Any, dict[str, str]]:
             raise UsageError(
                 f"{run} has no ledger.jsonl: give the folder of a run of `lowbit train`, or a ledger file."
             )
-        return Ledger.load(run / "ledger.jsonl"), read(run)
-    return Ledger.load(run), {}
+        return Ledger.load(run / "ledger.jsonl", drop_damaged=drop_damaged), read(run)
+    return Ledger.load(run, drop_damaged=drop_damaged), {}
 
 
 def _bench(

@@ -1,4 +1,4 @@
-"""The two errors a person sees, and how an unknown name is reported."""
+"""The two errors a person sees, what a signal leaves, and how an unknown name is reported."""
 
 import difflib
 from collections.abc import Iterable
@@ -11,6 +11,19 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """A correct request failed while it ran; the command line exits with 1."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run; the command line exits with 128 plus its number.
+
+    Args:
+        message: what ended, and how to go on.
+        number: the signal's number.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def unknown(what: str, given: object, allowed: Iterable[str]) -> UsageError:

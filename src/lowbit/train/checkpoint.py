@@ -1,82 +1,95 @@
-"""Checkpoint files: written whole or not at all, read without executing anything."""
+"""Checkpoint files: written whole or not at all, the last few kept, read without executing anything.
 
-import contextlib
-import errno
+The newest is ``last.ckpt``; the ones before it are ``last-1.ckpt``, ``last-2.ckpt`` and so on.
+"""
+
 import os
+import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
+from torch import Tensor
 
+from lowbit import files
 from lowbit.errors import RunError
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Replace the file `path` by what `write` writes, or leave it as it was.
+class DamagedError(RunError):
+    """A file that holds no checkpoint: an older one may serve."""
 
-    The bytes go to a temporary file beside `path` and reach the disk before the rename does. A killed process
-    leaves the old file and at most that one temporary file, which the next write reuses.
 
-    Raises:
-        RunError: the disk is full or the folder cannot be written; the temporary file is gone.
+def save(path: Path, checkpoint: Mapping[str, object], *, keep: int = 1) -> None:
+    """Write tensors and plain values to `path`, see `lowbit.files.write_atomically`.
+
+    Args:
+        path: the newest checkpoint's file.
+        checkpoint: what to save.
+        keep: how many checkpoints to keep, this one included.
     """
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself must survive a power cut
-        finally:
-            os.close(folder)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        cause = _os_error(error)
-        if cause is None or not isinstance(error, Exception):
-            raise
-        kept = "; the last good one is intact" if path.exists() else ""
-        hint = " Free some space, then resume." if cause.errno == errno.ENOSPC else ""
-        raise RunError(f"cannot write {path}: {cause.strerror or cause}{kept}.{hint}") from error
+    files.write_atomically(path, lambda file: torch.save(checkpoint, file), before=lambda: _move_on(path, keep))
 
 
-def save(path: Path, checkpoint: Mapping[str, object]) -> None:
-    """Write tensors and plain values to `path`, see `write_atomically`."""
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
+def kept(path: Path) -> list[Path]:
+    """The checkpoints beside `path`, the newest first; links, folders and damaged files included."""
+    numbered = re.compile(re.escape(path.stem) + r"-([1-9]\d*)" + re.escape(path.suffix))
+    older = [(int(match[1]), other) for other in path.parent.iterdir() if (match := numbered.fullmatch(other.name))]
+    return ([path] if os.path.lexists(path) else []) + [other for _, other in sorted(older)]
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that it does not take the place of a good one; its new name."""
+    aside = path.with_name(path.name + ".damaged")
+    os.replace(path, aside)
+    return aside
 
 
 def load(path: Path) -> dict[str, object]:
     """Read a checkpoint that `save` wrote.
 
     Raises:
-        RunError: the file is absent, damaged, no torch file, or holds more than tensors and plain values.
+        DamagedError: the file is absent, damaged, no torch file, a link, or holds more than tensors and plain values.
     """
     expected = "expected a checkpoint that `lowbit train` wrote"
     try:
-        # torch does not compare the checksums that it writes: a flipped bit would go unseen.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        with files.open_file(path, follow=False) as file:
+            # torch does not compare the checksums that it writes: a flipped bit would go unseen.
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+            file.seek(0)
+            content = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise RunError(f"there is no checkpoint {path}; {expected}.") from error
+        raise DamagedError(f"there is no checkpoint {path}; {expected}.") from error
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read ({error.strerror or error}); {expected}.") from error
     except Exception as error:  # torch and zipfile raise a dozen types on a damaged or foreign file
-        raise RunError(f"{path} is truncated, damaged or foreign; {expected}.") from error
+        raise DamagedError(f"{path} is truncated, damaged or foreign; {expected}.") from error
     if damaged:
-        raise RunError(f"{path} is damaged (the checksum of {damaged} is wrong); {expected}.")
+        raise DamagedError(f"{path} is damaged (the checksum of {damaged} is wrong); {expected}.")
     if not isinstance(content, dict):
-        raise RunError(f"{path} holds a {type(content).__name__}; {expected}.")
+        raise DamagedError(f"{path} holds a {type(content).__name__}; {expected}.")
     return content
 
 
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error in the chain of `error`: torch's zip writer hides it in a RuntimeError."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+def not_finite(content: object, name: str = "") -> Iterator[str]:
+    """The names of tensors in a tree of dicts and lists that hold an inf or nan, with dots between the keys."""
+    if isinstance(content, Tensor):
+        if not bool(content.isfinite().all()):
+            yield name
+    elif isinstance(content, Mapping | list | tuple):
+        entries = content.items() if isinstance(content, Mapping) else enumerate(content)
+        for key, value in entries:
+            yield from not_finite(value, f"{name}.{key}" if name else str(key))
+
+
+def _move_on(path: Path, keep: int) -> None:
+    """Make room at `path`: each checkpoint takes the name of the one before it, and the oldest go."""
+    names = [path, *(path.with_name(f"{path.stem}-{n}{path.suffix}") for n in range(1, keep))]
+    for newer, older in reversed(list(pairwise(names))):
+        if newer.is_file() and not newer.is_symlink():
+            os.replace(newer, older)
+    for other in kept(path):
+        if other not in names and other.is_file():
+            other.unlink()

@@ -29,6 +29,9 @@ _TUNED = (
     *("bits", "grad_bits", "threshold", "decay", "targets", "choices", "mixing"),
 )
 
+CHANGEABLE = ("lr", "weight_decay", "epochs", "threads", "checkpoint_every", "checkpoint_minutes", "keep")
+"""The settings that may change when a run goes on. `lr` stays the peak of the schedule, which `epochs` stretches."""
+
 _LR: dict[Optimizer, float] = {"sgd": 0.1, "adamw": 1e-3}
 _WEIGHT_DECAY: dict[Optimizer, float] = {"sgd": 1e-4, "adamw": 0.01}
 
@@ -52,7 +55,9 @@ class TrainConfig:
         seed: fixes the initial weights, the order of the data, the rounding noise and the dropout.
         out: run folder. Left open: ``runs/<model>-<data>-<recipe>-<seed>``.
         subset: train on this many samples only.
-        checkpoint_every: steps between two checkpoints. Left open: at the end of each epoch only.
+        checkpoint_every: steps between two checkpoints. Left open: by time and at the end of each epoch only.
+        checkpoint_minutes: minutes after which a checkpoint is due, beside those at the end of each epoch. None: never.
+        keep: how many checkpoints to keep, the newest included.
         threads: threads of torch. Left open: torch's own choice. A resumed run keeps its first number.
         context: bytes in one sample of a text; other data sets refuse it. Left open: 128.
         engine: how converted layers execute: ``auto``, ``int8`` or ``reference``, see `lowbit.convert_`.
@@ -95,6 +100,8 @@ class TrainConfig:
     out: Path | None = None
     subset: int | None = None
     checkpoint_every: int | None = None
+    checkpoint_minutes: float | None = 10.0
+    keep: int = 2
     threads: int | None = None
     context: int | None = None
     engine: Literal["auto", "int8", "reference"] = "auto"
@@ -124,7 +131,7 @@ class TrainConfig:
         for name, choices in (("optimizer", Optimizer), ("schedule", Schedule), ("amp", Amp)):
             if getattr(self, name) not in get_args(choices):
                 raise unknown(name, getattr(self, name), get_args(choices))
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "keep"):
             _check_count(name, getattr(self, name))
         for name in ("subset", "checkpoint_every", "threads", "context", "max_steps", "plateau_every"):
             if getattr(self, name) is not None:
@@ -132,10 +139,21 @@ class TrainConfig:
         _check_count("seed", self.seed, low=0)
         if self.seed >= 2**63:
             raise UsageError(f"seed must be below 2**63, got {self.seed}.")
-        for name in ("lr", "weight_decay"):
+        for name in ("lr", "weight_decay", "checkpoint_minutes"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
                 raise UsageError(f"{name} must be a finite number of at least 0, got {value!r}.")
+
+    def changed(self, changes: Mapping[str, object]) -> Self:
+        """The same run with other settings from some step on.
+
+        Raises:
+            UsageError: a setting is not one of `CHANGEABLE`, or its value is impossible.
+        """
+        for name in changes:
+            if name not in CHANGEABLE:
+                raise unknown("setting of a run that goes on", name, CHANGEABLE)
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]  # __post_init__ checks each value
 
     def tuned(self) -> dict[str, object]:
         """The settings that change the recipe's schedule or gates."""

@@ -99,6 +99,10 @@ class Images:
             x = crop_and_flip(x, noise)
         return x.float().sub_(self.mean).div_(self.std), self.labels[samples]
 
+    def fingerprint(self) -> dict[str, str | int]:
+        """Hashes of what the samples are, see `Batches.fingerprint`."""
+        return {"images": _hash(self.images), "labels": _hash(self.labels)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder:
@@ -139,6 +143,19 @@ class ImageFolder:
         std = x.new_tensor([0.229, 0.224, 0.225]).mul(255).view(3, 1, 1)
         return x.sub_(mean).div_(std), self.labels[samples]
 
+    def fingerprint(self) -> dict[str, str | int]:
+        """Hashes of what the samples are, see `Batches.fingerprint`."""
+        # A folder may be moved: names count from the class's folder on.
+        names = "\0".join(f"{path.parent.name}/{path.name}" for path in self.paths)
+        files = hashlib.sha256()
+        for at in torch.linspace(0, len(self.paths) - 1, min(64, len(self.paths))).long().tolist():
+            files.update(hashlib.sha256(self.paths[at].read_bytes()).digest())
+        return {
+            "names": hashlib.sha256(names.encode()).hexdigest()[:16],
+            "images": files.hexdigest()[:16],
+            "labels": _hash(self.labels),
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
@@ -171,6 +188,10 @@ class Text:
         """Bytes (B, T) int64 and the byte after each, (B, T) int64."""
         windows = self.content[starts[:, None] + torch.arange(self.context + 1, dtype=torch.int64, device="cpu")].long()
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """Hashes of what the samples are, see `Batches.fingerprint`."""
+        return {"bytes": len(self.content), "text": _hash(self.content)}
 
 
 Source = Images | ImageFolder | Text
@@ -232,6 +253,15 @@ class Batches:
     def _noise(self, *key: object) -> Generator | None:
         return None if self._seed is None else _generator(self._seed, *key)
 
+    def fingerprint(self) -> dict[str, str | int]:
+        """Numbers and hashes that tell this data: samples, their content, labels, and the order of the first epoch.
+
+        Images in memory and texts are hashed whole. Of a folder every file's name is, and the size and content of 64
+        files at even distances.
+        """
+        order = self._source.order(self._noise("order", 0))
+        return {"samples": len(self._source.samples), "order": _hash(order), **self._source.fingerprint()}
+
     def state_dict(self) -> dict[str, int]:
         """The current epoch and how many of its batches were handed out."""
         return {"epoch": self._epoch, "batches": self._batches}
@@ -266,6 +296,11 @@ class Data:
     task: Task
     train: Batches
     test: Batches
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """What tells this data from other data of the name, see `Batches.fingerprint`."""
+        sets = {"train": self.train, "test": self.test}
+        return {f"{part} {name}": value for part, each in sets.items() for name, value in each.fingerprint().items()}
 
 
 def load(
@@ -360,6 +395,11 @@ def _generator(*key: object) -> Generator:
     digest = hashlib.sha256(repr(key).encode()).digest()
     # Torch's CPU generator is seeded by 32 bits.
     return Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+
+
+def _hash(tensor: Tensor) -> str:
+    """16 hexadecimal digits of the SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()[:16]
 
 
 def _shuffled(samples: Tensor, noise: Generator | None) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lowbit import files
 from lowbit.energy import Energy, measured_energy
 from lowbit.errors import RunError
 
@@ -29,15 +30,16 @@ def measured(out: Path, *, steps: Callable[[], int], seconds_per_step: Callable[
 
     def write(energy: Energy) -> None:
         line = {"from_step": began, "to_step": steps(), "seconds_per_step": seconds_per_step()}
-        with open(out / MEASURED, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line | asdict(energy)) + "\n")
+        path = out / MEASURED
+        before = files.read(path, limit=1 << 24, hint="Move it away.").decode() if path.exists() else ""
+        files.write_text(path, before + json.dumps(line | asdict(energy)) + "\n")
 
     energy = Energy()
     try:
         with measured_energy() as energy:
             yield
     except BaseException:
-        with suppress(OSError):  # what stopped the run is the news, not that its time could not be written
+        with suppress(OSError, RunError):  # what stopped the run is the news, not that its time could not be written
             write(energy)
         raise
     try:

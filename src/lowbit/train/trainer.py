@@ -1,8 +1,9 @@
 """Training runs on Lightning's Trainer that continue bit for bit after a kill.
 
 A run is a folder: ``config.yaml`` (every setting), ``conversion.txt``, ``proof.txt`` (what its first step ran),
-``ledger.jsonl`` (what every step computed), ``measured.jsonl`` (seconds and joules), ``last.ckpt``,
-``csv/metrics.csv``, ``tensorboard/`` and, once it is complete, ``result.json``. What is random in
+``ledger.jsonl`` (what every step computed), ``measured.jsonl`` (seconds and joules), ``last.ckpt`` and ``last-1.ckpt``,
+``csv/metrics.csv``, ``tensorboard/`` and, once it is complete, ``result.json``. One process writes to it at a time.
+What is random in
 step i follows from the settings and i alone: the loader is a pure function of (seed, epoch, batch), torch is seeded
 anew before each step, and lowbit counts its own noise.
 """
@@ -10,9 +11,7 @@ anew before each step, and lowbit counts its own noise.
 import contextlib
 import copy
 import csv
-import dataclasses
 import io
-import json
 import logging
 import math
 import re
@@ -21,38 +20,45 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 import lowbit
+from lowbit import files
 from lowbit.controller import PrecisionController, is_depthwise
-from lowbit.errors import RunError, UsageError
+from lowbit.errors import RunError, Stopped, UsageError
 from lowbit.meter import layer_names
 from lowbit.products import ProductCall, counted_by
 from lowbit.range_test import RangeTestResult
-from lowbit.train import checkpoint as files
-from lowbit.train import data, models
-from lowbit.train.config import RangeTestConfig, Result, TrainConfig, lr_factor
+from lowbit.train import checkpoint, data, models
+from lowbit.train.config import CHANGEABLE, RangeTestConfig, Result, TrainConfig, lr_factor
+from lowbit.train.folder import (
+    CHECKPOINT,
+    CONFIG,
+    LEDGER,
+    PROOF,
+    RANGE_TEST,
+    RESULT,
+    Settings,
+    read_result,
+    read_settings,
+    refuse_taken,
+    write_result,
+    write_settings,
+)
+from lowbit.train.lock import locked, refuse_held
 from lowbit.train.measured import measured
-
-CHECKPOINT = "last.ckpt"
-CONFIG = "config.yaml"
-LEDGER = "ledger.jsonl"
-PROOF = "proof.txt"
-RESULT = "result.json"
-RANGE_TEST = "range-test.txt"
+from lowbit.train.stop import Leave, Stop, signals
 
 _WARM_UP = 5  # steps of each start whose time is not counted
 _LOG_EVERY = 10  # steps between two rows of metrics.csv
@@ -61,55 +67,137 @@ _LOG_EVERY = 10  # steps between two rows of metrics.csv
 def train(config: TrainConfig) -> Result:
     """Run `config` from its first step in a new run folder.
 
+    SIGINT, SIGTERM and SIGHUP end the run once the step in progress, and an evaluation in progress, is done and saved;
+    a second signal of the kind ends it at once.
+
     Raises:
         UsageError: a name is unknown, the settings do not fit together, or the run folder is taken.
-        RunError: the loss is not finite, or the disk is full.
-        KeyboardInterrupt: Ctrl-C; its text says how to go on.
+        RunError: the loss or the state is not finite, the disk is full, or another process has the run folder.
+        Stopped: a signal came; its text says how to go on. It is a KeyboardInterrupt.
     """
     config = config.resolved(threads=torch.get_num_threads())
-    assert config.out is not None
-    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise UsageError(
-            f"{config.out} exists and is not empty. Continue that run with `lowbit resume {config.out}`,"
-            " or choose another folder with --out."
-        )
-    return _run(config)
+    out = _checked(config.out)
+    with _ending(out) as stop:
+        refuse_held(out)
+        refuse_taken(out)
+        with _threads(config):
+            loaded, module, report = _assemble(config)
+            out.mkdir(parents=True, exist_ok=True)
+            with locked(out):
+                refuse_taken(out)
+                files.remove_parts(out)
+                write_settings(Settings(config=config))
+                return _run(stop, loaded, module, report, None)
 
 
-def resume(out: Path) -> Result:
-    """Continue the run in folder `out` from its last checkpoint; a complete run just gives its result.
+def resume(
+    out: Path,
+    changes: Mapping[str, object] | None = None,
+    *,
+    data_changed: bool = False,
+    drop_damaged: bool = False,
+) -> Result:
+    """Continue the run in folder `out` from its last good checkpoint; a complete run just gives its result.
 
     The final weights are bit for bit those of a run that was never stopped, on the same machine. A run that
-    was stopped before its first checkpoint starts again from step 0.
+    was stopped before its first checkpoint starts again from step 0. Where the newest checkpoint is damaged, the one
+    before it is taken and stderr says so. Signals: as `train`.
+
+    Args:
+        out: run folder.
+        changes: settings that change from here on, of `CHANGEABLE`; ``config.yaml`` keeps what changed, and when.
+        data_changed: go on although the data set is not what it was at the checkpoint; ``config.yaml`` says so.
+        drop_damaged: go on although lines of the ledger are damaged; the steps in them are missing from it.
 
     Raises:
-        UsageError: `out` is no run folder.
-        RunError: the settings, the checkpoint or the result are damaged or of another run; or as `train`.
+        UsageError: `out` is not a run folder, or a change is impossible.
+        RunError: the settings, the ledger or the result are damaged, no checkpoint is good or the newest is of another
+            run, or the data set changed; or as `train`.
+        Stopped: as `train`.
     """
-    if not (out / CONFIG).is_file():
-        raise UsageError(f"{out} is no run folder: it has no {CONFIG}. Start a run with `lowbit train`.")
-    config = _read_config(out)
-    if (out / RESULT).is_file():
-        return _read_result(out)
-    return _run(config)
+    out = _checked(out)
+    with _ending(out) as stop:
+        if not (out / CONFIG).is_file():
+            raise UsageError(f"{out} is not a run folder: it lacks {CONFIG}. Start a run with `lowbit train`.")
+        if not changes:
+            refuse_held(out)
+            if (complete := _complete(out)) is not None:
+                return complete
+        with locked(out):
+            files.remove_parts(out)
+            settings = read_settings(out)
+            config = settings.config.changed(changes or {})
+            with _threads(config):
+                loaded, module, report = _assemble(config)
+                start, changed_data = _start(settings, loaded, module, data_changed=data_changed)
+                step = 0 if start is None else start["global_step"]
+                after = settings.changed(config, step=step, data=changed_data)
+                if after != settings:
+                    write_settings(after)
+                return _run(stop, loaded, module, report, start, drop_damaged=drop_damaged)
 
 
 def trained(out: Path) -> tuple[nn.Module, data.Data]:
-    """The converted model of a run's last checkpoint, and its data.
+    """The converted model of a run's last good checkpoint, and its data.
 
     Raises:
-        UsageError: `out` is no run folder, or has no checkpoint yet.
-        RunError: the settings or the checkpoint are damaged.
+        UsageError: `out` is not a run folder, or has no checkpoint yet.
+        RunError: the settings or the checkpoints are damaged.
     """
-    if not (out / CONFIG).is_file() or not (out / CHECKPOINT).is_file():
+    if not (out / CONFIG).is_file() or not checkpoint.kept(out / CHECKPOINT):
         raise UsageError(f"{out} has no {CONFIG} with a {CHECKPOINT}: give the folder of a run that saved a checkpoint")
-    config = _read_config(out)
-    loaded, module, _ = _assemble(config)
-    _read_progress(out / CHECKPOINT, module)
-    content = _load_checkpoint(out / CHECKPOINT, config)
+    settings = read_settings(out)
+    loaded, module, _ = _assemble(settings.config)
+    path, content = _newest(settings)
+    _check_fit(path, content, module)
     module.load_state_dict(content["state_dict"])
     lowbit.load_state_dict(module.model, content["lowbit"]["state"])
     return module.model, loaded
+
+
+def _checked(out: Path | None) -> Path:
+    assert out is not None
+    if "\0" in str(out):
+        raise UsageError(f"the run folder {str(out)!r} has a NUL byte in its name.")
+    return out
+
+
+@contextlib.contextmanager
+def _ending(out: Path) -> Iterator[Stop]:
+    """Turn what stops a run from outside into this library's errors."""
+    with signals() as stop:
+        try:
+            yield stop
+        except Leave:
+            assert stop.signal is not None
+            raise Stopped(f"{stop.signal.name}: stopped; {_how_to_go_on(out, stop)}", stop.signal) from None
+        except _NotFiniteError as error:
+            assert stop.saved is not None
+            kept = f"The last good state is of step {stop.saved}"
+            raise RunError(
+                f"{error} {kept}: `lowbit resume {out} --lr RATE` goes on from there with another learning rate."
+            ) from error
+        except OSError as error:  # a log on a full disk, an image that is gone
+            raise RunError(f"stopped by the system ({error}); {_how_to_go_on(out, stop)}.") from error
+        if stop.signal is not None:
+            raise Stopped(f"{stop.signal.name}: the run is complete; `lowbit resume {out}` shows it", stop.signal)
+
+
+def _how_to_go_on(out: Path, stop: Stop) -> str:
+    if stop.saved is None:
+        return "nothing had changed yet: give the command again"
+    return f"`lowbit resume {out}` starts from step {stop.saved}"
+
+
+@contextlib.contextmanager
+def _threads(config: TrainConfig) -> Iterator[None]:
+    assert config.threads is not None
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def range_test(config: RangeTestConfig) -> RangeTestResult:
@@ -142,9 +230,7 @@ def range_test(config: RangeTestConfig) -> RangeTestResult:
         steps += 1
         return accuracy.item() if config.measure == "accuracy" else loss.item()
 
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads or threads_before)
-    try:
+    with _threads(settings):
         return lowbit.range_test(
             model.train(),
             step,
@@ -157,8 +243,6 @@ def range_test(config: RangeTestConfig) -> RangeTestResult:
             better="higher" if config.measure == "accuracy" else "lower",
             every=config.every,
         )
-    finally:
-        torch.set_num_threads(threads_before)
 
 
 def _endless(loader: data.Batches) -> Iterator[tuple[Tensor, Tensor]]:
@@ -211,6 +295,10 @@ def explain_non_finite(model: nn.Module, x: Tensor) -> str:
     return places[0] if places else "every layer's output is finite, so it came up after the last layer"
 
 
+class _NotFiniteError(RunError):
+    """A loss or a state that is not finite: the run diverged."""
+
+
 class _Module(LightningModule):
     """A model with its loss, optimizer and schedule, and lowbit's state inside the checkpoint."""
 
@@ -226,6 +314,7 @@ class _Module(LightningModule):
         self.config = config
         self.text = loaded.task.kind == "text"
         self.loader = loaded.train
+        self.fingerprint = loaded.fingerprint()
         self.model = model
         self.total_steps = steps if config.max_steps is None else min(steps, config.max_steps)
         self.test: dict[str, float] = {}
@@ -243,7 +332,7 @@ class _Module(LightningModule):
         if not loss.isfinite():
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
                 cause = explain_non_finite(self.model, x)
-            raise RunError(f"the loss is {loss.item()} at step {self.global_step}: {cause}.")
+            raise _NotFiniteError(f"the loss is {loss.item()} at step {self.global_step}: {cause}.")
         lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]  # there is one optimizer
         penalty = 0.0 if self.gates is None else self.gates.penalty()
         return {"loss": loss + penalty, "task_loss": loss.detach(), "accuracy": accuracy, "lr": lr}
@@ -307,31 +396,49 @@ class _Module(LightningModule):
             "test": self.test,
             "controller": None if self.controller is None else self.controller.state_dict(),
             "cost": self.cost,
+            "data": self.fingerprint,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        _retune(checkpoint, self.config, self.total_steps)
         lowbit.load_state_dict(self.model, checkpoint["lowbit"]["state"])
         # Lightning restores a loader too, but not at the end of an epoch.
         self.loader.load_state_dict(checkpoint["lowbit"]["loader"])
 
 
 class _CheckpointIO(CheckpointIO):
-    """Lightning's own writes through the system's temporary folder, which may be another file system."""
+    """Lightning's own writes through the system's temporary folder, which may be another file system.
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+    Args:
+        start: the checkpoint that the run goes on from, which is read already.
+        keep: how many checkpoints to keep.
+        never_finite: names of tensors that hold an inf or nan from the beginning, as a mask does.
+    """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def __init__(self, start: dict[str, Any] | None, keep: int, never_finite: set[str]) -> None:
+        self.start = start
+        self.keep = keep
+        self.never_finite = never_finite
+
+    def save_checkpoint(self, content: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         assert storage_options is None
-        files.save(Path(path), checkpoint)
+        bad = sorted(set(checkpoint.not_finite(content)) - self.never_finite)
+        if bad:
+            raise _NotFiniteError(
+                f"the state after step {content['global_step']} is not finite, so it is not saved: "
+                f"{bad[0]} has an inf or nan{f', and so have {len(bad) - 1} others' if bad[1:] else ''}."
+            )
+        checkpoint.save(Path(path), content, keep=self.keep)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        assert path is not None
         assert map_location is None
         assert weights_only
-        return _load_checkpoint(Path(path), self.config)
+        assert self.start is not None
+        return self.start
 
     def remove_checkpoint(self, path: Any) -> None:
-        raise AssertionError(f"a run keeps its one checkpoint, and {path} was to be removed")
+        raise AssertionError(f"a run keeps its checkpoints by itself, and {path} was to be removed")
 
 
 class _StepTimer(Callback):
@@ -393,7 +500,7 @@ class _Precision(Callback):
             pl_module.controller.step(outputs["task_loss"])
             test = pl_module.controller.range_test
             if test is not None and test.done and not (self.out / RANGE_TEST).exists():
-                _write_text(self.out / RANGE_TEST, f"{RangeTestResult.of(test)}\n")
+                files.write_text(self.out / RANGE_TEST, f"{RangeTestResult.of(test)}\n")
 
 
 class _Stop(Callback):
@@ -405,25 +512,38 @@ class _Stop(Callback):
 
 
 class _Checkpoints(Callback):
-    """Saves every `every` steps within an epoch, and at each epoch's end once it has been evaluated."""
+    """Saves at each epoch's end once it has been evaluated, within an epoch by steps and minutes, and on a signal."""
 
-    def __init__(self, path: Path, every: int | None) -> None:
-        self.path = path
-        self.every = every
+    def __init__(self, config: TrainConfig, stop: Stop) -> None:
+        assert config.out is not None
+        self.path = config.out / CHECKPOINT
+        self.every = config.checkpoint_every
+        self.seconds = math.inf if config.checkpoint_minutes is None else 60 * config.checkpoint_minutes
+        self.stop = stop
+        self.saved_at = time.monotonic()
+
+    def on_train_start(self, *_: object) -> None:
+        self.stop.install()  # Lightning took the signals when it began
+        self.stop.patient = True
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        due = self.every is not None and trainer.global_step % self.every == 0
+        due = due or self.stop.signal is not None or time.monotonic() - self.saved_at >= self.seconds
         # The last batch waits for the evaluation: a run resumed from between would never do it.
-        last = trainer.is_last_batch or trainer.should_stop
-        if self.every and trainer.global_step % self.every == 0 and not last:
+        if due and not (trainer.is_last_batch or trainer.should_stop):
             self._save(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, *_: object) -> None:
-        self._save(trainer)
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, _Module)
+        self._save(trainer, complete=trainer.global_step >= pl_module.total_steps)
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, *, complete: bool = False) -> None:
         for logger in trainer.loggers:
             logger.save()  # else a kill loses rows from before the checkpoint
         trainer.save_checkpoint(self.path)
+        self.stop.saved, self.saved_at = trainer.global_step, time.monotonic()
+        if self.stop.signal is not None and not complete:
+            raise Leave
 
 
 class _Bar(Callback):
@@ -491,33 +611,38 @@ class _Bar(Callback):
         self.progress.stop()
 
 
-def _run(config: TrainConfig) -> Result:
-    """Take the run from its last checkpoint, or from step 0 without one, to its end."""
+def _run(
+    stop: Stop,
+    loaded: data.Data,
+    module: _Module,
+    report: lowbit.Report,
+    start: dict[str, Any] | None,
+    *,
+    drop_damaged: bool = False,
+) -> Result:
+    """Take the run from the checkpoint `start`, or from step 0 without one, to its end."""
+    config = module.config
     assert config.out is not None
-    assert config.threads is not None
-    path = config.out / CHECKPOINT
     timer = _StepTimer()
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    try:
-        loaded, module, report = _assemble(config)
-        began = 0
-        if path.exists():
-            began, module.test = _read_progress(path, module)
-        else:
-            _create_folder(config, report)
-            proof = _prove(config, loaded, module.model)
-            _write_text(config.out / PROOF, f"{proof.summary()}\n\n{proof}\n")
-        if began < module.total_steps:
-            with (
-                _quiet(),
-                measured(config.out, steps=lambda: began + len(timer.seconds), seconds_per_step=timer.median),
-                lowbit.Meter(module.model, _open_ledger(config, module.model, began)) as meter,
-            ):
-                trainer = _make_trainer(config, timer, began, meter)
-                _fit(trainer, module, loaded, config.out, path if began else None)
-    finally:
-        torch.set_num_threads(threads_before)
+    began = stop.saved = 0 if start is None else start["global_step"]
+    if start is None:
+        files.write_text(config.out / "conversion.txt", f"{report}\n")
+        proof = _prove(config, loaded, module.model)
+        files.write_text(config.out / PROOF, f"{proof.summary()}\n\n{proof}\n")
+    if began < module.total_steps:
+        (config.out / RESULT).unlink(missing_ok=True)  # of the run before it went on
+        with (
+            _quiet(),
+            measured(config.out, steps=lambda: began + len(timer.seconds), seconds_per_step=timer.median),
+            lowbit.Meter(module.model, _open_ledger(config, module.model, began, drop_damaged=drop_damaged)) as meter,
+        ):
+            _fit(
+                _make_trainer(config, timer, start, meter, stop, module),
+                module,
+                loaded,
+                stop,
+                resumed=start is not None,
+            )
     test = None if module.controller is None else module.controller.range_test
     result = Result(
         test_loss=module.test["test_loss"],
@@ -533,7 +658,7 @@ def _run(config: TrainConfig) -> Result:
         bit_operations=module.cost["bit_operations"],
         low=None if test is None else test.chosen,
     )
-    _write_result(result)
+    write_result(result)
     return result
 
 
@@ -612,17 +737,6 @@ def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.opt
     return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
 
 
-def _create_folder(config: TrainConfig, report: lowbit.Report) -> None:
-    assert config.out is not None
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot create the run folder {config.out}: {error.strerror}.") from error
-    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-    _write_text(config.out / CONFIG, text)
-    _write_text(config.out / "conversion.txt", f"{report}\n")
-
-
 def _prove(config: TrainConfig, loaded: data.Data, model: nn.Module) -> lowbit.Proof:
     """What the first step runs, measured on a copy: the run itself is not touched."""
     before = loaded.train.state_dict()
@@ -637,19 +751,26 @@ def _prove(config: TrainConfig, loaded: data.Data, model: nn.Module) -> lowbit.P
     return proof
 
 
-def _open_ledger(config: TrainConfig, model: nn.Module, began: int) -> lowbit.Ledger:
+def _open_ledger(config: TrainConfig, model: nn.Module, began: int, *, drop_damaged: bool) -> lowbit.Ledger:
     """The ledger of the run, without the records that follow the checkpoint of step `began`."""
     assert config.out is not None
     path = config.out / LEDGER
     if began and path.exists():
-        return lowbit.Ledger.resume(path, steps=began)
+        return lowbit.Ledger.resume(path, steps=began, drop_damaged=drop_damaged)
     ledger = lowbit.Ledger.create(path, model=config.model, layers=layer_names(model), first_step=began)
     if began:
         ledger.add_note(f"the run had no ledger when it was resumed at step {began}: earlier steps are not in it")
     return ledger
 
 
-def _make_trainer(config: TrainConfig, timer: _StepTimer, began: int, meter: lowbit.Meter) -> Trainer:
+def _make_trainer(
+    config: TrainConfig,
+    timer: _StepTimer,
+    start: dict[str, Any] | None,
+    meter: lowbit.Meter,
+    stop: Stop,
+    module: _Module,
+) -> Trainer:
     assert config.out is not None
     callbacks = [
         _Meter(meter),
@@ -657,20 +778,21 @@ def _make_trainer(config: TrainConfig, timer: _StepTimer, began: int, meter: low
         _Rows(),
         _Precision(config.out),
         _Stop(),
-        _Checkpoints(config.out / CHECKPOINT, config.checkpoint_every),
+        _Checkpoints(config, stop),
     ]
     if sys.stdout.isatty():
         callbacks.append(_Bar(config))
+    never_finite = {"state_dict": module.state_dict(), "lowbit": {"state": lowbit.state_dict(module.model)}}
     return Trainer(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=1,
         precision="bf16-mixed" if config.amp == "bf16" else "32-true",
         max_epochs=config.epochs,
-        logger=_loggers(config.out, began),
+        logger=_loggers(config.out, 0 if start is None else start["global_step"]),
         log_every_n_steps=1,  # `_Rows` logs; a larger value is a warning where an epoch is shorter
         callbacks=callbacks,
         # One process: Lightning would read a cluster's environment variables and change what the run does.
-        plugins=[_CheckpointIO(config), LightningEnvironment()],
+        plugins=[_CheckpointIO(start, config.keep, set(checkpoint.not_finite(never_finite))), LightningEnvironment()],
         default_root_dir=config.out,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -702,24 +824,16 @@ def _rows_up_to(path: Path, step: int) -> list[dict[str, str]]:
     return [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) <= step]
 
 
-def _fit(trainer: Trainer, module: _Module, loaded: data.Data, out: Path, checkpoint_path: Path | None) -> None:
-    """Train to the end, and turn what stops it from outside into this library's errors."""
-    on_ctrl_c = signal.getsignal(signal.SIGINT)
+def _fit(trainer: Trainer, module: _Module, loaded: data.Data, stop: Stop, *, resumed: bool) -> None:
+    """Train to the end."""
+    path = trainer.default_root_dir + "/" + CHECKPOINT  # `_CheckpointIO` has read it
     try:
-        trainer.fit(module, loaded.train, loaded.test, ckpt_path=checkpoint_path, weights_only=True)
-    except OSError as error:  # a log on a full disk, an image that is gone
-        raise RunError(f"stopped by the system ({error}) {_where(trainer, out)}.") from error
-    except SystemExit as stop:  # Lightning's answer to signals
-        signal.signal(signal.SIGINT, on_ctrl_c)
-        if isinstance(stop, SIGTERMException):
-            raise RunError(f"terminated {_where(trainer, out)}.") from stop
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"interrupted {_where(trainer, out)}") from None
-        raise
-
-
-def _where(trainer: Trainer, out: Path) -> str:
-    return f"at step {trainer.global_step}; continue with `lowbit resume {out}`"
+        trainer.fit(module, loaded.train, loaded.test, ckpt_path=path if resumed else None, weights_only=True)
+    except SystemExit as ended:  # Lightning's answer to a KeyboardInterrupt, which a signal does not raise here
+        if not isinstance(ended.__context__, KeyboardInterrupt):
+            raise
+        stop.signal = signal.SIGINT
+        raise Leave from None
 
 
 @contextlib.contextmanager
@@ -738,32 +852,92 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _load_checkpoint(path: Path, config: TrainConfig) -> dict[str, Any]:
-    """Read the checkpoint of the run `config`.
+def _load_checkpoint(path: Path, settings: Settings) -> dict[str, Any]:
+    """Read a checkpoint of the run with these settings.
 
     Raises:
-        RunError: the file is damaged or foreign, or its settings are not those of the run folder.
+        DamagedError: the file holds no checkpoint of lowbit.
+        RunError: its settings were never those of the run folder.
     """
-    content: dict[str, Any] = files.load(path)
+    content: dict[str, Any] = checkpoint.load(path)
     own = content.get("lowbit")
-    if not isinstance(own, dict) or set(own) != {"config", "state", "loader", "test", "controller", "cost"}:
-        raise RunError(f"{path} has no state of lowbit; expected a checkpoint that `lowbit train` wrote.")
-    for name, value in config.to_dict().items():
-        if own["config"].get(name) != value:
-            raise RunError(
-                f"{path} is of another run: it has {name}={own['config'].get(name)!r},"
-                f" and {path.with_name(CONFIG)} has {value!r}."
-            )
+    if not isinstance(own, dict) or set(own) != {"config", "state", "loader", "test", "controller", "cost", "data"}:
+        raise checkpoint.DamagedError(
+            f"{path} has no state of lowbit; expected a checkpoint that `lowbit train` wrote."
+        )
+    if own["config"] not in settings.versions():
+        now = settings.config.to_dict()
+        name = next(name for name in {**now, **own["config"]} if own["config"].get(name) != now.get(name))
+        raise RunError(
+            f"{path} is of another run: it has {name}={own['config'].get(name)!r},"
+            f" and {path.with_name(CONFIG)} has {now.get(name)!r}."
+        )
     return content
 
 
-def _read_progress(path: Path, module: _Module) -> tuple[int, dict[str, float]]:
-    """The step a checkpoint of `module` is at, and the last evaluation before it; cost and precision go on from there.
+def _newest(
+    settings: Settings, tell: Callable[[Path, RunError], None] = lambda *_: None
+) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint that is not damaged; `tell` hears of each newer one once there is one.
 
     Raises:
-        RunError: as `_load_checkpoint`, or the tensors are not those of the model.
+        RunError: all are damaged, or the newest is of another run.
     """
-    content = _load_checkpoint(path, module.config)
+    assert settings.config.out is not None
+    damaged: list[tuple[Path, RunError]] = []
+    for path in checkpoint.kept(settings.config.out / CHECKPOINT):
+        try:
+            content = _load_checkpoint(path, settings)
+        except checkpoint.DamagedError as error:
+            damaged.append((path, error))
+            continue
+        for each in damaged:
+            tell(*each)
+        return path, content
+    reasons = " ".join(str(error) for _, error in damaged)
+    raise RunError(f"{reasons} No good checkpoint is left: to start again from step 0, remove the damaged ones.")
+
+
+def _start(
+    settings: Settings, loaded: data.Data, module: _Module, *, data_changed: bool
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The checkpoint that the run goes on from, None at step 0, and what of the data changed since; `module` fits it.
+
+    Raises:
+        RunError: as `_newest`, it does not fit the model, or the data set changed and `data_changed` is not set.
+    """
+    out = settings.config.out
+    assert out is not None
+    if not checkpoint.kept(out / CHECKPOINT):
+        return None, []
+
+    def tell(path: Path, error: RunError) -> None:
+        print(f"lowbit: {error} It is now {checkpoint.set_aside(path).name}.", file=sys.stderr)
+
+    path, content = _newest(settings, tell)
+    _check_fit(path, content, module)
+    if path.name != CHECKPOINT:
+        print(f"lowbit: going on from {path}, of step {content['global_step']}", file=sys.stderr)
+    then, now = content["lowbit"]["data"], module.fingerprint
+    changed = [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
+    if changed and not data_changed:
+        what = ", ".join(f"{name} (was {then.get(name)}, is {now.get(name)})" for name in changed)
+        raise RunError(
+            f"the data set {loaded.name} changed since step {content['global_step']}: {what}. Bring the old data back, "
+            f"or go on with the new data: `lowbit resume {out} --data-changed`."
+        )
+    module.test = content["lowbit"]["test"]
+    module.cost = dict(content["lowbit"]["cost"])
+    if module.controller is not None:
+        try:
+            module.controller.load_state_dict(content["lowbit"]["controller"])
+        except UsageError as error:
+            raise RunError(f"{path} does not fit these settings: {error}") from error
+    return content, changed
+
+
+def _check_fit(path: Path, content: Mapping[str, Any], module: _Module) -> None:
+    """Raise a RunError where the tensors are not those of the model, or the step is beyond the run's end."""
     saved, own = content["state_dict"], module.state_dict()
     for name in sorted(saved.keys() | own.keys()):
         if name not in saved or name not in own or saved[name].shape != own[name].shape:
@@ -771,33 +945,35 @@ def _read_progress(path: Path, module: _Module) -> tuple[int, dict[str, float]]:
     step = content["global_step"]
     if not 0 < step <= module.total_steps:
         raise RunError(f"{path} is at step {step}; expected a step from 1 to {module.total_steps}.")
-    module.cost = dict(content["lowbit"]["cost"])
-    if module.controller is not None:
-        module.controller.load_state_dict(content["lowbit"]["controller"])
-    return step, content["lowbit"]["test"]
 
 
-def _read_config(out: Path) -> TrainConfig:
+def _complete(out: Path) -> Result | None:
+    """The result of a complete run whose checkpoint is good; None where there is something left to do."""
+    if not (out / RESULT).is_file():
+        return None
+    result, path = read_result(out), out / CHECKPOINT
+    if not checkpoint.kept(path):
+        print(f"lowbit: the run is complete, and its checkpoints are gone from {out}", file=sys.stderr)
+        return result
     try:
-        values = yaml.safe_load((out / CONFIG).read_text())
-        if not isinstance(values, dict):
-            raise UsageError("it is no list of settings.")
-        return TrainConfig.from_dict(values, out=out)
-    except (UsageError, yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"{out / CONFIG} is damaged: {reason}") from error
+        step = _load_checkpoint(path, read_settings(out))["global_step"]
+    except checkpoint.DamagedError:  # who goes on from the one before it says so
+        return None
+    return result if step == result.steps else None
 
 
-def _write_result(result: Result) -> None:
-    values = {name: value for name, value in dataclasses.asdict(result).items() if name != "out"}
-    _write_text(result.out / RESULT, json.dumps(values, indent=2) + "\n")
-
-
-def _read_result(out: Path) -> Result:
-    try:
-        return Result(**json.loads((out / RESULT).read_text()), out=out)
-    except (ValueError, TypeError) as error:
-        raise RunError(f"{out / RESULT} is damaged; delete it and resume again.") from error
+def _retune(content: dict[str, Any], config: TrainConfig, total_steps: int) -> None:
+    """Give the optimizer and the schedule of a checkpoint the settings of `config`, where they have changed."""
+    if all(content["lowbit"]["config"][name] == getattr(config, name) for name in CHANGEABLE):
+        return
+    assert config.lr is not None
+    lr = config.lr * lr_factor(config.schedule, content["global_step"], total_steps)
+    for optimizer in content["optimizer_states"]:
+        for group in optimizer["param_groups"]:
+            group |= {"lr": lr, "initial_lr": config.lr, "weight_decay": config.weight_decay}
+    for scheduler in content["lr_schedulers"]:
+        groups = len(scheduler["base_lrs"])
+        scheduler |= {"base_lrs": [config.lr] * groups, "_last_lr": [lr] * groups}
 
 
 def _is_bad(value: object) -> bool:
@@ -808,13 +984,6 @@ def _log(trainer: Trainer, values: dict[str, float]) -> None:
     """One row in every logger, at the number of steps done."""
     for logger in trainer.loggers:
         logger.log_metrics({"epoch": float(trainer.current_epoch + 1), **values}, step=trainer.global_step)
-
-
-def _write_text(path: Path, text: str) -> None:
-    def write(file: BinaryIO) -> None:
-        file.write(text.encode())
-
-    files.write_atomically(path, write)
 
 
 def _score(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
