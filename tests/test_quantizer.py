@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowbit.formats import BF16, FP32, Granularity, Integer, Rounding, Zero
+from lowbit.formats import BF16, FP32, Format, Granularity, Integer, Rounding, Zero
 from lowbit.quantizer import Codes, encode, levels_of, quantize
 from lowbit.rounding import CounterNoise, step_key
 
@@ -680,18 +680,49 @@ class TestObserved:
         x = torch.tensor([-9.0, -1.003, -1.0, 0.0, 1.0, 1.003, 9.0, 9.0])
         fmt = Integer(bits=8, zero="symmetric")
 
-        result = quantize(x, fmt, observed=(torch.tensor([-1.0]), torch.tensor([1.0])), measure=True)
+        grid = quantize(x, fmt, observed=(torch.tensor([-1.0]), torch.tensor([1.0]))).grid
 
-        assert result.clipped == 3 / 8
+        assert grid is not None
+        assert grid.clipped(x) == 3 / 8
 
     @pytest.mark.parametrize("zero", ZEROS)
     def test_nothing_is_clipped_in_the_tensors_own_range(self, zero: Zero) -> None:
         """The range of the tensor covers the tensor, to half a step at the end where zero is a code."""
-        assert quantize(_randn(1000), Integer(bits=4, zero=zero), measure=True).clipped == 0
+        x = _randn(1000)
+        grid = quantize(x, Integer(bits=4, zero=zero)).grid
 
-    def test_clipping_is_counted_only_where_asked_for(self) -> None:
-        """Without `measure` the share is None."""
-        assert quantize(_randn(10), Integer(bits=4, zero="offset")).clipped is None
+        assert grid is not None
+        assert grid.clipped(x) == 0
+        assert grid.clipped(2 * x) > 0
+
+    @pytest.mark.parametrize("zero", ZEROS)
+    @pytest.mark.parametrize("layout", [(), (1,), (1, 2, 3), "block"], ids=str)
+    def test_the_grid_is_the_one_that_the_values_lie_on(self, zero: Zero, layout: tuple[int, ...] | str) -> None:
+        """Whichever pass made them, values are ``(q - zero) scale + offset`` of whole codes within the limits."""
+        x = _randn(4, 6, 5, 3)
+        blocks = layout == "block"
+        fmt = Integer(bits=5, zero=zero, **({"granularity": "block", "block": 4} if blocks else {}))
+        dims = None if isinstance(layout, str) or not layout else layout
+
+        found = quantize(x, fmt, dims=dims, block_axis=1 if blocks else None)
+
+        grid = found.grid
+        assert grid is not None
+        offset, zeros = (0 if t is None else t for t in (grid.offset, grid.zero))
+        q = (grid.cut(found.values) - offset) / grid.scale + zeros
+        assert (q - q.round()).abs().max() < 1e-3
+        assert float(grid.low) <= q.round().min() < q.round().max() <= float(grid.high)
+        assert (grid.scale.numel() > 1) == (dims is not None or blocks)
+
+    def test_the_share_under_the_floor_is_counted(self) -> None:
+        """Of two rows the one whose range asks for less than the floor counts, and a row of equal values does not."""
+        fmt = Integer(bits=8, zero="offset", floor=1e-8)
+        x = torch.stack([torch.linspace(0, 1, 4), torch.linspace(0, 1e-7, 4), torch.full((4,), 1e-7)])
+
+        grid = quantize(x, fmt, dims=(1,)).grid
+
+        assert grid is not None
+        assert grid.floored(x) == pytest.approx(1 / 3)
 
 
 class TestFloats:
@@ -740,10 +771,9 @@ class TestFloats:
         assert quantize(x, FP32).values.dtype == dtype
 
     @pytest.mark.parametrize("fmt", [BF16, FP32])
-    def test_nothing_is_clipped(self, fmt: object) -> None:
-        """A float format clips nothing."""
-        assert quantize(_randn(3), fmt, measure=True).clipped == 0
-        assert quantize(_randn(3), fmt).clipped is None
+    def test_they_have_no_grid(self, fmt: Format) -> None:
+        """A float format has no scale, so nothing is clipped."""
+        assert quantize(_randn(3), fmt).grid is None
 
 
 def test_codes_of_all_kinds_decode_alike() -> None:

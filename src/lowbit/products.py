@@ -8,6 +8,7 @@ The backward of rounding is the straight-through estimator: clipped values recei
 """
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from lowbit import integer, strides
 from lowbit.errors import UsageError
 from lowbit.formats import FP32, Format, Integer
 from lowbit.kernels import cpu, cuda
-from lowbit.quantizer import Quantized, levels_of, quantize
+from lowbit.quantizer import Grid, Quantized, levels_of, quantize
 from lowbit.recipe import SLOTS, Recipe
 from lowbit.rounding import Noise, field_of
 
@@ -387,19 +388,29 @@ class OperandRun:
         format: its format.
         bits: its width.
         exact: the values before.
-        quantized: the values after.
-        clipped: share of values more than half a step outside the grid.
+        quantized: the values after: those of the codes that were multiplied.
         view: a shape with the same elements in the same order, in which `dims` are meant.
         dims: the dims of the view that share a scale; None for blocks.
+        grid: where its codes lie; None for a float format.
     """
 
     format: Format
     bits: int
     exact: Tensor
     quantized: Tensor
-    clipped: float
     view: tuple[int, ...]
     dims: tuple[int, ...] | None
+    grid: Grid | None = None
+
+    @property
+    def clipped(self) -> float:
+        """The share of values more than half a step outside the grid; measured when it is asked for."""
+        return 0.0 if self.grid is None else self.grid.clipped(self.exact)
+
+    @property
+    def floored(self) -> float:
+        """The share of values whose scale is the floor of the format; measured when it is asked for."""
+        return 0.0 if self.grid is None else self.grid.floored(self.exact)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -480,7 +491,7 @@ Counter = Callable[[ProductCall], None]
 
 _observers: list[Observer] = []
 _counters: list[Counter] = []
-_depth = 0
+_thread = threading.local()
 
 
 @contextmanager
@@ -504,30 +515,30 @@ def observed_by(observer: Observer) -> Iterator[None]:
 
 
 def is_observed() -> bool:
-    """Whether anybody watches, so that what costs time to measure is worth measuring."""
+    """Whether anybody watches, so that what costs time to show is worth showing. No product runs otherwise for it."""
     return bool(_observers)
 
 
 def notify(run: ProductRun) -> None:
-    """Show a run to every observer."""
-    for observer in _observers:
+    """Show a run to every observer; those of other models ignore it."""
+    for observer in tuple(_observers):  # another thread may come or go meanwhile
         observer(run)
 
 
 @contextmanager
 def inside() -> Iterator[None]:
-    """Mark operators dispatched in this context as part of a converted layer's products."""
-    global _depth  # noqa: PLW0603 - backward runs on autograd's own threads, so this cannot be an argument
-    _depth += 1
+    """Mark operators that this thread dispatches in this context as part of a converted layer's products."""
+    depth = getattr(_thread, "depth", 0)
+    _thread.depth = depth + 1
     try:
         yield
     finally:
-        _depth -= 1
+        _thread.depth = depth
 
 
 def is_inside() -> bool:
-    """Whether a converted layer's product is being computed now."""
-    return _depth > 0
+    """Whether this thread computes a converted layer's product now."""
+    return getattr(_thread, "depth", 0) > 0
 
 
 @lru_cache(maxsize=4096)
@@ -569,7 +580,7 @@ def quantize_operand(x: Tensor, op: Op, setting: Setting, product: str, operand:
     if x.is_meta:  # shapes without values, as when a run is planned
         return Quantized(x if fmt == FP32 else torch.empty_like(x))
     if not isinstance(fmt, Integer):
-        return quantize(x, fmt, measure=bool(_observers))
+        return quantize(x, fmt)
     noise = None
     if fmt.stochastic:
         noise = field_of(_noise(op, setting, product, operand), product, operand, x)
@@ -584,7 +595,6 @@ def quantize_operand(x: Tensor, op: Op, setting: Setting, product: str, operand:
         levels=None if bits is None else levels_of(fmt, bits),
         noise=noise,
         observed=setting.input_range if operand == "input" and fmt.running is not None else None,
-        measure=bool(_observers),
     )
 
 
@@ -790,9 +800,14 @@ def _integer_outputs(
         x_shape=x.shape,
         w_shape=w.shape,
         w_channels_last=cpu.is_channels_last(w),
-        exact=(x, w) if _observers else None,
+        exact=_as_now(x, w),
     )
     return y, (None if kept_x is None else kept_x.q, None if kept_w is None else kept_w.q), kept
+
+
+def _as_now(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Operands as the backward shows them to observers, whatever is done to them in place until then."""
+    return (x.detach().clone(), w.detach().clone()) if _observers else None
 
 
 _NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -869,7 +884,7 @@ def _run_integer(
         if _observers:
             shown = {}
             for name, (x, codes_of) in operands.items():
-                hat = _shown(x, codes_of, op, setting, product, name)
+                hat = _shown(codes_of, op, setting, product, name)
                 shown[name] = (hat.values if x is None else x.float(), hat)
             exact = [x for x, _ in shown.values()]
             plain = result.float()
@@ -893,21 +908,20 @@ def _run_integer(
     return result
 
 
-def _shown(x: Tensor | None, hat: integer.Operand, op: Op, setting: Setting, product: str, operand: str) -> Quantized:
-    """The values that the product saw, for an observer; clipped ones are counted in `x`, the operand before."""
+def _shown(hat: integer.Operand, op: Op, setting: Setting, product: str, operand: str) -> Quantized:
+    """The values that the product saw and their grid, for an observer."""
     fmt = setting.format(product, operand)
     view, dims, _ = scale_sharing(op, product, operand, fmt, hat.shape)
     values = hat.values((view, dims))
-    if x is None or isinstance(hat, integer.Values):
-        return Quantized(values, 0.0)
-    # More than half a step away, and not by rounding, which stochastic rounding takes up to a whole step.
-    bits = bits_of(setting, product, operand)
-    levels = 2 ** (bits - (isinstance(fmt, Integer) and fmt.zero == "symmetric")) - 1
-    low = -levels if isinstance(fmt, Integer) and fmt.zero == "symmetric" else 0
-    scale = hat.scale if hat.scale.numel() == 1 else hat.scale.view([1 if d in dims else n for d, n in enumerate(view)])
-    t = x.float().reshape(view) / scale + hat.zero
-    clipped = ((t < low - 0.5) | (t > levels + 0.5)).float().mean() if x.numel() else 0.0
-    return Quantized(values, float(clipped))
+    if not isinstance(fmt, Integer) or isinstance(hat, integer.Values):
+        return Quantized(values)
+    symmetric = fmt.zero == "symmetric"
+    levels = float(2 ** (bits_of(setting, product, operand) - symmetric) - 1)
+    one = hat.scale.numel() == 1
+    scale = hat.scale.view([1 if one or d in dims else n for d, n in enumerate(view)])
+    low = -levels if symmetric else 0.0
+    grid = Grid(view=view, scale=scale, zero=hat.zero, offset=None, low=low, high=levels, floor=fmt.floor)
+    return Quantized(values, grid)
 
 
 def _count(
@@ -931,7 +945,7 @@ def _count(
         weight=shapes[1],
         output=shapes[2],
     )
-    for counter in _counters:
+    for counter in tuple(_counters):
         counter(call)
 
 
@@ -987,7 +1001,7 @@ def outputs(
         input_shape=x.shape,
         weight_shape=w.shape,
         weight_is_quantized=weight_is_shared,
-        exact=(exact_x, exact_w) if _observers else None,
+        exact=_as_now(exact_x, exact_w),
         quantized={"input": x_hat, "weight": w_hat} if _observers else {},
     )
     return y, (x_hat.values if needs[1] else None, saved_weight if needs[0] else None), kept
@@ -1122,9 +1136,9 @@ def _operand_run(op: Op, setting: Setting, product: str, operand: str, exact: Te
         bits=bits_of(setting, product, operand),
         exact=exact,
         quantized=hat.values,
-        clipped=hat.clipped or 0.0,
         view=view,
         dims=dims if block_axis is None else None,
+        grid=hat.grid,
     )
 
 

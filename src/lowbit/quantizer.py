@@ -45,13 +45,58 @@ class Codes:
         q.mul_(self.scale)
         return q if self.offset is None else q.add_(self.offset)
 
-    def clipped(self, x: Tensor) -> Tensor:
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Where the codes of a tensor lie, kept for whoever asks afterwards what became of its values.
+
+    Args:
+        view: the shape, same elements in the same order, in which scales are meant, before it is cut into blocks.
+        scale: broadcasts against the view, or against its blocks.
+        zero: integer zero points, or None for 0.
+        offset: float offsets, or None for 0.
+        low: the smallest code.
+        high: the largest code.
+        floor: the smallest scale that the format allows; 0 where it has none.
+        block: the axis of the view that is cut into blocks, and their size; None without blocks.
+    """
+
+    view: tuple[int, ...]
+    scale: Tensor
+    zero: Tensor | float | None
+    offset: Tensor | None
+    low: Tensor | float
+    high: Tensor | float
+    floor: float = 0.0
+    block: tuple[int, int] | None = None
+
+    def cut(self, x: Tensor) -> Tensor:
+        """`x` in the shape that the scale broadcasts against."""
+        x = x.reshape(self.view)
+        return x if self.block is None else _split(x, *self.block)
+
+    def clipped(self, x: Tensor) -> float:
         """The share of `x`, the tensor the codes were made of, that lies more than half a step outside the grid."""
         if x.numel() == 0:
-            return x.new_zeros(())
-        t = (x if self.offset is None else x - self.offset) / self.scale
+            return 0.0
+        t = self.cut(x)
+        t = (t if self.offset is None else t - self.offset) / self.scale
         t = t if self.zero is None else t + self.zero
-        return ((t < self.low - 0.5) | (t > self.high + 0.5)).float().mean()
+        return float(((t < self.low - 0.5) | (t > self.high + 0.5)).float().mean())
+
+    def floored(self, x: Tensor) -> float:
+        """The share of the values of `x` whose scale is the floor, although they are not all alike.
+
+        The range of such values asks for a smaller scale: the floor leaves them fewer codes than the format has.
+        """
+        if not self.floor or x.numel() == 0:
+            return 0.0
+        t = self.cut(x)
+        shared = [d for d in range(t.dim()) if self.scale.shape[d] == 1]
+        if not shared:
+            return 0.0
+        low = (self.scale <= self.floor) & (t.amin(shared, True) < t.amax(shared, True))
+        return float(low.expand_as(t).float().mean())
 
 
 def levels_of(fmt: Integer, bits: Tensor) -> Tensor:
@@ -145,10 +190,10 @@ def _check_tensor(x: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Quantized:
-    """The result of `quantize`: the values on the grid, and the share of clipped ones where it was asked for."""
+    """The result of `quantize`: the values, and the grid they lie on; None for a float format."""
 
     values: Tensor
-    clipped: float | None = None
+    grid: Grid | None = None
 
 
 def quantize(
@@ -161,7 +206,6 @@ def quantize(
     levels: Tensor | float | None = None,
     noise: Tensor | tuple[int, int] | None = None,
     observed: tuple[Tensor, Tensor] | None = None,
-    measure: bool = False,
 ) -> Quantized:
     """Round `x` to a format: the values a product sees.
 
@@ -174,10 +218,9 @@ def quantize(
         levels: as for `encode`.
         noise: as for `encode`, or the two words of a noise field of `lowbit.rounding`, made as it is needed.
         observed: as for `encode`, broadcasting against the view.
-        measure: also count clipped values.
 
     Returns:
-        Values of the shape and dtype of `x`.
+        Values of the shape and dtype of `x`, and their grid.
 
     Raises:
         TypeError: `x` is not float32 or float64.
@@ -187,18 +230,18 @@ def quantize(
         _check_tensor(x)
         if not (noise is None and levels is None and observed is None and block_axis is None):
             raise ValueError(f"{fmt} takes no noise, levels, observed range or block axis")
-        return Quantized(x if fmt.name == "fp32" else _round_bf16(x), 0.0 if measure else None)
+        return Quantized(x if fmt.name == "fp32" else _round_bf16(x))
     shape = x.shape if view is None else torch.Size(view)
     if (fmt.block is None) != (block_axis is None):
         raise ValueError(f"block_axis={block_axis} with granularity {fmt.granularity!r}")
     if block_axis is not None and not (-len(shape) <= block_axis < len(shape) and observed is None):
         raise ValueError(f"block_axis={block_axis} of {tuple(shape)}, observed={observed}: give an axis and no range")
-    if not measure and not isinstance(noise, Tensor) and fmt.stochastic == (noise is not None):
+    if not isinstance(noise, Tensor) and fmt.stochastic == (noise is not None):
         _check_tensor(x)
         axes = tuple(range(len(shape))) if dims is None else tuple(d % len(shape) for d in dims)
-        values = _natively(x, fmt, shape, axes, levels, noise, observed)
-        if values is not None:
-            return Quantized(values)
+        found = _natively(x, fmt, shape, axes, levels, noise, observed)
+        if found is not None:
+            return found
     if isinstance(noise, tuple):
         noise = uniform_noise(torch.tensor(noise, dtype=torch.int64, device="cpu"), shape, x.device)
     original, x = x.shape, x.reshape(shape)
@@ -210,10 +253,19 @@ def quantize(
         noise = None if noise is None else _split(noise, block_axis, fmt.block)
         dims = (block_axis % len(shape) + 1,)
     codes = encode(x, fmt, dims=dims, levels=levels, noise=noise, observed=observed)
-    clipped = float(codes.clipped(x)) if measure else None
     values = codes.dequantize_into(codes.q)
     values = values if block_axis is None else _merge(values, block_axis, shape)
-    return Quantized(values.reshape(original), clipped)
+    grid = Grid(
+        view=tuple(shape),
+        scale=codes.scale,
+        zero=codes.zero,
+        offset=codes.offset,
+        low=codes.low,
+        high=codes.high,
+        floor=fmt.floor,
+        block=None if fmt.block is None or block_axis is None else (block_axis, fmt.block),
+    )
+    return Quantized(values.reshape(original), grid)
 
 
 def _round_bf16(x: Tensor) -> Tensor:
@@ -231,7 +283,7 @@ def _natively(
     levels: Tensor | float | None,
     key: tuple[int, int] | None,
     observed: tuple[Tensor, Tensor] | None,
-) -> Tensor | None:
+) -> Quantized | None:
     """Values on the grid in two passes over memory; None where the native kernels do not take this tensor."""
     if not cpu.runs(x) or x.dtype != torch.float32 or x.numel() == 0 or fmt.block is not None:
         return None
@@ -247,8 +299,20 @@ def _natively(
     levels = float(fmt.code_range[1]) if levels is None else float(levels)
     scale, zero, low, high = grid_of(lo.reshape(-1), hi.reshape(-1), fmt, levels)
     offset = fmt.zero == "offset"
-    grid = cpu.Grid(scale=scale, zero=zero, low=float(low), high=float(high), offset=offset, key=key)
-    return cpu.fake_quantize(x, memory, grid)
+    native = cpu.Grid(scale=scale, zero=zero, low=float(low), high=float(high), offset=offset, key=key)
+    shared = scale.numel() == 1
+    shape = [1 if shared or d in dims else n for d, n in enumerate(view)]
+    zero = None if zero is None else zero.view(shape)
+    grid = Grid(
+        view=tuple(view),
+        scale=scale.view(shape),
+        zero=None if offset else zero,
+        offset=zero if offset else None,
+        low=low,
+        high=high,
+        floor=fmt.floor,
+    )
+    return Quantized(cpu.fake_quantize(x, memory, native), grid)
 
 
 def _split(x: Tensor, axis: int, size: int) -> Tensor:

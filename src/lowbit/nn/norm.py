@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import products, strides
+from lowbit.callstack import others_look_on
 from lowbit.formats import Format, Integer
 from lowbit.kernels import cpu
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Clock, Site, is_recomputing, runs_eagerly
-from lowbit.quantizer import levels_of, quantize
+from lowbit.quantizer import Grid, Quantized, levels_of, quantize
 from lowbit.ranges import samples_of
 from lowbit.recipe import Constant, EpsilonPlace, RangeNorm, Recipe
 from lowbit.rounding import Noise, field_of
@@ -118,7 +119,7 @@ class NormSetting:
         bits: int64 ``(2,)``, widths of input and grad_output; None: the formats' own.
         input_range: lo and hi for the input; None: of the batch.
         layer: name for reports.
-        engine: for reports.
+        engine: how it is executed.
         source: what calls, for observers.
         rectify: whether the result is to be 0 where it would be less, as a ReLU after it makes it.
     """
@@ -138,45 +139,55 @@ class NormSetting:
         fmt: Format = getattr(self.norm, operand)
         if x.is_meta:  # shapes without values, as when a run is planned
             return torch.empty_like(x)
-        noise, levels, width = None, None, fmt.bits
+        noise, levels = None, None
         if isinstance(fmt, Integer):
             if fmt.stochastic and self.noise is not None:
                 noise = field_of(self.noise, "normalization", operand, x)
             if self.bits is not None:
-                bits = self.bits[0 if operand == "input" else 1]
-                levels, width = levels_of(fmt, bits), int(bits) if products.is_observed() else 0
+                levels = levels_of(fmt, self.bits[0 if operand == "input" else 1])
         observed = self.input_range if operand == "input" else None
-        hat = quantize(x, fmt, levels=levels, noise=noise, observed=observed, measure=products.is_observed())
+        hat = quantize(x, fmt, levels=levels, noise=noise, observed=observed)
         if products.is_observed():
-            with products.inside():
-                run = products.OperandRun(
-                    format=fmt,
-                    bits=width,
-                    exact=x,
-                    quantized=hat.values,
-                    clipped=hat.clipped or 0.0,
-                    view=tuple(x.shape),
-                    dims=tuple(range(x.dim())),
-                )
-                self._notify(operand, run, expected)
+            self.show(operand, x, hat, "reference", "range_batch_norm", expected)
         return hat.values
 
-    def _notify(self, operand: str, run: products.OperandRun, expected: tuple[str, ...]) -> None:
-        products.notify(
-            products.ProductRun(
-                source=self.source,
-                layer=self.layer,
-                product="output" if operand == "input" else "grad_input",
-                kind="range_batch_norm",
-                engine="reference",  # observed, the definition runs: codes are not shown
-                kernel="range_batch_norm",
-                macs=0,
-                operands={operand: run},
-                result=run.quantized,
-                full_precision=lambda: run.exact,
-                expected=expected,
+    def width(self, operand: str) -> int:
+        """The bits of an operand's codes in this call."""
+        fmt: Format = getattr(self.norm, operand)
+        if self.bits is None or not isinstance(fmt, Integer):
+            return fmt.bits
+        return int(self.bits[0 if operand == "input" else 1])
+
+    def show(
+        self, operand: str, x: Tensor, hat: Quantized, engine: str, kernel: str, expected: tuple[str, ...] = ()
+    ) -> None:
+        """Show observers what became of `x` and what ran on it."""
+        with products.inside():
+            products.notify(
+                products.ProductRun(
+                    source=self.source,
+                    layer=self.layer,
+                    product="output" if operand == "input" else "grad_input",
+                    kind="range_batch_norm",
+                    engine=engine,
+                    kernel=kernel,
+                    macs=0,
+                    operands={
+                        operand: products.OperandRun(
+                            format=getattr(self.norm, operand),
+                            bits=self.width(operand),
+                            exact=x,
+                            quantized=hat.values,
+                            view=tuple(x.shape),
+                            dims=tuple(range(x.dim())),
+                            grid=hat.grid,
+                        )
+                    },
+                    result=hat.values,
+                    full_precision=lambda: x,
+                    expected=expected,
+                )
             )
-        )
 
 
 class _RangeBatchNorm(torch.autograd.Function):
@@ -274,8 +285,8 @@ def _codes(x: Tensor, setting: NormSetting, operand: str) -> cpu.Codes | None:
     fmt: Format = getattr(setting.norm, operand)
     if setting.engine != "int8" or not cpu.runs(x) or not isinstance(fmt, Integer) or fmt.zero != "integer":
         return None
-    bits = fmt.bits if setting.bits is None else setting.bits.tolist()[0 if operand == "input" else 1]
-    if bits > 8 or x.numel() == 0 or products.is_observed() or not cpu.is_channels_last(x):
+    bits = setting.width(operand)
+    if bits > 8 or x.numel() == 0 or not cpu.is_channels_last(x):
         return None
     key = None
     if fmt.stochastic:
@@ -294,6 +305,33 @@ def _codes(x: Tensor, setting: NormSetting, operand: str) -> cpu.Codes | None:
     return cpu.Codes(q=q, scale=scale, zero=zero)
 
 
+def _show_codes(
+    codes: cpu.Codes, x: Tensor, setting: NormSetting, operand: str, kernel: str, expected: tuple[str, ...] = ()
+) -> None:
+    """Show observers the codes of `x` that a native pass works on."""
+    if not products.is_observed():
+        return
+    with products.inside():
+        fmt: Integer = getattr(setting.norm, operand)
+        one = (1,) * x.dim()
+        grid = Grid(
+            view=tuple(x.shape),
+            scale=codes.scale.view(one),
+            zero=codes.zero,
+            offset=None,
+            low=0.0,
+            high=float(2 ** setting.width(operand) - 1),
+            floor=fmt.floor,
+        )
+        hat = Quantized(_values(codes, x.shape), grid)
+        setting.show(operand, x.detach().float(), hat, "int8", kernel, expected)
+
+
+def _values(codes: cpu.Codes, shape: torch.Size) -> Tensor:
+    """What codes stand for, float32 in the shape of the tensor they were made of."""
+    return (_in_rows(shape, torch.float32, codes.q).float() - codes.zero) * codes.scale
+
+
 class _RangeBatchNormOfCodes(torch.autograd.Function):
     """The same on codes: one pass to encode, one for statistics, one to normalise; codes are kept for the backward."""
 
@@ -306,6 +344,7 @@ class _RangeBatchNormOfCodes(torch.autograd.Function):
         setting: NormSetting,
         fixed: tuple[Tensor, Tensor] | None,
         codes: cpu.Codes,
+        expected: tuple[str, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
         norm = setting.norm
         stats = code_statistics(codes, x.shape[1], norm) if fixed is None else _as_given(fixed)
@@ -320,6 +359,8 @@ class _RangeBatchNormOfCodes(torch.autograd.Function):
             rectify=setting.rectify,
             y=y,
         )
+        kernel = "lowbit::normalize_relu" if setting.rectify else "lowbit::normalize"
+        _show_codes(codes, x, setting, "input", kernel, expected)
         ctx.save_for_backward(codes.q, weight, bias, stats.mean, stats.sigma, d)
         ctx.kept = (setting, codes.scale, codes.zero, stats, x.shape, x.dtype)
         mean, sigma = fixed or (stats.mean, stats.sigma)
@@ -347,7 +388,7 @@ class _RangeBatchNormOfCodes(torch.autograd.Function):
             dx,
             None if weight is None else grad_weight.to(weight.dtype),
             None if bias is None else grad_bias,
-            *[None] * 3,
+            *[None] * 4,
         )
 
 
@@ -403,9 +444,10 @@ def _backward_of_codes(
     place = setting.norm.epsilon
     if g is not None:
         grads = cpu.normalize_backward(g, codes, stats, inside=place == "inside", gamma=_float(weight), d=d, dx=dx)
+        _show_codes(g, grad_output, setting, "grad_output", "lowbit::normalize_backward")
         return dx, *grads
-    # An observer came, or recorded noise.
-    values = (_in_rows(dx.shape, torch.float32, codes.q).float() - codes.zero) * codes.scale
+    # Recorded noise, or more than 8 bits.
+    values = _values(codes, dx.shape)
     normalized = (values - _per_channel(stats.mean, values)) / _per_channel(d, values)
     grad = setting.quantized(grad_output.float(), "grad_output")
     found = _by_value(stats)
@@ -453,13 +495,13 @@ def range_batch_norm(
             else x.movedim(1, -1).contiguous().movedim(-1, 1)
         )
     codes = _codes(x, setting, "input") if fixed is not None or x.numel() > x.shape[1] else None
+    expected = ("grad_input",) if torch.is_grad_enabled() and x.requires_grad else ()
     if codes is not None:
         with torch.autocast("cpu", enabled=False):
-            y, mean, sigma = _RangeBatchNormOfCodes.apply(x, weight, bias, setting, fixed, codes)
+            y, mean, sigma = _RangeBatchNormOfCodes.apply(x, weight, bias, setting, fixed, codes, expected)
         return strides.laid_out(y, wanted), mean, sigma
     x = x.float() if dtype in (torch.bfloat16, torch.float16) else x
     with torch.autocast(products.autocast_device(x), enabled=False):
-        expected = ("grad_input",) if torch.is_grad_enabled() and x.requires_grad else ()
         y, mean, sigma = _RangeBatchNorm.apply(x, weight, bias, setting, fixed, expected)
     y = strides.laid_out(y.to(dtype), wanted)
     return y.relu() if setting.rectify else y, mean, sigma
@@ -585,5 +627,5 @@ def _is_called_plainly(module: nn.Module | None) -> bool:
         and "forward" not in module.__dict__
         and module._compiled_call_impl is None
         and not any(getattr(module, hooks) for hooks in _HOOKS)
-        and not nn.modules.module._has_any_global_hook()
+        and not others_look_on()
     )
