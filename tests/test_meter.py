@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lowbit
 from conftest import ORACLES
-from lowbit import products
+from lowbit import integer, products
 from lowbit.errors import UsageError
+from lowbit.kernels import cpu
 from lowbit.ledger import PLAIN, PRODUCTS, Ledger, Product
 from lowbit.train import models
 from lowbit.train.data import Task
@@ -773,3 +775,52 @@ def test_a_product_is_a_plain_record() -> None:
 
     assert isinstance(total.product, Product)
     assert all(type(n) is int for n in (*total.product.input, total.product.macs))
+
+
+def test_a_function_counts_in_the_model_that_calls_it() -> None:
+    """A product of `lowbit.products` counts with its gradients where the model's forward ran it, and only there."""
+    setting = products.Setting(recipe=lowbit.Recipe.from_name("bf16"), layer="free")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return products.linear(x, self.weight, setting=setting)
+
+    model, apart = Model(), torch.randn(6, 4)
+    with lowbit.Meter(model) as meter:
+        products.linear(apart, apart, setting=setting)
+        model(torch.randn(5, 4)).sum().backward()
+        meter.step()
+
+    assert counts(meter.ledger) == {("free", "output"): 60, ("free", "grad_weight"): 60}
+
+
+@pytest.mark.skipif(bool(integer.missing("int8")), reason="this machine lacks 8-bit units")
+def test_watching_leaves_a_fused_pass_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watched forward runs a Range BN and its ReLU in one pass, like every other, and lists nothing of it."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    lowbit.convert_(model, "sbm8", engine="int8")
+    rectified: list[bool] = []
+    original = cpu.normalize
+    monkeypatch.setattr(cpu, "normalize", lambda *a, **k: (rectified.append(k["rectify"]), original(*a, **k))[1])
+
+    ledger = metered(model, torch.randn(2, 3, 6, 6), steps=2)
+
+    assert rectified == [True, True]
+    assert ledger.uncounted() == {}
+
+
+def test_watching_leaves_torchs_fast_path() -> None:
+    """A plain encoder layer in evaluation takes its fast path in the watched forward too."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    lowbit.convert_(model, "sbm8-hoffer", rules=[(re.compile("1.*"), None)], strict=False)
+
+    with lowbit.Meter(model) as meter, torch.no_grad():
+        model(torch.randn(2, 5, 8))
+        meter.evaluated("score", 0.0)
+
+    (program,) = meter.ledger.programs
+    assert "aten._transformer_encoder_layer_fwd (multiplies)" in dict(program.uncounted)

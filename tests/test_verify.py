@@ -1,6 +1,7 @@
 """Proof of what ran: complete rows, honest figures, and failure where a product is not what was promised."""
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import lowbit
-from lowbit import Proof, RunError, UsageError, VerificationError, products
+from lowbit import Proof, RunError, UsageError, VerificationError, integer, products
 from lowbit.verify import angle_bound, bits_needed
 
+needs_units = pytest.mark.skipif(bool(integer.missing("int8")), reason="this machine lacks 8-bit units")
 ALL = ["output", "grad_input", "grad_weight"]
 
 
@@ -305,6 +307,173 @@ class _Two(nn.Module):
         return y[0] if isinstance(y, tuple) else y
 
 
+def _bypass(layer: nn.Module) -> None:
+    """Let a layer run another forward, in full precision."""
+    layer.forward = lambda x: F.linear(x, layer.weight, layer.bias)
+
+
+class TestOneModel:
+    """Rows are those of one model's layers, whatever else has the same names or runs meanwhile."""
+
+    def test_another_model_of_the_same_names_hides_nothing(self) -> None:
+        """A bypassed layer fails although a second model's layer of that name ran in the same step."""
+        model, other = _mlp(), _mlp()
+        _bypass(model[2])
+
+        def step() -> None:
+            with lowbit.verify(model):
+                x = torch.randn(5, 6)
+                (model(x) + other(x)).sum().backward()
+
+        with pytest.raises(VerificationError, match="2: the quantisers of this converted Linear did not run"):
+            step()
+
+    def test_another_model_adds_nothing(self) -> None:
+        """Calls and MACs are those of the model alone, beside a converted and a plain model of the same names."""
+        alone = _prove(_mlp(), torch.randn(5, 6))
+        model, others = _mlp(), (_mlp(), nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)))
+
+        with lowbit.verify(model) as proof:
+            x = torch.randn(5, 6)
+            (model(x) + others[0](x) + others[1](x)).sum().backward()
+
+        assert [(r.layer, r.product, r.calls, r.macs) for r in proof.rows] == [
+            (r.layer, r.product, r.calls, r.macs) for r in alone.rows
+        ]
+        assert proof.outside == []
+
+    def test_a_product_of_the_caller_is_the_models(self) -> None:
+        """What the step multiplies outside of any module, such as a loss of products, is listed."""
+        model = _mlp()
+
+        with lowbit.verify(model) as proof:
+            y = model(torch.randn(5, 6))
+            (y @ y.T).sum().backward()
+
+        assert {(row.op, row.module) for row in proof.outside} == {("aten.mm", "")}
+        assert sum(row.macs or 0 for row in proof.outside) == 3 * 5 * 4 * 5
+
+    def test_a_function_call_is_nobodys(self) -> None:
+        """A product of `lowbit.products` that no layer asked for is not a row."""
+        model = _mlp()
+
+        with lowbit.verify(model) as proof:
+            model(torch.randn(5, 6)).sum().backward()
+            setting = products.Setting(recipe=model[0].site.recipe, layer="0")
+            products.linear(torch.randn(5, 6), torch.randn(8, 6), setting=setting)
+
+        assert {row.calls for row in proof.rows} == {1}
+
+    def test_a_model_that_another_thread_runs_adds_nothing(self) -> None:
+        """A thread that trains a model of the same names meanwhile changes neither rows nor what lies outside."""
+        model, other = _mlp(), _mlp()
+        going, stop = threading.Event(), threading.Event()
+
+        def train() -> None:
+            while not stop.is_set():
+                other(torch.randn(5, 6)).sum().backward()
+                going.set()
+
+        thread = threading.Thread(target=train)
+        with lowbit.verify(model) as proof:
+            thread.start()
+            going.wait(60)
+            model(torch.randn(5, 6)).sum().backward()
+            stop.set()
+            thread.join()
+
+        assert {row.calls for row in proof.rows} == {1}
+        assert proof.outside == []
+
+    def test_a_thread_inside_a_product_hides_nothing_of_this_one(self) -> None:
+        """While another thread computes a product of a converted layer, what this one runs outside is still listed."""
+        model = _Two(nn.Linear(4, 4))
+        lowbit.convert_(model, "sbm8", engine="reference", rules=[("part", None)])
+        entered, leave = threading.Event(), threading.Event()
+
+        def wait() -> None:
+            with products.inside():
+                entered.set()
+                leave.wait(60)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        entered.wait(60)
+        proof = _prove(model, torch.randn(5, 4))
+        leave.set()
+        thread.join()
+
+        assert sum(row.macs or 0 for row in proof.outside) == 3 * 5 * 4 * 4
+
+    def test_one_model_in_two_threads(self) -> None:
+        """Two threads that run the model at once are both in the rows, whole."""
+        model = _mlp().eval()
+        start = threading.Barrier(2)
+
+        def run() -> None:
+            start.wait(60)
+            for _ in range(20):
+                model(torch.randn(5, 6))
+
+        other = threading.Thread(target=run)
+        with lowbit.verify(model) as proof:
+            other.start()
+            run()
+            other.join()
+
+        assert [(row.layer, row.calls, row.macs) for row in proof.rows] == [
+            ("0", 40, 40 * 5 * 6 * 8),
+            ("2", 40, 40 * 5 * 8 * 4),
+        ]
+
+
+@needs_units
+class TestRangeNormOnCodes:
+    """A Range BN that runs on codes is shown as it runs."""
+
+    @staticmethod
+    def _network() -> tuple[nn.Module, lowbit.Report]:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
+        return model, lowbit.convert_(model, "sbm8", engine="int8")
+
+    def test_its_rows_name_engine_and_kernel(self) -> None:
+        """Both rows are int8, and the one before a ReLU, with which it ran in one pass, says so."""
+        proof = _prove(self._network()[0], torch.randn(4, 3, 6, 6))
+
+        rows = {(r.layer, r.product): (r.engine, r.kernel) for r in proof.rows if r.layer != "0"}
+        assert rows == {
+            ("1", "output"): ("int8", "lowbit::normalize_relu"),
+            ("1", "grad_input"): ("int8", "lowbit::normalize_backward"),
+            ("3", "output"): ("int8", "lowbit::normalize"),
+            ("3", "grad_input"): ("int8", "lowbit::normalize_backward"),
+        }
+
+    def test_the_report_and_the_proof_name_the_same_engines(self) -> None:
+        """What the report promised of each product is what ran."""
+        model, report = self._network()
+
+        proof = _prove(model, torch.randn(4, 3, 6, 6, requires_grad=True))
+
+        promised = {(row.name, product): engine for row in report.rows for product, engine in row.engines.items()}
+        assert {(row.layer, row.product): row.engine for row in proof.rows} == promised
+
+    def test_its_figures_are_those_of_its_codes(self) -> None:
+        """The error and the clipped share of its input are those of the grid of 256 codes."""
+        model = nn.Sequential(nn.BatchNorm2d(4))
+        lowbit.convert_(model, "sbm8", engine="int8")
+        x = torch.randn(4, 4, 6, 6)
+
+        row = _prove(model, x.clone().requires_grad_()).rows[0]
+
+        lo, hi = x.flatten(1).amin(1).mean(), x.flatten(1).amax(1).mean()
+        step = (hi - lo) / 255
+        zero = (-lo / step).round()
+        q = (x / step).round() + zero
+        error = x - (q.clamp(0, 255) - zero) * step
+        assert row.sqnr_db == pytest.approx(10 * math.log10(x.square().sum() / error.square().sum()), abs=1e-3)
+        assert row.clipped == pytest.approx(float(((q < 0) | (q > 255)).float().mean()), abs=2 / x.numel())
+
+
 class TestOutside:
     """Products that ran outside converted layers, with MACs counted by hand."""
 
@@ -440,6 +609,18 @@ class TestTripwire:
         with pytest.raises(RunError, match="2: grad_output of grad_input has a nan or inf"), lowbit.tripwire():
             y.backward(torch.full_like(y, math.inf))
 
+    def test_it_watches_one_model_where_one_is_given(self) -> None:
+        """A nan in another model passes; in the given one it is named as in that model."""
+        model, other = _mlp(), _mlp()
+        for part in (model, other):
+            with torch.no_grad():
+                part[0].bias[0] = math.nan
+
+        with lowbit.tripwire(model):
+            other(torch.randn(5, 6))
+        with pytest.raises(RunError, match="2: input of output has a nan or inf"), lowbit.tripwire(model):
+            model(torch.randn(5, 6))
+
     def test_it_lets_finite_values_pass(self) -> None:
         """A step without nan or inf is left alone, and nothing watches afterwards."""
         model = _mlp()
@@ -457,7 +638,7 @@ class TestQuantisersThatDoNothing:
         """More distinct values under one scale than the bits can tell apart were not quantised."""
         model = nn.Sequential(nn.Linear(64, 32))
         lowbit.convert_(model, "sbm8", engine="reference")
-        monkeypatch.setattr(products, "quantize_operand", lambda x, *_: products.Quantized(x, 0.0))
+        monkeypatch.setattr(products, "quantize_operand", lambda x, *_: products.Quantized(x))
 
         with pytest.raises(VerificationError, match="distinct values under one scale, more than 8 bits"):
             _prove(model, torch.randn(64, 64))

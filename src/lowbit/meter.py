@@ -20,11 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowbit import products
+from lowbit.callstack import Callstack
 from lowbit.errors import UsageError
 from lowbit.ledger import PLAIN, Ledger, Product, Program
 from lowbit.memory import held_for_backward
 from lowbit.nn import PRODUCT_LAYERS
 from lowbit.nn.layers import QuantLayer
+from lowbit.nn.norm import FusedSequential
 from lowbit.nn.site import Site
 from lowbit.outside import UNCOUNTED, Multiplication, multiplications
 from lowbit.products import Convolution, ProductCall, Setting
@@ -69,6 +71,7 @@ class Meter:
         self._forwards: dict[object, _Forward] = {}
         self._training, self._evaluation = _Pending(), _Pending()
         self._without_grad_input: set[object] = set()
+        self._functions: set[object] = set()
 
     def attach(self) -> Self:
         """Begin to count."""
@@ -166,6 +169,8 @@ class Meter:
     def _count(self, call: ProductCall) -> None:
         """Take in one product of a converted layer: this runs for each product, so it only looks it up."""
         source, product = call.source, call.product
+        if source is None and not self._is_of_this_model(call):
+            return
         place = (getattr(source, "clock", None), call.layer)
         with self._lock:
             charged = None
@@ -182,6 +187,14 @@ class Meter:
                 forward = product == "output"
                 pending = self._evaluation if forward and not self._model.training else self._training
                 pending.calls[index] += 1
+
+    def _is_of_this_model(self, call: ProductCall) -> bool:
+        """Whether a product of a function, which has no site, runs in a forward of this model or in its backward."""
+        place = call.layer, call.kind, call.input, call.weight, call.output
+        if call.product == "output" and getattr(self._local, "depth", 0) > 0:
+            self._functions.add(place)
+            return True
+        return call.product != "output" and place in self._functions
 
     def _learn(
         self, key: object, call: ProductCall, place: tuple[object, str], charged: tuple[int, int] | None
@@ -357,52 +370,37 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
         self.found: list[_Found] = []
         self.uncounted: Counter[str] = Counter()
-        self._inside: list[tuple[str, bool]] = [("", isinstance(model, QuantLayer))]
-        self._hooks = ExitStack()
-        self._thread = threading.get_ident()
+        self._callstack = Callstack(model)
+        # What a fused container dispatches itself is of the Range BN in it.
+        converted = (QuantLayer, FusedSequential)
+        self._converted = {name for name, module in model.named_modules() if isinstance(module, converted)}
 
     def __enter__(self) -> Self:
-        for name, module in self.model.named_modules():
-            if module is self.model:
-                continue
-            entry = (_plain_name(name), isinstance(module, QuantLayer))
-            before = module.register_forward_pre_hook(lambda _m, _a, entry=entry: self._enter(entry))
-            after = module.register_forward_hook(lambda _m, _a, _o: self._leave(), prepend=True, always_call=True)
-            self._hooks.callback(before.remove)
-            self._hooks.callback(after.remove)
+        self._callstack.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._hooks.close()
-
-    def _enter(self, entry: tuple[str, bool]) -> None:
-        if threading.get_ident() == self._thread:
-            self._inside.append(entry)
-
-    def _leave(self) -> None:
-        if threading.get_ident() == self._thread:
-            self._inside.pop()
+        self._callstack.__exit__()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        name, converted = self._inside[-1]
         if products.is_inside() or func.is_view or func._overloadpacket is torch.ops.aten._unsafe_view:
             return out
+        name = self._callstack.name() or ""
         packet = func._overloadpacket
         found = multiplications(packet, args, kwargs, out)
         if found is not None:
-            self.found.extend(_Found(name, what, out) for what in found)
+            self.found.extend(_Found(_plain_name(name), what, out) for what in found)
         elif packet in UNCOUNTED:
             self.uncounted[f"{packet} (multiplies)"] += 1
-        elif not converted and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
+        elif name not in self._converted and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
             self.uncounted[str(packet)] += 1
         return out
 

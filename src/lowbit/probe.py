@@ -26,7 +26,7 @@ from lowbit.nn.site import Site
 from lowbit.products import ProductRun
 from lowbit.recipe import SLOTS, Recipe
 from lowbit.tables import text_table
-from lowbit.verify import WANTED_COSINE, OperandProof, site_names
+from lowbit.verify import WANTED_COSINE, OperandProof, name_of_source
 
 FORWARD = ("input", "weight")
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -125,7 +125,7 @@ class Probe:
                 row.layer or "(model)",
                 row.product,
                 row.operand,
-                str(row.bits),
+                row.width,
                 f"{row.sqnr_db:.1f}",
                 f"{row.angle:.2f}",
                 f"{100 * row.clipped:.2f}",
@@ -346,11 +346,11 @@ def _bit_operations(total: Total, recipe: Recipe, bits: int) -> int:
 
 def _errors(model: nn.Module, batches: Sequence[Any], loss: Loss) -> tuple[list[OperandError], dict[str, list[Total]]]:
     """The error of each operand over all batches, and the products that ran, by layer."""
-    names: dict[object, str] = site_names(model)
+    name_of = name_of_source(model)
     rows: dict[tuple[str, str, str], OperandError] = {}
 
     def observe(run: ProductRun) -> None:
-        layer = names.get(run.source)
+        layer = name_of(run.source)
         if layer is None:
             return
         for operand, ran in run.operands.items():
@@ -368,6 +368,7 @@ def _errors(model: nn.Module, batches: Sequence[Any], loss: Loss) -> tuple[list[
                 ),
             )
             row.calls += 1
+            row.saw(ran.bits)
             row.sums.add(ran.exact, ran.quantized)
             row.clipped += (ran.clipped - row.clipped) / row.calls
             lost = ((ran.quantized == 0) & (ran.exact != 0)).sum() / (ran.exact != 0).sum().clamp(min=1)

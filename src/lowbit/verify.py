@@ -4,6 +4,7 @@ Notation: y product in full precision, y^ as it ran; N elements of an operand, M
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from torch.utils.module_tracker import ModuleTracker
 
 from lowbit import products
+from lowbit.callstack import Callstack
 from lowbit.convert import plain_type
 from lowbit.errors import RunError, UsageError
 from lowbit.formats import Integer
 from lowbit.nn.layers import QuantLayer
+from lowbit.nn.site import Site
 from lowbit.outside import UNCOUNTED, multiplications
 from lowbit.products import OperandRun, ProductRun
 from lowbit.tables import text_table
@@ -108,7 +110,8 @@ class OperandProof(_Compared):
 
     Attributes:
         format: its format, as text.
-        bits: width of its codes.
+        bits: width of its codes, the smallest of all calls.
+        most_bits: the largest.
         elements: number of elements in one call.
         clipped: share of values more than half a step outside the grid.
     """
@@ -118,6 +121,16 @@ class OperandProof(_Compared):
     elements: int
     integer: bool
     clipped: float = 0.0
+    most_bits: int = 0
+
+    def saw(self, bits: int) -> None:
+        """Take in the width of one call."""
+        self.bits, self.most_bits = min(self.bits, bits), max(self.most_bits, bits)
+
+    @property
+    def width(self) -> str:
+        """The widths as text, e.g. ``"8"`` or ``"3-6"``."""
+        return f"{self.bits}-{self.most_bits}" if self.most_bits > self.bits else str(self.bits)
 
     @property
     def angle_bound(self) -> float | None:
@@ -137,25 +150,35 @@ class ProofRow(_Compared):
     Attributes:
         layer: the layer's name.
         product: ``"output"``, ``"grad_input"`` or ``"grad_weight"``.
-        engine: how it was executed.
-        kernel: the operator that executed it.
         calls: how often it ran.
         macs: multiply-accumulates of all calls; 0 for a normalisation.
         operands: by operand.
+        engines: calls by engine.
+        kernels: calls by kernel.
     """
 
     layer: str
     product: str
-    engine: str
-    kernel: str
     calls: int = 0
     macs: int = 0
     operands: dict[str, OperandProof] = field(default_factory=dict)
+    engines: dict[str, int] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def engine(self) -> str:
+        """How it was executed; several where calls differ."""
+        return ", ".join(self.engines)
+
+    @property
+    def kernel(self) -> str:
+        """The operator that executed it; several where calls differ."""
+        return ", ".join(self.kernels)
 
     @property
     def bits(self) -> str:
-        """Widths of the operands, e.g. ``"8x8"``."""
-        return "x".join(str(o.bits) for o in self.operands.values())
+        """Widths of the operands, e.g. ``"8x8"``, or ``"3-6x8"`` where calls differ."""
+        return "x".join(o.width for o in self.operands.values())
 
     @property
     def clipped(self) -> float:
@@ -268,21 +291,27 @@ class _Collector:
     """The observer that turns runs into rows and remembers what was promised and what was wrong.
 
     Args:
-        names: the layers by their sites, named as in the model under proof.
+        model: whose layers' runs count; those of other models are not looked at.
     """
 
-    def __init__(self, names: dict[object, str]) -> None:
-        self.names = names
+    def __init__(self, model: nn.Module) -> None:
+        self.name_of = name_of_source(model)
         self.rows: dict[tuple[str, str], ProofRow] = {}
         self.promised: set[tuple[str, str]] = set()
         self.failures: list[str] = []
+        self._lock = threading.Lock()
 
     def __call__(self, run: ProductRun) -> None:
         """Take in one product."""
-        layer = self.names.get(run.source, run.layer)
-        row = self.rows.setdefault(
-            (layer, run.product), ProofRow(layer=layer, product=run.product, engine=run.engine, kernel=run.kernel)
-        )
+        layer = self.name_of(run.source)
+        if layer is not None:
+            with self._lock:  # the model may run in several threads
+                self._take(layer, run)
+
+    def _take(self, layer: str, run: ProductRun) -> None:
+        row = self.rows.setdefault((layer, run.product), ProofRow(layer=layer, product=run.product))
+        row.engines[run.engine] = row.engines.get(run.engine, 0) + 1
+        row.kernels[run.kernel] = row.kernels.get(run.kernel, 0) + 1
         row.calls += 1
         row.macs += run.macs
         off_grid = False
@@ -296,6 +325,7 @@ class _Collector:
                     integer=isinstance(operand.format, Integer),
                 ),
             )
+            proof.saw(operand.bits)
             proof.clipped += (operand.clipped - proof.clipped) / row.calls
             proof.sums.add(operand.exact, operand.quantized)
             off_grid |= not torch.equal(operand.exact, operand.quantized)
@@ -315,13 +345,13 @@ class _Collector:
 
     def missing(self, model: nn.Module) -> Iterator[str]:
         """A sentence for each quantiser that should have run and did not."""
-        ran = set(self.rows)
+        ran, names = set(self.rows), site_names(model)
         for layer in model.modules():
             if isinstance(layer, QuantLayer):
                 for site in layer.sites():
-                    if (self.names[site], "output") not in ran:
+                    if (names[site], "output") not in ran:
                         kind = plain_type(layer).__name__
-                        yield f"{self.names[site]}: the quantisers of this converted {kind} did not run"
+                        yield f"{names[site]}: the quantisers of this converted {kind} did not run"
         if any(product != "output" for _, product in ran):  # a backward ran
             for name, product in sorted(self.promised - ran):
                 yield f"{name}: {product} was due in the backward and did not run"
@@ -365,9 +395,9 @@ _BACKWARD: dict[Any, Callable[[Sequence[Any]], int]] = {
 class _Outside(TorchDispatchMode):
     """Counts the products that are dispatched outside converted layers, forward and backward."""
 
-    def __init__(self, tracker: ModuleTracker) -> None:
+    def __init__(self, callstack: Callstack) -> None:
         super().__init__()
-        self.tracker = tracker
+        self.callstack = callstack
         self.rows: dict[tuple[str, str], OutsideRow] = {}
 
     def __torch_dispatch__(
@@ -375,6 +405,7 @@ class _Outside(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
+        self.callstack.mark()
         if products.is_inside():
             return out
         if packet in _BACKWARD:
@@ -388,8 +419,9 @@ class _Outside(TorchDispatchMode):
         return out
 
     def _add(self, packet: Any, macs: int | None) -> None:
-        module = max(self.tracker.parents - {"Global"}, key=len, default="")
-        module = module.partition(".")[2]
+        module = self.callstack.name()
+        if module is None:
+            return
         row = self.rows.setdefault((str(packet), module), OutsideRow(op=str(packet), module=module))
         row.calls += 1
         row.macs = None if macs is None or row.macs is None else row.macs + macs
@@ -404,6 +436,24 @@ def site_names(model: nn.Module) -> dict[object, str]:
                 suffix = site.name.rpartition(".")[2] if len(layer.sites()) > 1 else ""
                 names[site] = ".".join(filter(None, [name, suffix]))
     return names
+
+
+def name_of_source(model: nn.Module) -> Callable[[object], str | None]:
+    """What tells the name of the layer of this model that a product came from; None for another model's, or nobody's.
+
+    Layers are told by their sites, not by their names, which another model may share. The replicas of
+    `torch.nn.DataParallel`, which no clock knows, go by the clock and the name that they share with their layer.
+    """
+    names = site_names(model)
+    replicated = {(site.clock, site.name): name for site, name in names.items() if isinstance(site, Site)}
+
+    def name_of(source: object) -> str | None:
+        known = names.get(source)
+        if known is None and isinstance(source, Site) and source not in source.clock.sites:
+            return replicated.get((source.clock, source.name))
+        return known
+
+    return name_of
 
 
 def _by_layer(rows: dict[tuple[str, str], ProofRow]) -> list[ProofRow]:
@@ -433,8 +483,8 @@ def verify(model: nn.Module) -> Iterator[Proof]:
     """
     if not any(isinstance(m, QuantLayer) for m in model.modules()):
         raise UsageError("verify: nothing in this model is converted; call lowbit.convert_ first")
-    proof, collector = Proof(), _Collector(site_names(model))
-    with ModuleTracker() as tracker, _Outside(tracker) as outside, products.observed_by(collector):
+    proof, collector = Proof(), _Collector(model)
+    with Callstack(model) as callstack, _Outside(callstack) as outside, products.observed_by(collector):
         yield proof
     proof.rows.extend(_by_layer(collector.rows))
     total = sum(row.macs for row in proof.rows) + sum(row.macs or 0 for row in outside.rows.values())
@@ -448,17 +498,24 @@ def verify(model: nn.Module) -> Iterator[Proof]:
 
 
 @contextmanager
-def tripwire() -> Iterator[None]:
+def tripwire(model: nn.Module | None = None) -> Iterator[None]:
     """Raise at the first operand of any product in this context that is not finite, naming layer and operand.
+
+    Args:
+        model: whose layers are watched and named; None: those of all models, in every thread.
 
     Raises:
         RunError: an inf or nan reached an operand.
     """
+    name_of = None if model is None else name_of_source(model)
 
     def check(run: ProductRun) -> None:
+        layer = run.layer if name_of is None else name_of(run.source)
+        if layer is None:
+            return
         for name, operand in run.operands.items():
             if not bool(operand.exact.isfinite().all()):
-                raise RunError(f"{run.layer or 'the model'}: {name} of {run.product} has a nan or inf")
+                raise RunError(f"{layer or 'the model'}: {name} of {run.product} has a nan or inf")
 
     with products.observed_by(check):
         yield
