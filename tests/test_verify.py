@@ -161,7 +161,7 @@ class TestFigures:
     def test_clipped_share_equals_a_count_by_hand(self) -> None:
         """Of eight inputs in [0, 1] and [0, 3], the one at 3 lies beyond the mean of extremes."""
         model = nn.Linear(4, 2)
-        lowbit.convert_(model, "sbm8", engine="reference")
+        lowbit.convert_(model, "sbm8-hoffer", engine="reference")
         x = torch.tensor([[0.0, 0.2, 0.5, 1.0], [0.0, 1.0, 2.0, 3.0]])
 
         proof = _prove(model, x)
@@ -461,7 +461,7 @@ class TestRangeNormOnCodes:
         """The error and the clipped share of its input are those of the grid of 256 codes."""
         model = nn.Sequential(nn.BatchNorm2d(4))
         lowbit.convert_(model, "sbm8", engine="int8")
-        x = torch.randn(4, 4, 6, 6)
+        x = torch.randn(4, 4, 8, 8)
 
         row = _prove(model, x.clone().requires_grad_()).rows[0]
 
