@@ -1,4 +1,8 @@
-"""The native kernels on torch tensors: types, shapes and memory checked here, addresses passed on.
+"""The native kernels on torch tensors: the one doorway into native code.
+
+`_memory` says of every tensor where it lies, what its numbers are and how many; the native function then checks that
+the call stays inside, before it reads or writes anything. Functions raise TypeError for a tensor of another type, in
+other memory or with gaps in it, and ValueError for one of another length or one that overlaps what is written.
 
 Notation: x real value, q code, S scale, z zero point. Views are (outer, channels, inner, channels last): a tensor whose
 memory is outer x channels x inner, or with channels last outer x inner x channels.
@@ -15,9 +19,11 @@ from torch import Tensor
 
 from lowbit.formats import Integer
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int8: 3}
+# Types of numbers as native code counts them.
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int8: 3, torch.int32: 4, torch.int64: 5}
 
 View = tuple[int, int, int, bool]
+Memory = tuple[int, int, int]
 
 
 def _load() -> Any:
@@ -36,12 +42,27 @@ def instruction_sets() -> list[str] | None:
 
 
 def runs(x: Tensor) -> bool:
-    """Whether the native passes over memory take this tensor: dense float32 or bfloat16 on the CPU."""
-    return _cpu is not None and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    """Whether the native passes over memory take this tensor where it is dense: float32 or bfloat16 on the CPU."""
+    return _cpu is not None and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and not x.is_neg()
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def _memory(x: Tensor | None, name: str) -> Memory:
+    """Where a tensor lies as native code takes it: address, type, how many numbers; of None a type that is none.
+
+    Raises:
+        TypeError: it is of a type that native code does not know, is not on the CPU, has gaps or has the negative bit.
+    """
+    if x is None:
+        return 0, -1, 0
+    kind = _TYPES.get(x.dtype)
+    if kind is None or not x.is_cpu or x.is_neg() or not (x.is_contiguous() or is_channels_last(x)):
+        bit = " with the negative bit" if x.is_neg() else ""
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES)
+        raise TypeError(
+            f"{name} is {x.dtype}{bit} of shape {tuple(x.shape)} and strides {x.stride()} on {x.device}: give a dense "
+            f"tensor on the CPU of {known}"
+        )
+    return x.data_ptr(), kind, x.numel()
 
 
 def _floats(*shape: int) -> Tensor:
@@ -78,7 +99,7 @@ def extremes(x: Tensor, view: View) -> tuple[Tensor, Tensor]:
         view: see the top of this file.
     """
     lo, hi = _floats(view[1]), _floats(view[1])
-    _cpu.extremes(x.data_ptr(), _TYPES[x.dtype], view, lo.data_ptr(), hi.data_ptr())
+    _cpu.extremes(_memory(x, "extremes: x"), view, _memory(lo, "lo"), _memory(hi, "hi"))
     return lo, hi
 
 
@@ -98,8 +119,8 @@ def observe(
     shape = (1,) * x.dim()
     lo, hi = _floats(*shape), _floats(*shape)
     _cpu.observe(
-        x.data_ptr(), _TYPES[x.dtype], x.numel(), samples, running.data_ptr(), momentum, first, training,
-        lo.data_ptr(), hi.data_ptr(),
+        _memory(x, "observe: x"), samples, _memory(running, "observe: running"), momentum, first, training,
+        _memory(lo, "lo"), _memory(hi, "hi"),
     )  # fmt: skip
     return lo, hi
 
@@ -140,17 +161,19 @@ def quantize(
     lo, hi = (None, None) if observed is None else (observed[0].float(), observed[1].float())
     if lo is not None and hi is not None and not (lo.numel() == hi.numel() == scale.numel() == 1):
         raise ValueError(f"an observed range of {lo.numel()} numbers for {scale.numel()} grids: give one for one")
-    zero: int = _cpu.quantize(
-        x.data_ptr(), _TYPES[x.dtype], view, symmetric, levels, fmt.floor, samples or 0, _address(lo), _address(hi),
-        key is not None, *(key or (0, 0)), taps, codes.data_ptr(), scale.data_ptr(),
+    rule = (
+        symmetric, levels, fmt.floor, samples or 0, _memory(lo, "quantize: lo"), _memory(hi, "quantize: hi"), key,
     )  # fmt: skip
+    zero: int = _cpu.quantize(
+        _memory(x, "quantize: x"), view, rule, taps, _memory(codes, "codes"), _memory(scale, "scale")
+    )
     return codes, scale, zero
 
 
 def sums(x: Tensor, width: int) -> Tensor:
     """The sum of each column of dense memory of rows of `width` numbers, float32 ``(width,)``."""
     to = _floats(width)
-    _cpu.sums(x.data_ptr(), _TYPES[x.dtype], x.numel() // max(width, 1), width, to.data_ptr())
+    _cpu.sums(_memory(x, "sums: x"), _memory(to, "sums"))
     return to
 
 
@@ -164,7 +187,7 @@ class Codes:
 
     def arguments(self) -> tuple[Any, ...]:
         """As the native functions take it."""
-        return self.q.data_ptr(), self.scale.data_ptr(), self.zero
+        return _memory(self.q, "codes"), _memory(self.scale, "scale of codes"), self.zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +212,10 @@ class Statistics:
 
     def arguments(self) -> tuple[Any, ...]:
         """As the native functions take it."""
-        tensors = self.total, self.mean, self.sigma, self.argmax, self.argmin, self.slopes
-        return *map(_address, tensors), 0 if self.slopes is None else self.slopes.numel()
+        return (
+            _memory(self.total, "total"), _memory(self.mean, "mean"), _memory(self.sigma, "sigma"),
+            _memory(self.argmax, "argmax"), _memory(self.argmin, "argmin"), _memory(self.slopes, "slopes"),
+        )  # fmt: skip
 
 
 def code_statistics(codes: Codes, channels: int, starts: list[int], slopes: Tensor) -> Statistics:
@@ -241,8 +266,8 @@ def normalize(
     channels = stats.mean.numel()
     d = _floats(channels)
     _cpu.normalize(
-        codes.arguments(), codes.q.numel() // max(channels, 1), channels, stats.arguments(), eps, inside,
-        _address(gamma), _address(beta), rectify, d.data_ptr(), y.data_ptr(), _TYPES[y.dtype],
+        codes.arguments(), stats.arguments(), eps, inside, _memory(gamma, "normalize: gamma"),
+        _memory(beta, "normalize: beta"), rectify, _memory(d, "d"), _memory(y, "normalize: y"),
     )  # fmt: skip
     return d
 
@@ -268,10 +293,11 @@ def rectify_backward(
         d: what it returned.
         dtype: of y.
     """
-    channels, to = d.numel(), torch.empty_like(g)
+    to = torch.empty_like(g)
     _cpu.rectify_backward(
-        codes.arguments(), codes.q.numel() // max(channels, 1), channels, stats.arguments(), _address(gamma),
-        _address(beta), d.data_ptr(), _TYPES[dtype], g.data_ptr(), _TYPES[g.dtype], to.data_ptr(),
+        codes.arguments(), stats.arguments(), _memory(gamma, "rectify_backward: gamma"),
+        _memory(beta, "rectify_backward: beta"), _memory(d, "rectify_backward: d"), _TYPES[dtype],
+        _memory(g, "rectify_backward: g"), _memory(to, "rectify_backward: the result"),
     )  # fmt: skip
     return to
 
@@ -293,8 +319,9 @@ def normalize_backward(
     channels = d.numel()
     grad_gamma, grad_beta = _floats(channels), _floats(channels)
     _cpu.normalize_backward(
-        g.arguments(), codes.arguments(), codes.q.numel() // max(channels, 1), channels, stats.arguments(), inside,
-        _address(gamma), d.data_ptr(), grad_gamma.data_ptr(), grad_beta.data_ptr(), dx.data_ptr(), _TYPES[dx.dtype],
+        g.arguments(), codes.arguments(), stats.arguments(), inside, _memory(gamma, "normalize_backward: gamma"),
+        _memory(d, "normalize_backward: d"), _memory(grad_gamma, "grad_gamma"), _memory(grad_beta, "grad_beta"),
+        _memory(dx, "normalize_backward: dx"),
     )  # fmt: skip
     return grad_gamma, grad_beta
 
@@ -302,8 +329,9 @@ def normalize_backward(
 def code_sums(a: Tensor, b: Tensor | None, channels: int) -> tuple[Tensor, Tensor]:
     """Sums of codes of each channel, int64 ``(channels,)``: of `a`, and of `a` times `b` (zeros without `b`)."""
     total, product = torch.zeros(2, channels, dtype=torch.int64, device="cpu").unbind()
-    rows, other = a.numel() // max(channels, 1), 0 if b is None else b.data_ptr()
-    _cpu.code_sums(a.data_ptr(), other, rows, channels, total.data_ptr(), product.data_ptr())
+    _cpu.code_sums(
+        _memory(a, "code_sums: a"), _memory(b, "code_sums: b"), _memory(total, "sums"), _memory(product, "products")
+    )
     return total, product
 
 
@@ -316,9 +344,9 @@ def affine(q: Tensor, a: Tensor, b: Tensor, y: Tensor) -> None:
         b: float32 ``(channels,)``.
         y: as many numbers as `q`.
     """
-    a, b = a.float().contiguous(), b.float().contiguous()
-    rows = q.numel() // max(a.numel(), 1)
-    _cpu.affine(q.data_ptr(), rows, a.numel(), a.data_ptr(), b.data_ptr(), False, y.data_ptr(), _TYPES[y.dtype])
+    _cpu.affine(
+        _memory(q, "affine: q"), _memory(a, "affine: a"), _memory(b, "affine: b"), False, _memory(y, "affine: y")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,12 +371,8 @@ class Grid:
 
     def arguments(self) -> tuple[Any, ...]:
         """As the native functions take it."""
-        first, second = self.key or (0, 0)
-        zero = 0 if self.zero is None else self.zero.data_ptr()
-        low, high, stochastic = float(self.low), float(self.high), self.key is not None
-        return (
-            self.scale.data_ptr(), zero, self.scale.numel(), low, high, self.offset, stochastic, first, second,
-        )  # fmt: skip
+        low, high = float(self.low), float(self.high)
+        return _memory(self.scale, "scale"), _memory(self.zero, "zero"), low, high, self.offset, self.key
 
 
 def encode(x: Tensor, view: View, grid: Grid, *, signed: bool, taps: int = 1) -> Tensor:
@@ -366,14 +390,14 @@ def encode(x: Tensor, view: View, grid: Grid, *, signed: bool, taps: int = 1) ->
         A flat tensor of ``x.numel()`` codes.
     """
     codes = torch.empty(x.numel(), dtype=torch.int8 if signed else torch.uint8, device="cpu")
-    _cpu.encode(x.data_ptr(), _TYPES[x.dtype], view, *grid.arguments(), taps, codes.data_ptr())
+    _cpu.encode(_memory(x, "encode: x"), view, grid.arguments(), taps, _memory(codes, "codes"))
     return codes
 
 
 def fake_quantize(x: Tensor, view: View, grid: Grid) -> Tensor:
     """The values of the codes in the dtype, shape and memory order of `x`."""
     y = torch.empty_like(x)
-    _cpu.fake_quantize(x.data_ptr(), _TYPES[x.dtype], view, *grid.arguments(), y.data_ptr())
+    _cpu.fake_quantize(_memory(x, "fake_quantize: x"), view, grid.arguments(), _memory(y, "fake_quantize: the result"))
     return y
 
 
@@ -384,14 +408,14 @@ def round_bf16(x: Tensor) -> Tensor:
         x: dense float32 on the CPU, its memory in the order of its axes or channels last.
     """
     y = torch.empty_like(x)
-    _cpu.round_bf16(x.data_ptr(), x.numel(), y.data_ptr())
+    _cpu.round_bf16(_memory(x, "round_bf16: x"), _memory(y, "round_bf16: the result"))
     return y
 
 
 def noise(count: int, key: tuple[int, int]) -> Tensor:
     """The noise of elements 0 to count - 1, float32, as `lowbit.rounding.uniform_noise` makes it."""
     u = _floats(count)
-    _cpu.noise(count, *key, u.data_ptr())
+    _cpu.noise(*key, _memory(u, "noise"))
     return u
 
 
@@ -452,9 +476,9 @@ class Rows:
         window = None if w is None else (
             w.position, w.size, w.kernel, w.stride, w.padding, w.dilation, w.transposed, w.channels,
         )  # fmt: skip
-        address = self.data.data_ptr() + self.first * self.data.element_size()
         return (
-            address, _TYPES[self.data.dtype], self.rows, self.width, self.stride, self.fold, self.zero, window,
+            _memory(self.data, "a side of a product"), self.first, self.rows, self.width, self.stride, self.fold,
+            self.zero, window, self.along,
         )  # fmt: skip
 
 
@@ -484,11 +508,8 @@ def multiply(
         codes: True multiplies bytes and sums in int32; False rounds both sides to bf16, codes to ``q - z``, and sums
             in float32.
     """
-    m, k = (a.rows, a.width) if a.along else (a.width, a.rows)
-    n = b.rows if b.along else b.width
-    rows, columns = scales
     result = (
-        out.data_ptr() + first * out.element_size(), _TYPES[out.dtype], stride, taps,
-        rows.data_ptr(), rows.numel(), columns.data_ptr(), columns.numel(), 0 if bias is None else bias.data_ptr(),
+        _memory(out, "multiply: out"), first, stride, taps, _memory(scales[0], "multiply: row scales"),
+        _memory(scales[1], "multiply: column scales"), _memory(bias, "multiply: bias"),
     )  # fmt: skip
-    _cpu.multiply(codes, a.arguments(), a.along, b.arguments(), b.along, m, n, k, result)
+    _cpu.multiply(codes, a.arguments(), b.arguments(), result)

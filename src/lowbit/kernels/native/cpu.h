@@ -22,7 +22,7 @@ inline const Machine& machine() {
 }
 std::vector<std::string> instruction_sets();
 
-// Element types of tensors that cross from Python; the numbers are those of `lowbit.kernels.cpu`.
+// Element types of tensors that cross from Python; the numbers are those of `lowbit.kernels.cpu`; 4 and 5 are int32 and int64.
 enum class Type : int { f32 = 0, bf16 = 1, u8 = 2, s8 = 3 };
 
 // ---- passes over memory: elementwise.cpp, compiled once for each instruction set ----

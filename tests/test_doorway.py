@@ -1,0 +1,408 @@
+"""The doorway into native code: no call reads or writes outside of the tensors that it was given."""
+
+import ast
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit.formats import Integer
+from lowbit.kernels import cpu
+from lowbit.kernels.cpu import Codes, Grid, Rows, Statistics, Window
+
+pytestmark = pytest.mark.skipif(cpu.instruction_sets() is None, reason="lowbit has no native kernels in this install")
+
+HUGE = 2**40
+Place = tuple[Any, ...]
+
+
+def floats(*shape: int) -> Tensor:
+    """Numbers from 0 up, in steps of 1/8."""
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).div(8).view(shape)
+
+
+def codes() -> Codes:
+    """Four rows of three channels."""
+    return Codes(q=torch.arange(12, dtype=torch.uint8), scale=torch.ones(1), zero=1)
+
+
+def statistics() -> Statistics:
+    """Of such codes, in two chunks."""
+    return cpu.code_statistics(codes(), 3, [0, 2, 4], torch.ones(2))
+
+
+def rows(*, along: bool = True, dtype: torch.dtype = torch.uint8) -> Rows:
+    """Five rows of four numbers."""
+    return Rows(data=torch.ones(20, dtype=dtype), rows=5, width=4, stride=4, along=along)
+
+
+def unfolded() -> Rows:
+    """Two pictures of 3 x 3 places and two channels under a kernel of 2 x 2: eight rows of eight numbers."""
+    window = Window(
+        position=(2, 1, 2, 2),
+        size=(1, 3, 3),
+        kernel=(1, 2, 2),
+        stride=(1, 1, 1),
+        padding=(0, 0, 0),
+        dilation=(1, 1, 1),
+        transposed=False,
+        channels=2,
+    )
+    return Rows(data=torch.ones(36, dtype=torch.uint8), rows=8, width=8, stride=2, along=True, window=window)
+
+
+def kernels() -> Rows:
+    """Three rows of eight numbers."""
+    return Rows(data=torch.ones(24, dtype=torch.int8), rows=3, width=8, stride=8, along=True)
+
+
+def product(a: Rows, b: Rows, m: int, n: int, *, units: bool = True) -> dict[str, Any]:
+    """The arguments of a product of m rows and n columns."""
+    return {
+        "a": a,
+        "b": b,
+        "out": floats(m, n),
+        "first": 0,
+        "stride": n,
+        "taps": 1,
+        "scales": (torch.ones(m), torch.ones(n)),
+        "bias": torch.ones(n),
+        "codes": units,
+    }
+
+
+# For each function: arguments that it takes, and numbers in them that it must not take, by place.
+CALLS: dict[str, list[tuple[Callable[[], dict[str, Any]], dict[Place, list[Any]]]]] = {
+    "extremes": [
+        (
+            lambda: {"x": floats(2, 3, 4), "view": (2, 3, 4, False)},
+            {("view", 0): [-2, 3, HUGE], ("view", 1): [0, 4], ("view", 2): [-4, 2**63 - 1]},
+        )
+    ],
+    "observe": [
+        (
+            lambda: {
+                "x": floats(3, 4),
+                "samples": 3,
+                "running": torch.zeros(3),
+                "momentum": 0.5,
+                "first": True,
+                "training": True,
+            },
+            {("samples",): [0, -1, 5, HUGE]},
+        )
+    ],
+    "quantize": [
+        (
+            lambda: {
+                "x": floats(2, 3, 4),
+                "view": (2, 3, 4, False),
+                "fmt": Integer(bits=8, zero="symmetric"),
+                "levels": 127.0,
+                "samples": None,
+                "key": (1, 2),
+                "taps": 2,
+            },
+            {
+                ("view", 1): [2, -3, 4],
+                ("samples",): [5, -1, HUGE],
+                ("taps",): [0, -1, 5],
+                ("key", 0): [-1, 2**32],
+            },
+        ),
+        (
+            lambda: {
+                "x": floats(2, 3, 4),
+                "view": (2, 12, 1, False),
+                "fmt": Integer(bits=8, zero="integer"),
+                "levels": 255.0,
+                "samples": 2,
+                "observed": (torch.zeros(1), torch.ones(1)),
+            },
+            {("view", 0): [3], ("taps",): [0, 7]},
+        ),
+    ],
+    "sums": [(lambda: {"x": floats(5, 3), "width": 3}, {("width",): [0, 4]})],
+    "code_statistics": [
+        (
+            lambda: {"codes": codes(), "channels": 3, "starts": [0, 2, 4], "slopes": torch.ones(2)},
+            {
+                ("channels",): [0, -3, 2, 5],
+                ("starts",): [[0, 2, 5], [0, 2, 3], [1, 2, 4], [-1, 2, 4], [0, 4], [0, 0, 4], [0, 4, 2], []],
+                ("codes", "zero"): [-1, 256],
+            },
+        )
+    ],
+    "normalize": [
+        (
+            lambda: {
+                "codes": codes(),
+                "stats": statistics(),
+                "eps": 0.1,
+                "inside": True,
+                "gamma": torch.ones(3),
+                "beta": torch.ones(3),
+                "rectify": True,
+                "y": floats(4, 3),
+            },
+            {("codes", "zero"): [-1, 256]},
+        )
+    ],
+    "rectify_backward": [
+        (
+            lambda: {
+                "g": floats(4, 3),
+                "codes": codes(),
+                "stats": statistics(),
+                "gamma": torch.ones(3),
+                "beta": torch.ones(3),
+                "d": torch.ones(3),
+                "dtype": torch.float32,
+            },
+            {("dtype",): [torch.uint8, torch.int64]},
+        )
+    ],
+    "normalize_backward": [
+        (
+            lambda: {
+                "g": codes(),
+                "codes": codes(),
+                "stats": statistics(),
+                "inside": True,
+                "gamma": torch.ones(3),
+                "d": torch.ones(3),
+                "dx": floats(4, 3),
+            },
+            {
+                ("stats", "argmax"): [torch.full((2, 3), v, dtype=torch.int32) for v in (-1, 4, 2**31 - 1)],
+                ("stats", "argmin"): [torch.full((2, 3), v, dtype=torch.int32) for v in (-1, 4, 2**31 - 1)],
+                ("stats", "total"): [None],
+            },
+        )
+    ],
+    "code_sums": [(lambda: {"a": codes().q, "b": codes().q, "channels": 3}, {("channels",): [5, 0]})],
+    "affine": [(lambda: {"q": codes().q, "a": torch.ones(3), "b": torch.ones(3), "y": floats(4, 3)}, {})],
+    "encode": [
+        (
+            lambda: {
+                "x": floats(2, 3, 4),
+                "view": (2, 3, 4, False),
+                "grid": Grid(scale=torch.ones(3), zero=torch.ones(3), low=0.0, high=255.0, key=(1, 2)),
+                "signed": False,
+                "taps": 2,
+            },
+            {("view", 0): [1, -2], ("view", 3): [True], ("taps",): [0, 5], ("grid", "key"): [(-1, 0), (0, 2**32)]},
+        )
+    ],
+    "fake_quantize": [
+        (
+            lambda: {
+                "x": floats(2, 3, 4),
+                "view": (2, 3, 4, True),
+                "grid": Grid(scale=torch.ones(3), zero=torch.ones(3), low=0.0, high=255.0),
+            },
+            {("view", 2): [3, 5, -4]},
+        )
+    ],
+    "round_bf16": [(lambda: {"x": floats(7)}, {})],
+    "noise": [(lambda: {"count": 9, "key": (1, 2)}, {("count",): [-1], ("key", 1): [-1, 2**32]})],
+    "multiply": [
+        (
+            lambda: product(rows(), rows(dtype=torch.int8), 5, 5),
+            {
+                ("a", "first"): [-1, 1, HUGE],
+                ("a", "rows"): [6, -5, 2**62],
+                ("a", "width"): [3, 5, -4],
+                ("a", "stride"): [5, -4, 2**62],
+                ("a", "fold"): [2, -1],
+                ("a", "zero"): [256, -256],
+                ("b", "rows"): [4, 6],
+                ("b", "first"): [1],
+                ("first",): [-1, 1, HUGE],
+                ("stride",): [4, 6, -5, 2**62],
+                ("taps",): [0, 2, -1],
+            },
+        ),
+        (
+            lambda: product(rows(along=False), rows(along=False, dtype=torch.bfloat16), 4, 4, units=False),
+            {("a", "rows"): [4, 6], ("b", "width"): [3, 5], ("b", "stride"): [5]},
+        ),
+        (
+            lambda: product(unfolded(), kernels(), 8, 3),
+            {
+                ("a", "rows"): [7, 9],
+                ("a", "width"): [7, 9],
+                ("a", "stride"): [3],
+                ("a", "first"): [1, -1],
+                ("a", "window", "position"): [(3, 1, 2, 2), (-2, 1, -2, 2), (2, 1, 2, 3)],
+                ("a", "window", "size"): [(1, 4, 3), (1, -3, 3), (HUGE, HUGE, 3)],
+                ("a", "window", "kernel"): [(1, 2, 3), (0, 2, 2), (-1, -2, 2)],
+                ("a", "window", "stride"): [(1, 0, 1), (1, HUGE, 1)],
+                ("a", "window", "padding"): [(0, HUGE, 0), (0, 0, -HUGE)],
+                ("a", "window", "dilation"): [(1, 0, 1), (1, 1, -1), (HUGE, 1, 1)],
+                ("a", "window", "channels"): [0, 1, 3, -2],
+            },
+        ),
+    ],
+}  # fmt: skip
+CASES = [(name, i) for name, calls in CALLS.items() for i in range(len(calls))]
+# Tensors that may be longer; and numbers that the function makes float itself.
+PARTS = {("multiply", "a"), ("multiply", "b"), ("multiply", "out"), ("round_bf16", "x")}
+CONVERTED = {("quantize", "observed")}
+
+
+def leaves(value: Any, place: Place = ()) -> Iterator[tuple[Place, Tensor]]:
+    """Every tensor in arguments and where it is."""
+    if isinstance(value, Tensor):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, (*place, key))
+    elif isinstance(value, tuple):
+        for i, inner in enumerate(value):
+            yield from leaves(inner, (*place, i))
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from leaves(getattr(value, field.name), (*place, field.name))
+
+
+def put(value: Any, place: Place, new: Any) -> Any:
+    """The same arguments with something else at a place."""
+    if not place:
+        return new
+    key, *rest = place
+    if isinstance(value, dict):
+        return value | {key: put(value.get(key), tuple(rest), new)}
+    if isinstance(value, tuple):
+        return (*value[:key], put(value[key], tuple(rest), new), *value[key + 1 :])
+    return dataclasses.replace(value, **{key: put(getattr(value, key), tuple(rest), new)})
+
+
+def others(name: str, place: Place, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that may not stand in the place of `x`."""
+    flat = x.flatten()
+    if name != "round_bf16":
+        yield "shorter", flat[:-1]
+    if (name, place[0]) not in PARTS:
+        yield "longer", torch.cat([flat, flat[:1]])
+    yield "on meta", x.to("meta")
+    yield "negative", torch._neg_view(x)
+    if x.numel() > 1:
+        yield "with gaps", flat.repeat_interleave(2)[::2]
+        yield "expanded", flat[:1].expand(flat.numel())
+    if (name, place[0]) in CONVERTED:
+        return
+    known = {torch.float32, torch.bfloat16} if x.is_floating_point() else {torch.uint8, torch.int8}
+    for dtype in (*cpu._TYPES, torch.float64, torch.float16, torch.int16, torch.bool, torch.complex64):
+        if dtype != x.dtype and not (dtype in known and x.dtype in known) and name != "multiply":
+            yield str(dtype), x.to(dtype)
+    if name == "multiply":
+        for dtype in (torch.float64, torch.float16, torch.int32, torch.int64, torch.bool):
+            yield str(dtype), x.to(dtype)
+
+
+def refused(name: str, arguments: dict[str, Any]) -> bool:
+    """Whether the call raises, and changes nothing that it was given."""
+    tensors = [tensor for _, tensor in leaves(arguments) if not tensor.is_meta]
+    before = [tensor.clone() for tensor in tensors]
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        getattr(cpu, name)(**arguments)
+    return all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_every_function_is_called_here() -> None:
+    """A function that calls native code is in the table above."""
+    found = {
+        name
+        for name, function in inspect.getmembers(cpu, inspect.isfunction)
+        if function.__module__ == cpu.__name__ and "_cpu." in inspect.getsource(function)
+    }
+
+    assert found - {"instruction_sets"} == set(CALLS)
+
+
+def test_one_file_calls_native_code_and_one_function_knows_addresses() -> None:
+    """No other file names the native module, and this one asks tensors where they lie in a single place."""
+    source = Path(cpu.__file__).parents[1]
+    naming = {path.name for path in source.rglob("*.py") if re.search(r"(?<!\w)_cpu\b", path.read_text())}
+    asking = [
+        function.name
+        for function in ast.walk(ast.parse(Path(cpu.__file__).read_text()))
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute) and node.attr.endswith(("data_ptr", "untyped_storage"))
+    ]
+
+    assert naming == {"cpu.py"}
+    assert asking == ["_memory"]
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_the_arguments_are_taken_as_they_are(name: str, case: int) -> None:
+    """Without this the refusals below would prove nothing."""
+    getattr(cpu, name)(**CALLS[name][case][0]())
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_other_tensors_are_refused(name: str, case: int) -> None:
+    """Each tensor in turn: of another length, type or device, with gaps, with the negative bit."""
+    make = CALLS[name][case][0]
+    tried = 0
+    for place, tensor in leaves(make()):
+        for what, other in others(name, place, tensor):
+            assert refused(name, put(make(), place, other)), f"{name} changed something: {place} {what}"
+            tried += 1
+
+    assert tried > 0 or name == "noise"
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_other_numbers_are_refused(name: str, case: int) -> None:
+    """Sizes, strides, positions and views that reach outside, that are negative or that overflow."""
+    make, numbers = CALLS[name][case]
+
+    for place, values in numbers.items():
+        for value in values:
+            assert refused(name, put(make(), place, value)), f"{name} changed something: {place} {value}"
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "read"),
+    [
+        ("normalize", ("y",), ("gamma",)),
+        ("normalize_backward", ("dx",), ("d",)),
+        ("affine", ("y",), ("a",)),
+        ("multiply", ("out",), ("bias",)),
+        ("observe", ("running",), ("x",)),
+    ],
+)
+def test_memory_that_is_read_is_not_written(name: str, written: Place, read: Place) -> None:
+    """A result that lies over an argument, in whole or in its last number, is refused."""
+    make = CALLS[name][0][0]
+    sizes = {place: tensor.shape for place, tensor in leaves(make())}
+    for shift in (0, sizes[read].numel() - 1):
+        memory = torch.ones(100)
+        arguments = put(make(), read, memory[: sizes[read].numel()].view(sizes[read]))
+        target = memory[shift : shift + sizes[written].numel()].view(sizes[written])
+
+        with pytest.raises(ValueError, match="overlaps"):
+            getattr(cpu, name)(**put(arguments, written, target))
+        assert torch.equal(memory, torch.ones(100))
+
+
+def test_a_refusal_says_what_was_given_and_what_is_needed() -> None:
+    """Function, argument, and both sides of the difference."""
+    call = CALLS["normalize"][0][0]()
+
+    with pytest.raises(ValueError, match="normalize: gamma has 2 numbers: give 3"):
+        cpu.normalize(**(call | {"gamma": torch.ones(2)}))
+    with pytest.raises(TypeError, match="normalize: beta is int32: give float32"):
+        cpu.normalize(**(call | {"beta": torch.ones(3, dtype=torch.int32)}))
+    with pytest.raises(TypeError, match=r"normalize: y is torch.float64 of shape \(4, 3\).*give a dense tensor"):
+        cpu.normalize(**(call | {"y": torch.ones(4, 3, dtype=torch.float64)}))
