@@ -4,7 +4,7 @@ import copy
 import io
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 
 import lowbit
 from lowbit import Recipe, UsageError, products
+from lowbit.kernels import native_instruction_sets
 from lowbit.nn import QuantLayer, QuantLinear
 from lowbit.train.models import GPT, LSTM, MobileNetV2, ResNet
 
@@ -306,15 +307,20 @@ class TestRefused:
         assert len(left[0].reason) > 10
         assert any(row.converted for row in report.rows)
 
-    def test_two_conversions_are_refused(self) -> None:
-        """A converted model, or one that holds a converted layer, is refused with the way out."""
+    @pytest.mark.parametrize(("names", "pattern"), [(["0"], "'0'"), (["0", "2"], "re.compile(r'0|2')")])
+    def test_two_conversions_are_refused(self, names: list[str], pattern: str) -> None:
+        """A model with a converted layer is refused with the ways out, and nothing of it changes."""
         model = _mlp()
-        lowbit.convert_(model[0], "sbm8")
+        for name in names:
+            lowbit.convert_(model.get_submodule(name), "sbm8")
 
-        with pytest.raises(UsageError, match=r"'0' is converted already: call lowbit\.restore_"):
-            lowbit.convert_(model, "sbm8")
+        with pytest.raises(
+            UsageError, match=r"converted already: 0.*lowbit\.restore_ first.*rules=.*strict=False"
+        ) as error:
+            lowbit.convert_(model, "int8")
 
-        assert type(model[2]) is nn.Linear
+        assert f"rules=[({pattern}, None)]" in str(error.value)
+        assert (type(model[2]) is nn.Linear) == ("2" not in names)
 
     @pytest.mark.parametrize("way", ["function", "method", "inner method"])
     def test_compiled_models_are_refused(self, way: str) -> None:
@@ -864,3 +870,138 @@ def test_an_argument_of_another_type_is_refused(arguments: dict[str, Any], said:
         lowbit.convert_(model, "sbm8", **arguments)
 
     assert type(model[0]) is nn.Linear
+
+
+class TestSharedEncoder:
+    """A second root that holds a part that is converted."""
+
+    WAYS: ClassVar[dict[str, dict[str, Any]]] = {
+        "a rule": {"rules": [(re.compile(r"0\..*"), None)]},
+        "not strict": {"strict": False},
+    }
+
+    @staticmethod
+    def _roots() -> tuple[nn.Sequential, nn.Sequential]:
+        """Two models with one encoder, the first of them converted."""
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        first, second = (nn.Sequential(encoder, nn.ReLU(), nn.Linear(8, classes)) for classes in (3, 5))
+        lowbit.convert_(first, "sbm8", seed=1)
+        return first, second
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_the_rest_is_converted(self, way: str) -> None:
+        """What is converted already stays as it is, with a line in the report for each layer; the head is converted."""
+        first, second = self._roots()
+        site = first.get_submodule("0.0").site
+
+        report = lowbit.convert_(second, "int8", **self.WAYS[way])
+
+        left, converted = report.rows[:2], report.rows[2:]
+        assert [row.name for row in left] == ["0.0", "0.2"]
+        assert all(row.reason == "converted already, to sbm8" and not row.converted for row in left)
+        assert [(row.name, row.recipe) for row in converted] == [("2", "int8")]
+        assert first.get_submodule("0.0").site is site
+        assert report.share == 1
+
+    def test_the_error_names_a_rule_that_works(self) -> None:
+        """The rule in the message, copied, converts the rest."""
+        _, second = self._roots()
+        with pytest.raises(UsageError) as error:
+            lowbit.convert_(second, "int8")
+        found = re.search(r"rules=(\[.*\]) or", str(error.value))
+        assert found is not None
+
+        report = lowbit.convert_(second, "int8", rules=eval(found[1]))
+
+        assert [row.converted for row in report.rows] == [False, False, True]
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_both_train_and_resume(self, way: str) -> None:
+        """Steps of both roots in turn equal those after saving and loading the state of both halfway, bit for bit."""
+        x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+
+        def steps(roots: tuple[nn.Module, nn.Module], count: int) -> list[Tensor]:
+            losses = []
+            for _ in range(count):
+                for root in roots:
+                    loss = root(x).square().sum()
+                    root.zero_grad()
+                    loss.backward()
+                    losses.append(loss.detach())
+                    with torch.no_grad():
+                        for p in root.parameters():
+                            p.sub_(p.grad, alpha=0.01)
+            return losses
+
+        def make() -> tuple[nn.Module, nn.Module]:
+            first, second = self._roots()
+            lowbit.convert_(second, "sbm8", seed=2, **self.WAYS[way])
+            return first, second
+
+        one, other = make(), make()
+        steps(one, 2)
+        for old, new in zip(one, other, strict=True):
+            new.load_state_dict(old.state_dict())
+            lowbit.load_state_dict(new, lowbit.state_dict(old))
+
+        losses = steps(one, 2)
+
+        assert losses == steps(other, 2)
+        assert len({float(loss) for loss in losses}) == len(losses)
+
+    def test_verify_sees_all_of_it(self) -> None:
+        """A proof of the second root covers the encoder that another conversion made, and its head."""
+        _, second = self._roots()
+        lowbit.convert_(second, "sbm8", strict=False)
+
+        with lowbit.verify(second) as proof:
+            second(torch.randn(6, 8, requires_grad=True)).sum().backward()
+
+        assert len({row.layer for row in proof.rows}) == 3
+
+    def test_restoring_one_leaves_the_head_of_the_other(self) -> None:
+        """restore_ of the second root makes the encoder plain for both, and the first root's head stays converted."""
+        first, second = self._roots()
+        lowbit.convert_(second, "sbm8", strict=False)
+
+        lowbit.restore_(second)
+
+        assert type(second[2]) is nn.Linear
+        assert type(first.get_submodule("0.0")) is nn.Linear
+        assert type(first[2]) is not nn.Linear
+        first(torch.randn(6, 8)).sum().backward()
+        assert lowbit.state_dict(first)["groups"][0]["step"] == 1
+
+    def test_a_transformer_evaluates_through_its_layers_after_two_conversions(self) -> None:
+        """restore_ gives back torch's setting of nested tensors, which two conversions have changed once."""
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=True)
+        before = encoder.use_nested_tensor
+        root = nn.Sequential(encoder, nn.Linear(8, 4))
+        lowbit.convert_(encoder, "sbm8")
+        lowbit.convert_(root, "sbm8", strict=False)
+        assert before
+        assert not encoder.use_nested_tensor
+
+        lowbit.restore_(root)
+
+        assert encoder.use_nested_tensor
+        assert not any(module._forward_pre_hooks for module in root.modules())
+
+
+def test_contiguous_convolutions_are_told() -> None:
+    """The report says for 2-d convolutions on the int8 engine that channels last spares copies; not after it is so."""
+    model: Any = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 1))
+    text = "model.to(memory_format=torch.channels_last) spares a copy"
+
+    for engine, memory, told in (
+        ("int8", torch.contiguous_format, True),
+        ("int8", torch.channels_last, False),
+        ("reference", torch.contiguous_format, False),
+    ):
+        if engine == "int8" and "avx512vnni" not in (native_instruction_sets() or []):
+            continue
+        converted = copy.deepcopy(model).to(memory_format=memory)
+        report = lowbit.convert_(converted, "int8", engine=engine)
+        assert (text in str(report)) == told

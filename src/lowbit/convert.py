@@ -4,6 +4,7 @@ A layer is converted by changing its class to its quantised twin's and attaching
 parameters and its hooks stay. So shared layers, layers used twice and a bare layer as the model need no special care.
 """
 
+import itertools
 import math
 import re
 import sys
@@ -29,13 +30,15 @@ from lowbit.nn.norm import FusedSequential, has_fused_pair
 from lowbit.nn.site import Clock, Site
 from lowbit.products import ENGINES, Convolution, Linear, Op, refusal
 from lowbit.recipe import Recipe, recipes
+from lowbit.strides import suggests_channels_last
 from lowbit.tables import text_table
 
 RecipeLike = Recipe | str
 Matcher = str | re.Pattern[str] | type
 Rule = tuple[Matcher, RecipeLike | None]
 
-LeftBy = Literal["rule", "recipe"]
+LeftBy = Literal["rule", "recipe", "conversion"]
+_NOT_ASKED_FOR = ("rule", "conversion")
 _WHICH = "give a name, a compiled regular expression, or a module type"
 
 # The largest seed and step: noise is a hash of 64 bits of each, and a larger one would give another's noise.
@@ -90,7 +93,8 @@ class Row:
         speed: how many times as fast as in full precision this machine was on that engine with the most similar
             layer; None where nothing was measured or ``"auto"`` did not choose.
         weights: numbers in the weights of its matrix products and convolutions, see `lowbit.Report`.
-        left_by: whether a ``"rule"`` or the ``"recipe"``, for the first or last layer, leaves it as it is.
+        left_by: whether a ``"rule"`` leaves it as it is, the ``"recipe"``, for the first or last layer, or an earlier
+            ``"conversion"``, which converted it.
     """
 
     name: str
@@ -125,8 +129,11 @@ class Report:
 
     @property
     def share(self) -> float | None:
-        """The converted share of these weights, 0 to 1; what a rule leaves is not asked for. None without any."""
-        return _share([row for row in self.rows if row.left_by != "rule"])
+        """The converted share of these weights, 0 to 1, of what neither a rule nor an earlier conversion leaves.
+
+        None without any.
+        """
+        return _share([row for row in self.rows if row.left_by not in _NOT_ASKED_FOR])
 
     @property
     def without_gain(self) -> tuple[str, ...]:
@@ -155,7 +162,7 @@ class Report:
         layers = f"{sum(row.converted for row in self.rows)} of {len(self.rows)} layers converted"
         if self.share is None:
             return layers
-        left = [row for row in self.rows if row.weights and not row.converted and row.left_by != "rule"]
+        left = [row for row in self.rows if row.weights and not row.converted and row.left_by not in _NOT_ASKED_FOR]
         largest = [
             f"{row.name or '(model)'} ({row.type}, {row.weights:,})"
             for row in sorted(left, key=lambda row: -row.weights)[:3]
@@ -216,7 +223,8 @@ def convert_(
         rules: pairs (which layers, recipe or name or None). Which: an exact name, a compiled regular expression that
             matches a whole name, or an exact type. The first rule that matches a layer decides, also over the
             recipe's policy for first and last layers; None leaves the layer alone.
-        strict: True raises where a layer should be converted and cannot; False leaves it and says so in the report.
+        strict: True raises where a layer should be converted and cannot, or is converted already, as a shared encoder
+            is; False leaves it and says so in the report.
         engine: ``"auto"`` or one of `lowbit.products.ENGINES`.
         seed: of all noise in stochastic rounding, 0 to ``2**64 - 1``. Parts of one model that are converted apart need
             a seed each.
@@ -226,7 +234,7 @@ def convert_(
 
     Raises:
         UsageError: an argument of another type, unknown recipe or engine, a rule that decided no layer, a layer that
-            cannot be converted, nothing to convert, a model that is compiled or converted already. The model is then
+            cannot be converted or is converted already, nothing to convert, a model that is compiled. The model is then
             unchanged.
     """
     check_type("strict", strict, bool)
@@ -262,7 +270,9 @@ def convert_(
     rows = tuple(
         replace(_row(plan, choices.get(plan.name)), weights=weights[plan.name], left_by=plan.left_by) for plan in plans
     )
-    notes = _notes(clock) if engine != "auto" else (*_notes(clock), *_choice_notes(choices, found))
+    notes = (*_notes(clock), *_memory_notes(plans, choices))
+    if engine == "auto":
+        notes = (*notes, *_choice_notes(choices, found))
     report = Report(recipe=recipe.name, rows=rows, notes=notes)
     if slow := report.without_gain:
         gain = f"no engine is faster than fp32 here for {_some(slow)}: rules=[(name, None)] leaves them in fp32"
@@ -363,6 +373,21 @@ def _why_refused(layer: nn.Module, recipe: Recipe) -> str:
     return refusal(Linear(), recipe)
 
 
+def _memory_notes(plans: Sequence[_Plan], choices: dict[str, _Choice]) -> list[str]:
+    """That convolutions with contiguous weights make the int8 engine copy, whose memory is channels last."""
+    names = [
+        plan.name
+        for plan in plans
+        if plan.name in choices
+        and choices[plan.name].engine == "int8"
+        and isinstance(plan.layer, (nn.Conv2d, nn.ConvTranspose2d))
+        and not suggests_channels_last(plan.layer.weight.shape, plan.layer.weight.stride())
+    ]
+    if not names:
+        return []
+    return [f"model.to(memory_format=torch.channels_last) spares a copy of what goes into and out of {_some(names)}"]
+
+
 def _choice_notes(choices: dict[str, _Choice], found: str) -> list[str]:
     """What ``"auto"`` went by, and which layers it leaves to the reference engine and why, a line for each reason."""
     lines = []
@@ -413,8 +438,6 @@ def _check_model(model: nn.Module) -> None:
             raise UsageError(f"{where} is compiled: convert the plain model first, then compile it")
         if isinstance(module, torch.jit.ScriptModule):
             raise UsageError(f"{where} is a TorchScript module: convert the plain model instead")
-        if isinstance(module, QuantLayer):
-            raise UsageError(f"{where} is converted already: call lowbit.restore_ first")
 
 
 def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -443,6 +466,7 @@ def _plan(
     plans: list[_Plan] = []
     used: set[int] = set()
     refusals: list[tuple[str, str]] = []
+    converted: list[str] = []
     for name, layer in layers:
         rule = next((i for i, (which, _) in enumerate(rules) if matches(which, name, layer)), None)
         if rule is not None:
@@ -451,7 +475,12 @@ def _plan(
         end = next((end for end, which in ends.items() if which is layer), None)
         twin, reason = None, ""
         left_by: LeftBy | None = None
-        if chosen is None:
+        if isinstance(layer, QuantLayer):
+            reason = f"converted already, to {layer.sites()[0].recipe.name}"
+            left_by = "conversion" if chosen else "rule"
+            if chosen:
+                converted.append(name)
+        elif chosen is None:
             reason, left_by = "a rule leaves it", "rule"
         elif rule is None and end is not None:
             reason, left_by = f"{recipe.name} leaves the {end} layer", "recipe"
@@ -461,6 +490,12 @@ def _plan(
                 refusals.append((name, f"{name or 'the model'} ({_type_name(layer)}): {reason}"))
         plans.append(_Plan(name, layer, twin, chosen if twin else None, reason, left_by))
     _check_rules(model, {plan.name for plan in plans}, rules, used)
+    if strict and converted:
+        raise UsageError(
+            f"{len(converted)} of {len(plans)} layers are converted already: {_some(converted)}. Call lowbit.restore_ "
+            f"first to convert them anew. To convert only the others, leave these as they are with rules="
+            f"[({_pattern(converted)}, None)] or with strict=False"
+        )
     if strict and refusals:
         raise UsageError(
             f"cannot convert {'; '.join(text for _, text in refusals)}. Leave such a layer in full precision with a "
@@ -468,6 +503,16 @@ def _plan(
         )
     _mark_shared_parameters(plans)
     return plans
+
+
+def _pattern(names: Sequence[str]) -> str:
+    """Python text for a rule that means these layers: the part of the model that holds them, or their names."""
+    if len(names) == 1:
+        return repr(names[0])
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    part = [level[0] for level in itertools.takewhile(lambda level: len({*level}) == 1, levels)]
+    text = re.escape(".".join(part)) + r"\..*" if part else "|".join(map(re.escape, names))
+    return f"re.compile(r'{text}')"
 
 
 def matches(which: Matcher, name: str, layer: nn.Module) -> bool:
@@ -631,6 +676,8 @@ def _call_my_layers(_module: nn.Module, _args: object) -> None:
 
 def _forbid_bypass(module: nn.Module) -> None:
     """Make nn.TransformerEncoderLayer call its converted linear layers in evaluation too."""
+    if _call_my_layers in module._forward_pre_hooks.values() or "_lowbit_nested" in module.__dict__:
+        return  # since an earlier conversion
     if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, QuantLayer) for m in module.modules()):
         module.register_forward_pre_hook(_call_my_layers)
     if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, QuantLayer) for m in module.modules()):
