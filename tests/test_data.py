@@ -3,9 +3,12 @@ import gzip
 import hashlib
 import io
 import itertools
+import os
 import struct
+import tracemalloc
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
+from lowbit import files
 from lowbit.errors import RunError, UsageError
 from lowbit.train import data
 
@@ -415,6 +419,8 @@ def expect(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `files` the ones whose checksums are right."""
     sums = {name: hashlib.sha256(gzip.decompress(content)).hexdigest() for name, content in files.items()}
     monkeypatch.setattr(data, "FASHION_SHA256", sums)
+    packed = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setattr(data, "MIRROR_SHA256", packed)
 
 
 def fake_debian(tmp_path: Path, files: dict[str, bytes]) -> None:
@@ -476,6 +482,33 @@ def test_a_fetched_file_with_another_checksum_is_not_kept(tmp_path: Path, monkey
 
     assert str(caught.value).count("t10k-labels-idx1-ubyte.gz has SHA-256") == 2
     assert not list((tmp_path / "cache" / "lowbit" / "fashion-mnist").iterdir())
+
+
+def test_a_download_is_hashed_before_it_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file that is not the mirror's nothing is decompressed."""
+    files = fashion_files()
+    expect(files, monkeypatch)
+    altered = {name: gzip.compress(gzip.decompress(content), 1) for name, content in files.items()}
+    monkeypatch.setattr(urllib.request, "urlopen", fake_mirror(altered))
+    read: list[Path] = []
+    monkeypatch.setattr(data, "_read", read.append)
+
+    with pytest.raises(RunError, match=r"train-images-idx3-ubyte.gz has SHA-256 \w+, expected"):
+        data.load("fashion-mnist", batch_size=4, seed=0)
+
+    assert read == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("MIRROR_TOTAL", -1.0), ("MIRROR_BYTES", 10)])
+def test_a_download_has_a_limit_of_time_and_bytes(name: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mirror that gives its bytes too slowly, or too many, is left."""
+    files = fashion_files()
+    expect(files, monkeypatch)
+    monkeypatch.setattr(urllib.request, "urlopen", fake_mirror(files))
+    monkeypatch.setattr(data, name, value)
+
+    with pytest.raises(RunError, match=r"did not come within -1 s|longer than 10 bytes"):
+        data.load("fashion-mnist", batch_size=4, seed=0)
 
 
 def test_a_failing_apt_get_is_quoted(tmp_path: Path) -> None:
@@ -725,3 +758,149 @@ def test_a_missing_text_is_an_error(tmp_path: Path) -> None:
     """A path that is no file is named."""
     with pytest.raises(UsageError, match=r"none.txt: no such file"):
         data.load(f"text:{tmp_path}/none.txt", batch_size=1, seed=0)
+
+
+def bomb(path: Path, megabytes: int) -> None:
+    """A gzip file of zeros, a thousandth of its content's length."""
+    with gzip.open(path, "wb") as file:
+        for _ in range(megabytes):
+            file.write(bytes(1 << 20))
+
+
+def peak_of(load: Callable[[], object]) -> int:
+    """The most bytes that Python held while it ran."""
+    tracemalloc.start()
+    try:
+        load()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_compressed_file_is_read_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that decompresses to more than allowed is refused before it fills the memory; the limit can be raised."""
+    bomb(tmp_path / "text.gz", 64)
+    monkeypatch.setenv("LOWBIT_MAX_BYTES", str(4 << 20))
+
+    def refused() -> None:
+        with pytest.raises(RunError, match=r"more than 4,194,304 bytes once decompressed.*LOWBIT_MAX_BYTES"):
+            data.load(f"text:{tmp_path / 'text.gz'}", batch_size=1, seed=0)
+
+    assert 4 << 20 < peak_of(refused) < 16 << 20
+    monkeypatch.setenv("LOWBIT_MAX_BYTES", str(64 << 20))
+    assert len(data.load(f"text:{tmp_path / 'text.gz'}", batch_size=1, seed=0, context=1 << 20).train) > 50
+
+
+def test_a_sparse_file_is_refused_by_its_length(tmp_path: Path) -> None:
+    """A file of a terabyte that takes no disk is not read."""
+    with open(tmp_path / "text", "wb") as file:
+        file.truncate(1 << 40)
+
+    with pytest.raises(RunError, match=r"too long: 1,099,511,627,776 bytes, where 2,147,483,648 are allowed"):
+        data.load(f"text:{tmp_path / 'text'}", batch_size=1, seed=0)
+
+
+def test_a_cifar_file_is_read_up_to_its_own_length(cifar: Path) -> None:
+    """A binary file longer than CIFAR's is refused unread."""
+    with open(cifar / "cifar-10-batches-bin" / "test_batch.bin", "ab") as file:
+        file.truncate(1 << 40)
+
+    with pytest.raises(RunError, match=r"test_batch.bin is too long.*12,292 are allowed. Get the file again"):
+        data.load("cifar10", batch_size=1, seed=0)
+
+
+@pytest.mark.parametrize(("make", "kind"), [(os.mkfifo, "a FIFO"), (os.mkdir, "a folder")])
+def test_what_is_not_a_file_is_refused_at_once(make: Callable[[Path], None], kind: str, tmp_path: Path) -> None:
+    """A FIFO without a writer, which `open` would wait for, and a folder are named; so is a device."""
+    make(tmp_path / "text")
+
+    with pytest.raises(RunError, match=f"it is {kind}, not a file"):
+        data.load(f"text:{tmp_path / 'text'}", batch_size=1, seed=0)
+    with pytest.raises(RunError, match="it is a device, not a file"):
+        data.load("text:/dev/zero", batch_size=1, seed=0)
+
+
+def test_a_fifo_among_images_is_refused_at_once(folder: Path) -> None:
+    """An image that is not a file does not make the run wait."""
+    (folder / "val" / "red" / "1.png").unlink()
+    os.mkfifo(folder / "val" / "red" / "1.png")
+
+    with pytest.raises(RunError, match=r"red/1.png cannot be decoded: .*a FIFO"):
+        list(data.load(f"imagefolder:{folder}", batch_size=6, seed=0).test)
+
+
+@pytest.mark.parametrize("size", [(7072, 7071), (20_000, 20_000)])
+def test_an_image_of_too_many_pixels_is_refused_by_its_header(size: tuple[int, int], folder: Path) -> None:
+    """More than 50 million pixels are refused before any is decoded, also where Pillow has its own word on them."""
+    path = folder / "val" / "red" / "1.png"
+    header = struct.pack(">II5B", *size, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    path.write_bytes(start + struct.pack(">I", 9) + b"IDAT")
+
+    with pytest.raises(RunError, match=r"red/1.png is too large: .*50,000,000 pixels are allowed.*LOWBIT_MAX_PIXELS"):
+        list(data.load(f"imagefolder:{folder}", batch_size=6, seed=0).test)
+
+
+def test_the_limit_of_pixels_can_be_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images of 600 pixels are read with that limit and refused with one less."""
+    monkeypatch.setenv("LOWBIT_MAX_PIXELS", "600")
+    assert len(list(data.load(f"imagefolder:{folder}", batch_size=6, seed=0).test)) == 1
+    monkeypatch.setenv("LOWBIT_MAX_PIXELS", "599")
+
+    with pytest.raises(RunError, match="30 by 20 pixels, where 599"):
+        list(data.load(f"imagefolder:{folder}", batch_size=6, seed=0).test)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", ""])
+def test_an_impossible_limit_is_refused(value: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit that is not a number of bytes is an error with the variable's name."""
+    monkeypatch.setenv("LOWBIT_MAX_BYTES", value)
+
+    with pytest.raises(UsageError, match="LOWBIT_MAX_BYTES"):
+        data.load(f"text:{text}", batch_size=1, seed=0)
+
+
+def test_an_image_of_another_format_is_refused(folder: Path) -> None:
+    """Pillow opens a file by its content, and would start a program for PostScript that is called .png."""
+    (folder / "val" / "red" / "1.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+
+    with pytest.raises(RunError, match="cannot be decoded"):
+        list(data.load(f"imagefolder:{folder}", batch_size=6, seed=0).test)
+
+
+@pytest.mark.parametrize("joined", [b"", b"\0" * 512])
+def test_a_gzip_file_of_several_members_is_read_whole(joined: bytes, text: Path, tmp_path: Path) -> None:
+    """Members one after the other, with zeros between them, give what gzip gives."""
+    content = text.read_bytes()
+    (tmp_path / "text.gz").write_bytes(gzip.compress(content[:300]) + joined + gzip.compress(content[300:]) + joined)
+
+    found = files.read(tmp_path / "text.gz", limit=2000, hint="")
+
+    assert bytes(found) == content
+
+
+def test_fingerprints_tell_what_changed(folder: Path) -> None:
+    """A renamed image, another content and another order change their own entry and no other."""
+
+    def print_of(seed: int = 0) -> dict[str, str | int]:
+        return data.load(f"imagefolder:{folder}", batch_size=2, seed=seed).fingerprint()
+
+    before = print_of()
+    assert print_of() == before
+    assert {key for key, value in print_of(1).items() if value != before[key]} == {"train order"}
+    Image.new("RGB", (20, 30), "green").save(folder / "train" / "red" / "1.png")
+    assert {key for key, value in print_of().items() if value != before[key]} == {"train images"}
+    (folder / "val" / "blue" / "2.png").rename(folder / "val" / "blue" / "3.png")
+    assert {key for key, value in print_of().items() if value != before[key]} == {"train images", "test names"}
+
+
+def test_a_fingerprint_does_not_draw(text: Path) -> None:
+    """Asking for it leaves the loader where it was."""
+    loaded = data.load(f"text:{text}", batch_size=4, seed=0, context=16)
+    first = [y for _, y in loaded.train]
+
+    again = data.load(f"text:{text}", batch_size=4, seed=0, context=16)
+    again.fingerprint()
+
+    assert all(torch.equal(a, b) for a, (_, b) in zip(first, again.train, strict=True))

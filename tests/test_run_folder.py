@@ -656,3 +656,16 @@ def test_a_run_with_a_damaged_ledger_goes_on_when_told(
     assert cli.main(["cost", str(halfway), "--drop-damaged"]) == 0
     assert "damaged lines dropped: 1 of" in capsys.readouterr().out
     assert same(last(halfway)["state_dict"], last(whole)["state_dict"])
+
+
+def test_damaged_rows_of_the_log_are_left_out_with_a_word(
+    halfway: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bytes that are not a table do not stop a run: its rows from before are gone, and stderr says how many."""
+    path = halfway / "csv" / "metrics.csv"
+    path.write_bytes(path.read_bytes() + b"\xff\0\xfe,,,\nx,y\n")
+
+    trainer.resume(halfway)
+
+    assert f"2 rows of {path} are damaged and left out" in capsys.readouterr().err
+    assert path.read_bytes() == (whole / "csv" / "metrics.csv").read_bytes()

@@ -3,18 +3,16 @@
 Notation: N samples, B batch, C channels, H and W pixels, T positions of a text.
 """
 
-import gzip
 import hashlib
 import http.client
 import math
 import os
-import shutil
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,12 +24,19 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from lowbit import files
 from lowbit.errors import RunError, UsageError, unknown
 
 FOLDER_SIZE = 224
 """Height and width in pixels of every image of an `ImageFolder`."""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+
+MAX_BYTES = 1 << 31
+"""Bytes that one data file may have, compressed and decompressed; ``LOWBIT_MAX_BYTES`` sets another limit."""
+MAX_PIXELS = 50_000_000
+"""Pixels that one image file may have; ``LOWBIT_MAX_PIXELS`` sets another limit. Decoding takes 6 bytes for each."""
 
 FASHION_SHA256 = {
     "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -40,6 +45,14 @@ FASHION_SHA256 = {
     "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 """SHA-256 of what each file holds when decompressed: Debian and the mirror compress the same bytes apart."""
+MIRROR_SHA256 = {
+    "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+}
+"""SHA-256 of the mirror's files as they come, checked before anything is decompressed. Debian's package is checked by
+apt against its signed list."""
 
 FASHION_PACKAGE = "dataset-fashion-mnist"
 FASHION_MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
@@ -47,6 +60,10 @@ PACKAGE_TIMEOUT = 300.0
 """Seconds that `apt-get download` may take."""
 MIRROR_TIMEOUT = 30.0
 """Seconds that the mirror may stay silent."""
+MIRROR_TOTAL = 600.0
+"""Seconds that its four files may take together."""
+MIRROR_BYTES = 64 << 20
+"""Bytes that one of its files may have."""
 
 SYSTEM = Path("/usr/share/datasets")
 """Where Debian's packages put data sets."""
@@ -147,12 +164,12 @@ class ImageFolder:
         """Hashes of what the samples are, see `Batches.fingerprint`."""
         # A folder may be moved: names count from the class's folder on.
         names = "\0".join(f"{path.parent.name}/{path.name}" for path in self.paths)
-        files = hashlib.sha256()
+        content = hashlib.sha256()
         for at in torch.linspace(0, len(self.paths) - 1, min(64, len(self.paths))).long().tolist():
-            files.update(hashlib.sha256(self.paths[at].read_bytes()).digest())
+            content.update(hashlib.sha256(_read(self.paths[at])).digest())
         return {
             "names": hashlib.sha256(names.encode()).hexdigest()[:16],
-            "images": files.hexdigest()[:16],
+            "images": content.hexdigest()[:16],
             "labels": _hash(self.labels),
         }
 
@@ -346,9 +363,9 @@ def load(
     if name in _NAMED:
         task, train, test = _NAMED[name]()
     elif kind == "imagefolder" and path:
-        task, train, test = _imagefolder(Path(path).expanduser())
+        task, train, test = _imagefolder(_expanded(path))
     elif kind == "text" and path:
-        task, train, test = _text(Path(path).expanduser(), context)
+        task, train, test = _text(_expanded(path), context)
     else:
         raise unknown("data set", name, names())
     if not augment:
@@ -492,7 +509,7 @@ def _idx(path: Path, *, dims: int) -> Tensor:
     _check_size(path, expected=header + math.prod(shape), found=len(content))
     if len(content) == header:
         raise RunError(f"{path} holds no samples.")
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(shape)
+    return torch.frombuffer(content, dtype=torch.uint8, offset=header).reshape(shape)
 
 
 def _check_size(path: Path, *, expected: int, found: int, at_least: bool = False) -> None:
@@ -511,18 +528,27 @@ def _check_labels(path: Path, labels: Tensor, classes: int) -> None:
         )
 
 
-def _read(path: Path) -> bytes:
-    """The content of a file, decompressed if it ends in ``.gz``."""
+def _read(path: Path, limit: int | None = None) -> bytearray:
+    """The content of a file, decompressed if it ends in ``.gz``, of at most `limit` bytes."""
+    if limit is not None:
+        return files.read(path, limit=limit, hint="Get the file again.")
+    limit = _limit("LOWBIT_MAX_BYTES", MAX_BYTES)
+    return files.read(path, limit=limit, hint="Use a shorter file, or set LOWBIT_MAX_BYTES to a higher limit.")
+
+
+def _limit(name: str, default: int) -> int:
+    """A limit that an environment variable may set."""
+    given = os.environ.get(name, str(default))
+    if not given.isdecimal() or int(given) < 1:
+        raise UsageError(f"{name} must be a whole number of at least 1, got {given!r}.")
+    return int(given)
+
+
+def _expanded(path: str) -> Path:
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror}.") from error
-    if path.suffix != ".gz":
-        return content
-    try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise RunError(f"{path} is a corrupt gzip file ({error}). Get the file again.") from error
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"the path {path!r} cannot be resolved: {error}.") from error
 
 
 def _cache(name: str) -> Path:
@@ -533,7 +559,7 @@ def _cache(name: str) -> Path:
 def _places(name: str) -> list[Path]:
     """The folders in which a data set is looked for, best first."""
     root = os.environ.get("LOWBIT_DATA")
-    given = [Path(root).expanduser(), Path(root).expanduser() / name] if root else []
+    given = [_expanded(root), _expanded(root) / name] if root else []
     return [*given, SYSTEM / name, _cache(name)]
 
 
@@ -602,12 +628,21 @@ def _command(command: list[str], folder: Path) -> None:
 
 
 def _get_from_mirror(folder: Path) -> Path:
-    for file in FASHION_SHA256:
-        with (
-            urllib.request.urlopen(FASHION_MIRROR + file, timeout=MIRROR_TIMEOUT) as response,
-            (folder / file).open("wb") as out,
-        ):
-            shutil.copyfileobj(response, out)
+    end = time.monotonic() + MIRROR_TOTAL
+    for file, expected in MIRROR_SHA256.items():
+        content = bytearray()
+        with urllib.request.urlopen(FASHION_MIRROR + file, timeout=MIRROR_TIMEOUT) as response:
+            # `read` would wait for all of it, however slowly it comes.
+            while piece := response.read1(1 << 16):
+                content += piece
+                if time.monotonic() > end:
+                    raise RunError(f"{file} did not come within {MIRROR_TOTAL:g} s")
+                if len(content) > MIRROR_BYTES:
+                    raise RunError(f"{file} is longer than {MIRROR_BYTES:,} bytes")
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != expected:
+            raise RunError(f"{file} has SHA-256 {digest}, expected {expected}")
+        (folder / file).write_bytes(content)
     return folder
 
 
@@ -684,9 +719,9 @@ def _cifar_folder(name: str) -> Path:
 
 def _cifar_file(path: Path, layout: CifarLayout, records: int) -> tuple[Tensor, Tensor]:
     size = layout.labels + 3 * 32 * 32
-    content = _read(path)
+    content = _read(path, records * size)
     _check_size(path, expected=records * size, found=len(content))
-    table = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(records, size)
+    table = torch.frombuffer(content, dtype=torch.uint8).view(records, size)
     labels = table[:, layout.labels - 1]
     _check_labels(path, labels, layout.classes)
     return table[:, layout.labels :].reshape(records, 3, 32, 32), labels
@@ -729,17 +764,32 @@ def _folder_source(folder: Path, classes: list[str]) -> ImageFolder:
     return ImageFolder(paths=tuple(paths), labels=of, samples=samples, augment=True)
 
 
+class _TooLargeError(Exception):
+    """An image has more pixels than are allowed."""
+
+
 def _decode(path: Path, draws: list[float] | None) -> Tensor:
     """(3, 224, 224) uint8: the centred square, or the box and flip that five uniform draws say."""
     try:
         from PIL import Image
     except ImportError as error:
         raise UsageError("imagefolder needs pillow: pip install 'lowbit[train]'.") from error
+    limit = _limit("LOWBIT_MAX_PIXELS", MAX_PIXELS)
+    if Image.MAX_IMAGE_PIXELS is not None and limit > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = limit  # Pillow's own, for the whole process
     try:
-        with Image.open(path) as file:
+        # Formats by name: Pillow would hand a file of another kind, whatever its name ends in, to other programs.
+        with files.open_file(path) as content, Image.open(content, formats=IMAGE_FORMATS) as file:
+            if file.width * file.height > limit:
+                raise _TooLargeError(f"{file.width} by {file.height} pixels")
             image = file.convert("RGB")
+    except (_TooLargeError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RunError(
+            f"{path} is too large: {error}, where {limit:,} pixels are allowed. Make it smaller, or set "
+            "LOWBIT_MAX_PIXELS to a higher limit."
+        ) from error
     # Pillow reports a broken file by any of these.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise RunError(f"{path} cannot be decoded: {error}. Replace or remove it.") from error
     left, top, width, height = _square(*image.size) if draws is None else _box(*image.size, draws[:4])
     box = (left, top, left + width, top + height)
@@ -767,9 +817,9 @@ def _box(width: int, height: int, draws: list[float]) -> tuple[float, float, flo
 
 
 def _text(path: Path, context: int) -> _Sets:
-    if not path.is_file():
+    if not path.exists():
         raise UsageError(f"text:{path}: no such file.")
-    raw = bytearray(_read(path))
+    raw = _read(path)
     content = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8, device="cpu")
     split = len(content) * 9 // 10
     task = Task(kind="text", shape=(context,), classes=256)

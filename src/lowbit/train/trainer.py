@@ -808,20 +808,30 @@ def _loggers(out: Path, began: int) -> list[CSVLogger | TensorBoardLogger]:
     (out / "csv" / "metrics.csv").unlink(missing_ok=True)
     table = CSVLogger(out, name="", version="csv")
     for row in rows:
-        table.log_metrics({key: float(value) for key, value in row.items() if value}, step=int(row["step"]))
+        table.log_metrics(dict(row), step=int(row["step"]))
     if rows:
         table.save()
     # With this step TensorBoard drops what a killed process wrote after its checkpoint.
     return [table, TensorBoardLogger(out, name="", version="tensorboard", purge_step=began + 1)]
 
 
-def _rows_up_to(path: Path, step: int) -> list[dict[str, str]]:
+def _rows_up_to(path: Path, step: int) -> list[dict[str, float]]:
     if not path.exists():
         return []
-    text = path.read_text()
+    text = path.read_text(errors="replace")
     whole = text[: text.rfind("\n") + 1]  # a killed process may have left half a line
-    rows = csv.DictReader(io.StringIO(whole))
-    return [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) <= step]
+    rows: list[dict[str, float]] = []
+    damaged = 0
+    for row in csv.DictReader(io.StringIO(whole)):
+        try:
+            values = {key: float(value) for key, value in row.items() if value}
+            if values["step"] <= step:
+                rows.append(values)
+        except (ValueError, TypeError, KeyError):
+            damaged += 1
+    if damaged:
+        print(f"lowbit: {damaged} rows of {path} are damaged and left out", file=sys.stderr)
+    return rows
 
 
 def _fit(trainer: Trainer, module: _Module, loaded: data.Data, stop: Stop, *, resumed: bool) -> None:
