@@ -74,6 +74,9 @@ class Op(Protocol):
     def output_channels(self, dim: int) -> tuple[int, ...]:
         """The axes of the weight's view that count output channels."""
 
+    def bias_length(self, w: torch.Size) -> int:
+        """How many numbers a bias beside a weight of this shape has: one for each output channel."""
+
     @property
     def has_rows(self) -> bool:
         """Whether operands are matrices whose last axis is one row."""
@@ -93,7 +96,7 @@ class Linear:
 
     def output_shape(self, x: torch.Size, w: torch.Size) -> torch.Size:
         """``(..., N)``."""
-        if x[-1] != w[1]:
+        if len(w) != 2 or x[-1] != w[1]:
             raise RuntimeError(f"linear cannot multiply shapes {tuple(x)} of the input and {tuple(w)} of the weight")
         return torch.Size((*x[:-1], w[0]))
 
@@ -143,6 +146,10 @@ class Linear:
     def output_channels(self, dim: int) -> tuple[int, ...]:  # noqa: ARG002 - always two axes
         """Axis 0 of (N, K)."""
         return (0,)
+
+    def bias_length(self, w: torch.Size) -> int:
+        """N."""
+        return w[0]
 
 
 @dataclass(frozen=True)
@@ -198,6 +205,10 @@ class Matmul:
         """The last axis of (..., K, N), apart for each matrix."""
         return (*range(dim - 2), dim - 1)
 
+    def bias_length(self, w: torch.Size) -> int:
+        """N; `matmul` takes no bias."""
+        return w[-1]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Convolution:
@@ -242,8 +253,13 @@ class Convolution:
         """``(B, channels, *size)``.
 
         Raises:
-            RuntimeError: channels that do not fit the weight, or a kernel larger than the padded input.
+            RuntimeError: axes or channels that do not fit, or a kernel that is empty or larger than the padded input.
         """
+        if not (len(x) == len(w) == len(self.stride) + 2 and w[0] % self.groups == 0 and min(w[2:]) > 0):
+            raise RuntimeError(
+                f"{self.kind} in {self.groups} groups cannot multiply shapes {tuple(x)} of the input and {tuple(w)} of "
+                "the weight"
+            )
         wanted = w[0] if self.transposed else w[1] * self.groups
         sizes = []
         padding = self.output_padding or (0,) * len(self.stride)
@@ -258,7 +274,7 @@ class Convolution:
                 f"{self.kind} cannot multiply shapes {tuple(x)} of the input and {tuple(w)} of the weight: it takes "
                 f"{wanted} channels and sizes that its kernel fits into"
             )
-        return torch.Size((x[0], w[1] * self.groups if self.transposed else w[0], *sizes))
+        return torch.Size((x[0], self.bias_length(w), *sizes))
 
     def output_strides(self, shape: torch.Size, x: Tensor, w: Tensor) -> strides.Strides:
         """Channels last where the input or the weight is."""
@@ -311,6 +327,10 @@ class Convolution:
     def output_channels(self, dim: int) -> tuple[int, ...]:  # noqa: ARG002 - the same for every dimension
         """Group and output channel in the group."""
         return (0, 2) if self.transposed else (0, 1)
+
+    def bias_length(self, w: torch.Size) -> int:
+        """O."""
+        return w[1] * self.groups if self.transposed else w[0]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -770,10 +790,10 @@ def _integer_outputs(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], _KeptCodes]:
     """`outputs` on the int8 engine: what it keeps are codes, whose numbers stand apart."""
+    shape = op.output_shape(x.shape, w.shape)
     x_codes = _encoded(x, op, setting, "output", "input")
     w_codes = _encoded(w, op, setting, "output", "weight")
     b_hat = None if bias is None else quantize(bias.detach().float(), setting.recipe.bias).values.contiguous()
-    shape = op.output_shape(x.shape, w.shape)
     y = _run_integer(
         op,
         setting,
@@ -982,6 +1002,7 @@ def outputs(
     Codes that a product of the backward shares with the forward are made once, here; a weight that is not shared is
     kept as it is and quantised in the backward.
     """
+    op.output_shape(x.shape, w.shape)  # refuses before anything runs
     exact_x, exact_w = _compute(x), _compute(w)
     x_hat = quantize_operand(exact_x, op, setting, "output", "input")
     w_hat = quantize_operand(exact_w, op, setting, "output", "weight")
@@ -1038,6 +1059,7 @@ class _Products(torch.autograd.Function):
                 "products have none: rounding is differentiated once, straight through. Call backward without "
                 "create_graph, or restore_ this layer"
             )
+        grad_output = grad_output.resolve_neg()
         if isinstance(kept, _KeptCodes):
             w, *numbers = ctx.saved_tensors
             with torch.autocast(autocast_device(grad_output), enabled=False):
@@ -1168,6 +1190,8 @@ def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting) 
                 f"{setting.layer or op.kind}: input is {x.dtype} and {name} is {tensor.dtype}: give one dtype, or use "
                 "autocast"
             )
+    # Kernels read memory as it is, and so would miss that its numbers count the other way.
+    x, w, bias = x.resolve_neg(), w.resolve_neg(), _fitting(bias, w, op, setting)
     if setting.samples is not None:
         return _by_choice(x, w, bias, op, setting, setting.samples)
     dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
@@ -1176,6 +1200,25 @@ def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting) 
     with torch.autocast(device, enabled=False):
         result: Tensor = _Products.apply(x, w, bias, op, setting, dtype, expected)
     return result
+
+
+def _fitting(bias: Tensor | None, w: Tensor, op: Op, setting: Setting) -> Tensor | None:
+    """A bias of one number for each output channel: torch's linear layer repeats one alone, its convolution does not.
+
+    Raises:
+        RuntimeError: it has another shape.
+    """
+    if bias is None:
+        return None
+    wanted = op.bias_length(w.shape)
+    if op.has_rows and bias.dim() <= 1 and bias.numel() == 1:
+        bias = bias.expand(wanted)
+    if bias.shape != (wanted,):
+        raise RuntimeError(
+            f"{setting.layer or op.kind}: a bias of shape {tuple(bias.shape)} beside a weight of shape "
+            f"{tuple(w.shape)}: give ({wanted},)"
+        )
+    return bias.resolve_neg()
 
 
 def _by_choice(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting, samples: Samples) -> Tensor:

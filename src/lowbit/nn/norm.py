@@ -394,12 +394,13 @@ class _RangeBatchNormOfCodes(torch.autograd.Function):
 
 def _float(v: Tensor | None) -> Tensor | None:
     """As native passes read it."""
-    return None if v is None else v.detach().float().contiguous()
+    return None if v is None else v.detach().float().contiguous().resolve_neg()
 
 
 def _as_given(fixed: tuple[Tensor, Tensor]) -> cpu.Statistics:
     """Statistics that are not of this batch."""
-    return cpu.Statistics(mean=fixed[0].float().contiguous(), sigma=fixed[1].float().contiguous())
+    mean, sigma = (v.float().contiguous().resolve_neg() for v in fixed)
+    return cpu.Statistics(mean=mean, sigma=sigma)
 
 
 def _in_rows(shape: torch.Size, dtype: torch.dtype, numbers: Tensor | None = None) -> Tensor:
@@ -433,6 +434,7 @@ def _backward_of_codes(
     dx: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, in `dx` or of its dtype, gamma and beta; by the definition where g gets no codes."""
+    grad_output = grad_output.resolve_neg()
     if not cpu.is_channels_last(grad_output):
         grad_output = torch.empty_like(dx, dtype=grad_output.dtype).copy_(grad_output)
     weight, bias = parameters
@@ -484,10 +486,18 @@ def range_batch_norm(
 
     Raises:
         ValueError: fewer than 2 values per channel, unless `fixed` is given.
+        RuntimeError: gamma, beta or fixed statistics that are not one number for each channel.
 
     Source: Banner et al. 2018, arXiv:1805.11046, section 3; backward derived and checked against the authors' code.
     """
-    dtype, wanted = x.dtype, strides.of_normalization(x)
+    mean, sigma = fixed or (None, None)
+    for what, v in (("gamma", weight), ("beta", bias), ("running mean", mean), ("running variance", sigma)):
+        if v is not None and v.shape != x.shape[1:2]:
+            raise RuntimeError(
+                f"{setting.layer or 'Range BN'}: {what} of shape {tuple(v.shape)} for an input of shape "
+                f"{tuple(x.shape)}: give one number for each of {x.shape[1]} channels"
+            )
+    x, dtype, wanted = x.resolve_neg(), x.dtype, strides.of_normalization(x)
     if setting.engine == "int8" and x.device.type == "cpu" and not cpu.is_channels_last(x) and x.dim() > 1:
         x = (
             x.contiguous(memory_format=torch.channels_last)
