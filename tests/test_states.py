@@ -181,7 +181,7 @@ CONTROLLERS: dict[str, dict[str, Any]] = {
     "constant": {"forward": Constant(bits=6)},
     "range test in flight": {
         "forward": Cyclic(low="range-test", high=4, cycles=1, total_steps=40),
-        "range_test": RangeTest(low=2, high=4, steps_per_bit=2, threshold=10.0),
+        "range_test": RangeTest(low=2, high=4, steps_per_bit=4, threshold=10.0),
     },
 }
 
@@ -229,7 +229,7 @@ def test_a_damaged_state_of_a_rule_is_refused_whole(make: str) -> None:
     rules: dict[str, Any] = {
         "plateau": PlateauRule(stages=3, threshold=0.1, decay=0.5),
         "progressive": Progressive(bits=[3, 4], grad_bits=[6, 8], threshold=1e-9, decay=0.5),
-        "range test": RangeTest(low=2, high=6, steps_per_bit=2),
+        "range test": RangeTest(low=2, high=6, steps_per_bit=4),
     }
     rule = rules[make]
     for loss in (2.0, 2.0, 1.9, 1.9, 1.9, 1.9, 1.9):

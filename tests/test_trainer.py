@@ -396,6 +396,18 @@ def test_range_test_in_the_run_leaves_its_table(tmp_path: Path) -> None:
     assert text.startswith(f"precision range test: {result.low} bits")
 
 
+def test_the_range_test_in_the_run_has_its_settings(tmp_path: Path) -> None:
+    """Steps and threshold of the run reach the table: 6 steps at 2 bits, and no fall of the loss is 1000 %."""
+    changes = {"range_test_steps": 6, "range_test_threshold": 10.0}
+    result = trainer.train(
+        config(tmp_path / "run", recipe="cpt", cycles=2, low="range-test", high=3, epochs=4, **changes)
+    )
+
+    text = (tmp_path / "run" / "range-test.txt").read_text()
+    assert result.low == 3
+    assert "no lower width gained more than 10 and more than 3 standard errors" in text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -405,6 +417,12 @@ def test_range_test_in_the_run_leaves_its_table(tmp_path: Path) -> None:
         ({"recipe": "cpt", "bits": [3, 8]}, "'cpt' has no setting 'bits': it has low, high"),
         ({"recipe": "sbm8", "cycles": 2}, "'sbm8' has no setting 'cycles': its bits are constant"),
         ({"recipe": "sbm8", "eval_bits": 8}, "eval_bits goes with"),
+        ({"recipe": "cpt", "cycles": 2, "range_test_steps": 8}, "go with low='range-test', and low of 'cpt' is 3"),
+        ({"recipe": "sbm8", "range_test_threshold": 0.1}, "go with low='range-test', and low of 'sbm8' is None"),
+        (
+            {"recipe": "cpt", "cycles": 2, "low": "range-test", "high": 3, "range_test_steps": 3},
+            "steps_per_bit=3.*4 steps",
+        ),
         ({"recipe": "cpt", "cycles": 2, "blocks": "x"}, "blocks goes with"),
         ({"recipe": "cpt", "cycles": 2, "plateau_every": 5}, "plateau_every goes with"),
         ({"recipe": "pfq", "plateau_every": 0}, "plateau_every must be a whole number"),

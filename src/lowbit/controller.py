@@ -31,8 +31,6 @@ EvalBits = int | Literal["highest", "current"]
 # Which layers, and their (forward, backward) bits; None for either leaves the recipe's own.
 LayerRule = tuple[Matcher | Callable[[nn.Module], bool], tuple[Bits | None, Bits | None] | None]
 
-# A range test in the first cycle trains at least so many steps at each width.
-_LEAST_STEPS = 10
 _MOST_LOOKS = 10**6
 _MOST_STEPS = 2**63 - 1
 
@@ -427,13 +425,11 @@ class PrecisionController:
             return None
         if given is not None and given.high != forward.high:
             raise UsageError(f"range_test up to {given.high} bits for a schedule up to {forward.high}: give one number")
-        low = min(2, forward.high)
-        steps = max(forward.period // max(forward.high - low, 1), _LEAST_STEPS)
-        test = given or RangeTest(low=low, high=forward.high, steps_per_bit=steps)
+        test = given or RangeTest.of_first_cycle(forward)
         if test.most_steps > forward.total_steps // 2:
             raise UsageError(
                 f"a range test of up to {test.most_steps} steps in a run of {forward.total_steps} takes more than half "
-                f"of it: {_LEAST_STEPS} steps at each width are the least; train longer, or give `low` a number"
+                f"of it: {test.steps_per_bit} steps at each width; train longer, take fewer, or give `low` a number"
             )
         return test
 

@@ -30,6 +30,7 @@ class RangeTestResult:
         history: (bits, measure) of every step.
         threshold: the gain that is progress.
         better: whether the measure should get ``"higher"`` or ``"lower"``.
+        significance: standard errors that a gain must exceed too; None: none.
         state: of the test at its end, see `lowbit.schedules.RangeTest.state_dict`.
     """
 
@@ -38,6 +39,7 @@ class RangeTestResult:
     history: tuple[tuple[int, float], ...]
     threshold: float
     better: Better
+    significance: float | None
     state: dict[str, Any]
 
     @staticmethod
@@ -51,12 +53,13 @@ class RangeTestResult:
             history=tuple(history),
             threshold=test.threshold,
             better=test.better,
+            significance=test.significance,
             state=test.state_dict(),
         )
 
     def __str__(self) -> str:
         unit = "rise of the measure" if self.better == "higher" else "fall of the measure, relative"
-        chosen = [row.bits for row in self.rows if row.gain > self.threshold][:1]
+        chosen = [row.bits for row in self.rows if row.progress][:1]
         rows = [
             [
                 str(row.bits),
@@ -64,19 +67,22 @@ class RangeTestResult:
                 f"{row.first:.4f}",
                 f"{row.last:.4f}",
                 f"{row.gain:+.4f}",
-                "chosen" if [row.bits] == chosen else "progress" if row.gain > self.threshold else "no progress",
+                "-" if row.error is None else f"{row.error:.4f}",
+                "chosen" if [row.bits] == chosen else "progress" if row.progress else "no progress",
             ]
             for row in self.rows
         ]
+        needed = f"{self.threshold:g}"
+        if self.significance is not None:
+            needed += f" and more than {self.significance:g} standard errors"
         if not chosen:
-            last = f"chosen: no lower width gained more than {self.threshold:g}"
             rows = [row for row in rows if row[0] != str(self.bits)]
-            rows.append([str(self.bits), "-", "-", "-", "-", last])
-        header = ["bits", "steps", "first half", "last half", "gain", ""]
+            rows.append([str(self.bits), *["-"] * 5, f"chosen: no lower width gained more than {needed}"])
+        header = ["bits", "steps", "first half", "last half", "gain", "standard error", ""]
         parts = [
             f"precision range test: {self.bits} bits",
             text_table(header, rows),
-            f"gain: {unit}, from the first to the last half of the steps; progress: above {self.threshold:g}",
+            f"gain: {unit}, from the first to the last half of the steps; progress: more than {needed}",
         ]
         return "\n\n".join([*parts, plot(self.history)] if self.history else parts)
 
@@ -92,6 +98,7 @@ def range_test(
     steps_per_bit: int = 100,
     threshold: float = 0.01,
     better: Better = "higher",
+    significance: float | None = 3.0,
     every: bool = False,
 ) -> RangeTestResult:
     """Train a converted model at `low` bits, then at one bit more, ... until a width makes progress.
@@ -107,10 +114,12 @@ def range_test(
         high: the last; chosen, untrained, where no lower one makes progress.
         backward: bits of gradients; None: the recipe's own.
         rules: layers with bits of their own, as for `lowbit.PrecisionController`.
-        steps_per_bit: steps at each width, 2 or more.
+        steps_per_bit: steps at each width, 4 or more, without `significance` 2.
         threshold: the gain that is progress; of an accuracy 0.01 is one point.
         better: whether the measure should get ``"higher"``, and a gain is a difference, or ``"lower"``, and it is a
             relative fall.
+        significance: standard errors that a gain must exceed too, so that noise is no progress; None: the threshold
+            decides alone. See `lowbit.schedules.RangeTest`.
         every: True trains at each width up to `high` for the table; the choice is the same.
 
     Raises:
@@ -119,7 +128,15 @@ def range_test(
 
     Source: Fu et al. 2021, CPT, arXiv:2101.09868, section 3.3.
     """
-    test = RangeTest(low=low, high=high, steps_per_bit=steps_per_bit, threshold=threshold, better=better, every=every)
+    test = RangeTest(
+        low=low,
+        high=high,
+        steps_per_bit=steps_per_bit,
+        threshold=threshold,
+        better=better,
+        significance=significance,
+        every=every,
+    )
     controller = PrecisionController(model, forward=test, backward=backward, rules=rules)
     history: list[tuple[int, float]] = []
     try:

@@ -6,6 +6,7 @@ a cycle in steps, u = (t mod T)/T the part of a cycle that is done, span = high 
 
 import math
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
@@ -25,6 +26,8 @@ Better = Literal["higher", "lower"]
 # A step, or "400" steps, "10ep" epochs, "0.9" of the run.
 Time = int | str
 RANGE_TEST: Literal["range-test"] = "range-test"
+# A range test in the first cycle trains so many steps at each width, or more.
+_LEAST_STEPS = 10
 
 
 @runtime_checkable
@@ -621,6 +624,8 @@ class Tried:
         first: mean of the measure over the first half of them.
         last: mean over the last half.
         gain: how much the measure got better, see `RangeTest`.
+        error: standard error of the gain, from the variances of the two halves; None where a half is one step.
+        progress: whether the gain counts as progress.
     """
 
     bits: int
@@ -628,6 +633,8 @@ class Tried:
     first: float
     last: float
     gain: float
+    error: float | None
+    progress: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -635,7 +642,7 @@ class _Ladder:
     """What a range test remembers, as plain numbers: the measures at the present width and the widths done."""
 
     measures: list[float] = field(default_factory=list)
-    tried: list[tuple[int, int, float, float, float]] = field(default_factory=list)
+    tried: list[tuple[int, int, float, float, float, float | None]] = field(default_factory=list)
     chosen: int | None = None
 
 
@@ -644,17 +651,20 @@ class RangeTest:
 
     Each width b trains for n steps. With m_1 and m_2 the means of the measure over the first and the last n // 2 of
     them, the gain is ``m_2 - m_1`` of a measure that should rise (an accuracy), and ``(m_1 - m_2) / |m_1|`` of one
-    that should fall (a loss, whose unit is free). The first width with a gain above `threshold` is chosen; `high`
-    where none has.
+    that should fall (a loss, whose unit is free). The first width with a gain above `threshold` and above
+    `significance` standard errors of it is chosen; `high` where none has. With s_1 and s_2 the standard deviations in
+    the halves, the standard error is ``sqrt((s_1^2 + s_2^2) / (n // 2))``, divided by |m_1| where the gain is.
 
     It is a small state machine: `update` is its only transition and `state_dict` all that it remembers.
 
     Args:
         low: the first width.
         high: the last one, at least `low`; it is not trained at unless `every`, since nothing is left to choose.
-        steps_per_bit: n, 2 or more.
+        steps_per_bit: n, 4 or more, without `significance` 2.
         threshold: the gain that is progress.
         better: whether the measure should get ``"higher"`` or ``"lower"``.
+        significance: standard errors that a gain must exceed too, which takes `steps_per_bit` of 4 or more; None: the
+            threshold decides alone, and noise that passes it is progress.
         every: True goes on to train at each width up to `high`, for the table; the choice is the same.
 
     Raises:
@@ -672,6 +682,7 @@ class RangeTest:
         steps_per_bit: int = 100,
         threshold: float = 0.01,
         better: Better = "lower",
+        significance: float | None = 3.0,
         every: bool = False,
     ) -> None:
         _check_bits("low", low)
@@ -683,10 +694,31 @@ class RangeTest:
         if not is_number(threshold) or not math.isfinite(threshold):
             raise UsageError(f"threshold={threshold!r}: give a finite number, e.g. 0.01")
         check_choice("direction", better, Better)
+        if significance is not None:
+            if not is_number(significance) or not 0 < significance < math.inf:
+                raise UsageError(f"significance={significance!r}: give a finite number above 0, e.g. 3.0, or None")
+            if steps_per_bit < 4:
+                raise UsageError(
+                    f"steps_per_bit={steps_per_bit} with significance={significance:g}: a half of one step has no "
+                    "variance; give 4 steps or more, or significance=None"
+                )
         self.low, self.high, self.steps_per_bit = low, high, steps_per_bit
         self.threshold, self.better, self.every = float(threshold), better, every
+        self.significance = None if significance is None else float(significance)
         self._state = _Ladder()
         self._close()
+
+    @classmethod
+    def of_first_cycle(cls, schedule: "Cyclic", **changes: Any) -> "RangeTest":
+        """The test in the first cycle of a schedule: from 2 bits on, widths share the cycle, 10 steps or more each.
+
+        Args:
+            schedule: whose `high` is the last width.
+            changes: arguments of the class in place of those.
+        """
+        low = min(2, schedule.high)
+        steps = max(schedule.period // max(schedule.high - low, 1), _LEAST_STEPS)
+        return cls(**{"low": low, "high": schedule.high, "steps_per_bit": steps, **changes})
 
     def __repr__(self) -> str:
         now = f"at {self.current_bits} bits" if self.chosen is None else f"chose {self.chosen} bits"
@@ -696,8 +728,16 @@ class RangeTest:
     def tried(self) -> tuple[Tried, ...]:
         """A row for each width that is done."""
         return tuple(
-            Tried(bits=bits, steps=steps, first=first, last=last, gain=gain)
-            for bits, steps, first, last, gain in self._state.tried
+            Tried(
+                bits=bits,
+                steps=steps,
+                first=first,
+                last=last,
+                gain=gain,
+                error=error,
+                progress=self._is_progress(gain, error),
+            )
+            for bits, steps, first, last, gain, error in self._state.tried
         )
 
     @property
@@ -756,15 +796,22 @@ class RangeTest:
             return False
         half = self.steps_per_bit // 2
         first, last = math.fsum(measures[:half]) / half, math.fsum(measures[-half:]) / half
-        gain = last - first
-        if self.better == "lower":
-            gain = (first - last) / abs(first) if first else first - last
+        unit = abs(first) if self.better == "lower" and first else 1.0
+        gain = (first - last if self.better == "lower" else last - first) / unit
+        error = None
+        if half > 1:
+            variances = statistics.variance(measures[:half]) + statistics.variance(measures[-half:])
+            error = math.sqrt(variances / half) / unit
         bits = self.current_bits
-        chosen = bits if self.chosen is None and gain > self.threshold else self.chosen
-        row = (bits, self.steps_per_bit, first, last, gain)
+        chosen = bits if self.chosen is None and self._is_progress(gain, error) else self.chosen
+        row = (bits, self.steps_per_bit, first, last, gain, error)
         self._state = _Ladder(tried=[*self._state.tried, row], chosen=chosen)
         self._close()
         return True
+
+    def _is_progress(self, gain: float, error: float | None) -> bool:
+        """Whether a gain with this standard error counts as progress."""
+        return gain > max(self.threshold, (self.significance or 0.0) * (error or 0.0))
 
     def _close(self) -> None:
         """Choose `high` where no lower width is left."""
@@ -789,15 +836,14 @@ class RangeTest:
                 f"state of a range test that tried {widths} bits: this one goes from {self.low} to {self.high} with "
                 f"{self.steps_per_bit} steps at each; give the arguments that it was saved with"
             )
-        if any(row[1] != self.steps_per_bit for row in tried):
-            raise UsageError(f"state of a range test with {shown(tried)}: each width has {self.steps_per_bit} steps")
+        if any(row[1] != self.steps_per_bit or (row[5] is None) != (self.steps_per_bit < 4) for row in tried):
+            raise UsageError(
+                f"state of a range test with {shown(tried)}: each width has {self.steps_per_bit} steps, and a standard "
+                "error from 4 on"
+            )
         over = len(tried) == self.most_steps // self.steps_per_bit
-        gains = {row[0]: row[4] for row in tried}
-        if loaded.chosen is None:
-            consistent = not over
-        else:
-            consistent = gains.get(loaded.chosen, -math.inf) > self.threshold or (over and loaded.chosen == self.high)
-        if not consistent:
+        progress = (row[0] for row in tried if self._is_progress(*row[4:]))
+        if loaded.chosen != next(progress, self.high if over else None):
             raise UsageError(f"state of a range test that chose {loaded.chosen} bits: its gains do not lead to that")
         self._state = replace(loaded, measures=list(loaded.measures))
 

@@ -81,6 +81,9 @@ class TrainConfig:
         mixing: of such recipes: ``input`` runs each sample at its choice, ``output`` runs all choices in training.
         blocks: of such recipes: a regular expression that matches the names of the blocks. Left open: the
             repeated blocks of this library's own models.
+        range_test_steps: with low ``range-test``: steps at each width, 4 or more. Left open: the widths share the first
+            cycle, 10 steps or more each.
+        range_test_threshold: with low ``range-test``: the relative fall of the loss that is progress. Left open: 0.01.
         eval_bits: bits of inputs and weights in evaluation where a schedule sets them. Left open: the highest.
 
     Raises:
@@ -122,6 +125,8 @@ class TrainConfig:
     choices: list[list[int]] | None = None
     mixing: Mixing | None = None
     blocks: str | None = None
+    range_test_steps: int | None = None
+    range_test_threshold: float | None = None
     eval_bits: EvalBits | None = None
 
     def __post_init__(self) -> None:
@@ -154,6 +159,11 @@ class TrainConfig:
             if name not in CHANGEABLE:
                 raise unknown("setting of a run that goes on", name, CHANGEABLE)
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]  # __post_init__ checks each value
+
+    def range_test(self) -> dict[str, float]:
+        """The settings of the range test that are not left open, by the names of `lowbit.schedules.RangeTest`."""
+        given = {"steps_per_bit": self.range_test_steps, "threshold": self.range_test_threshold}
+        return {name: value for name, value in given.items() if value is not None}
 
     def tuned(self) -> dict[str, object]:
         """The settings that change the recipe's schedule or gates."""
@@ -242,9 +252,10 @@ class RangeTestConfig:
         low: the first width.
         high: the last width, chosen where no lower one makes progress.
         backward: bits of gradients. Left open: the recipe's.
-        steps_per_bit: training steps at each width.
+        steps_per_bit: training steps at each width, 4 or more, without `significance` 2.
         measure: what should get better: ``accuracy`` of the training batches, or their ``loss``.
         gain: what counts as progress: rise of the accuracy, or relative fall of the loss.
+        significance: standard errors that the gain must exceed too; ``null``: `gain` decides alone.
         every: train at each width up to the last one, also after the choice.
         batch_size: samples per step.
         optimizer: as for training.
@@ -264,6 +275,7 @@ class RangeTestConfig:
     steps_per_bit: int = 100
     measure: Measure = "accuracy"
     gain: float = 0.01
+    significance: float | None = 3.0
     every: bool = False
     batch_size: int = 128
     optimizer: Optimizer = "sgd"
