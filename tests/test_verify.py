@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import lowbit
 from lowbit import Proof, RunError, UsageError, VerificationError, integer, products
-from lowbit.verify import angle_bound, bits_needed
+from lowbit.formats import Integer
+from lowbit.products import OperandRun
+from lowbit.verify import angle_bound, bits_needed, distinct_values
 
 needs_units = pytest.mark.skipif(bool(integer.missing("int8")), reason="this machine lacks 8-bit units")
 ALL = ["output", "grad_input", "grad_weight"]
@@ -642,6 +644,21 @@ class TestQuantisersThatDoNothing:
 
         with pytest.raises(VerificationError, match="distinct values under one scale, more than 8 bits"):
             _prove(model, torch.randn(64, 64))
+
+    @pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)])
+    def test_large_operands_are_sampled(self, monkeypatch: pytest.MonkeyPatch, dims: tuple[int, ...]) -> None:
+        """A sample of a large operand tells values off the grid from codes, whichever axis shares a scale."""
+        monkeypatch.setitem(distinct_values.__globals__, "_MOST_COUNTED", 2**10)
+        x = torch.randn(2_000, 2_000, generator=torch.Generator().manual_seed(0))
+        fmt = Integer(bits=4, zero="symmetric")
+
+        counts = [
+            distinct_values(OperandRun(format=fmt, bits=4, exact=x, quantized=values, view=tuple(x.shape), dims=dims))
+            for values in (x, (2 * x).round().clamp(-7, 7))
+        ]
+
+        assert counts[0] > 16
+        assert 4 < counts[1] <= 15
 
 
 def test_layers_of_parts_converted_apart_are_told_apart() -> None:

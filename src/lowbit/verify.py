@@ -357,17 +357,33 @@ class _Collector:
                 yield f"{name}: {product} was due in the backward and did not run"
 
 
+# How many numbers of an operand are counted at most: sorting all of a layer of 100 M weights takes minutes.
+_MOST_COUNTED = 2**22
+
+
 def distinct_values(operand: OperandRun) -> int:
     """The largest number of distinct values that share a scale in a quantised operand; 0 where it is not known.
 
-    Blocks are not counted, nor is an operand with nan or inf.
+    Of a large operand an even sample is counted: of each scale at least four times as many numbers as its codes can
+    tell apart, and of the scales as many as that leaves. Blocks are not counted, nor is an operand with nan or inf.
     """
     if operand.dims is None or operand.quantized.numel() == 0 or not bool(operand.quantized.isfinite().all()):
         return 0
     x = operand.quantized.reshape(operand.view)
     kept = [d for d in range(x.dim()) if d not in operand.dims]
-    rows = x.permute(*kept, *operand.dims).reshape(math.prod(x.shape[d] for d in kept), -1).sort(1).values
+    rows = x.permute(*kept, *operand.dims).reshape(math.prod(x.shape[d] for d in kept), -1)
+    least = 4 * 2**operand.bits
+    rows = _evenly(rows, 1, max(least, _MOST_COUNTED // rows.shape[0]))
+    rows = _evenly(rows, 0, max(1, _MOST_COUNTED // rows.shape[1])).sort(1).values
     return int((rows.diff(dim=1) != 0).sum(1).max()) + 1
+
+
+def _evenly(x: Tensor, dim: int, most: int) -> Tensor:
+    """At most so many indices of an axis, evenly spread."""
+    length = x.shape[dim]
+    if length <= most:
+        return x
+    return x.index_select(dim, torch.arange(most, dtype=torch.int64, device=x.device) * length // most)
 
 
 def _macs_of_convolution(out: torch.Size, x: Tensor, w: Tensor, transposed: bool) -> int:
