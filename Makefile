@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# What both environments are made of. A new package folder needs a new editable install: the old one does not know it.
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard src/lowbit/kernels/native/*) $(wildcard src/lowbit/*/__init__.py)
+# The environment of the newest torch and of other libraries' models; 6 GB.
+ZOO := .venv-zoo
 
-.PHONY: demo demo-short test lint setup clean
+.PHONY: demo demo-short test test-zoo test-newest lint setup clean
 demo: $(READY)  ## train ResNet-20 on Fashion-MNIST in fp32, bf16 and sbm8, time them in turn, print one table
 	$(BIN)/python benchmarks/demo.py
 
@@ -14,6 +18,12 @@ demo-short: $(READY)  ## the same on fewer images, 1 to 2 minutes also on busy c
 test: $(READY)  ## the whole test suite
 	$(BIN)/python -m pytest
 
+test-zoo: $(ZOO)/.ready  ## models of torchvision, timm and transformers on the newest torch; TABLE=FILE writes what came of each
+	HF_HUB_OFFLINE=1 $(ZOO)/bin/python -m pytest tests/zoo $(if $(TABLE),--zoo-table $(TABLE))
+
+test-newest: $(ZOO)/.ready  ## the whole test suite on the newest torch
+	$(ZOO)/bin/python -m pytest
+
 lint: $(READY)  ## ruff and mypy, as pre-commit runs them
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/ruff format --check src tests benchmarks examples
@@ -22,12 +32,17 @@ lint: $(READY)  ## ruff and mypy, as pre-commit runs them
 setup: $(READY)
 
 # torch comes first and pinned, so that no other package's range picks a larger build of it.
-# A new package folder needs a new editable install: the old one does not know it.
-$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/lowbit/kernels/native/*) $(wildcard src/lowbit/*/__init__.py)
+$(READY): constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(ZOO)/.ready: constraints-zoo.txt $(SOURCES)
+	test -x $(ZOO)/bin/python || $(PYTHON) -m venv $(ZOO)
+	$(ZOO)/bin/python -m pip install --quiet --constraint constraints-zoo.txt torch torchvision
+	$(ZOO)/bin/python -m pip install --quiet --constraint constraints-zoo.txt --editable '.[dev,zoo]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(ZOO) build
