@@ -303,6 +303,20 @@ def test_penalty_is_the_weighted_sum_over_the_batch() -> None:
     assert gates.cost == pytest.approx(100 * expected / (3 * 6 * 3))
 
 
+def test_equal_weighting_counts_every_block_the_same() -> None:
+    """With weighting="equal" C has the cost per MAC of each block, whatever its size, as in the authors' code."""
+    model, _, gates = gated(targets=[1.0], strength=0.5, weighting="equal")
+    choices = [[0, 0, 1, 1, 1, 2], [1] * 6, [2] * 6]
+    force(gates, choices)
+    model(X)
+    penalty = gates.penalty()
+
+    cost = [products_cost(torch.tensor([a, 4, g, 4, g, a])) for a, g in CHOICES]
+    expected = sum(cost[k] for row in choices for k in row)
+    assert penalty.item() == pytest.approx(0.5 * expected)
+    assert gates.cost == pytest.approx(100 * expected / (3 * 6 * 3))
+
+
 def test_penalty_pushes_the_cost_to_its_target() -> None:
     """Trained by the cost term alone, gates that start far above or below the target end around it."""
     for start in (0, 2):

@@ -20,6 +20,7 @@ Policy = Literal["convert", "leave"]
 Constant = Literal["paper", "authors"]
 EpsilonPlace = Literal["inside", "outside"]
 Mixing = Literal["input", "output"]
+Weighting = Literal["macs", "equal"]
 
 ON_THE_FLY = "wXaYgZ"
 
@@ -119,6 +120,8 @@ class Gating:
         inside: weight of the cost term inside the band.
         mixing: ``"input"``: a layer runs each sample at its choice and batch normalisation sees them all together;
             ``"output"``: a block runs all samples at every choice in training, and its outputs are mixed.
+        weighting: what a block counts in the cost: ``"macs"``: its share of the MACs of all blocks; ``"equal"``: the
+            same as any other, as in the authors' code for ResNets.
         hidden: outputs of the first projection of the gate; None leaves it and its ReLU out.
         features: outputs of the last projection, the inputs of the LSTM.
         state: hidden units of the LSTM.
@@ -135,6 +138,7 @@ class Gating:
     band: float = 0.0
     inside: float = 0.1
     mixing: Mixing = "input"
+    weighting: Weighting = "macs"
     hidden: int | None = 32
     features: int = 16
     state: int = 16
@@ -163,6 +167,7 @@ class Gating:
                 f"targets={self.targets}: give costs in percent of full precision, above 0 and at most 100"
             )
         check_choice("mixing", self.mixing, Mixing)
+        check_choice("weighting", self.weighting, Weighting)
         for name in ("strength", "band", "inside"):
             if not _is_real(getattr(self, name)) or not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"{name}={getattr(self, name)!r}: give a finite number, 0 or more")

@@ -216,8 +216,9 @@ class Gates(nn.Module):
     def penalty(self) -> Tensor:
         """The cost term of the loss for the latest training forward: ``r beta C``, a scalar with a gradient.
 
-        ``C = sum over samples, blocks, choices of mask (w a + w g + a g)/32**2 m/mean(m)``, and r as in `direction` for
-        the cost ``100 C / (3 B n)``. It is a sum over the batch, not a mean.
+        ``C = sum over samples, blocks, choices of mask (w a + w g + a g)/32**2 m/mean(m)``, where equal weighting
+        leaves m/mean(m) out, and r as in `direction` for the cost ``100 C / (3 B n)``. It is a sum over the batch, not
+        a mean.
 
         Raises:
             UsageError: no training forward ran since the last call.
@@ -229,7 +230,8 @@ class Gates(nn.Module):
                 "model(x) in training mode; a block that the model does not always run cannot be gated"
             )
         masks = torch.stack([self._masks[i] for i in range(len(self._blocks))])
-        total = (masks * (self.costs / self.sizes.mean()).to(masks).unsqueeze(1)).sum()
+        unit = self.sizes.mean() if self._gating.weighting == "macs" else self.sizes.unsqueeze(1)
+        total = (masks * (self.costs / unit).to(masks).unsqueeze(1)).sum()
         self._last_cost = 100 * total.item() / (3 * masks.shape[0] * masks.shape[1])
         self._masks = {}
         gating = self._gating
