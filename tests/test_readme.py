@@ -65,3 +65,21 @@ def test_example_runs(example: Path) -> None:
 def test_resumed_example_is_bit_identical() -> None:
     """The example of mixed recipes resumes to the same gradient."""
     assert "bit-identical: True" in _run(str(ROOT / "examples" / "mixed_recipes.py"))
+
+
+def test_rule_of_the_imagenet_form_of_cpt_leaves_what_it_says() -> None:
+    """The snippet of the page of `cpt` leaves stem, 1 by 1 shortcuts and the last layer of a ResNet-18, and no more."""
+    from lowbit.train import data, models
+
+    page = (ROOT / "docs" / "methods" / "cpt.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", page.split("## ImageNet networks")[1], re.DOTALL)
+    assert code is not None
+    task = data.Task(kind="image", shape=(3, 32, 32), classes=10)
+    names = {"model": models.build("resnet18", task)}
+
+    exec(code[1], names)
+
+    rows = [row for row in names["report"].rows if row.type in ("Conv2d", "Linear")]
+    left = [row.name for row in rows if row.recipe is None]
+    assert left == ["stem.0", *(f"groups.{i}.0.shortcut.0" for i in (1, 2, 3)), "head"]
+    assert len(rows) == 21
