@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -336,10 +337,11 @@ class TestRefused:
         with pytest.raises(UsageError, match="is compiled: convert the plain model first"):
             lowbit.convert_(model, "sbm8")
 
-    @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
     def test_script_modules_are_refused(self) -> None:
         """A TorchScript module anywhere in the model is refused by name."""
-        model = nn.Sequential(nn.Linear(3, 3), torch.jit.script(nn.Linear(3, 3)))
+        with warnings.catch_warnings(action="ignore"):  # torch deprecates it, in other words in each version
+            scripted = torch.jit.script(nn.Linear(3, 3))
+        model = nn.Sequential(nn.Linear(3, 3), scripted)
 
         with pytest.raises(UsageError, match="'1' is a TorchScript module"):
             lowbit.convert_(model, "sbm8")
@@ -1005,3 +1007,33 @@ def test_contiguous_convolutions_are_told() -> None:
         converted = copy.deepcopy(model).to(memory_format=memory)
         report = lowbit.convert_(converted, "int8", engine=engine)
         assert (text in str(report)) == told
+
+
+@pytest.mark.parametrize("recipe", ["sbm8", "cpt-int8"])
+def test_a_model_converted_in_inference_mode_trains(recipe: str) -> None:
+    """Conversion, attaching a controller, evaluation and loading a state in inference mode change nothing later."""
+    losses = []
+    for inference in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 4))
+        x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode(inference):
+            lowbit.convert_(model, recipe)
+            controller = None
+            if recipe == "cpt-int8":
+                controller = lowbit.PrecisionController.from_recipe(model, total_steps=64)
+            lowbit.load_state_dict(model, lowbit.state_dict(model))
+            model.eval()(x)
+        for _ in range(3):
+            model.zero_grad()
+            loss = model.train()(x).square().sum()
+            loss.backward()
+            if controller is not None:
+                controller.step(loss.item())
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.sub_(p.grad, alpha=1e-4)
+            losses.append(loss.item())
+
+    assert losses[:3] == losses[3:]
+    assert len({*losses}) == 3

@@ -1,5 +1,6 @@
 """The three products against torch's own and against dense products of operands that the test quantises itself."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import lowbit
 from helpers import recipe_of
 from lowbit import UsageError, products
 from lowbit.formats import BF16, FP32, Integer
@@ -750,3 +752,51 @@ class TestObservation:
 
         assert not products.is_observed()
         assert not products.is_inside()
+
+
+# torch refuses a transposed result without places for fewer than 16 samples on one thread.
+EMPTY: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "a transposed result without places": (nn.ConvTranspose2d(3, 4, 1, padding=1), (16, 3, 2, 2)),
+    "the same without bias": (nn.ConvTranspose2d(3, 4, 1, padding=1, bias=False), (16, 3, 2, 2)),
+    "one axis without places": (nn.ConvTranspose2d(3, 4, (1, 3), padding=(1, 0)), (16, 3, 2, 2)),
+    "a transposed result of one axis": (nn.ConvTranspose1d(3, 4, 3, stride=2, padding=2, output_padding=1), (16, 3, 1)),
+    "a transposed convolution of no samples": (nn.ConvTranspose2d(3, 4, 3), (0, 3, 5, 4)),
+    "no samples": (nn.Conv2d(3, 4, 3, padding=1), (0, 3, 5, 4)),
+    "no samples in one axis": (nn.Conv1d(3, 4, 3), (0, 3, 5)),
+    "no rows": (nn.Linear(3, 4), (0, 3)),
+}
+REFUSED: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "too small for the kernel, no samples": (nn.Conv2d(3, 4, 3), (0, 3, 2, 2)),
+    "too small for the kernel": (nn.Conv2d(3, 4, 3), (1, 3, 2, 2)),
+    "samples without places": (nn.Conv2d(3, 4, 1, padding=1), (2, 3, 0, 2)),
+    "transposed samples without places": (nn.ConvTranspose2d(3, 4, 3), (2, 3, 0, 2)),
+}
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize("case", EMPTY | REFUSED)
+def test_empty_tensors_are_torch_s(case: str, engine: str) -> None:
+    """Where torch answers, shape, strides and all gradients are its own; where it refuses, so does the layer."""
+    plain, shape = copy.deepcopy((EMPTY | REFUSED)[case])
+    layer = copy.deepcopy(plain)
+    lowbit.convert_(layer, "int8", engine=engine)
+    leaves = [torch.ones(shape, requires_grad=True) for _ in range(2)]
+    try:
+        expected = plain(leaves[0])
+    except RuntimeError:
+        with pytest.raises(RuntimeError, match=r"cannot multiply shapes|zero batch|Kernel size"):
+            layer(leaves[1])
+        assert case in REFUSED
+        return
+
+    y = layer(leaves[1])
+
+    assert case not in REFUSED
+    assert y.numel() == 0
+    assert (y.shape, y.stride(), y.dtype) == (expected.shape, expected.stride(), expected.dtype)
+    expected.sum().backward()
+    y.sum().backward()
+    for ours, theirs in zip([leaves[1], *layer.parameters()], [leaves[0], *plain.parameters()], strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)

@@ -253,13 +253,14 @@ def convert_(
         reasons = "; ".join(f"{p.name or 'the model'} ({_type_name(p.layer)}): {p.reason}" for p in plans[:5])
         raise UsageError(f"nothing in this model would be converted. {reasons or 'It has no layer with products'}")
 
-    clock = Clock(seed, free=engine == "auto")
-    for plan in plans:
-        if plan.twin is not None and plan.recipe is not None:
-            plan.layer.__class__ = plan.twin
-            layer: Any = plan.layer
-            layer.attach(name=plan.name, recipe=plan.recipe, clock=clock, engine=choices[plan.name].engine)
-            layer.site.train(layer.training)
+    with torch.inference_mode(mode=False):  # tensors that training changes in place
+        clock = Clock(seed, free=engine == "auto")
+        for plan in plans:
+            if plan.twin is not None and plan.recipe is not None:
+                plan.layer.__class__ = plan.twin
+                layer: Any = plan.layer
+                layer.attach(name=plan.name, recipe=plan.recipe, clock=clock, engine=choices[plan.name].engine)
+                layer.site.train(layer.training)
     if clock.sites:
         model.register_forward_pre_hook(clock.advance)
         for module in model.modules():

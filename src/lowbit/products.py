@@ -269,7 +269,9 @@ class Convolution:
                 sizes.append((size - 1) * self.stride[i] - 2 * self.padding[i] + reach + padding[i] + 1)
             else:
                 sizes.append((size + 2 * self.padding[i] - reach - 1) // self.stride[i] + 1)
-        if x[1] != wanted or min(sizes) < 0 or (min(sizes) < 1 and x.numel()):
+        # As torch does: a batch may be empty, an axis of samples that are there may not; a transposed result may be.
+        hollow = 0 in x[2:] and 0 not in x[:2]
+        if x[1] != wanted or hollow or min(sizes) < (0 if self.transposed else 1):
             raise RuntimeError(
                 f"{self.kind} cannot multiply shapes {tuple(x)} of the input and {tuple(w)} of the weight: it takes "
                 f"{wanted} channels and sizes that its kernel fits into"
