@@ -1,6 +1,7 @@
 """The precision controller: which bits are written when, what it refuses, and that its state resumes."""
 
 import copy
+import io
 import json
 import re
 import subprocess
@@ -52,6 +53,14 @@ def converted(recipe: str | Recipe = "w8a8g8", **arguments: Any) -> nn.Sequentia
 def bits_of(model: nn.Module) -> list[list[int]]:
     """The bits of every site."""
     return [s.bits.tolist() for m in model.modules() if isinstance(m, QuantLayer) for s in m.sites()]
+
+
+def bits_run(model: nn.Module, x: Tensor | None = None) -> list[int]:
+    """The bits of the input of each product of a forward."""
+    seen: list[int] = []
+    with products.counted_by(lambda call: seen.append(call.bits[0])):
+        model(next(batches(1))[0] if x is None else x)
+    return seen
 
 
 def batches(steps: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -165,15 +174,19 @@ def test_evaluation_runs_at_the_highest_bits_and_training_goes_on() -> None:
     """Between two steps an evaluation runs at the highest bits; the next training forward has the schedule's again."""
     model = converted()
     controller = PrecisionController(model, forward=Cyclic(low=3, high=8, cycles=1, total_steps=100))
-    x = next(batches(1))[0]
-    model.eval()
-    model(x)
-    evaluated = bits_of(model)[0][0]
-    model.train()
-    model(x)
 
-    assert evaluated == 8
-    assert bits_of(model)[0][0] == controller.forward_bits == 3
+    assert bits_run(model.eval()) == [8, 8, 8]
+    assert bits_run(model.train()) == [controller.forward_bits] * 3 == [3, 3, 3]
+
+
+def test_evaluation_of_a_part_runs_at_the_highest_bits() -> None:
+    """A part that is called on its own, as a LightningModule calls its network, has the bits of its mode too."""
+    model = converted()
+    PrecisionController(model, forward=Cyclic(low=3, high=8, cycles=1, total_steps=100))
+    model(next(batches(1))[0])
+
+    assert bits_run(model.eval()[:4]) == [8, 8]
+    assert bits_run(model.train()[:4]) == [3, 3]
 
 
 @pytest.mark.parametrize(("eval_bits", "expected"), [("current", 3), (5, 5), ("highest", 8)])
@@ -183,9 +196,7 @@ def test_evaluation_at_a_stated_precision(eval_bits: Any, expected: int) -> None
     schedule = Cyclic(low=3, high=8, cycles=1, total_steps=100)
     PrecisionController(model, forward=schedule, eval_bits=eval_bits, rules=[("6", (7, None))])
 
-    model.eval()(next(batches(1))[0])
-
-    assert [b[0] for b in bits_of(model)] == [expected, expected, 7]
+    assert bits_run(model.eval()) == [expected, expected, 7]
 
 
 def test_evaluation_does_not_change_the_run() -> None:
@@ -351,19 +362,108 @@ def test_a_shared_layer_is_set_once() -> None:
     assert controller.bits() == {"0": (4, 5)}
 
 
-def test_a_copy_of_a_model_has_a_controller_of_its_own() -> None:
-    """Training a deep copy does not move the bits of the original."""
+def copied(model: nn.Module, way: str) -> Any:
+    """A copy of a model, made in memory or through a file."""
+    if way == "deepcopy":
+        return copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "file"])
+def test_a_copy_evaluates_and_refuses_to_train(way: str) -> None:
+    """A copy has no hidden controller: it evaluates at the evaluation bits and trains with one of its own."""
     model = converted()
-    controller = PrecisionController(model, forward=Piecewise(pieces=[(0, 3), (1, 8)], total_steps=5))
-    twin = copy.deepcopy(model)
-    copied = twin[0].site.controller
-    assert isinstance(copied, PrecisionController)
+    controller = PrecisionController(model, forward=Piecewise(pieces=[(0, 3), (1, 8)], total_steps=5), eval_bits=6)
+    twin = copied(model, way)
 
-    copied.step()
-    twin(next(batches(1))[0])
+    assert twin[0].site.controller is None
+    assert bits_run(twin.eval()) == [6, 6, 6]
+    assert torch.equal(twin(next(batches(1))[0]), model.eval()(next(batches(1))[0]))
+    for part in (twin.train(), twin[0]):
+        with pytest.raises(UsageError, match="is a copy of one whose bits a PrecisionController sets"):
+            part(next(batches(1))[0])
+    own = PrecisionController(twin, forward=Piecewise(pieces=[(0, 4), (1, 7)], total_steps=5))
+    own.step()
+    assert bits_run(twin) == [7, 7, 7]
+    assert bits_run(model.train()) == [3, 3, 3]
+    assert (own.last_step, controller.last_step) == (1, 0)
 
-    assert (copied.last_step, controller.last_step) == (1, 0)
-    assert (twin[0].site.bits[0], model[0].site.bits[0]) == (8, 3)
+
+def test_a_loaded_state_does_not_win_over_the_controller() -> None:
+    """Bits in a state of the model that is loaded into a controlled one are those of its controller afterwards."""
+    model = converted()
+    state = lowbit.state_dict(model)
+    PrecisionController(model, forward=3, eval_bits=4)
+
+    lowbit.load_state_dict(model, state)
+
+    assert bits_run(model) == [3, 3, 3]
+    assert bits_run(model.eval()) == [4, 4, 4]
+
+
+def test_a_copy_of_a_copy_still_knows() -> None:
+    """What lost its controller once is refused in every further copy, until restore_ makes it plain."""
+    model = converted()
+    PrecisionController(model, forward=3)
+    twin = copy.deepcopy(copy.deepcopy(model))
+
+    with pytest.raises(UsageError, match="is a copy of one"):
+        twin(next(batches(1))[0])
+    lowbit.restore_(twin)
+    twin(next(batches(1))[0]).sum().backward()
+
+    assert not any(isinstance(m, QuantLayer) for m in twin.modules())
+
+
+def test_a_removed_controller_leaves_a_static_copy() -> None:
+    """A copy made after remove() trains at the recipe's bits, and so does one whose own controller was removed."""
+    model = converted()
+    controller = PrecisionController(model, forward=3)
+    early = copy.deepcopy(model)
+    controller.remove()
+    PrecisionController(early, forward=4).remove()
+
+    for each in (copy.deepcopy(model), early):
+        assert bits_run(each) == bits_run(each.eval()) == [8, 8, 8]
+
+
+def test_a_copy_of_model_and_controller_together_goes_on() -> None:
+    """Copied at once they belong together: the copy's run has the bits and the losses of the original's."""
+    model = converted()
+    controller = PrecisionController(model, forward=Cyclic(low=3, high=8, cycles=2, total_steps=10))
+    train(model, controller, 4)
+    twin, own = copy.deepcopy((model, controller))
+
+    theirs = train(twin, own, 8, skip=4)
+
+    assert controller.last_step == 4
+    assert theirs == train(model, controller, 8, skip=4)
+    assert twin[0].site.controller is own
+
+
+def test_an_average_of_the_weights_evaluates() -> None:
+    """Torch's moving average copies the model before and after the controller is made and evaluates at its bits."""
+    model = converted()
+    early = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    controller = PrecisionController(model, forward=Cyclic(low=3, high=8, cycles=1, total_steps=10))
+    late = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    train(model, controller, 2)
+    for average in (early, late):
+        average.update_parameters(model)
+
+    assert bits_run(early.eval()) == bits_run(late.eval()) == [8, 8, 8]
+
+
+def test_the_end_of_the_schedule_counts_in_a_part_too() -> None:
+    """A training forward of a part after the last step is the error that one of the model is."""
+    model = converted()
+    PrecisionController(model, forward=Cyclic(low=3, high=8, cycles=1, total_steps=1)).step()
+
+    with pytest.raises(UsageError, match="after the last of total_steps=1"):
+        model[0](next(batches(1))[0])
 
 
 def test_a_recomputed_forward_has_the_bits_of_the_first() -> None:
@@ -389,8 +489,9 @@ def test_a_dynamic_recipe_without_a_controller_does_not_train() -> None:
     report = lowbit.convert_(model, "cpt")
 
     model.eval()(next(batches(1))[0])
-    with pytest.raises(UsageError, match=r"'cpt'.*PrecisionController.from_recipe"):
-        model.train()(next(batches(1))[0])
+    for whole_or_part in (model.train(), model[:4]):
+        with pytest.raises(UsageError, match=r"'cpt'.*PrecisionController.from_recipe"):
+            whole_or_part(next(batches(1))[0])
 
     assert any("from_recipe" in note for note in report.notes)
 

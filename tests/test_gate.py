@@ -93,7 +93,7 @@ def force(gates: Gates, choices: list[list[int]]) -> None:
 
     def decide(index: int, _: Tensor) -> Tensor:
         mask = F.one_hot(torch.tensor(next(decided)), len(gates.choices)).float().requires_grad_()
-        gates._masks[index] = mask
+        gates._now.masks[index] = mask
         return mask
 
     gates._decide = decide
@@ -197,7 +197,7 @@ def test_output_mixing_selects_the_outputs_of_the_choices() -> None:
         block: Any = model.blocks[0]
         gates._begin(model, ())
         outputs.append(block(torch.linspace(-1, 1, 384).reshape(6, 4, 4, 4)))
-    mask = gates._masks[0]
+    mask = gates._now.masks[0]
     outputs[2].sum().backward()
 
     assert torch.equal(outputs[2][::2], outputs[0][::2])
@@ -236,7 +236,7 @@ def test_skipping_teaches_the_gate() -> None:
     model, _, gates = gated(choices=((0, 0), (3, 6), (8, 8)))
     force(gates, [[0, 0, 1, 1, 1, 2]] * 3)
     model(X).square().sum().backward()
-    masks = [gates._masks[i].grad for i in range(3)]
+    masks = [gates._now.masks[i].grad for i in range(3)]
 
     assert masks[0] is not None
     assert (masks[0][:, 0] != 0).all()
@@ -510,13 +510,28 @@ def test_restore_of_a_gated_layer() -> None:
 
 
 def test_a_copy_has_gates_of_its_own() -> None:
-    """A deep copy of a gated model chooses with copied gates."""
+    """A deep copy of a gated model evaluates with copied gates, and trains with those of a controller of its own."""
     model, _, gates = gated()
+    model(X).sum().backward()
     twin = copy.deepcopy(model)
+    before = gates.histogram()
+    with torch.no_grad():
+        evaluated = twin.eval()(X)
+        expected = model.eval()(X)
+    for parameter in gates.parameters():
+        parameter.grad = None
+
+    with pytest.raises(UsageError, match="a copy of one whose bits a PrecisionController sets"):
+        twin.train()(X)
+    own = PrecisionController(twin, gates=gates.gating, blocks=gates.blocks).gates
+    assert own is not None
     twin(X).sum().backward()
 
+    assert torch.equal(evaluated, expected)
     assert all(p.grad is None for p in gates.parameters())
-    assert gates.histogram().sum() == 0
+    assert torch.equal(gates.histogram(), before)
+    assert own.histogram().sum() == before.sum()
+    assert [type(block).__mro__[1:] for block in twin.blocks] == [type(block).__mro__[1:] for block in model.blocks]
 
 
 def test_state_dict_of_the_model_is_the_plain_one() -> None:

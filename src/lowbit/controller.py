@@ -19,9 +19,9 @@ from lowbit.checks import check_keys, check_type, check_whole, is_finite, is_who
 from lowbit.convert import Matcher, matches
 from lowbit.errors import UsageError, unknown
 from lowbit.formats import Zero, check_bits
-from lowbit.nn.gate import Block, Gates
+from lowbit.nn.gate import Block, Gates, release
 from lowbit.nn.layers import QuantLayer
-from lowbit.nn.site import Site, is_recomputing, runs_eagerly
+from lowbit.nn.site import Site
 from lowbit.recipe import Gating, Recipe, recipes
 from lowbit.schedules import RANGE_TEST, Constant, Cyclic, PlateauRule, RangeTest, Rule, Schedule, Source
 from lowbit.tables import text_table
@@ -32,6 +32,9 @@ EvalBits = int | Literal["highest", "current"]
 LayerRule = tuple[Matcher | Callable[[nn.Module], bool], tuple[Bits | None, Bits | None] | None]
 
 _MOST_LOOKS = 10**6
+
+# (forward, backward) bits; None leaves the recipe's own.
+_Widths = tuple[int | None, int | None]
 _MOST_STEPS = 2**63 - 1
 
 
@@ -57,7 +60,7 @@ class _Layer:
 
     @cached_property
     def places(self) -> tuple[frozenset[int], frozenset[int]]:
-        """The places in `site.bits` that forward and backward bits stand at."""
+        """The places in a site's bits that forward and backward bits stand at."""
         return frozenset(self.sites[0].slots("input", "weight")), frozenset(self.sites[0].slots("grad_output"))
 
     def values(self, forward: int | None, backward: int | None) -> list[int]:
@@ -276,7 +279,7 @@ class PrecisionController:
             )
         self._feed(loss)
         self._step += 1
-        self._write(training=True)
+        self.write()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the controller remembers, the weights of its gates included: plain values and tensors."""
@@ -329,7 +332,7 @@ class PrecisionController:
         self._step, self._counted = state["step"], counted
         self._losses = torch.tensor(state["losses"], dtype=torch.float64, device="cpu")
         self._follow_rules()
-        self._write(training=True)
+        self.write()
 
     def _check_fingerprint(self, saved: object) -> None:
         """Raise where a state is of other schedules, layers or gates."""
@@ -346,13 +349,10 @@ class PrecisionController:
 
     def remove(self) -> None:
         """Let go of the model: hooks and gates go, and every layer has its recipe's bits again."""
-        for handle in self._handles:
-            handle.remove()
         if self.gates is not None:
             self.gates.detach()
         for site in self.sites():
-            site.controller = None
-            site.bits.copy_(site.bits.new_tensor([fmt.bits for _, _, fmt in site.formats()]))
+            site.follow_recipe()
         self._layers = []
 
     def __str__(self) -> str:
@@ -479,29 +479,34 @@ class PrecisionController:
         }
 
     def _attach(self, model: nn.Module) -> None:
-        for site in self.sites():
-            site.controller = self
+        release(model)  # of what a copy has left of another controller
+        self._take()
         if self.gates is not None:
             parameter = next(model.parameters(), None)
             self.gates.to("cpu" if parameter is None else parameter.device)
-        self._handles: list[Any] = [model.register_forward_pre_hook(self._before_forward)]
-        self._handles += [] if self.gates is None else self.gates.attach(model)
+            self.gates.attach(model)
         self._follow_rules()
-        self._write(training=True)
+        self.write()
+
+    def _take(self) -> None:
+        """Be the controller of its sites."""
+        for site in self.sites():
+            site.controller, site.lost_controller = self, False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of model and controller together is of both: the copied sites have the copied controller."""
+        self.__dict__.update(state)
+        self._take()
 
     # Running.
 
-    @runs_eagerly
-    def _before_forward(self, model: nn.Module, _args: object) -> None:
-        """Set the bits of this forward, whatever wrote them since the last one."""
-        if is_recomputing() or not self._layers:
-            return
-        if model.training and self.total_steps is not None and self._step >= self.total_steps:
+    def check_forward(self) -> None:
+        """Raise where no training forward may begin: the schedule is over."""
+        if self.total_steps is not None and self._step >= self.total_steps:
             raise UsageError(
                 f"a training forward after the last of total_steps={self.total_steps} steps: give the schedule as many "
                 "total_steps as the run has, or call model.eval() to evaluate"
             )
-        self._write(training=model.training)
 
     def _now(self, source: Source | None) -> int | None:
         if source is None:
@@ -530,15 +535,16 @@ class PrecisionController:
             forward = self._live(layer.forward).max_bits if own else int(self._eval_bits)
         return forward, self._backward_now(layer.forward, layer.backward)
 
-    def _write(self, *, training: bool) -> None:
-        now: dict[tuple[int, int, bool], tuple[int | None, int | None]] = {}
+    def write(self) -> None:
+        """Set the bits of the step that comes next and of an evaluation before it, whatever wrote them since."""
+        now: dict[tuple[int, int, bool], tuple[_Widths, _Widths]] = {}
         for layer in self._layers:
             key = (id(layer.forward), id(layer.backward), layer.has_rule)
             if key not in now:
-                now[key] = self._present(layer, training=training)
-            values = torch.tensor(layer.values(*now[key]), dtype=torch.int64, device="cpu")
+                now[key] = self._present(layer, training=True), self._present(layer, training=False)
+            training, evaluation = now[key]
             for site in layer.sites:
-                site.bits.copy_(values)
+                site.set_bits(layer.values(*training), layer.values(*evaluation))
 
     def _feed(self, loss: Tensor | float | None) -> None:
         """Show the loss to the rules that follow it, the same number on every rank."""

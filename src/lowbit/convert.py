@@ -25,6 +25,7 @@ from lowbit.errors import UsageError, unknown
 from lowbit.formats import Format, Integer, check_width
 from lowbit.kernels import native_instruction_sets
 from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS
+from lowbit.nn.gate import release
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.norm import FusedSequential, has_fused_pair
 from lowbit.nn.site import Clock, Site
@@ -262,7 +263,7 @@ def convert_(
                 layer.attach(name=plan.name, recipe=plan.recipe, clock=clock, engine=choices[plan.name].engine)
                 layer.site.train(layer.training)
     if clock.sites:
-        model.register_forward_pre_hook(clock.advance)
+        clock.attach(model)
         for module in model.modules():
             _forbid_bypass(module)
             if has_fused_pair(module):
@@ -689,8 +690,10 @@ def _forbid_bypass(module: nn.Module) -> None:
 def _remove_hooks(module: nn.Module) -> None:
     for key, hook in list(module._forward_pre_hooks.items()):
         owner = getattr(hook, "__self__", None)
-        if hook is _call_my_layers or (isinstance(owner, Clock) and not owner.sites):
+        if hook is _call_my_layers:
             del module._forward_pre_hooks[key]
+        elif isinstance(owner, Clock) and not owner.sites:
+            owner.detach(module)
     if "_lowbit_nested" in module.__dict__:
         module.use_nested_tensor = module.__dict__.pop("_lowbit_nested")
 
@@ -705,7 +708,8 @@ def restore_(model: nn.Module) -> None:
     layers = [m for m in model.modules() if isinstance(m, QuantLayer)]
     if not layers:
         raise UsageError("restore_: nothing in this model is converted")
-    _remove_controllers(layers)
+    _check_controllers(layers)
+    release(model)
     for layer in layers:
         if type(layer) not in _PLAIN_TYPES:
             raise UsageError(
@@ -726,8 +730,8 @@ def restore_(model: nn.Module) -> None:
             container.__class__ = nn.Sequential
 
 
-def _remove_controllers(layers: list[QuantLayer]) -> None:
-    """Let the controllers of these layers go; one that also controls other layers refuses."""
+def _check_controllers(layers: list[QuantLayer]) -> None:
+    """Raise where a controller of these layers also controls others."""
     sites = [site for layer in layers for site in layer.sites()]
     controllers = list({id(s.controller): s.controller for s in sites if s.controller is not None}.values())
     for controller in controllers:
@@ -736,8 +740,6 @@ def _remove_controllers(layers: list[QuantLayer]) -> None:
                 f"restore_: a PrecisionController of these layers also controls {others[0]!r}, which would stay "
                 "converted: call its remove() first"
             )
-    for controller in controllers:
-        controller.remove()
 
 
 def clocks(model: nn.Module) -> list[Clock]:
@@ -822,8 +824,11 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
             entry = saved["sites"][site.name]
             site.engine = entry["engine"]
             site.uses = entry["uses"]
-            site.bits.copy_(entry["bits"])
+            site.set_bits(entry["bits"].tolist(), entry["bits"].tolist())
             site.running_range.copy_(entry["running_range"])
+        for controller in {id(site.controller): site.controller for site in clock.sites}.values():
+            if controller is not None:
+                controller.write()
 
 
 def _check_group(clock: Clock, saved: Any) -> None:

@@ -450,7 +450,7 @@ def _layers_of(model: nn.Module) -> dict[tuple[object, str], str]:
 
 def _widths_of_grad_input(site: Site) -> tuple[int, int]:
     """The widths that the gradient of a layer's input has now, whether it runs or not."""
-    setting = Setting(recipe=site.recipe, bits=site.bits)
+    setting = Setting(recipe=site.recipe, bits=site.widths())
     return (
         products.bits_of(setting, "grad_input", "grad_output"),
         products.bits_of(setting, "grad_input", "weight"),

@@ -16,6 +16,7 @@ from lowbit.errors import RunError, UsageError
 from lowbit.formats import Integer, check_bits
 from lowbit.ledger import Ledger, Program
 from lowbit.meter import Meter, layer_names
+from lowbit.nn.gate import release
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site
 from lowbit.recipe import SLOTS, Recipe
@@ -106,6 +107,12 @@ class _Planned:
         """Every site of the model."""
         return self._sites
 
+    def check_forward(self) -> None:
+        """Any forward may begin."""
+
+    def write(self) -> None:
+        """Nothing: the plan writes bits between its steps."""
+
     def remove(self) -> None:
         """Let go of all of them."""
         for site in self._sites:
@@ -114,10 +121,8 @@ class _Planned:
 
 def _take_over(model: nn.Module) -> None:
     """Put the plan in the place of a model's controllers, gates included: it writes the bits of each step."""
+    release(model)
     sites = [site for layer in model.modules() if isinstance(layer, QuantLayer) for site in layer.sites()]
-    for controller in {id(site.controller): site.controller for site in sites}.values():
-        if controller is not None:
-            controller.remove()
     planned = _Planned(sites)
     for site in sites:
         site.controller = planned

@@ -21,6 +21,7 @@ from lowbit.errors import UsageError
 from lowbit.formats import Integer, check_bits
 from lowbit.ledger import OPERANDS, Total, per_layer
 from lowbit.meter import Meter
+from lowbit.nn.gate import release
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site
 from lowbit.products import ProductRun
@@ -297,10 +298,8 @@ def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, *, bits: Sequenc
 
 def _static(model: nn.Module) -> nn.Module:
     """The model without its controllers, each layer at the bits of its recipe, which changes them no more."""
+    release(model)
     sites = [site for layer in model.modules() if isinstance(layer, QuantLayer) for site in layer.sites()]
-    for controller in {id(site.controller): site.controller for site in sites}.values():
-        if controller is not None:
-            controller.remove()
     for site in sites:
         site.recipe = site.recipe.replace(schedule=None, gates=None, depthwise=None)
     return model

@@ -6,6 +6,7 @@ Notation: B samples, n blocks, K choices, p probabilities ``(B, K)``, m MACs of 
 Source: Fu et al. 2020, FracTrain, arXiv:2012.13113, section 3.2; sizes, mixing and sign rule as in the authors' code.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from lowbit.checks import check_keys, shown
 from lowbit.errors import UsageError
 from lowbit.formats import Zero, check_bits
+from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site, is_recomputing, runs_eagerly
 from lowbit.products import ProductCall, Samples, counted_by
 from lowbit.recipe import Gating
@@ -107,6 +109,26 @@ class Block:
     channels_last: bool
 
 
+class _Forward(threading.local):
+    """What gates remember of the forward that runs in a thread, or of its latest one; a copy begins with nothing.
+
+    Attributes:
+        masks: by block, of the latest training forward.
+        counts: how many samples took each choice, by block.
+        state: of the LSTM, after the block before.
+        inside: whether the gated model's forward runs.
+    """
+
+    def __init__(self) -> None:
+        self.masks: dict[int, Tensor] = {}
+        self.counts: dict[int, Tensor] = {}
+        self.state: tuple[Tensor, Tensor] | None = None
+        self.inside = False
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
 class _GatedBlock(nn.Module):
     """A block that asks its gates before it runs; `Gates.attach` changes the class of the plain block to this."""
 
@@ -155,10 +177,8 @@ class Gates(nn.Module):
         self.register_buffer("sizes", torch.zeros(len(blocks), dtype=torch.float64, device="cpu"))
         self.register_buffer("costs", self.sizes.new_zeros(len(blocks), len(gating.choices)))
         self.target = gating.targets[0]
-        self._masks: dict[int, Tensor] = {}
-        self._counts: dict[int, Tensor] = {}
-        self._state: tuple[Tensor, Tensor] | None = None
-        self._inside = False
+        self._now = _Forward()
+        self._handles: list[Any] = []
         self._last_cost: float | None = None
 
     def _check_choices(self) -> None:
@@ -206,7 +226,7 @@ class Gates(nn.Module):
     def histogram(self) -> Tensor:
         """How many samples took each choice in the latest forward: int64 ``(n, K)``."""
         none = torch.zeros(len(self.choices), dtype=torch.int64, device="cpu")
-        return torch.stack([self._counts.get(i, none) for i in range(len(self._blocks))])
+        return torch.stack([self._now.counts.get(i, none) for i in range(len(self._blocks))])
 
     @property
     def cost(self) -> float | None:
@@ -223,23 +243,23 @@ class Gates(nn.Module):
         Raises:
             UsageError: no training forward ran since the last call.
         """
-        if len(self._masks) < len(self._blocks):
-            missing = [block.name for i, block in enumerate(self._blocks) if i not in self._masks]
+        if len(self._now.masks) < len(self._blocks):
+            missing = [block.name for i, block in enumerate(self._blocks) if i not in self._now.masks]
             raise UsageError(
                 f"penalty() without a training forward of block {missing[0]!r} before it: call it once after each "
                 "model(x) in training mode; a block that the model does not always run cannot be gated"
             )
-        masks = torch.stack([self._masks[i] for i in range(len(self._blocks))])
+        masks = torch.stack([self._now.masks[i] for i in range(len(self._blocks))])
         unit = self.sizes.mean() if self._gating.weighting == "macs" else self.sizes.unsqueeze(1)
         total = (masks * (self.costs / unit).to(masks).unsqueeze(1)).sum()
         self._last_cost = 100 * total.item() / (3 * masks.shape[0] * masks.shape[1])
-        self._masks = {}
+        self._now.masks = {}
         gating = self._gating
         sign = direction(self._last_cost, target=self.target, band=gating.band, inside=gating.inside)
         penalty: Tensor = sign * gating.strength * total
         return penalty
 
-    def attach(self, model: nn.Module) -> list[Any]:
+    def attach(self, model: nn.Module) -> None:
         """Change the class of each block to its gated twin; the hooks on `model` begin and end each forward."""
         for index, block in enumerate(self._blocks):
             plain: Any = block.module
@@ -247,13 +267,15 @@ class Gates(nn.Module):
             plain.__dict__["_lowbit_gates"] = (self, index)
             for site in block.gated:
                 site.gated = True
-        return [
+        self._handles = [
             model.register_forward_pre_hook(self._begin),
             model.register_forward_hook(self._end, always_call=True),
         ]
 
     def detach(self) -> None:
         """Make every block plain again."""
+        for handle in self._handles:
+            handle.remove()
         for block in self._blocks:
             module: Any = block.module
             module.__class__ = type(block.module).__mro__[2]
@@ -265,15 +287,15 @@ class Gates(nn.Module):
     def _begin(self, model: nn.Module, _args: object) -> None:
         if is_recomputing():
             return
-        self._state, self._inside = None, True
-        self._counts = {}
+        self._now.state, self._now.inside = None, True
+        self._now.counts = {}
         if model.training:
-            self._masks = {}
+            self._now.masks = {}
 
     @runs_eagerly
     def _end(self, *_: object) -> None:
         if not is_recomputing():
-            self._state, self._inside = None, False
+            self._now.state, self._now.inside = None, False
 
     @runs_eagerly
     def run(self, index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -284,9 +306,9 @@ class Gates(nn.Module):
                 f"{block.name}: gradient checkpointing runs a gated block again, which would choose again from the "
                 "state of another block. Checkpoint inside none and around none of the gated blocks"
             )
-        if not self._inside:
+        if not self._now.inside:
             raise RuntimeError(f"{block.name}: a gated block runs only within the forward of the model it is gated in")
-        if index in self._counts:
+        if index in self._now.counts:
             raise RuntimeError(f"{block.name}: this gated block runs twice in one forward, and a block has one gate")
         x = args[0] if args else None
         if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[-1 if block.channels_last else 1] != block.inputs:
@@ -298,7 +320,7 @@ class Gates(nn.Module):
             )
         mask = self._decide(index, x)
         choice = mask.argmax(1)
-        self._counts[index] = torch.bincount(choice, minlength=len(self.choices)).cpu()
+        self._now.counts[index] = torch.bincount(choice, minlength=len(self.choices)).cpu()
         mixes_outputs = self._gating.mixing == "output" and block.module.training
         if (mixes_outputs or SKIP in self.choices) and (len(args) > 1 or kwargs):
             raise UsageError(
@@ -322,9 +344,9 @@ class Gates(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             features = self.heads[index](pooled(x, channels_last=self._blocks[index].channels_last))
             mask: Tensor
-            mask, self._state = self.gate(features, self._state)
+            mask, self._now.state = self.gate(features, self._now.state)
         if self._blocks[index].module.training:
-            self._masks[index] = mask
+            self._now.masks[index] = mask
         return mask
 
     def _way_past(self, block: Block) -> Callable[[Tensor], Tensor] | None:
@@ -336,7 +358,7 @@ class Gates(nn.Module):
         def past(x: Tensor) -> Tensor:
             for site in block.gated:
                 site.samples = Samples(
-                    choice=torch.zeros(len(x), dtype=torch.int64, device=x.device), bits=(site.bits.clone(),)
+                    choice=torch.zeros(len(x), dtype=torch.int64, device=x.device), bits=(site.widths().clone(),)
                 )
             try:
                 y: Tensor = path(x)
@@ -413,8 +435,26 @@ class Gates(nn.Module):
         if pair == SKIP:
             path = _shortcut(block.module)
             on_path = set() if path is None else set(path.modules())
-            return sum(m * products_cost(site.bits) for site, m in macs.items() if site in on_path)
-        return sum(m * products_cost(_bits_at(site, pair) if site.gated else site.bits) for site, m in macs.items())
+            return sum(m * products_cost(site.widths()) for site, m in macs.items() if site in on_path)
+        return sum(m * products_cost(_bits_at(site, pair) if site.gated else site.widths()) for site, m in macs.items())
+
+
+def release(model: nn.Module) -> None:
+    """Take controllers off a model, and what a copy of a controlled one has left of them; bits are the recipes'."""
+    sites = [site for layer in model.modules() if isinstance(layer, QuantLayer) for site in layer.sites()]
+    for controller in {id(site.controller): site.controller for site in sites}.values():
+        if controller is not None:
+            controller.remove()
+    for gates in {id(owner): owner for m in model.modules() if (owner := gates_of(m)) is not None}.values():
+        gates.detach()
+    for site in sites:
+        site.follow_recipe()
+
+
+def gates_of(module: nn.Module) -> Gates | None:
+    """The gates that choose the bits of this block; None for any other module."""
+    gates: Gates | None = module.__dict__.get("_lowbit_gates", (None,))[0]
+    return gates
 
 
 def products_cost(bits: Tensor | None) -> float:
@@ -432,7 +472,7 @@ def _bits_at(site: Site, pair: tuple[int, int]) -> Tensor | None:
     """The site's bits with those of a choice; None for the choice that skips."""
     if pair == SKIP:
         return None
-    bits = site.bits.clone()
+    bits = site.widths().clone()
     bits[list(site.slots("input"))] = pair[0]
     bits[list(site.slots("grad_output"))] = pair[1]
     return bits

@@ -54,8 +54,10 @@ class SeveralProducts(QuantLayer):
         """Give each product its own site, named after the layer and the product."""
         self.site = nn.ModuleDict(
             {
-                part: product_site(name=f"{name}.{part}" if name else part, recipe=recipe, clock=clock, engine=engine)
-                for part in self.site_names()
+                part: product_site(
+                    name=f"{name}.{part}" if name else part, recipe=recipe, clock=clock, engine=engine, leads=i == 0
+                )
+                for i, part in enumerate(self.site_names())
             }
         )
 

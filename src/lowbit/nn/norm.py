@@ -553,7 +553,7 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
                 norm=self.norm,
                 eps=self.eps,
                 noise=self.site.noise(),
-                bits=self.site.bits.clone(),
+                bits=self.site.widths().clone(),
                 input_range=self.site.input_range(input),
                 layer=self.site.name,
                 engine=self.site.engine,

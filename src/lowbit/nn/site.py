@@ -3,6 +3,7 @@
 A converted model has one `Clock` (seed and step), shared by all its sites.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -23,11 +24,30 @@ from lowbit.rounding import CounterNoise, step_key
 runs_eagerly = _disable_dynamo
 
 
+class PerThread(threading.local):
+    """What each thread that runs a model keeps apart; a copy of the model begins with nothing.
+
+    Attributes:
+        inside: whether a training forward of the converted model runs in this thread.
+        samples: what a gate chose for the forward of a site that runs in this thread.
+    """
+
+    inside: bool = False
+    samples: Samples | None = None
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
 class Clock:
     """Seed and step of a converted model: what all its noise is made from.
 
-    `advance` is the model's forward pre-hook. It counts training forwards and starts the use numbers of all
-    sites anew, so that a layer that runs twice in a step draws two different fields.
+    A training forward of the model, the module that was converted, is a step; hooks on it tell where one begins and
+    ends. Where only parts of the model are called, nothing tells. Then a step begins with the first layer that already
+    ran in the last one, so that whatever repeats has other noise. Evaluation is no step and changes nothing here.
+
+    Each step starts the use numbers of all sites anew, so that a layer that runs twice in a step draws two different
+    fields.
 
     Args:
         seed: the seed of all noise.
@@ -38,7 +58,21 @@ class Clock:
         self.seed = seed
         self.free = free
         self.sites: list[Site] = []
+        self.here = PerThread()
+        self.of_parts = False
         self.set_step(0)
+
+    def attach(self, model: nn.Module) -> None:
+        """Hear of the forwards of the model that was converted."""
+        model.register_forward_pre_hook(self.advance)
+        model.register_forward_hook(self.leave, always_call=True)
+
+    def detach(self, module: nn.Module) -> None:
+        """Take the hooks of `attach` off."""
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
 
     def set_step(self, step: int) -> None:
         """Set the number of training forwards done."""
@@ -55,25 +89,45 @@ class Clock:
         if is_recomputing():
             return
         if not self.sites:  # every layer was restored on its own
-            for key in [key for key, hook in module._forward_pre_hooks.items() if hook == self.advance]:
-                del module._forward_pre_hooks[key]
+            self.detach(module)
             return
+        self.here.inside = False
         if module.training:
-            self._check_controlled()
-            # New tensors, not in place: a backward that is still to come keeps the noise of its own forward.
-            self._begin_step(self.step + 1)
+            self.next_step()
+            self.here.inside = True
+
+    @runs_eagerly
+    def leave(self, *_: object) -> None:
+        """End a forward of the converted model, also one that raised."""
+        if not is_recomputing():
+            self.here.inside = False
+
+    def next_step(self, *, of_parts: bool = False) -> None:
+        """Begin a step; `of_parts`: outside of the converted model's forward."""
+        self._check_controlled()
+        self.of_parts = of_parts
+        # New tensors, not in place: a backward that is still to come keeps the noise of its own forward.
+        self._begin_step(self.step + 1)
         for site in self.sites:
             site.uses = 0
 
     def _check_controlled(self) -> None:
-        """Raise where a recipe's bits should change over the run and nothing changes them."""
+        """Raise where bits should change over the run and nothing changes them, or nothing any more."""
         for site in self.sites:
-            if site.recipe.is_dynamic and site.controller is None:
-                raise UsageError(
-                    f"{site.name or 'the model'}: the bits of recipe {site.recipe.name!r} change during training, and "
-                    "no controller is attached: make one with lowbit.PrecisionController.from_recipe(model, "
-                    "total_steps=...) and call its step(loss) after each step"
+            if site.controller is None and (site.recipe.is_dynamic or site.lost_controller):
+                why = (
+                    "this model is a copy of one whose bits a PrecisionController sets, or was loaded from its state"
+                    if site.lost_controller
+                    else f"the bits of recipe {site.recipe.name!r} change during training"
                 )
+                raise UsageError(
+                    f"{site.name or 'the model'}: {why}, and no controller is attached: make one with "
+                    "lowbit.PrecisionController.from_recipe(model, total_steps=...), or with a schedule of your own, "
+                    "and call its step(loss) after each step"
+                )
+        for controller in {id(site.controller): site.controller for site in self.sites}.values():
+            if controller is not None:
+                controller.check_forward()
 
 
 def rank_of_process() -> int:
@@ -86,6 +140,12 @@ class Controller(Protocol):
 
     def sites(self) -> "list[Site]":
         """Every site that it writes."""
+
+    def check_forward(self) -> None:
+        """Raise where no training forward may begin."""
+
+    def write(self) -> None:
+        """Set the bits of its sites, whatever wrote them since."""
 
     def remove(self) -> None:
         """Let go of all of them."""
@@ -109,18 +169,30 @@ class Site(nn.Module):
         bits: the width of each operand, in the order that the layer gives them meaning. Operands of one format in
             several products have one width: the first.
         engine: how products are executed.
+        leads: whether this is the first product of its layer, which runs once in each of the layer's forwards.
 
     Attributes:
-        controller: what writes the bits during training; None: they stay.
+        bits: the widths in training.
+        evaluation_bits: those in evaluation mode.
+        controller: what writes both; None: they stay.
+        lost_controller: whether this is a copy of a site that has a controller; a copy has none.
         gated: whether a gate chooses the bits for each sample.
-        samples: what it chose for the forward that runs now.
     """
 
     bits: Tensor
+    evaluation_bits: Tensor
     running_range: Tensor
 
     def __init__(
-        self, *, name: str, recipe: Recipe, clock: Clock, input_format: Format, bits: list[int], engine: str
+        self,
+        *,
+        name: str,
+        recipe: Recipe,
+        clock: Clock,
+        input_format: Format,
+        bits: list[int],
+        engine: str,
+        leads: bool = True,
     ) -> None:
         super().__init__()
         self.name = name
@@ -128,25 +200,73 @@ class Site(nn.Module):
         self.clock = clock
         self.input_format = input_format
         self.engine = engine
+        self.leads = leads
         self.uses = 0
         self.controller: Controller | None = None
+        self.lost_controller = False
         self.gated = False
-        self.samples: Samples | None = None
-        self.register_buffer("bits", torch.tensor(bits, dtype=torch.int64, device="cpu"), persistent=False)
+        self.here = PerThread()
+        for buffer in ("bits", "evaluation_bits"):
+            self.register_buffer(buffer, torch.tensor(bits, dtype=torch.int64, device="cpu"), persistent=False)
         self.register_buffer("running_range", new_running_range(), persistent=False)
         clock.sites.append(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is of the model alone: whoever sets the bits of this one would never be told of the copy's steps."""
+        return {
+            **self.__dict__,
+            "controller": None,
+            "lost_controller": self.lost_controller or self.controller is not None,
+        }
+
+    @property
+    def samples(self) -> Samples | None:
+        """What a gate chose for the forward that runs now, in this thread."""
+        return self.here.samples
+
+    @samples.setter
+    def samples(self, chosen: Samples | None) -> None:
+        self.here.samples = chosen
+
+    def widths(self) -> Tensor:
+        """The bits of a forward in the mode that the layer is in; not to be changed."""
+        return self.bits if self.training else self.evaluation_bits
+
+    def set_bits(self, bits: list[int], evaluation_bits: list[int]) -> None:
+        """Write both in place, so that nothing is compiled again."""
+        self.bits.copy_(self.bits.new_tensor(bits))
+        self.evaluation_bits.copy_(self.evaluation_bits.new_tensor(evaluation_bits))
+
+    def follow_recipe(self) -> None:
+        """Have no controller, and the recipe's bits."""
+        self.controller, self.lost_controller = None, False
+        own = [fmt.bits for _, _, fmt in self.formats()]
+        self.set_bits(own, own)
+
     def noise(self) -> CounterNoise:
         """The noise of this use of the layer; a recomputed forward draws what the first one drew."""
-        if not is_recomputing():
-            self.uses += 1
-        elif self.uses > 1 and (self.recipe.output.input.stochastic or self.recipe.output.weight.stochastic):
+        if is_recomputing():
+            self._check_recomputed()
+            return CounterNoise(key=self.clock.key, layer=self.name)
+        inside = self.clock.here.inside
+        if not (inside or self.training):  # an evaluation changes nothing, so that several threads can evaluate
+            return CounterNoise(key=self.clock.key, layer=self.name)
+        if not inside and self.leads and (self.uses or not self.clock.step):
+            self.clock.next_step(of_parts=True)
+        self.uses += 1
+        return CounterNoise(key=self.clock.key, layer=self.name, use=self.uses - 1)
+
+    def _check_recomputed(self) -> None:
+        """Raise where the forward is stochastic and which of several runs is run again cannot be known."""
+        if not (self.recipe.output.input.stochastic or self.recipe.output.weight.stochastic):
+            return
+        if self.uses > 1 or (self.training and self.clock.of_parts):
+            when = "outside of the converted model's forward" if self.uses <= 1 else f"{self.uses} times in this step"
             raise RuntimeError(
-                f"{self.name}: gradient checkpointing runs again a layer that ran {self.uses} times in this step, "
-                "and stochastic rounding in its forward cannot know which run this is. Checkpoint other layers, or "
-                "convert one layer per use"
+                f"{self.name}: gradient checkpointing runs again a layer that ran {when}, and stochastic rounding in "
+                "its forward cannot know which run this is. Checkpoint other layers, convert one layer per use, or "
+                "convert the module whose forward you call"
             )
-        return CounterNoise(key=self.clock.key, layer=self.name, use=0 if is_recomputing() else self.uses - 1)
 
     def input_range(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The extremes to use for `x`: recorded in training, the running ones in evaluation, None for its own."""
@@ -168,7 +288,7 @@ class Site(nn.Module):
         return Setting(
             recipe=self.recipe,
             noise=self.noise(),
-            bits=self.bits.clone(),  # a backward keeps the bits of its forward
+            bits=self.widths().clone(),  # a backward keeps the bits of its forward
             input_range=self.input_range(x),
             layer=self.name,
             engine=self.engine,
@@ -208,7 +328,15 @@ class Site(nn.Module):
         return super()._apply(lambda t: t if device.type == "meta" else t.to(device), recurse)
 
 
-def product_site(*, name: str, recipe: Recipe, clock: Clock, engine: str) -> Site:
+def product_site(*, name: str, recipe: Recipe, clock: Clock, engine: str, leads: bool = True) -> Site:
     """A site for the three products, with the recipe's own bits in the order of `lowbit.recipe.SLOTS`."""
     bits = [fmt.bits for _, _, fmt in recipe.operands()]
-    return Site(name=name, recipe=recipe, clock=clock, input_format=recipe.output.input, bits=bits, engine=engine)
+    return Site(
+        name=name,
+        recipe=recipe,
+        clock=clock,
+        input_format=recipe.output.input,
+        bits=bits,
+        engine=engine,
+        leads=leads,
+    )

@@ -629,7 +629,7 @@ def _run(
     began = stop.saved = 0 if start is None else start["global_step"]
     if start is None:
         files.write_text(config.out / "conversion.txt", f"{report}\n")
-        proof = _prove(config, loaded, module.model)
+        proof = _prove(config, loaded, module)
         files.write_text(config.out / PROOF, f"{proof.summary()}\n\n{proof}\n")
     if began < module.total_steps:
         (config.out / RESULT).unlink(missing_ok=True)  # of the run before it went on
@@ -752,12 +752,13 @@ def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.opt
     return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
 
 
-def _prove(config: TrainConfig, loaded: data.Data, model: nn.Module) -> lowbit.Proof:
+def _prove(config: TrainConfig, loaded: data.Data, module: _Module) -> lowbit.Proof:
     """What the first step runs, measured on a copy: the run itself is not touched."""
     before = loaded.train.state_dict()
     x, y = next(iter(loaded.train))
     loaded.train.load_state_dict(before)
-    copied = copy.deepcopy(model).train()
+    copied, _controller = copy.deepcopy((module.model, module.controller))
+    copied.train()
     amp = torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp == "bf16")
     with lowbit.verify(copied) as proof:
         with amp:
