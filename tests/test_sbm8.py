@@ -62,6 +62,21 @@ def test_four_values_a_channel_train_like_batch_normalisation(build: type[nn.Mod
 
 
 @pytest.mark.parametrize("engine", ["reference", "auto"])
+def test_a_proof_says_which_rules_the_shape_chose(engine: str) -> None:
+    """Few features a sample and few values a channel are named in the proof; more of both are not."""
+    for size, one_chunk, rule in ((2, True, "tensor"), (16, False, "tensor, sample-mean from 256 values")):
+        model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        lowbit.convert_(model, "sbm8", engine=engine)
+        with lowbit.verify(model) as proof:
+            model(torch.randn(4, 4, size, size, generator=torch.Generator().manual_seed(0))).sum().backward()
+        rows = {(row.layer, row.product): row for row in proof.rows}
+
+        assert rows["1", "output"].kernel.endswith(" (one chunk)") == one_chunk
+        for layer in ("0", "1"):
+            assert rows[layer, "output"].operands["input"].format == f"8-bit integer, {rule}"
+
+
+@pytest.mark.parametrize("engine", ["reference", "auto"])
 def test_one_feature_is_not_clipped(engine: str) -> None:
     """A regression of sin(3x) from x alone ends below a mean squared error of 0.02; the target's variance is 0.5."""
     generator = torch.Generator().manual_seed(0)

@@ -4,6 +4,7 @@ Notation: x real value, q integer code, S scale, z integer zero point, b bits. A
 how it is executed.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -142,6 +143,11 @@ class Integer:
         if self.zero == "symmetric":
             return 1 - 2 ** (self.bits - 1), 2 ** (self.bits - 1) - 1
         return 0, 2**self.bits - 1
+
+    def of_samples(self, size: int) -> "Integer":
+        """The same format as it works on samples of so many values: fewer than `fewest` have the batch's extremes."""
+        small = self.fewest is not None and size < self.fewest
+        return dataclasses.replace(self, range="minmax", fewest=None) if small else self
 
     def __str__(self) -> str:
         shared = f"block {self.block}" if self.block else self.granularity

@@ -425,6 +425,11 @@ class OperandRun:
     grid: Grid | None = None
 
     @property
+    def applied(self) -> Format:
+        """The format as this shape made it: where samples have too few values for their own extremes, without them."""
+        return self.format.of_samples(math.prod(self.view[1:])) if isinstance(self.format, Integer) else self.format
+
+    @property
     def clipped(self) -> float:
         """The share of values more than half a step outside the grid; measured when it is asked for."""
         return 0.0 if self.grid is None else self.grid.clipped(self.exact)

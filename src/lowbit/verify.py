@@ -109,7 +109,7 @@ class OperandProof(_Compared):
     """One operand of one product, over all its calls.
 
     Attributes:
-        format: its format, as text.
+        format: its format, as text, as the shape of the first call made it.
         bits: width of its codes, the smallest of all calls.
         most_bits: the largest.
         elements: number of elements in one call.
@@ -319,7 +319,7 @@ class _Collector:
             proof = row.operands.setdefault(
                 name,
                 OperandProof(
-                    format=str(operand.format),
+                    format=str(operand.applied),
                     bits=operand.bits,
                     elements=operand.exact.numel(),
                     integer=isinstance(operand.format, Integer),

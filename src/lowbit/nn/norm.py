@@ -162,6 +162,8 @@ class NormSetting:
         self, operand: str, x: Tensor, hat: Quantized, engine: str, kernel: str, expected: tuple[str, ...] = ()
     ) -> None:
         """Show observers what became of `x` and what ran on it."""
+        if operand == "input" and 0 < x.numel() // x.shape[1] < 2 * self.norm.fewest_per_chunk and self.norm.chunks > 1:
+            kernel += " (one chunk)"
         with products.inside():
             products.notify(
                 products.ProductRun(
