@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import lowbit
 from lowbit import Recipe, UsageError, products
 from lowbit.kernels import native_instruction_sets
 from lowbit.nn import QuantLayer, QuantLinear
 from lowbit.train.models import GPT, LSTM, MobileNetV2, ResNet
+from lowbit.verify import VerificationError
 
 SBM8 = Recipe.from_name("sbm8")
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
@@ -628,6 +629,150 @@ def _foreign(*, tied: bool = False) -> nn.ModuleDict:
     if tied:
         model["head"].weight = model["tokens"].weight
     return model
+
+
+def _with_norm() -> nn.ModuleDict:
+    """Layers of several kinds that are called in order."""
+    return nn.ModuleDict(
+        {"body": nn.Linear(6, 6), "norm": nn.BatchNorm1d(6), "rnn": nn.LSTM(6, 6), "head": nn.Linear(6, 4)}
+    )
+
+
+class Called(nn.Module):
+    """Calls the parts of a dict one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = _with_norm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All of them."""
+        parts = self.parts
+        y: Tensor = parts["head"](parts["rnn"](parts["norm"](parts["body"](x)))[0])
+        return y
+
+
+def _synchronise(model: Called) -> None:
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def _resize(model: Called) -> None:
+    model.parts["head"] = nn.Linear(6, 9)
+
+
+def _other_rnn(model: Called) -> None:
+    model.parts["rnn"] = nn.LSTM(6, 6)
+
+
+class TestReplaced:
+    """Layers that somebody replaces after the conversion."""
+
+    WAYS: ClassVar = {
+        "synchronised norm": (_synchronise, {"parts.norm": "SyncBatchNorm"}),
+        "resized head": (_resize, {"parts.head": "Linear"}),
+        "other LSTM": (_other_rnn, dict.fromkeys(("parts.rnn.weight_ih_l0", "parts.rnn.weight_hh_l0"), "LSTM")),
+    }
+
+    @staticmethod
+    def _changed(way: str) -> Called:
+        model = Called()
+        lowbit.convert_(model, "sbm8")
+        TestReplaced.WAYS[way][0](model)
+        return model
+
+    @staticmethod
+    def _verify(model: Called) -> lowbit.Proof:
+        with lowbit.verify(model) as proof:
+            model(torch.randn(5, 6)).sum().backward()
+        return proof
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_verify_fails_and_the_next_state_forgets(self, way: str) -> None:
+        """`verify` and the next state name each layer that is gone, and after that nobody speaks of it."""
+        model, gone = self._changed(way), self.WAYS[way][1]
+
+        for name, kind in gone.items():
+            with pytest.raises(VerificationError, match=rf"{re.escape(name)}: .*{kind} stands in its place"):
+                self._verify(model)
+        text = ", ".join(f"{name} (now {kind})" for name, kind in gone.items())
+        with pytest.warns(UserWarning, match=re.escape(f"state_dict: {text}: converted layers that are no longer")):
+            first = lowbit.state_dict(model)
+        assert not first["groups"][0]["sites"].keys() & gone.keys()
+        assert len(first["groups"][0]["sites"]) == 5 - len(gone)
+        assert first["groups"][0]["sites"].keys() == lowbit.state_dict(model)["groups"][0]["sites"].keys()
+        outside = {row.module for row in self._verify(model).outside}
+        assert way != "resized head" or any("head" in module for module in outside)
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_a_copy_knows_too(self, way: str) -> None:
+        """A deep copy misses what its original misses; a copy of a part misses nothing."""
+        model = self._changed(way)
+
+        with pytest.raises(VerificationError, match="in its place"):
+            self._verify(copy.deepcopy(model))
+        assert lowbit.state_dict(copy.deepcopy(model.parts["body"]))["groups"][0]["sites"].keys() == {"parts.body"}
+
+    @pytest.mark.parametrize("way", ["resized head", "other LSTM"])
+    def test_what_replaced_it_can_be_converted(self, way: str) -> None:
+        """With the new layer converted the model is whole again."""
+        model = self._changed(way)
+        lowbit.convert_(model.parts["head" if way == "resized head" else "rnn"], "sbm8", seed=1)
+
+        rows = self._verify(model).rows
+
+        assert {row.layer.split(".")[1] for row in rows} == {"body", "norm", "rnn", "head"}
+        assert [len(group["sites"]) for group in lowbit.state_dict(model)["groups"]] in ([4, 1], [3, 2])
+
+    def test_restored_first_it_is_missed_by_nobody(self) -> None:
+        """A layer that was restored before it is replaced is not reported."""
+        model = Called()
+        lowbit.convert_(model, "sbm8")
+        lowbit.restore_(model.parts["head"])
+        _resize(model)
+
+        self._verify(model)
+        assert len(lowbit.state_dict(model)["groups"][0]["sites"]) == 4
+
+    def test_parametrised_and_pruned_layers_are_still_there(self) -> None:
+        """What wraps the weight of a converted layer does not replace the layer."""
+        model = Called()
+        lowbit.convert_(model, "sbm8")
+        parametrizations.orthogonal(model.parts["body"])
+        prune.l1_unstructured(model.parts["head"], "weight", amount=0.3)
+
+        assert {row.layer.split(".")[1] for row in self._verify(model).rows} == {"body", "norm", "rnn", "head"}
+        assert len(lowbit.state_dict(model)["groups"][0]["sites"]) == 5
+
+    def test_states_of_changed_models_load_into_such(self) -> None:
+        """A state with the layer does not fit a model without it; one that was saved without it does."""
+        whole = Called()
+        lowbit.convert_(whole, "sbm8")
+        model = self._changed("resized head")
+
+        with pytest.raises(UsageError, match=r"first 'parts\.head'"):
+            lowbit.load_state_dict(model, lowbit.state_dict(whole))
+        with pytest.warns(UserWarning, match="now Linear"):
+            state = lowbit.state_dict(self._changed("resized head"))
+        state["groups"][0]["step"] = 7
+        lowbit.load_state_dict(model, state)
+
+        assert int(model.parts["body"].site.clock.step) == 7
+
+    def test_a_part_has_a_state_of_its_own(self) -> None:
+        """The state of a part of a converted model holds its layers, warns of no other, and loads into the part."""
+        model = Called()
+        lowbit.convert_(model, "sbm8")
+        model(torch.randn(5, 6))
+        state = lowbit.state_dict(model.parts["rnn"])
+        other = Called()
+        lowbit.convert_(other, "sbm8")
+        lowbit.load_state_dict(other.parts["rnn"], state)
+
+        ranges = [m.parts["rnn"].sites()[0].running_range for m in (model, other)]
+        assert state["groups"][0]["sites"].keys() == {"parts.rnn.weight_ih_l0", "parts.rnn.weight_hh_l0"}
+        assert torch.equal(*ranges)
+        assert ranges[0][2] == 1
+        assert other.parts["body"].site.running_range[2] == 0
 
 
 class TestShare:

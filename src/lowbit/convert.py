@@ -748,9 +748,44 @@ def clocks(model: nn.Module) -> list[Clock]:
     return list(dict.fromkeys(found))
 
 
+def replaced(model: nn.Module) -> dict[Site, str]:
+    """The sites of layers that were converted with this model and are no longer in it, and what stands there now.
+
+    A layer whose place a converted one has taken is not among them, nor is one of a model that this is a part of.
+    """
+    here = _sites(model)
+    gone: dict[Site, str] = {}
+    for root in model.modules():
+        owners = [getattr(hook, "__self__", None) for hook in root._forward_pre_hooks.values()]
+        for clock in owners:
+            if not isinstance(clock, Clock):
+                continue
+            for site in clock.sites:
+                module = None if site in here else _module_at(root, site.name)
+                if site not in here and not isinstance(module, QuantLayer):
+                    gone[site] = "nothing" if module is None else type(module).__name__
+    return gone
+
+
+def _sites(model: nn.Module) -> dict[Site, QuantLayer]:
+    """The sites of a model and their layers."""
+    return {site: layer for layer in model.modules() if isinstance(layer, QuantLayer) for site in layer.sites()}
+
+
+def _module_at(root: nn.Module, name: str) -> nn.Module | None:
+    """The layer that a site of this name would be of; in a layer of several products the last part is the product's."""
+    modules = dict(root.named_modules(remove_duplicate=False))
+    whole = modules.get(name.rpartition(".")[0])
+    several = isinstance(whole, nn.RNNBase | nn.MultiheadAttention)
+    return whole if several else modules.get(name)
+
+
 @checked
 def state_dict(model: nn.Module) -> dict[str, Any]:
     """Lowbit's own state, apart from `model.state_dict()`: seed, step, recipes, bits, running ranges, engines.
+
+    It holds what is in `model`: of a part of a converted model the layers of that part. Warns of converted layers that
+    were replaced since, names them, and forgets them: no later state has them, and `verify` misses them no more.
 
     Returns:
         Tensors and plain values only, so that it loads with ``torch.load(..., weights_only=True)``.
@@ -761,15 +796,27 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
     groups = clocks(model)
     if not groups:
         raise UsageError("state_dict: nothing in this model is converted; call lowbit.convert_ first")
-    return {"version": 1, "groups": [_state_of(clock) for clock in groups]}
+    if gone := replaced(model):
+        now = ", ".join(f"{site.name or 'the model'} (now {kind})" for site, kind in gone.items())
+        warnings.warn(
+            f"state_dict: {now}: converted layers that are no longer in the model are not saved, and are forgotten. "
+            "What stands there now runs in the precision it has; lowbit.convert_(layer, recipe) converts it. restore_ "
+            "a layer before you replace it",
+            UserWarning,
+            stacklevel=3,
+        )
+        for site in gone:
+            site.clock.sites.remove(site)
+    here = _sites(model)
+    return {"version": 1, "groups": [_state_of(clock, here) for clock in groups]}
 
 
 # What is saved of a site.
 _SITE = ("recipe", "formats", "engine", "uses", "bits", "running_range")
 
 
-def _state_of(clock: Clock) -> dict[str, Any]:
-    """The part of `state_dict` that one conversion has."""
+def _state_of(clock: Clock, here: Mapping[Site, QuantLayer]) -> dict[str, Any]:
+    """The part of `state_dict` that one conversion has, of the sites that are here."""
     return {
         "seed": clock.seed,
         "step": int(clock.step),
@@ -782,9 +829,14 @@ def _state_of(clock: Clock) -> dict[str, Any]:
                 "bits": site.bits.detach().cpu().clone(),
                 "running_range": site.running_range.detach().cpu().clone(),
             }
-            for site in clock.sites
+            for site in _of(clock, here)
         },
     }
+
+
+def _of(clock: Clock, here: Mapping[Site, QuantLayer]) -> list[Site]:
+    """The sites of a clock that are here, in the order of the conversion."""
+    return [site for site in clock.sites if site in here]
 
 
 def _fingerprint(recipe: Recipe) -> int:
@@ -810,28 +862,28 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     if not isinstance(state["groups"], list) or len(groups) != len(state["groups"]):
         saved = len(state["groups"]) if isinstance(state["groups"], list) else shown(state["groups"])
         raise UsageError(f"load_state_dict: {saved} conversions saved, the model has {len(groups)}")
-    layers = {site: m for m in model.modules() if isinstance(m, QuantLayer) for site in m.sites()}
+    here = _sites(model)
     for clock, saved in zip(groups, state["groups"], strict=True):
-        _check_group(clock, saved)
-        for site in clock.sites:
+        _check_group(clock, here, saved)
+        for site in _of(clock, here):
             _check_site(site, saved["sites"][site.name])
         if clock.free:
-            _check_engines(clock, saved["sites"], layers)
+            _check_engines(clock, saved["sites"], here)
     for clock, saved in zip(groups, state["groups"], strict=True):
         clock.seed = saved["seed"]
         clock.set_step(saved["step"])
-        for site in clock.sites:
+        for site in _of(clock, here):
             entry = saved["sites"][site.name]
             site.engine = entry["engine"]
             site.uses = entry["uses"]
             site.set_bits(entry["bits"].tolist(), entry["bits"].tolist())
             site.running_range.copy_(entry["running_range"])
-        for controller in {id(site.controller): site.controller for site in clock.sites}.values():
+        for controller in {id(site.controller): site.controller for site in _of(clock, here)}.values():
             if controller is not None:
                 controller.write()
 
 
-def _check_group(clock: Clock, saved: Any) -> None:
+def _check_group(clock: Clock, here: Mapping[Site, QuantLayer], saved: Any) -> None:
     """Raise unless a saved group has a seed, a step, and the sites of this clock, with the same recipes and engines.
 
     A clock that is free in its engines takes any.
@@ -842,14 +894,13 @@ def _check_group(clock: Clock, saved: Any) -> None:
     if not isinstance(saved["sites"], dict):
         raise UsageError(f"load_state_dict: sites is {shown(saved['sites'])}: expected a dict by the layers' names")
     there = {name: _identity(entry, clock) for name, entry in saved["sites"].items()}
-    own = _state_of(clock)["sites"]
-    here = {name: _identity(entry, clock) for name, entry in own.items()}
-    different = [name for name in dict.fromkeys([*here, *there]) if here.get(name) != there.get(name)]
+    own = {name: _identity(entry, clock) for name, entry in _state_of(clock, here)["sites"].items()}
+    different = [name for name in dict.fromkeys([*own, *there]) if own.get(name) != there.get(name)]
     if different:
         name = different[0]
         raise UsageError(
             f"load_state_dict: {len(different)} layers differ, first {shown(name)}: saved {there.get(name, 'none')}, "
-            f"here {here.get(name, 'none')}. Convert the same model in the same way first"
+            f"here {own.get(name, 'none')}. Convert the same model in the same way first"
         )
 
 
@@ -886,9 +937,9 @@ def _check_site(site: Site, entry: dict[str, Any]) -> None:
         )
 
 
-def _check_engines(clock: Clock, saved: dict[str, Any], layers: dict[Site, QuantLayer]) -> None:
+def _check_engines(clock: Clock, saved: dict[str, Any], layers: Mapping[Site, QuantLayer]) -> None:
     """Raise where a layer of this clock cannot run on the engine that was saved for it."""
-    for site in clock.sites:
+    for site in _of(clock, layers):
         engine = saved[site.name]["engine"]
         if engine == "int8" and engine != site.engine and (why := _why_refused(layers[site], site.recipe)):
             raise UsageError(

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lowbit import products
 from lowbit.callstack import Callstack
-from lowbit.convert import plain_type
+from lowbit.convert import plain_type, replaced
 from lowbit.errors import RunError, UsageError
 from lowbit.formats import Integer
 from lowbit.nn.layers import QuantLayer
@@ -472,6 +472,15 @@ def name_of_source(model: nn.Module) -> Callable[[object], str | None]:
     return name_of
 
 
+def _replaced(model: nn.Module) -> Iterator[str]:
+    """A sentence for each converted layer that is no longer in the model."""
+    for site, kind in replaced(model).items():
+        yield (
+            f"{site.name or 'the model'}: this layer was converted, and {kind} stands in its place now. Convert what "
+            "runs there with lowbit.convert_(layer, recipe), or let the next lowbit.state_dict(model) forget the layer"
+        )
+
+
 def _by_layer(rows: dict[tuple[str, str], ProofRow]) -> list[ProofRow]:
     """Layers in the order they first ran, each with its products together."""
     layers = list(dict.fromkeys(layer for layer, _ in rows))
@@ -495,7 +504,8 @@ def verify(model: nn.Module) -> Iterator[Proof]:
     Raises:
         UsageError: nothing in the model is converted.
         VerificationError: at the end of the context, where a converted layer's quantisers did not run, or where a
-            nonzero product with an operand off its grid equals the full-precision product exactly.
+            nonzero product with an operand off its grid equals the full-precision product exactly, or where a
+            converted layer was replaced by one that is not.
     """
     if not any(isinstance(m, QuantLayer) for m in model.modules()):
         raise UsageError("verify: nothing in this model is converted; call lowbit.convert_ first")
@@ -507,7 +517,7 @@ def verify(model: nn.Module) -> Iterator[Proof]:
     for row in outside.rows.values():
         row.share = None if row.macs is None else row.macs / max(total, 1)
         proof.outside.append(row)
-    failures = [*collector.failures, *collector.missing(model)]
+    failures = [*collector.failures, *collector.missing(model), *_replaced(model)]
     if failures:
         more = f" (and {len(failures) - 5} more)" if len(failures) > 5 else ""
         raise VerificationError("verify: " + "; ".join(failures[:5]) + more)
