@@ -370,7 +370,7 @@ class TestCommand:
             (["--kernels", "--calibrate"], "give either"),
             (["--kernels", "--works", "tiny"], "--works choose what training steps to time, and --kernels times none"),
             (["--calibrate", "--variants", "fp32", "--compile"], "--variants, --compile choose"),
-            (["--threads", "0"], "--threads must be at least 1, got 0"),
+            (["--threads", "0"], "--threads must be 1 to 1024, got 0"),
             (["--rounds", "0"], "rounds must be at least 1, got 0"),
             (["--kernels", "--rounds", "0"], "rounds must be at least 1, got 0"),
         ],

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import UsageError
-from lowbit.checks import check_fields, check_keys, check_type, check_whole, checked, fits, in_words, is_finite, shown
+from lowbit.checks import check_fields, check_keys, check_type, check_whole, checked, fits, in_words, is_finite
+from lowbit.errors import shown
 from lowbit.schedules import Constant, Schedule
 
 

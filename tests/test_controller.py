@@ -246,8 +246,8 @@ def test_gradient_accumulation_stays_at_one_step() -> None:
     ("arguments", "message"),
     [
         ({}, "nothing to set"),
-        ({"forward": "cyclic"}, r"forward='cyclic'.*number of bits, a schedule"),
-        ({"forward": True}, "bits=True"),
+        ({"forward": "cyclic"}, r"forward='cyclic': give a Schedule, a Rule, a whole number or None"),
+        ({"forward": True}, "forward=True: give a Schedule"),
         ({"forward": 0}, "bits=0"),
         (
             {

@@ -349,7 +349,7 @@ class TestRefused:
 
     def test_what_is_no_module_is_refused(self) -> None:
         """A function in place of a model is a UsageError that names its type."""
-        with pytest.raises(UsageError, match="got a function"):
+        with pytest.raises(UsageError, match=r"model=a function: give a torch\.nn\.Module"):
             lowbit.convert_(lambda x: x, "sbm8")
 
     @pytest.mark.parametrize(("argument", "value"), [("recipe", "sbm9"), ("engine", "int9")])

@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
-from lowbit.errors import UsageError
-from lowbit.formats import BF16, FP32, Float, Integer, Zero, check_bits, check_choice
+from lowbit.errors import UsageError, check_choice
+from lowbit.formats import BF16, FP32, Float, Integer, Zero, check_bits
 
 ZEROS: list[Zero] = ["symmetric", "integer", "offset"]
 
@@ -75,7 +75,7 @@ def test_a_misspelt_value_is_answered_with_the_nearest(field: str, value: str, n
         ({"granularity": "row", "range": "sample-mean"}, "per tensor only"),
         ({"fewest": 8}, "only with it"),
         ({"fewest": 0, "range": "sample-mean"}, "1 or more"),
-        ({"fewest": 1.5, "range": "sample-mean"}, "without a fraction"),
+        ({"fewest": 1.5, "range": "sample-mean"}, "give a whole number or None"),
         ({"granularity": "sample", "running": 0.9}, "per tensor only"),
         ({"granularity": "block", "block": 4, "running": 0.9}, "per tensor only"),
         ({"running": 1.0}, r"in \[0, 1\)"),
@@ -144,7 +144,7 @@ def test_floats_know_their_width(fmt: Float, bits: int) -> None:
 
 def test_an_unknown_float_is_refused() -> None:
     """fp16 is not a format that exists here."""
-    with pytest.raises(UsageError, match="unknown float format 'fp16'"):
+    with pytest.raises(UsageError, match="unknown name 'fp16'"):
         Float(name="fp16")
 
 

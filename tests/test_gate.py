@@ -555,11 +555,11 @@ def test_pooling(channels_last: bool, shape: tuple[int, ...], dims: tuple[int, .
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"choices": [[3, 6]]}, "two or more pairs"),
+        ({"choices": [[3, 6]]}, "two or more pairs|give a tuple"),
         ({"choices": [[3, 6], [3, 6]]}, "each pair once"),
         ({"choices": [[0, 6], [3, 6]]}, r"\[0, 0\]"),
-        ({"choices": [3, 6]}, "two or more pairs"),
-        ({"choices": 3}, "give a list"),
+        ({"choices": [3, 6]}, "two or more pairs|give a tuple"),
+        ({"choices": 3}, "choices=3: give a tuple"),
         ({"targets": []}, "above 0"),
         ({"targets": [0]}, "above 0"),
         ({"targets": [1, 2]}, "threshold and decay"),

@@ -15,6 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "errors": 0,
     "checks": 0,
+    "files": 0,
+    "callstack": 0,
     "tables": 0,
     "formats": 0,
     "rounding": 0,

@@ -237,7 +237,7 @@ class TestValue:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"first": "skip"}, "policy for the first layer 'skip'"),
+            ({"first": "skip"}, "unknown first 'skip'"),
             ({"last": "leav"}, "Did you mean 'leave'"),
             ({"bias": Integer(bits=8, zero="offset", rounding="stochastic")}, "bias rounds to nearest"),
             ({"bias": Integer(bits=8, zero="offset", running=0.5)}, "no running range"),
@@ -261,7 +261,7 @@ class TestValue:
         ("changes", "message"),
         [
             ({"constant": "author"}, "Did you mean 'authors'"),
-            ({"epsilon": "in"}, "unknown place of epsilon 'in'"),
+            ({"epsilon": "in"}, "unknown epsilon 'in'"),
             ({"chunks": 0}, "at least one chunk"),
             ({"fewest_per_chunk": 1}, "at least two values"),
             ({"momentum": 0.0}, r"in \(0, 1\]"),
@@ -400,7 +400,7 @@ def test_a_recipe_takes_the_fields_of_its_base() -> None:
         ("backward = 7", "backward = 99", "bits=99"),
         ('base = "sbm8-cpt"', 'base = "sbm8-cpd"', "Did you mean 'sbm8-cpt'"),
         ("[schedule]", "[gates]\nchoices = [[3, 6], [8, 8]]\ntargets = [3.0]\n[schedule]", "not both"),
-        ("[schedule]", "depthwise = [8]\n[schedule]", "depthwise=.8,.: give a pair"),
+        ("[schedule]", "depthwise = [8]\n[schedule]", "depthwise=.8,.: give a tuple"),
     ],
 )
 def test_a_wrong_schedule_is_refused_at_once(old: str, new: str, message: str) -> None:

@@ -13,18 +13,16 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from torch import nn
+from torch import Tensor, nn
 
-from lowbit.errors import UsageError
+from lowbit.errors import UsageError, a_or_an, shown, unknown
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 # Larger whole numbers count nothing here, and Python refuses to print those of more than 4,300 digits.
 _LARGEST = 2**128
-_LONGEST = 80  # characters of a value in a message
 
-_PLAIN = (bool, int, float, str, bytes, list, tuple, dict, set, frozenset, types.NoneType)
 _IN_WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -33,19 +31,6 @@ _IN_WORDS: dict[Any, str] = {
     types.NoneType: "None",
     nn.Module: "a torch.nn.Module",
 }
-
-
-def shown(value: object) -> str:
-    """A value in one short line, whatever it is."""
-    try:
-        text = " ".join(repr(value).split()) if isinstance(value, _PLAIN) else _a(type(value).__name__)
-    except Exception:  # a whole number of thousands of digits, an element whose repr is broken
-        text = _a(type(value).__name__)
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
-
-
-def _a(name: str) -> str:
-    return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 def is_whole(value: object) -> bool:
@@ -66,7 +51,7 @@ def is_finite(value: object) -> bool:
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value is what an annotation says; iterators are not consumed, and unknown annotations allow all."""
     origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
+    if _is_union(hint):
         return any(fits(value, option) for option in inner)
     if origin is Literal:
         return any(type(value) is type(option) and value == option for option in inner)
@@ -92,6 +77,8 @@ def _fit(value: Any, kind: type, inner: tuple[Any, ...]) -> bool:
     """Whether the elements of a value of that kind are what its annotation says; a text is no list of texts."""
     if isinstance(value, str | bytes):
         return kind in (str, bytes, object)
+    if isinstance(value, Tensor) and kind is Iterable:
+        return value.dim() > 0
     if issubclass(kind, tuple) and inner and inner[-1] is not Ellipsis:
         return len(value) == len(inner) and all(map(fits, value, inner))
     if issubclass(kind, Mapping) and inner:
@@ -104,11 +91,16 @@ def _is_open(hint: Any) -> bool:
     return getattr(hint, "_is_protocol", False) and not getattr(hint, "_is_runtime_protocol", False)
 
 
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType)
+
+
 def in_words(hint: Any) -> str:
     """An annotation as the end of the sentence that begins with "give"."""
     origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(map(in_words, inner)))
+    if _is_union(hint):
+        *others, last = dict.fromkeys(map(in_words, inner))
+        return " or ".join(filter(None, [", ".join(others), last]))
     if origin is Literal:
         return " or ".join(map(repr, inner))
     if hint in _IN_WORDS:
@@ -123,13 +115,19 @@ def in_words(hint: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, Iterable) and inner:
         each = "" if inner[0] is Any else f", each element {in_words(inner[0])}"
         return f"a {'tuple' if kind is tuple else 'list'}{each}"
-    return _a(getattr(kind, "__name__", str(kind)))
+    return a_or_an(getattr(kind, "__name__", str(kind)))
 
 
 def check_type(what: str, value: object, hint: Any) -> None:
     """Raise a UsageError that names `what` unless a value is what an annotation says."""
-    if not fits(value, hint):
-        raise UsageError(f"{what}={shown(value)}: give {in_words(hint)}")
+    if fits(value, hint):
+        return
+    # None aside, what is allowed may be a list of names.
+    named = [option for option in get_args(hint) if option is not types.NoneType] if _is_union(hint) else [hint]
+    options = get_args(named[0])
+    if len(named) == 1 and get_origin(named[0]) is Literal and all(isinstance(option, str) for option in options):
+        raise unknown(what, value, options)
+    raise UsageError(f"{what}={shown(value)}: give {in_words(hint)}")
 
 
 @functools.cache

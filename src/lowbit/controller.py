@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lowbit.checks import check_keys, check_type, check_whole, is_finite, is_whole, shown
+from lowbit.checks import check_keys, check_type, check_whole, checked, is_finite, is_whole
 from lowbit.convert import Matcher, matches
-from lowbit.errors import UsageError, unknown
+from lowbit.errors import UsageError, shown, unknown
 from lowbit.formats import Zero, check_bits
 from lowbit.nn.gate import Block, Gates, release
 from lowbit.nn.layers import QuantLayer
@@ -105,6 +105,7 @@ class PrecisionController:
 
     gates: Gates | None
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -148,6 +149,7 @@ class PrecisionController:
         self._attach(model)
 
     @classmethod
+    @checked
     def from_recipe(
         cls,
         model: nn.Module,
@@ -553,6 +555,8 @@ class PrecisionController:
             return
         if loss is None:
             raise UsageError("step() without a loss: a plateau rule or a range test needs step(loss)")
+        if not isinstance(loss, Tensor):
+            check_type("loss", loss, float)
         value = torch.as_tensor(
             loss, dtype=torch.float64, device=loss.device if isinstance(loss, Tensor) else "cpu"
         ).detach()
@@ -646,13 +650,15 @@ def _block(name: str, module: nn.Module, pinned: set[Site]) -> Block:
     )
 
 
-def _source(what: str, given: object) -> Source | None:
+def _source(what: str, given: Any) -> Source | None:
     """A number as a constant schedule; a UsageError unless it is something with bits."""
     if given is None or isinstance(given, Schedule | Rule):
         return given
-    if isinstance(given, int):
+    if is_whole(given):
         return Constant(bits=given)
-    raise UsageError(f"{what}={given!r}: give a number of bits, a schedule, or a rule such as schedules.Progressive")
+    raise UsageError(
+        f"{what}={shown(given)}: give a number of bits, a schedule, or a rule such as schedules.Progressive"
+    )
 
 
 def _is_rule(source: object) -> bool:

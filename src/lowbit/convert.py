@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from lowbit import calibration, integer
 from lowbit.calibration import Shape, Table, Timing
-from lowbit.checks import check_keys, check_type, check_whole, checked, is_whole, shown
-from lowbit.errors import UsageError, unknown
+from lowbit.checks import check_keys, check_type, check_whole, checked, is_whole
+from lowbit.errors import UsageError, shown, unknown
 from lowbit.formats import Format, Integer, check_width
 from lowbit.kernels import native_instruction_sets
 from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS
@@ -430,8 +430,7 @@ def _pairs(rules: object) -> list[Rule]:
 
 
 def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"convert_ got a {type(model).__name__}: give a torch.nn.Module")
+    check_type("model", model, nn.Module)
     for name, module in model.named_modules():
         where = f"{name!r}" if name else "the model"
         # Where the compiler was never imported, nothing can be compiled; importing it takes a second.

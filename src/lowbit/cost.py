@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from lowbit import metrics
+from lowbit.checks import check_fields
 from lowbit.errors import UsageError
 from lowbit.hardware import BitFusion, Estimate, total
 from lowbit.hardware.mapping import estimate
@@ -60,6 +61,7 @@ class Cost:
     measured: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.ledger.steps:
             raise UsageError(
                 "the ledger has no step: nothing ran yet, or Meter.step() was never called; there is no cost to show"

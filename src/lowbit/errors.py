@@ -1,7 +1,8 @@
-"""The two errors a person sees, what a signal leaves, and how an unknown name is reported."""
+"""The two errors a person sees, what a signal leaves, and how they name a value or an unknown name."""
 
 import difflib
 from collections.abc import Iterable
+from types import NoneType
 from typing import get_args
 
 
@@ -26,6 +27,24 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+_LONGEST = 80  # characters of a value in a message
+_PLAIN = (bool, int, float, str, bytes, list, tuple, dict, set, frozenset, NoneType)
+
+
+def shown(value: object) -> str:
+    """A value in one short line, whatever it is."""
+    try:
+        text = " ".join(repr(value).split()) if isinstance(value, _PLAIN) else a_or_an(type(value).__name__)
+    except Exception:  # a whole number of thousands of digits, an element whose repr is broken
+        text = a_or_an(type(value).__name__)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
+
+
+def a_or_an(name: str) -> str:
+    """A noun with its article."""
+    return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}"
+
+
 def unknown(what: str, given: object, allowed: Iterable[str]) -> UsageError:
     """An error that names what was given, all that is allowed, and the nearest allowed name.
 
@@ -36,12 +55,12 @@ def unknown(what: str, given: object, allowed: Iterable[str]) -> UsageError:
     """
     names = sorted(allowed)
     lower = {name.lower(): name for name in reversed(names)}
-    nearest = difflib.get_close_matches(str(given).lower(), lower, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(shown(given).strip("'").lower(), lower, n=1, cutoff=0.5)
     hint = f" Did you mean {lower[nearest[0]]!r}?" if nearest else ""
-    return UsageError(f"unknown {what} {given!r}.{hint} Known: {', '.join(names)}.")
+    return UsageError(f"unknown {what} {shown(given)}.{hint} Known: {', '.join(names)}.")
 
 
 def check_choice(what: str, value: object, allowed: object) -> None:
     """Raise a UsageError unless `value` is one of the strings of the Literal `allowed`."""
-    if value not in get_args(allowed):
+    if not isinstance(value, str) or value not in get_args(allowed):
         raise unknown(what, value, get_args(allowed))

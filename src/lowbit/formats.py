@@ -8,7 +8,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from lowbit.errors import UsageError, check_choice
+from lowbit.checks import check_fields, is_whole
+from lowbit.errors import UsageError, shown
 
 Zero = Literal["symmetric", "integer", "offset"]
 Granularity = Literal["tensor", "sample", "row", "kept-channel", "output-channel", "block"]
@@ -30,7 +31,7 @@ class Float:
     name: FloatName
 
     def __post_init__(self) -> None:
-        check_choice("float format", self.name, FloatName)
+        check_fields(self)
 
     @property
     def bits(self) -> int:
@@ -97,19 +98,8 @@ class Integer:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        for what, allowed in (
-            ("zero", Zero),
-            ("granularity", Granularity),
-            ("range", RangeRule),
-            ("running_start", RunningStart),
-            ("rounding", Rounding),
-        ):
-            check_choice(what, getattr(self, what), allowed)
         check_bits(self.bits, self.zero)
-        for what, types in (("block", int), ("fewest", int), ("running", int | float), ("floor", int | float)):
-            value = getattr(self, what)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
-                raise UsageError(f"{what}={value!r}: give a number" + (", without a fraction" if types is int else ""))
+        check_fields(self)
         if (self.block is None) == (self.granularity == "block"):
             raise UsageError(
                 f"block={self.block} with granularity={self.granularity!r}: a block length goes with granularity "
@@ -167,8 +157,8 @@ BF16 = Float(name="bf16")
 def check_bits(bits: int, zero: Zero) -> None:
     """Raise a UsageError unless integer codes of this width exist: 2 to 16 bits, with a float offset 1 to 32."""
     low, high = (1, 32) if zero == "offset" else (2, 16)
-    if isinstance(bits, bool) or not isinstance(bits, int) or not low <= bits <= high:
-        raise UsageError(f"bits={bits!r} for zero={zero!r}: allowed are whole numbers from {low} to {high}")
+    if not is_whole(bits) or not low <= bits <= high:
+        raise UsageError(f"bits={shown(bits)} for zero={zero!r}: allowed are whole numbers from {low} to {high}")
 
 
 def check_width(bits: int, fmt: Format) -> None:

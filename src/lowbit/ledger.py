@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, Self, TypeVar
 
 from lowbit import files
-from lowbit.errors import RunError, UsageError, check_choice
+from lowbit.checks import check_fields, check_type, check_whole, checked
+from lowbit.errors import RunError, UsageError, check_choice, shown
 
 _T = TypeVar("_T")
 Convention = Literal["as-ran", "as-charged"]
@@ -75,9 +76,12 @@ class Product:
     grad_input_bits: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.product not in PRODUCTS:
             raise UsageError(f"product {self.product!r}: one of {', '.join(PRODUCTS)}")
-        if len(self.bits) != 2 or min(self.bits) < 1 or self.macs < 0:
+        if min(*self.input, *self.weight, *self.output, *self.stride, 0) < 0:
+            raise UsageError(f"{self.layer}: shapes {self.input}, {self.weight}, {self.output}: sizes are 0 or more")
+        if min(*self.bits, *(self.grad_input_bits or (1,)), self.groups) < 1 or self.macs < 0:
             raise UsageError(f"{self.layer}: bits={self.bits}, macs={self.macs}: two widths from 1, and a count from 0")
 
     def charged(self) -> "Product | None":
@@ -102,6 +106,11 @@ class Program:
     calls: tuple[tuple[int, int], ...]
     uncounted: tuple[tuple[str, int], ...] = ()
     held_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if min([n for _, n in (*self.calls, *self.uncounted)] + [self.held_bytes or 0], default=0) < 0:
+            raise UsageError(f"{shown(vars(self))}: counts are 0 or more")
 
 
 class Step(NamedTuple):
@@ -132,6 +141,11 @@ class Evaluation:
     score: float | None = None
     higher_is_better: bool = True
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if min(self.step, self.samples) < 0:
+            raise UsageError(f"an evaluation of {self.samples} samples after {self.step} steps: both are 0 or more")
+
 
 class Total(NamedTuple):
     """A product, and how often it ran."""
@@ -157,9 +171,12 @@ class Ledger:
         first_step: number of the first step, where earlier ones are not in this ledger.
     """
 
+    @checked
     def __init__(self, *, model: str = "", layers: Iterable[str] = (), first_step: int = 0) -> None:
+        check_whole("first_step", first_step, 0)
         self.model = model
         self.layers = tuple(layers)
+        check_type("layers", self.layers, tuple[str, ...])
         self.first_step = first_step
         self.products: list[Product] = []
         self.programs: list[Program] = []
@@ -283,6 +300,7 @@ class Ledger:
         self.steps.append(step)
         self._next += 1
 
+    @checked
     def add_evaluation(
         self,
         program: Program | None,
@@ -304,6 +322,7 @@ class Ledger:
         self._write("evaluation", _fields(evaluation))
         self.evaluations.append(evaluation)
 
+    @checked
     def add_note(self, note: str) -> None:
         """Add a sentence that every report shows."""
         self.notes.append(note)
@@ -322,6 +341,7 @@ class Ledger:
         known = [self.programs[number].held_bytes for number in set(self._program_numbers(False))]
         return max((held for held in known if held is not None), default=None)
 
+    @checked
     def totals(self, convention: Convention = "as-ran", *, evaluations: bool = False) -> list[Total]:
         """Each product with its number of calls over all steps, in the order of first appearance.
 
@@ -374,6 +394,7 @@ class Ledger:
         sign = 1 if scored and scored[0].higher_is_better else -1
         return max(scored, key=lambda e: (sign * (e.score or 0.0), -e.step), default=None)
 
+    @checked
     def until(self, step: int) -> Self:
         """The same ledger, in memory, as it was after `step` steps: the whole run up to a checkpoint."""
         part = type(self)(model=self.model, layers=self.layers, first_step=self.first_step)
@@ -548,7 +569,7 @@ class Ledger:
 
     @classmethod
     def _from_header(cls, kind: str, record: dict[str, Any]) -> Self:
-        if kind != "ledger" or record.get("version") != _VERSION:
+        if kind != "ledger" or record.get("version") != _VERSION or record["version"] is True:
             raise ValueError(f"it begins with {kind!r} of version {record.get('version')}, not a ledger of {_VERSION}")
         if record.keys() != {"version", "model", "layers", "first_step"}:
             raise ValueError(f"its header has {', '.join(record)}")
@@ -580,6 +601,8 @@ class Ledger:
         match kind:
             case "step":
                 step = Step(**record)
+                for name, value in step._asdict().items():
+                    check_whole(name, value, 0)
                 follows = step.step == self._next or (self._lost is not None and step.step > self._next)
                 if not follows or not self._has("program", step.program):
                     raise ValueError(f"step {step.step} of program {step.program} where step {self._next} belongs")
@@ -591,8 +614,8 @@ class Ledger:
                 self._define(kind, self.products, self._product_index, index, Product(**values))
             case "program":
                 index = record.pop("index", len(self.programs))
-                record["calls"] = tuple((int(product), int(n)) for product, n in record["calls"])
-                record["uncounted"] = tuple((str(op), int(n)) for op, n in record.get("uncounted", ()))
+                for name in ("calls", "uncounted"):
+                    record[name] = tuple(map(tuple, record.get(name, ())))
                 program = Program(**record)
                 if missing := [product for product, _ in program.calls if not self._has("product", product)]:
                     raise ValueError(f"a program of product {missing[0]}, which is not there")
@@ -603,6 +626,7 @@ class Ledger:
                     raise ValueError(f"evaluation of program {evaluation.program}, which is not there")
                 self.evaluations.append(evaluation)
             case "note":
+                check_type("text", record["text"], str)
                 self.notes.append(record["text"])
             case _:
                 raise ValueError(f"a record of the unknown kind {kind!r}")

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from lowbit import products
 from lowbit.callstack import Callstack
+from lowbit.checks import check_whole, checked
 from lowbit.errors import UsageError
 from lowbit.ledger import PLAIN, Ledger, Product, Program
 from lowbit.memory import held_for_backward
@@ -56,9 +57,8 @@ class Meter:
         UsageError: `model` is no module.
     """
 
+    @checked
     def __init__(self, model: nn.Module, ledger: Ledger | None = None) -> None:
-        if not isinstance(model, nn.Module):
-            raise UsageError(f"Meter got a {type(model).__name__}: give the torch.nn.Module whose forward you call")
         self.ledger = Ledger(model=type(model).__name__, layers=layer_names(model)) if ledger is None else ledger
         self._model = model
         self._modules = list(model.modules())
@@ -112,6 +112,7 @@ class Meter:
             "a model with a meter attached cannot be pickled: save its state_dict(), or close the meter first"
         )
 
+    @checked
     def step(self, *, samples: int | None = None) -> None:
         """End a step: call it after each update of the weights.
 
@@ -128,9 +129,12 @@ class Meter:
                 "no product of this model ran in training mode since the last step: call step() once after each "
                 "update, and give Meter the very module whose forward you call"
             )
+        if samples is not None:
+            check_whole("samples", samples, 0)
         self._end_step(samples)
         self._end_evaluation()
 
+    @checked
     def evaluated(self, name: str, score: float, *, higher_is_better: bool = True) -> None:
         """Give what ran in evaluation mode since the last step a score; the best one marks the best checkpoint.
 

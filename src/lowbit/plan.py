@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lowbit.errors import RunError, UsageError
+from lowbit.checks import check_whole, checked
+from lowbit.errors import RunError, UsageError, shown
 from lowbit.formats import Integer, check_bits
 from lowbit.ledger import Ledger, Program
 from lowbit.meter import Meter, layer_names
@@ -24,7 +25,10 @@ from lowbit.schedules import SUITE, Constant, Cyclic, Piecewise, Schedule
 
 Bits = Schedule | int | None
 
+_MOST_STEPS = 10**7
 
+
+@checked
 def plan(
     model: nn.Module,
     inputs: Any,
@@ -40,7 +44,7 @@ def plan(
     Args:
         model: converted or plain, on any device, the meta device too; it is not changed.
         inputs: one batch: what the model is called with; a tuple for several arguments, a dict for named ones.
-        steps: updates of the weights.
+        steps: updates of the weights, up to 10 million: the ledger has a record of each.
         forward: bits of `input` and `weight` at each step; None: the recipes' own.
         backward: bits of `grad_output`; where a recipe has it in two formats (gradient bifurcation) only those of
             `grad_input`. None: the recipes' own.
@@ -56,8 +60,7 @@ def plan(
             nothing of has bits.
         RunError: the model needs values to run, e.g. a size that depends on its input.
     """
-    if isinstance(steps, bool) or steps < 1:
-        raise UsageError(f"steps={steps}: give a whole number of at least 1")
+    check_whole("steps", steps, 1, _MOST_STEPS)
     schedules = [_schedule(what, bits, steps) for what, bits in (("forward", forward), ("backward", backward))]
     model = copy.deepcopy(model).to("meta").train()
     _take_over(model)
@@ -185,6 +188,7 @@ def _sum(output: Any) -> Tensor:
 _GRAMMAR = "8 | 3-8 | 3-8x32 | RTH:3-8x8 | 4,6@80ep,8@0.9"
 
 
+@checked
 def parse_schedule(text: str, *, total_steps: int, steps_per_epoch: int | None = None) -> Schedule:
     """A schedule from a short text, as on the command line.
 
@@ -195,9 +199,9 @@ def parse_schedule(text: str, *, total_steps: int, steps_per_epoch: int | None =
     Raises:
         UsageError: none of these, or values that the schedule refuses.
     """
-    if re.fullmatch(r"\d+", text):
+    if re.fullmatch(r"\d{1,9}", text):
         return Constant(bits=int(text))
-    cyclic = re.fullmatch(r"(?:([A-Z]+):)?(\d+)-(\d+)(?:x(\d+))?", text)
+    cyclic = re.fullmatch(r"(?:([A-Z]+):)?(\d{1,9})-(\d{1,9})(?:x(\d{1,9}))?", text)
     if cyclic is not None:
         curve, low, high, cycles = cyclic.groups()
         if curve is not None and curve not in SUITE:
@@ -209,11 +213,11 @@ def parse_schedule(text: str, *, total_steps: int, steps_per_epoch: int | None =
             total_steps=total_steps,
             **SUITE[curve or "CR"],
         )
-    pieces = [re.fullmatch(r"(\d+)(?:@([\d.]+(?:ep)?))?", piece) for piece in text.split(",")]
+    pieces = [re.fullmatch(r"(\d{1,9})(?:@([\d.]+(?:ep)?))?", piece) for piece in text.split(",")]
     if all(pieces):
         return Piecewise(
             pieces=[(piece[2] or "0", int(piece[1])) for piece in pieces if piece is not None],
             total_steps=total_steps,
             steps_per_epoch=steps_per_epoch,
         )
-    raise UsageError(f"schedule {text!r}: write {_GRAMMAR}")
+    raise UsageError(f"schedule {shown(text)}: write {_GRAMMAR}")

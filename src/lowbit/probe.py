@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import products
+from lowbit.checks import checked, is_finite
 from lowbit.convert import load_state_dict, state_dict
-from lowbit.errors import UsageError
+from lowbit.errors import UsageError, shown
 from lowbit.formats import Integer, check_bits
 from lowbit.ledger import OPERANDS, Total, per_layer
 from lowbit.meter import Meter
@@ -167,8 +168,10 @@ class Probe:
         Raises:
             UsageError: a budget outside that, or below what the fewest probed bits need.
         """
-        if not 0 < budget <= 1:
-            raise UsageError(f"budget={budget}: give a share of the present bit operations, above 0 and at most 1")
+        if not is_finite(budget) or not 0 < budget <= 1:
+            raise UsageError(
+                f"budget={shown(budget)}: give a share of the present bit operations, above 0 and at most 1"
+            )
         hulls = {layer: _hull([s for s in self.sensitivities if s.layer == layer]) for layer in self.recipes}
         now = sum(s.bit_operations for s in self.sensitivities if s.bits == self.present[s.layer])
         spent = sum(hull[0].bit_operations for hull in hulls.values())
@@ -233,6 +236,7 @@ def with_forward_bits(recipe: Recipe, bits: int) -> Recipe:
     )
 
 
+@checked
 def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, *, bits: Sequence[int] = (2, 3, 4, 6)) -> Probe:
     """Measure a converted model on a few real batches; a copy in training mode runs, the model is not changed.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowbit.checks import checked
 from lowbit.controller import LayerRule, PrecisionController
 from lowbit.errors import UsageError
 from lowbit.schedules import Better, RangeTest, Schedule, Tried
@@ -87,6 +88,7 @@ class RangeTestResult:
         return "\n\n".join([*parts, plot(self.history)] if self.history else parts)
 
 
+@checked
 def range_test(
     model: nn.Module,
     step_fn: Callable[[], float | Tensor],

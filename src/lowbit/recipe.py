@@ -12,7 +12,8 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any, Literal
 
-from lowbit.errors import UsageError, check_choice, unknown
+from lowbit.checks import check_fields, check_type, check_whole, checked, is_whole
+from lowbit.errors import UsageError, shown, unknown
 from lowbit.formats import BF16, FP32, Float, Format, Integer
 from lowbit.schedules import PlateauRule, Template
 
@@ -23,6 +24,7 @@ Mixing = Literal["input", "output"]
 Weighting = Literal["macs", "equal"]
 
 ON_THE_FLY = "wXaYgZ"
+_MOST_UNITS = 2**16  # of a layer of a gate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,9 @@ class Output:
     input: Format
     weight: Format
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GradInput:
@@ -40,6 +45,9 @@ class GradInput:
     grad_output: Format
     weight: Format
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GradWeight:
@@ -47,6 +55,9 @@ class GradWeight:
 
     grad_output: Format
     input: Format
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +84,10 @@ class RangeNorm:
     momentum: float | None = None
 
     def __post_init__(self) -> None:
-        check_choice("Range BN constant", self.constant, Constant)
-        check_choice("place of epsilon", self.epsilon, EpsilonPlace)
-        if not _is_whole(self.chunks) or self.chunks < 1:
+        check_fields(self)
+        if self.chunks < 1:
             raise UsageError(f"chunks={self.chunks!r}: a whole number of at least one chunk")
-        if not _is_whole(self.fewest_per_chunk) or self.fewest_per_chunk < 2:
+        if self.fewest_per_chunk < 2:
             raise UsageError(f"fewest_per_chunk={self.fewest_per_chunk!r}: a whole number of at least two values")
         for operand in ("input", "grad_output"):
             fmt = getattr(self, operand)
@@ -102,6 +112,9 @@ class Scheduling:
 
     forward: Template
     backward: Template | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,15 +159,9 @@ class Gating:
     decay: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("choices", "targets"):
-            if not isinstance(getattr(self, name), tuple):
-                raise UsageError(f"{name}={getattr(self, name)!r}: give a list")
-        pairs = [
-            pair
-            for pair in self.choices
-            if isinstance(pair, tuple) and len(pair) == 2 and all(_is_whole(bits) for bits in pair)
-        ]
-        if len(self.choices) < 2 or len(pairs) < len(self.choices):
+        check_fields(self)
+        pairs = self.choices
+        if len(pairs) < 2 or any(bits < 0 for pair in pairs for bits in pair):
             raise UsageError(
                 f"choices={self.choices}: give two or more pairs (bits of input, bits of grad_output), e.g. [4, 8]"
             )
@@ -162,19 +169,17 @@ class Gating:
             raise UsageError(f"choices={self.choices}: the pair that skips a block is [0, 0], once")
         if len(set(pairs)) < len(pairs):
             raise UsageError(f"choices={self.choices}: give each pair once")
-        if not self.targets or not all(_is_real(t) and 0 < t <= 100 for t in self.targets):
+        if not self.targets or not all(0 < t <= 100 for t in self.targets):
             raise UsageError(
                 f"targets={self.targets}: give costs in percent of full precision, above 0 and at most 100"
             )
-        check_choice("mixing", self.mixing, Mixing)
-        check_choice("weighting", self.weighting, Weighting)
         for name in ("strength", "band", "inside"):
-            if not _is_real(getattr(self, name)) or not 0 <= getattr(self, name) < float("inf"):
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"{name}={getattr(self, name)!r}: give a finite number, 0 or more")
         for name in ("hidden", "features", "state"):
             value = getattr(self, name)
-            if not (_is_whole(value) and value > 0) and not (name == "hidden" and value is None):
-                raise UsageError(f"{name}={value!r}: give a whole number, 1 or more")
+            if value is not None:
+                check_whole(name, value, 1, _MOST_UNITS)
         needed = len(self.targets) > 1
         if (self.threshold is not None) != needed or (self.decay is not None) != needed:
             raise UsageError(
@@ -188,14 +193,6 @@ class Gating:
         if self.threshold is None or self.decay is None:
             return None
         return PlateauRule(stages=len(self.targets), threshold=self.threshold, decay=self.decay)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,22 +236,18 @@ class Recipe:
         return hash(self.name)
 
     def __post_init__(self) -> None:
-        check_choice("policy for the first layer", self.first, Policy)
-        check_choice("policy for the last layer", self.last, Policy)
+        check_fields(self)
         if self.schedule is not None and self.gates is not None:
             raise UsageError("a recipe has a schedule or gates, not both: each sets the bits of its layers")
         if self.depthwise is not None:
             if not self.is_dynamic:
                 raise UsageError("depthwise bits go with a schedule or gates; without them give the layers a rule")
-            if len(self.depthwise) != 2 or not all(_is_whole(bits) and bits for bits in self.depthwise):
+            if min(self.depthwise) < 1:
                 raise UsageError(f"depthwise={self.depthwise!r}: give a pair of bits (forward, backward), e.g. [8, 16]")
         if self.bias.stochastic:
             raise UsageError("the bias rounds to nearest: no noise is drawn for it")
         if isinstance(self.bias, Integer) and (self.bias.granularity != "tensor" or self.bias.running is not None):
             raise UsageError("the bias shares one scale and keeps no running range")
-        for text in (self.name, self.summary, self.source):
-            if not isinstance(text, str):
-                raise UsageError(f"{text!r}: name, summary and source are texts")
         for product, operand, fmt in self.operands():
             if isinstance(fmt, Integer):
                 _check_operand(f"{product}.{operand}", operand, fmt)
@@ -265,7 +258,15 @@ class Recipe:
             )
 
     def replace(self, **changes: Any) -> "Recipe":
-        """The same recipe with some fields changed, e.g. ``recipe.replace(name="mine", last="leave")``."""
+        """The same recipe with some fields changed, e.g. ``recipe.replace(name="mine", last="leave")``.
+
+        Raises:
+            UsageError: a field that no recipe has, a value of another type, or values that do not fit together.
+        """
+        known = [f.name for f in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise unknown("field of a recipe", name, known)
         return dataclasses.replace(self, **changes)
 
     @property
@@ -304,6 +305,7 @@ class Recipe:
         """The table as rows (product, operand, format), in the order of `SLOTS`."""
         return [(product, operand, getattr(getattr(self, product), operand)) for product, operand in SLOTS]
 
+    @checked
     def with_bits(self, *, weight: int, input: int, grad_output: int) -> "Recipe":  # noqa: A002 - the operand's name
         """The same recipe with these widths in every product; every operand must be an integer format."""
         bits = {"weight": weight, "input": input, "grad_output": grad_output}
@@ -333,7 +335,8 @@ class Recipe:
         Raises:
             UsageError: no such recipe, or bits out of range.
         """
-        match = re.fullmatch(r"w(0|[1-9][0-9]{0,2})a(0|[1-9][0-9]{0,2})g(0|[1-9][0-9]{0,2})", str(name))
+        check_type("name", name, str)
+        match = re.fullmatch(r"w(0|[1-9][0-9]{0,2})a(0|[1-9][0-9]{0,2})g(0|[1-9][0-9]{0,2})", name)
         if match:
             weight, input_, grad_output = (int(digits) for digits in match.groups())
             try:
@@ -463,7 +466,7 @@ def _scheduling(name: str, fields: object) -> Scheduling:
 
 
 def _template(where: str, value: object) -> Template:
-    if _is_whole(value):
+    if is_whole(value):
         return Template(kind="constant", settings=(("bits", value),))
     settings = dict(_table(where, value))
     if "kind" not in settings:
@@ -473,7 +476,7 @@ def _template(where: str, value: object) -> Template:
 
 def _table(where: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UsageError(f"{where} is {value!r}: give a table of fields")
+        raise UsageError(f"{where} is {shown(value)}: give a table of fields")
     return value
 
 
@@ -482,7 +485,7 @@ def _named(formats: dict[str, Format], where: str, name: object) -> Format:
         return name
     if not isinstance(name, str):
         raise UsageError(
-            f"{where} is {name!r}: give the name of a format; a format's fields stand under [formats.NAME]"
+            f"{where} is {shown(name)}: give the name of a format; a format's fields stand under [formats.NAME]"
         )
     if name not in formats:
         raise unknown(f"format of {where}", name, formats)
@@ -502,4 +505,7 @@ def _construct(cls: type[Any], where: str, fields: object) -> Any:
     } - set(fields)
     if missing:
         raise UsageError(f"{where} lacks {', '.join(sorted(missing))}")
-    return cls(**fields)
+    try:
+        return cls(**fields)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error

@@ -16,13 +16,17 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
 
-from lowbit.checks import check_fields, check_keys, is_number, shown
-from lowbit.errors import RunError, UsageError, check_choice, unknown
+from torch import Tensor
+
+from lowbit.checks import check_fields, check_keys, check_type, checked, is_finite, is_whole
+from lowbit.errors import RunError, UsageError, check_choice, shown, unknown
 
 Profile = Literal["cosine", "linear", "rex", "exponential"]
 Shape = Literal["repeated", "triangular-vertical", "triangular-horizontal"]
 Final = Literal["high"]
 Better = Literal["higher", "lower"]
+_MOST_STEPS = 2**63 - 1
+
 # A step, or "400" steps, "10ep" epochs, "0.9" of the run.
 Time = int | str
 RANGE_TEST: Literal["range-test"] = "range-test"
@@ -87,13 +91,15 @@ def parse_steps(given: Time, *, total_steps: int | None = None, steps_per_epoch:
     Raises:
         UsageError: no such unit, a negative time, a fraction above 1, or what its unit needs is missing.
     """
+    check_type("total_steps", total_steps, int | None)
+    check_type("steps_per_epoch", steps_per_epoch, int | None)
     if isinstance(given, int) and not isinstance(given, bool):
-        if given < 0:
-            raise UsageError(f"time {given}: steps count from 0")
+        if not 0 <= given <= _MOST_STEPS:
+            raise UsageError(f"time {shown(given)}: steps count from 0")
         return given
-    match = re.fullmatch(r"(\d+|\d*\.\d+)(ep)?", given, re.ASCII) if isinstance(given, str) else None
+    match = re.fullmatch(r"(\d{1,18}|\d{0,18}\.\d{1,18})(ep)?", given, re.ASCII) if isinstance(given, str) else None
     if match is None:
-        raise UsageError(f"time {given!r}: write steps as 400, epochs as '10ep', a fraction of the run as '0.9'")
+        raise UsageError(f"time {shown(given)}: write steps as 400, epochs as '10ep', a fraction of the run as '0.9'")
     number, epochs = Fraction(match[1]), match[2]
     if epochs:
         if steps_per_epoch is None:
@@ -157,10 +163,14 @@ class Piecewise:
 
     def __post_init__(self) -> None:
         _count("total_steps", self.total_steps)
-        if not self.pieces:
-            raise UsageError("pieces=[]: give at least one, e.g. [(0, 8)]")
+        if not isinstance(self.pieces, list | tuple) or not self.pieces:
+            raise UsageError(f"pieces={shown(self.pieces)}: give at least one, e.g. [(0, 8)]")
+        for piece in self.pieces:
+            if not isinstance(piece, list | tuple) or len(piece) != 2:
+                raise UsageError(f"pieces={shown(self.pieces)}: each is a pair (start, bits), e.g. (0, 8)")
         for _, bits in self.pieces:
             _check_bits("bits of a piece", bits)
+        check_type("steps_per_epoch", self.steps_per_epoch, int | None)
         starts = [start for start, _ in self._steps]
         if starts[0] != 0:
             raise UsageError(f"the first piece starts at step {starts[0]}: start it at 0, so that every step has bits")
@@ -233,7 +243,9 @@ class Cyclic:
 
     def __post_init__(self) -> None:
         if isinstance(self.low, str) and self.low != RANGE_TEST:
-            raise UsageError(f"low={self.low!r}: bits are whole numbers from 1 to 32, or {RANGE_TEST!r} finds them")
+            raise UsageError(
+                f"low={shown(self.low)}: bits are whole numbers from 1 to 32, or {RANGE_TEST!r} finds them"
+            )
         _check_bits("high", self.high)
         if not isinstance(self.low, str):
             _check_bits("low", self.low)
@@ -358,8 +370,9 @@ class Deficit:
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, Schedule):
-            raise UsageError(f"schedule={self.schedule!r}: give a schedule, e.g. Constant(bits=8)")
+            raise UsageError(f"schedule={shown(self.schedule)}: give a schedule, e.g. Constant(bits=8)")
         _check_bits("bits", self.bits)
+        check_fields(self)
         if self.bits > self.schedule.max_bits:
             raise UsageError(
                 f"bits={self.bits} in the window of a schedule that goes up to {self.schedule.max_bits}: "
@@ -478,10 +491,10 @@ class PlateauRule:
 
     def __init__(self, *, stages: int, threshold: float, decay: float) -> None:
         _count("stages", stages)
-        if not is_number(threshold) or not 0 <= threshold < math.inf:
-            raise UsageError(f"threshold={threshold!r}: give a finite number, 0 or more")
-        if not is_number(decay) or not 0 <= decay <= 1:
-            raise UsageError(f"decay={decay!r}: give a number from 0 to 1")
+        if not is_finite(threshold) or threshold < 0:
+            raise UsageError(f"threshold={shown(threshold)}: give a finite number, 0 or more")
+        if not is_finite(decay) or not 0 <= decay <= 1:
+            raise UsageError(f"decay={shown(decay)}: give a number from 0 to 1")
         self._stages, self._decay = stages, float(decay)
         self._state = _Plateau(threshold=float(threshold))
 
@@ -509,7 +522,7 @@ class PlateauRule:
         """Sigma: the mean of the first losses, at most 10 of them; 1 before the first."""
         return self._state.scale
 
-    def update(self, epoch_loss: float) -> bool:
+    def update(self, epoch_loss: float | Tensor) -> bool:
         """Take the mean loss of the epoch that just ended; what follows is of the present stage.
 
         Returns:
@@ -519,7 +532,7 @@ class PlateauRule:
             RunError: the loss is inf or nan; nothing changed.
             UsageError: the mean of the first losses is negative, so that changes cannot be measured by it.
         """
-        loss = float(epoch_loss)
+        loss = _measure("epoch_loss", epoch_loss)
         if not math.isfinite(loss):
             raise RunError(
                 f"the loss of epoch {self._state.epochs + 1} is {loss}: training diverged; resume from an earlier "
@@ -548,7 +561,7 @@ class PlateauRule:
             )
         if not (
             loaded.threshold >= 0
-            and _PLATEAU_EPOCHS * loaded.stage <= loaded.epochs < 2**63
+            and _PLATEAU_EPOCHS * loaded.stage <= loaded.epochs <= _MOST_STEPS
             and loaded.first_losses >= 0
             and (loaded.epochs > 0 or loaded.first_losses == 0)
             and len(loaded.window) <= min(_PLATEAU_EPOCHS, loaded.epochs)
@@ -573,9 +586,13 @@ class Progressive(PlateauRule):
     """
 
     def __init__(self, *, bits: Sequence[int], grad_bits: Sequence[int], threshold: float, decay: float) -> None:
+        for name, stages in (("bits", bits), ("grad_bits", grad_bits)):
+            if not isinstance(stages, list | tuple):
+                raise UsageError(f"{name}={shown(stages)}: give a list with the bits of each stage")
         if not bits or len(bits) != len(grad_bits):
             raise UsageError(
-                f"bits={list(bits)}, grad_bits={list(grad_bits)}: give one of each for every stage, at least one stage"
+                f"bits={shown(bits)}, grad_bits={shown(grad_bits)}: give one of each for every stage, at least one "
+                "stage"
             )
         for name, stages in (("bits", bits), ("grad_bits", grad_bits)):
             for width in stages:
@@ -691,12 +708,13 @@ class RangeTest:
             raise UsageError(f"low={low}, high={high}: low is at most high")
         if _count("steps_per_bit", steps_per_bit) < 2:
             raise UsageError(f"steps_per_bit={steps_per_bit}: a gain needs two steps or more at each width")
-        if not is_number(threshold) or not math.isfinite(threshold):
-            raise UsageError(f"threshold={threshold!r}: give a finite number, e.g. 0.01")
-        check_choice("direction", better, Better)
+        check_type("every", every, bool)
+        if not is_finite(threshold):
+            raise UsageError(f"threshold={shown(threshold)}: give a finite number, e.g. 0.01")
+        check_choice("better", better, Better)
         if significance is not None:
-            if not is_number(significance) or not 0 < significance < math.inf:
-                raise UsageError(f"significance={significance!r}: give a finite number above 0, e.g. 3.0, or None")
+            if not is_finite(significance) or significance <= 0:
+                raise UsageError(f"significance={shown(significance)}: give a finite number above 0, e.g. 3.0, or None")
             if steps_per_bit < 4:
                 raise UsageError(
                     f"steps_per_bit={steps_per_bit} with significance={significance:g}: a half of one step has no "
@@ -772,7 +790,7 @@ class RangeTest:
         """The highest width of the test."""
         return self.high
 
-    def update(self, measure: float) -> bool:
+    def update(self, measure: float | Tensor) -> bool:
         """Take the measure of the step that just ended.
 
         Returns:
@@ -782,7 +800,7 @@ class RangeTest:
             RunError: the measure is inf or nan; nothing changed.
             UsageError: the test is over.
         """
-        value = float(measure)
+        value = _measure("measure", measure)
         if self.done:
             raise UsageError(f"this range test is over: it chose {self.chosen} bits")
         if not math.isfinite(value):
@@ -864,8 +882,9 @@ class Template:
     settings: tuple[tuple[str, Any], ...]
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
+        if not isinstance(self.kind, str) or self.kind not in _KINDS:
             raise unknown("kind of schedule", self.kind, _KINDS)
+        check_type("settings", self.settings, tuple[tuple[str, Any], ...])
         for name in dict(self.settings):
             if name not in self.allowed:
                 raise unknown(f"setting of a {self.kind} schedule", name, self.allowed)
@@ -892,6 +911,7 @@ class Template:
         """The same with some settings changed, e.g. ``template.replace(cycles=8)``."""
         return replace(self, settings=tuple({**dict(self.settings), **settings}.items()))
 
+    @checked
     def build(self, *, total_steps: int, steps_per_epoch: int | None = None) -> Source:
         """The schedule of a run of that length.
 
@@ -931,6 +951,9 @@ def bit_operations(schedule: Schedule, grad_bits: int | Schedule) -> float:
 
     Source: the authors' code of FracTrain and CPT, which divide it by 3 * 32**2.
     """
+    if not isinstance(schedule, Schedule):
+        raise UsageError(f"schedule={shown(schedule)}: give a schedule, e.g. Constant(bits=8)")
+    check_type("grad_bits", grad_bits, int | Schedule)
     backward = Constant(bits=grad_bits) if isinstance(grad_bits, int) else grad_bits
     lengths = {total for total in (schedule.total_steps, backward.total_steps) if total is not None}
     if len(lengths) > 1:
@@ -950,13 +973,15 @@ def saving(schedule: Schedule, *, grad_bits: int = 8, high: int = 8) -> float:
     Returns:
         ``100 (1 - mean(b² + 2 b g) / (high² + 2 high g))``, see `bit_operations`; negative where it costs more.
     """
+    check_type("grad_bits", grad_bits, int)
+    _check_bits("high", high)
     return 100 * (1 - bit_operations(schedule, grad_bits) / bit_operations(Constant(bits=high), grad_bits))
 
 
-def _check_bits(what: str, bits: object) -> None:
+def _check_bits(what: str, bits: int) -> None:
     """Raise a UsageError unless `bits` is a whole number from 1 to 32."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 32:
-        raise UsageError(f"{what}={bits!r}: bits are whole numbers from 1 to 32")
+    if not is_whole(bits) or not 1 <= bits <= 32:
+        raise UsageError(f"{what}={shown(bits)}: bits are whole numbers from 1 to 32")
 
 
 def _loaded(what: str, state: object, expected: type[Any]) -> Any:
@@ -968,30 +993,37 @@ def _loaded(what: str, state: object, expected: type[Any]) -> Any:
         check_fields(loaded)
     except UsageError as error:
         raise UsageError(f"state of {what}: {error}") from error
-    if bad := [name for name, value in state.items() if not _is_finite(value)]:
+    if bad := [name for name, value in state.items() if not _all_finite(value)]:
         raise UsageError(f"state of {what}: {bad[0]}={shown(state[bad[0]])} is not finite")
     return loaded
 
 
-def _is_finite(value: object) -> bool:
+def _all_finite(value: object) -> bool:
     """Whether a number, or every number in a list, is neither inf nor nan."""
     if isinstance(value, list | tuple):
-        return all(map(_is_finite, value))
+        return all(map(_all_finite, value))
     return not isinstance(value, float) or math.isfinite(value)
+
+
+def _measure(what: str, given: Any) -> float:
+    """One number that the run measured, also as a tensor; a UsageError where it is not one."""
+    if not (isinstance(given, Tensor) and given.numel() == 1 and not given.is_meta and not given.is_complex()):
+        check_type(what, given, float)
+    return float(given)
 
 
 def _check_step(step: int, total_steps: int | None) -> None:
     """Raise a UsageError unless the schedule covers `step`."""
-    if step < 0 or (total_steps is not None and step >= total_steps):
+    if not is_whole(step) or not 0 <= step < (_MOST_STEPS if total_steps is None else total_steps):
         last = "on" if total_steps is None else f"to {total_steps - 1}"
         raise UsageError(
-            f"step {step} of a schedule with total_steps={total_steps}: it has bits from step 0 {last}; "
+            f"step {shown(step)} of a schedule with total_steps={total_steps}: it has bits from step 0 {last}; "
             "give it as many total_steps as the run has"
         )
 
 
-def _count(what: str, given: object) -> int:
+def _count(what: str, given: int) -> int:
     """`given` itself; a UsageError unless it is a whole number, 1 or more."""
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise UsageError(f"{what}={given!r}: give a whole number, 1 or more")
+    if not is_whole(given) or not 1 <= given <= _MOST_STEPS:
+        raise UsageError(f"{what}={shown(given)}: give a whole number, 1 or more")
     return given

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lowbit import products
 from lowbit.callstack import Callstack
+from lowbit.checks import checked
 from lowbit.convert import plain_type, replaced
 from lowbit.errors import RunError, UsageError
 from lowbit.formats import Integer
@@ -488,6 +489,7 @@ def _by_layer(rows: dict[tuple[str, str], ProofRow]) -> list[ProofRow]:
     return [rows[key] for key in order if key in rows]
 
 
+@checked
 @contextmanager
 def verify(model: nn.Module) -> Iterator[Proof]:
     """Watch every product that runs in this context, and fail where it is not what the conversion promised.

@@ -27,7 +27,8 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lowbit.errors import UsageError, unknown
+from lowbit.checks import check_type, checked, is_finite, is_whole
+from lowbit.errors import UsageError, shown, unknown
 
 OUTPUT_BITS = 32  # a partial sum, in the output buffer and in DRAM, whatever the widths of the operands
 MAX_BITS = 16  # the widest operand that Fusion Units can be combined for
@@ -90,8 +91,10 @@ class Energies:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if not _is_number(value) or not 0 <= value < math.inf:
-                raise UsageError(f"energies: {name}={value!r}: allowed are finite numbers from 0; give a cost in nJ")
+            if not is_finite(value) or value < 0:
+                raise UsageError(
+                    f"energies: {name}={shown(value)}: allowed are finite numbers from 0; give a cost in nJ"
+                )
 
 
 Number = TypeVar("Number", int, float)
@@ -230,7 +233,10 @@ def total(estimates: Iterable[Summable]) -> Summable:
     Raises:
         UsageError: there is none.
     """
+    check_type("estimates", estimates, Iterable)
     estimates = list(estimates)
+    for estimate in estimates:
+        check_type("estimates", estimate, Estimate | TrainingEstimate)
     if not estimates:
         raise UsageError("no estimates were given: a sum needs at least one; estimate a layer first")
     return functools.reduce(lambda a, b: a + b, estimates)
@@ -272,7 +278,7 @@ class Layer:
         _check_bits("input_bits", self.input_bits)
         _check_bits("weight_bits", self.weight_bits)
         if not isinstance(self.first_layer, bool):
-            raise UsageError(f"first_layer={self.first_layer!r}: give True or False")
+            raise UsageError(f"first_layer={shown(self.first_layer)}: give True or False")
 
     @property
     def macs(self) -> int:
@@ -331,14 +337,15 @@ class BitFusion:
                 f"pmax={self.pmax}, pmin={self.pmin}: both are powers of two up to {MAX_BITS} and pmin is at most "
                 "pmax; choose such a pair, e.g. 8 and 2"
             )
-        if not _is_number(self.frequency) or not 0 < self.frequency < math.inf:
+        if not is_finite(self.frequency) or self.frequency <= 0:
             raise UsageError(
-                f"frequency={self.frequency!r}: allowed are finite numbers above 0; give cycles per second, e.g. 500e6"
+                f"frequency={shown(self.frequency)}: allowed are finite numbers above 0; give cycles per second, e.g. "
+                "500e6"
             )
         if not isinstance(self.energies, Energies):
-            raise UsageError(f"energies={self.energies!r}: allowed is an Energies; give e.g. Energies(dram=0.006)")
+            raise UsageError(f"energies={shown(self.energies)}: allowed is an Energies; give e.g. Energies(dram=0.006)")
         if not isinstance(self.snap_bits, bool):
-            raise UsageError(f"snap_bits={self.snap_bits!r}: give True or False")
+            raise UsageError(f"snap_bits={shown(self.snap_bits)}: give True or False")
 
     def estimate(
         self,
@@ -391,6 +398,7 @@ class BitFusion:
         )
         return _search(self, layer)
 
+    @checked
     def training(
         self,
         *,
@@ -545,19 +553,15 @@ def _ceil(x: Size, y: int) -> Size:
     return -(-x // y)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UsageError(f"{name}={value!r}: allowed are whole numbers from 1; give a positive int")
+    if not is_whole(value) or not 1 <= value < 2**63:
+        raise UsageError(f"{name}={shown(value)}: allowed are whole numbers from 1; give a positive int")
 
 
 def _check_bits(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_BITS:
+    if not is_whole(value) or not 1 <= value <= MAX_BITS:
         raise UsageError(
-            f"{name}={value!r}: the array has widths from 1 to {MAX_BITS} bits; give a whole number in that range"
+            f"{name}={shown(value)}: the array has widths from 1 to {MAX_BITS} bits; give a whole number in that range"
         )
 
 

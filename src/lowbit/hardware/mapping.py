@@ -51,7 +51,13 @@ def estimate(array: BitFusion, product: Product, *, first_layer: bool = False) -
         raise UsageError("nothing is multiplied")
     if _is_square(product):
         return _convolution(array, product, first_layer=first_layer and product.product == "output")
-    matrix = _matrix(product)
+    try:
+        matrix = _matrix(product)
+    except IndexError as error:
+        raise UsageError(
+            f"a {product.kind} of input {product.input}, weight {product.weight} and output {product.output}: these "
+            "shapes have too few axes"
+        ) from error
     first, second = product.bits
     batch, inputs, outputs, input_bits, weight_bits = {
         "output": (matrix.rows, matrix.summed, matrix.columns, first, second),

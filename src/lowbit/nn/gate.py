@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit.checks import check_keys, shown
-from lowbit.errors import UsageError
+from lowbit.checks import check_keys
+from lowbit.errors import UsageError, shown
 from lowbit.formats import Zero, check_bits
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site, is_recomputing, runs_eagerly

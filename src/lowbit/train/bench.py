@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.errors import UsageError, unknown
+from lowbit.errors import UsageError, shown, unknown
 from lowbit.formats import Integer
 from lowbit.kernels import cpu, native_instruction_sets
 from lowbit.machine import here, paired, ratio
@@ -25,6 +25,7 @@ from lowbit.products import ENGINES
 from lowbit.ranges import new_running_range
 from lowbit.recipe import recipes
 from lowbit.tables import text_table
+from lowbit.train.config import MOST_THREADS
 from lowbit.train.models import GPT, ResNet
 
 Step = Callable[[], object]
@@ -391,8 +392,8 @@ def threads(count: int | None) -> Iterator[None]:
     Raises:
         UsageError: fewer than 1.
     """
-    if count is not None and count < 1:
-        raise UsageError(f"--threads must be at least 1, got {count}.")
+    if count is not None and not 1 <= count <= MOST_THREADS:
+        raise UsageError(f"--threads must be 1 to {MOST_THREADS}, got {shown(count)}.")
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -8,9 +8,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_type_hints
+from typing import Any, Literal, Self, get_type_hints
 
-from lowbit.errors import UsageError, unknown
+from lowbit.checks import check_fields, is_finite, is_whole
+from lowbit.errors import UsageError, shown, unknown
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["one-cycle", "cosine", "step", "constant"]
@@ -31,6 +32,9 @@ _TUNED = (
 
 CHANGEABLE = ("lr", "weight_decay", "epochs", "threads", "checkpoint_every", "checkpoint_minutes", "keep")
 """The settings that may change when a run goes on. `lr` stays the peak of the schedule, which `epochs` stretches."""
+
+# torch starts as many as it is asked for, and the system may end the process where there are too many.
+MOST_THREADS = 1024
 
 _LR: dict[Optimizer, float] = {"sgd": 0.1, "adamw": 1e-3}
 _WEIGHT_DECAY: dict[Optimizer, float] = {"sgd": 1e-4, "adamw": 0.01}
@@ -132,10 +136,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("model", "data", "recipe"):
             if not getattr(self, name) or not isinstance(getattr(self, name), str):
-                raise UsageError(f"{name} must be a name, got {getattr(self, name)!r}.")
-        for name, choices in (("optimizer", Optimizer), ("schedule", Schedule), ("amp", Amp)):
-            if getattr(self, name) not in get_args(choices):
-                raise unknown(name, getattr(self, name), get_args(choices))
+                raise UsageError(f"{name} must be a name, got {shown(getattr(self, name))}.")
         for name in ("epochs", "batch_size", "keep"):
             _check_count(name, getattr(self, name))
         for name in ("subset", "checkpoint_every", "threads", "context", "max_steps", "plateau_every"):
@@ -143,11 +144,14 @@ class TrainConfig:
                 _check_count(name, getattr(self, name))
         _check_count("seed", self.seed, low=0)
         if self.seed >= 2**63:
-            raise UsageError(f"seed must be below 2**63, got {self.seed}.")
+            raise UsageError(f"seed must be below 2**63, got {shown(self.seed)}.")
         for name in ("lr", "weight_decay", "checkpoint_minutes"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
-                raise UsageError(f"{name} must be a finite number of at least 0, got {value!r}.")
+            if value is not None and not (is_finite(value) and value >= 0):
+                raise UsageError(f"{name} must be a finite number of at least 0, got {shown(value)}.")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise UsageError(f"threads must be at most {MOST_THREADS}, got {self.threads}.")
+        check_fields(self)
 
     def changed(self, changes: Mapping[str, object]) -> Self:
         """The same run with other settings from some step on.
@@ -286,8 +290,8 @@ class RangeTestConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.measure not in get_args(Measure):
-            raise unknown("measure", self.measure, get_args(Measure))
+        check_fields(self)
+        self.training()
 
     def training(self) -> TrainConfig:
         """The same as settings of a training run, which checks them."""
@@ -318,5 +322,5 @@ def lr_factor(schedule: Schedule, step: int, total: int) -> float:
 
 
 def _check_count(name: str, value: object, low: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise UsageError(f"{name} must be a whole number of at least {low}, got {value!r}.")
+    if not is_whole(value) or not low <= value < 2**63:  # type: ignore[operator]
+        raise UsageError(f"{name} must be a whole number of at least {low}, got {shown(value)}.")

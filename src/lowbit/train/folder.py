@@ -10,6 +10,7 @@ from typing import Any, Self
 import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 from lowbit import files
+from lowbit.checks import check_fields
 from lowbit.errors import RunError, UsageError
 from lowbit.train.config import CHANGEABLE, Result, TrainConfig
 from lowbit.train.lock import LOCK
@@ -123,7 +124,9 @@ def read_result(out: Path) -> Result:
         RunError: the file is damaged.
     """
     try:
-        return Result(**json.loads(_read_text(out / RESULT)), out=out)
+        result = Result(**json.loads(_read_text(out / RESULT)), out=out)
+        check_fields(result)
+        return result
     except (ValueError, TypeError, RecursionError) as error:
         raise RunError(f"{out / RESULT} is damaged; delete it and resume again.") from error
 

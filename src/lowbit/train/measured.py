@@ -11,10 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from lowbit import files
+from lowbit.checks import check_type
 from lowbit.energy import Energy, measured_energy
 from lowbit.errors import RunError
 
 MEASURED = "measured.jsonl"
+
+# What a line has, and what it is.
+_START: dict[str, Any] = {
+    "from_step": int,
+    "to_step": int,
+    "seconds_per_step": float | None,
+    "joules": float | None,
+    "reason": str,
+}
 
 
 @contextmanager
@@ -57,14 +67,17 @@ def read(out: Path) -> dict[str, str]:
     path = out / MEASURED
     if not path.exists():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines()
     try:
+        lines = path.read_text(encoding="utf-8").splitlines()
         starts: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        for start in starts:
+            for name, hint in _START.items():
+                check_type(name, start[name], hint)
         joules = [start["joules"] for start in starts]
         seconds = [start["seconds_per_step"] for start in starts if start["seconds_per_step"] is not None]
         steps = sum(start["to_step"] - start["from_step"] for start in starts)
         reason = starts[-1]["reason"]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}): delete it to see the rest of the cost") from error
     return {
         "seconds per step": f"{seconds[-1]:.4g} (median, last start)" if seconds else "too few steps to say",
