@@ -1,5 +1,6 @@
 """The command line: ``lowbit train | resume | range-test | inspect | cost | bench | recipes``."""
 
+import math
 import os
 import re
 import sys
@@ -9,8 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from lowbit.errors import RunError, Stopped, UsageError
+from lowbit.errors import RunError, Stopped, UsageError, shown
 from lowbit.train.config import RangeTestConfig, Result, TrainConfig
+
+_LONGEST = 2000  # characters of a message
+_MOST_NUMBERS = 2**40  # in one batch that is planned, or one sample of a model that is shown
+_MOST_PARAMETERS = 2**29  # of a model that is built to be shown, 2 GiB
+_MOST_ROUNDS = 10_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +63,7 @@ def _tidy(message: str) -> str:
     if required:
         names = [name.rpartition(".")[2] for name in required[1].split(", ")]
         message = f"missing: {', '.join(name if name == 'run' else f'--{name}' for name in names)}"
-    return message
+    return message if len(message) <= _LONGEST else f"{message[:_LONGEST]} ..."
 
 
 def _tidy_union(match: re.Match[str]) -> str:
@@ -225,6 +231,8 @@ def _inspect(
     probe: bool,
     **probing: Any,
 ) -> None:
+    import torch
+
     import lowbit
     from lowbit.train import models
     from lowbit.train.data import Task, load
@@ -243,6 +251,13 @@ def _inspect(
     else:
         raise UsageError("--shape and --classes come from the data set: give either them or --data.")
     assert isinstance(task, Task)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in models.build(model, task).parameters())
+    if parameters > _MOST_PARAMETERS:
+        raise UsageError(
+            f"{model} would have {parameters:,} parameters for these sizes, and at most {_MOST_PARAMETERS:,} are "
+            "built to be shown: give a smaller --shape or fewer --classes."
+        )
     print(lowbit.convert_(models.build(model, task), recipe))
 
 
@@ -274,7 +289,7 @@ def _probe(
     for flag, count in (("--batches", batches), ("--batch-size", batch_size)):
         if count is not None and count < 1:
             raise UsageError(f"{flag} must be at least 1, got {count}.")
-    widths = [int(width) if width.isdecimal() else 0 for width in bits.split(",")]
+    widths = [_whole(width) for width in bits.split(",")]
     if 0 in widths:
         raise UsageError(f"--bits must be whole numbers with commas between, e.g. 2,3,4, got {bits!r}.")
     if run is not None:
@@ -353,6 +368,10 @@ def _plan(
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1, got {value}.")
     steps, batch_size = steps or 1, batch_size or 128
+    if batch_size * math.prod(task.shape) > _MOST_NUMBERS:
+        raise UsageError(
+            f"--batch-size {batch_size} of --input {input or '3,32,32'}: at most 2**40 numbers are planned."
+        )
     with torch.device("meta"):
         network = models.build(model, task)
         shape = (batch_size, *task.shape)
@@ -419,6 +438,8 @@ def _bench(
 
     given = {"--works": works, "--variants": variants, "--compile": compile}
     of_steps = [flag for flag, value in given.items() if value]
+    if rounds is not None and rounds > _MOST_ROUNDS:
+        raise UsageError(f"--rounds must be at most {_MOST_ROUNDS:,}, got {shown(rounds)}.")
     if kernels and calibrate:
         raise UsageError("--kernels and --calibrate are two commands: give either.")
     if of_steps and (kernels or calibrate):
@@ -447,14 +468,21 @@ def _calibrate(rounds: int | None) -> Iterator[str]:
     yield f"\n{table}\n\nkept in {calibration.save(table)}: engine='auto' goes by it from now on"
 
 
+def _whole(text: str) -> int:
+    """A whole number of at most nine digits; 0 where a text is not one."""
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
+
+
 def _task(shape: str, classes: int | None, flag: str = "--shape") -> Any:
     from lowbit.train.data import Task
 
-    sizes = tuple(int(size) if size.isdecimal() else 0 for size in shape.split(","))
+    sizes = tuple(map(_whole, shape.split(",")))
     if len(sizes) not in {1, 3} or 0 in sizes:
         raise UsageError(f"{flag} must be C,H,W for images or T for text, e.g. 3,32,32, got {shape!r}.")
     if classes is not None and classes < 1:
         raise UsageError(f"--classes must be at least 1, got {classes}.")
+    if math.prod(sizes) * (classes or 1) > _MOST_NUMBERS:
+        raise UsageError(f"{flag} and --classes are too large: {shape} and {classes or 'none'}.")
     if len(sizes) == 1:
         return Task(kind="text", shape=sizes, classes=classes or 256)
     return Task(kind="image", shape=sizes, classes=classes or 10)
