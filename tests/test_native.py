@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -610,3 +611,45 @@ def test_every_instruction_set_gives_the_same(limit: str) -> None:
 
     assert sets in {"SSE41": ("none",), "AVX2": ("none", "avx2"), "AVX512_CORE": ("none", "avx2", "avx512")}[limit]
     assert hashed == fingerprint()[1]
+
+
+# Raises the limit of memory until a product fits; its threads exist before memory is short.
+UNDER_LIMITS = """
+import resource
+import torch
+from lowbit.kernels import cpu
+
+torch.set_num_threads(2)
+m, n, k = 40, 300_000, 8
+a, b = torch.ones(k, m, dtype=torch.uint8), torch.ones(k, n, dtype=torch.int8)
+left = cpu.Rows(data=a, rows=k, width=m, stride=m, along=False)
+right = cpu.Rows(data=b, rows=k, width=n, stride=n, along=False)
+small = cpu.Rows(data=b, rows=k, width=2000, stride=n, along=False)
+one, out = torch.ones(1), torch.zeros(m, n)
+cpu.multiply(left, small, out, first=0, stride=n, taps=1, scales=(one, one), bias=None, codes=True)
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+short = 0
+for extra in range(0, 400 << 20, 5 << 20):
+    out.zero_()
+    resource.setrlimit(resource.RLIMIT_AS, (size + extra, resource.RLIM_INFINITY))
+    try:
+        cpu.multiply(left, right, out, first=0, stride=n, taps=1, scales=(one, one), bias=None, codes=True)
+    except MemoryError:
+        short += 1
+        continue
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert bool((out == k).all())
+    print("short", short)
+    break
+"""
+
+
+@pytest.mark.skipif("avx512vnni" not in (cpu.instruction_sets() or []), reason="this processor has no 8-bit units")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say how much memory is used")
+def test_a_lack_of_memory_in_any_thread_is_an_error_and_not_the_end_of_the_process() -> None:
+    """Under rising limits each product raises MemoryError or is right; several limits are too low."""
+    run = subprocess.run([sys.executable, "-c", UNDER_LIMITS], capture_output=True, text=True, check=False)
+
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split()[-1]) >= 3

@@ -76,7 +76,8 @@ std::vector<Direct> direct_phases(const Product& p) {
             d.steps = ceil_div(d.line * size, kStep);
             if (size > 1 && d.line * size % kStep) return {};  // 0 times nan is no 0
             // The smallest piece of an image stays in a core's cache.
-            if (d.h.span() * d.w.places() * w.channels * size > 2 * kCache) return {};
+            if (static_cast<double>(d.h.span()) * static_cast<double>(d.w.places()) * static_cast<double>(w.channels) > 2 * kCache / size)
+                return {};
             if (d.h.size && d.w.size) phases.push_back(d);
         }
     return phases;
@@ -179,17 +180,19 @@ void multiply_direct(const Product& p, const Direct& d) {
     auto* b = workspace<uint8_t>(kSlotB, column_panels * panel_bytes);
     auto* column_sums = workspace<int32_t>(kSlotColumnSums, column_panels * kPanel);
     std::fill_n(column_sums, column_panels * kPanel, 0);
+    Guard guard;
 #pragma omp parallel if (worth_threads(p))
     {
         if (p.b_along) {
 #pragma omp for schedule(dynamic)
             for (int64_t n = 0; n < column_panels; n++) pack_b_lines(b_kind, p, d, n, b + n * panel_bytes);
         } else {
-            Across<Kind> across(p.n);
+            std::optional<Across<Kind>> across;
+            guard([&] { across.emplace(p.n); });
             const auto row_of = [&](int64_t k) { return d.k_of(w, k / (d.steps * per_step), k % (d.steps * per_step)); };
 #pragma omp for schedule(dynamic)
             for (int64_t s = 0; s < steps; s++)
-                pack_b_across(b_kind, p, row_of, s, b + s * 2 * kTile, panel_bytes, across);
+                guard([&] { pack_b_across(b_kind, p, row_of, s, b + s * 2 * kTile, panel_bytes, *across); });
         }
         if (zero.a) {
 #pragma omp for schedule(static)
@@ -197,9 +200,9 @@ void multiply_direct(const Product& p, const Direct& d) {
                 add_column_sums(b_kind, b + n * panel_bytes, steps * 4, kPanel, kTiles, column_sums + n * kPanel);
         }
         const Tiles tiles;
-        auto* a = workspace<Number>(kSlotA, image + slack);
-#pragma omp for schedule(dynamic) nowait
-        for (int64_t task = 0; task < d.samples * blocks; task++) {
+        Number* a = nullptr;
+        guard([&] { a = workspace<Number>(kSlotA, image + slack); });
+        const auto work = [&](int64_t task) {
             const int64_t sample = task / blocks, first = task % blocks * block;
             const int64_t last = std::min(first + block, d.h.size);
             pad_image(a_kind, p.a, w.channels, w.channels, places, {d.h.padding, d.w.padding}, sample, first * d.h.stride,
@@ -207,8 +210,11 @@ void multiply_direct(const Product& p, const Direct& d) {
             for (int64_t n = 0; n < column_panels; n++)
                 multiply_image(a_kind, p, d, at, sample, first, last, a, b + n * panel_bytes, n, column_sums + n * kPanel,
                                zero);
-        }
+        };
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t task = 0; task < d.samples * blocks; task++) guard([&] { work(task); });
     }
+    guard.rethrow();
 }
 
 // The gradient of a weight likewise: a tap's operand is the padded image shifted by whole places, so the image is put
@@ -286,8 +292,9 @@ bool direct_weight_fits(const Product& p, DirectWeight* d) {
         }
     constexpr int64_t in_group = Kind::in_group, in_step = 16 * in_group, size = sizeof(typename Kind::Number);
     d->places = ceil_div(d->places, in_group) * in_group;
+    const double padded = static_cast<double>(1 + d->halo) * static_cast<double>(d->places) * static_cast<double>(d->channels);
+    if (padded > kCache / size) return false;  // and so should the smallest piece of an image
     const int64_t row_bytes = d->places * d->channels * size;
-    if ((1 + d->halo) * row_bytes > kCache) return false;  // and so should the smallest piece of an image
     d->block = std::min(d->rows, std::max<int64_t>(1, kCache / 2 / row_bytes - d->halo));
     if (machine().amx) {
         d->lines = 1, d->steps = ceil_div(d->block * d->places, in_step);
@@ -406,15 +413,21 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
     auto* all = workspace<Sum>(kSlotSums, d.groups * of_group);
     auto* total = workspace<float>(kSlotPanels, p.m * p.n);
     bool finite = true;
+    Guard guard;
 #pragma omp parallel if (worth_threads(p))
     {
         const Tiles tiles;
-        Across<Kind> across(p.m);
-        auto* a = workspace<uint8_t>(kSlotA, panels * panel_bytes);
-        auto* x = workspace<Number>(kSlotImage, image * d.channels);
-        auto* all_groups = workspace<uint32_t>(kSlotPairs, in_group * grouped);
-#pragma omp for schedule(dynamic)
-        for (int64_t group = 0; group < d.groups; group++) {
+        std::optional<Across<Kind>> across;
+        uint8_t* a = nullptr;
+        Number* x = nullptr;
+        uint32_t* all_groups = nullptr;
+        guard([&] {
+            across.emplace(p.m);
+            a = workspace<uint8_t>(kSlotA, panels * panel_bytes);
+            x = workspace<Number>(kSlotImage, image * d.channels);
+            all_groups = workspace<uint32_t>(kSlotPairs, in_group * grouped);
+        });
+        const auto work = [&](int64_t group) {
             Sum* c = all + group * of_group;
             auto* row_sums = reinterpret_cast<int32_t*>(c + d.sums);
             auto* column_sums = row_sums + panels * kPanel;
@@ -428,7 +441,7 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
                     return row < count && place < d.width ? (sample * d.rows + first + row) * d.width + place : -1;
                 };
                 for (int64_t s = 0; s < d.steps; s++)
-                    pack_a_across(a_kind, p, row_of, a_kind.outside(), s, a, panel_bytes, across);
+                    pack_a_across(a_kind, p, row_of, a_kind.outside(), s, a, panel_bytes, *across);
                 for (int64_t m = 0; m < (zero.b ? panels : 0); m++)
                     add_row_sums(a + m * panel_bytes, now * d.quarters, d.a, row_sums + m * kPanel);
                 for (const Phase& phase : d.phases) {
@@ -443,10 +456,12 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
                                    task > from * blocks, c, column_sums);
                 }
             }
-        }
+        };
+#pragma omp for schedule(dynamic)
+        for (int64_t group = 0; group < d.groups; group++) guard([&] { work(group); });
 #pragma omp for schedule(static) reduction(&& : finite)
         for (int64_t m = 0; m < p.m; m++) {
-            add_groups<Kind>(p, d, all, of_group, zero, m, total + m * p.n);
+            guard([&] { add_groups<Kind>(p, d, all, of_group, zero, m, total + m * p.n); });
             for (int64_t n = 0; n < p.n; n++) finite = finite && std::isfinite(total[m * p.n + n]);
         }
 #pragma omp for schedule(static) nowait
@@ -454,6 +469,7 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
             for (int64_t n = 0; n < p.n; n += kPanel)
                 finish(p, m, n, std::min(kPanel, p.n - n), total + m * p.n + n);
     }
+    guard.rethrow();
     return finite;
 }
 

@@ -3,8 +3,10 @@
 // Notation: x real value, q code, S scale, z zero point, k the index that a product sums over.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <string>
 #include <vector>
 
@@ -21,6 +23,28 @@ inline const Machine& machine() {
     return m;
 }
 std::vector<std::string> instruction_sets();
+
+// Pieces of work in a parallel region, which an exception, say for lack of memory, must not leave: the first is kept, the
+// work that is left is passed over, and after the region it is thrown.
+class Guard {
+  public:
+    template <class Work>
+    void operator()(const Work& work) noexcept {
+        if (failed_.load(std::memory_order_relaxed)) return;
+        try {
+            work();
+        } catch (...) {
+            if (!failed_.exchange(true)) kept_ = std::current_exception();
+        }
+    }
+    void rethrow() const {
+        if (kept_) std::rethrow_exception(kept_);
+    }
+
+  private:
+    std::atomic<bool> failed_{false};
+    std::exception_ptr kept_;
+};
 
 // Element types of tensors that cross from Python; the numbers are those of `lowbit.kernels.cpu`; 4 and 5 are int32 and int64.
 enum class Type : int { f32 = 0, bf16 = 1, u8 = 2, s8 = 3 };

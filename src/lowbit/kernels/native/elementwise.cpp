@@ -146,13 +146,18 @@ void column_extremes(const void* x, Type type, int64_t rows, int64_t width, floa
     std::vector<uint32_t> bad(width, 0);
     std::fill_n(lo, width, infinity);
     std::fill_n(hi, width, -infinity);
+    Guard guard;
 #pragma omp parallel if (rows * width > kAlone)
     {
-        std::vector<float> my_lo(width, infinity), my_hi(width, -infinity);
-        std::vector<uint32_t> my_bad(width, 0);
-        float buffer[kRun];
-#pragma omp for schedule(static) nowait
-        for (int64_t r = 0; r < rows; r++)
+        std::vector<float> my_lo, my_hi;
+        std::vector<uint32_t> my_bad;
+        guard([&] {
+            my_lo.assign(width, infinity);
+            my_hi.assign(width, -infinity);
+            my_bad.assign(width, 0);
+        });
+        const auto work = [&](int64_t r) {
+            float buffer[kRun];
             for (int64_t c = 0; c < width; c += kRun) {
                 const int64_t count = std::min(kRun, width - c);
                 const float* v = load(x, type, r * width + c, count, buffer);
@@ -165,13 +170,19 @@ void column_extremes(const void* x, Type type, int64_t rows, int64_t width, floa
                     b[i] |= v[i] != v[i];
                 }
             }
+        };
+#pragma omp for schedule(static) nowait
+        for (int64_t r = 0; r < rows; r++) guard([&] { work(r); });
 #pragma omp critical(lowbit_extremes)
-        for (int64_t c = 0; c < width; c++) {
-            lo[c] = std::min(lo[c], my_lo[c]);
-            hi[c] = std::max(hi[c], my_hi[c]);
-            bad[c] |= my_bad[c];
-        }
+        guard([&] {
+            for (int64_t c = 0; c < width; c++) {
+                lo[c] = std::min(lo[c], my_lo[c]);
+                hi[c] = std::max(hi[c], my_hi[c]);
+                bad[c] |= my_bad[c];
+            }
+        });
     }
+    guard.rethrow();
     for (int64_t c = 0; c < width; c++)
         if (bad[c]) lo[c] = hi[c] = std::numeric_limits<float>::quiet_NaN();
 }
@@ -350,12 +361,15 @@ void code_statistics(const CodeRows& codes, int64_t channels, const int64_t* sta
     const int64_t chunks = to.chunks, rows = starts[chunks];
     std::vector<uint8_t> high(chunks * channels), low(chunks * channels);
     std::vector<int64_t> sum(chunks * channels);
+    Guard guard;
 #pragma omp parallel for schedule(dynamic) if (rows * channels > kAlone)
-    for (int64_t k = 0; k < chunks; k++) {
-        const int64_t at = k * channels;
-        chunk_extremes(codes.q, starts[k], starts[k + 1], channels, high.data() + at, low.data() + at, to.argmax + at,
-                       to.argmin + at, sum.data() + at);
-    }
+    for (int64_t k = 0; k < chunks; k++)
+        guard([&] {
+            const int64_t at = k * channels;
+            chunk_extremes(codes.q, starts[k], starts[k + 1], channels, high.data() + at, low.data() + at, to.argmax + at,
+                           to.argmin + at, sum.data() + at);
+        });
+    guard.rethrow();
     const float scale = *codes.scale;
     for (int64_t c = 0; c < channels; c++) {
         double sigma = 0.0;
@@ -376,12 +390,17 @@ void code_sums(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t channel
     const int64_t fold = folded(channels), width = fold * channels;
     std::fill_n(sum, channels, 0);
     if (b) std::fill_n(product, channels, 0);
+    Guard guard;
 #pragma omp parallel if (rows * channels > kAlone)
     {
-        std::vector<uint16_t> few(width);
-        std::vector<uint32_t> s(width), p(width);
-#pragma omp for schedule(dynamic) nowait
-        for (int64_t first = 0; first < rows; first += kMany) {
+        std::vector<uint16_t> few;
+        std::vector<uint32_t> s, p;
+        guard([&] {
+            few.resize(width);
+            s.resize(width);
+            p.resize(width);
+        });
+        const auto work = [&](int64_t first) {
             const int64_t last = std::min(first + kMany, rows);
             std::fill(s.begin(), s.end(), 0u);
             std::fill(p.begin(), p.end(), 0u);
@@ -400,8 +419,11 @@ void code_sums(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t channel
                 sum[i % channels] += s[i];
                 if (b) product[i % channels] += p[i];
             }
-        }
+        };
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t first = 0; first < rows; first += kMany) guard([&] { work(first); });
     }
+    guard.rethrow();
 }
 
 // Visit rows by channels in runs: work(first number, count, a and b of each number's channel).

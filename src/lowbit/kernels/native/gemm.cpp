@@ -49,20 +49,25 @@ void multiply_tall(const Product& p) {
     auto* b = workspace<uint8_t>(kSlotB, column_panels * panel_bytes);
     auto* column_sums = workspace<int32_t>(kSlotColumnSums, column_panels * kPanel);
     std::fill_n(column_sums, column_panels * kPanel, 0);
+    Guard guard;
 #pragma omp parallel if (worth_threads(p))
     {
-        pack_all_b(b_kind, p, 0, steps, b, panel_bytes);
+        pack_all_b(guard, b_kind, p, 0, steps, b, panel_bytes);
         if (zero.a) {
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < column_panels; n++)
                 add_column_sums(b_kind, b + n * panel_bytes, steps * 4, kPanel, kTiles, column_sums + n * kPanel);
         }
         const Tiles tiles;
-        auto* a = workspace<uint8_t>(kSlotA, group * panel_bytes);
-        auto* row_sums = workspace<int32_t>(kSlotRowSums, group * kPanel);
-        auto* c = workspace<Sum>(kSlotPanels, group * kPanel * kPanel);
-#pragma omp for schedule(dynamic) nowait
-        for (int64_t task = 0; task < groups * splits; task++) {
+        uint8_t* a = nullptr;
+        int32_t* row_sums = nullptr;
+        Sum* c = nullptr;
+        guard([&] {
+            a = workspace<uint8_t>(kSlotA, group * panel_bytes);
+            row_sums = workspace<int32_t>(kSlotRowSums, group * kPanel);
+            c = workspace<Sum>(kSlotPanels, group * kPanel * kPanel);
+        });
+        const auto work = [&](int64_t task) {
             const int64_t first = task / splits * group, last = std::min(first + group, row_panels);
             const int64_t begin = task % splits * column_panels / splits;
             const int64_t end = (task % splits + 1) * column_panels / splits;
@@ -78,8 +83,11 @@ void multiply_tall(const Product& p) {
                     finish_panel(p, c + (m - first) * kPanel * kPanel, kPanel, zero, m, n,
                                  row_sums + (m - first) * kPanel, column_sums + n * kPanel);
             }
-        }
+        };
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t task = 0; task < groups * splits; task++) guard([&] { work(task); });
     }
+    guard.rethrow();
 }
 
 // A long sum: chunks of k are packed by all threads together, and added to sums kept in memory.
@@ -105,14 +113,16 @@ void multiply_long(const Product& p) {
     auto* column_sums = workspace<int32_t>(kSlotColumnSums, width);
     std::fill_n(row_sums, row_panels * kPanel, 0);
     std::fill_n(column_sums, width, 0);
+    Guard guard;
 #pragma omp parallel if (worth_threads(p))
     {
         const Tiles tiles;
-        auto* local = workspace<Sum>(kSlotPanels, block * kPanel * kPanel);
+        Sum* local = nullptr;
+        guard([&] { local = workspace<Sum>(kSlotPanels, block * kPanel * kPanel); });
         for (int64_t first = 0; first < steps; first += chunk) {
             const int64_t last = std::min(first + chunk, steps);
-            pack_all_a(a_kind, p, first, last, a, panel_bytes);
-            pack_all_b(b_kind, p, first, last, b, panel_bytes);
+            pack_all_a(guard, a_kind, p, first, last, a, panel_bytes);
+            pack_all_b(guard, b_kind, p, first, last, b, panel_bytes);
             if (zero.b) {
 #pragma omp for schedule(static)
                 for (int64_t m = 0; m < row_panels; m++)
@@ -124,8 +134,7 @@ void multiply_long(const Product& p) {
                 for (int64_t n = 0; n < column_panels; n++)
                     add_column_sums(b_kind, b + n * panel_bytes, (last - first) * 4, kPanel, kTiles, column_sums + n * kPanel);
             }
-#pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < blocks * splits; task++) {
+            const auto work = [&](int64_t task) {
                 const int64_t top = task / splits * block, bottom = std::min(top + block, row_panels);
                 const int64_t begin = task % splits * column_panels / splits;
                 const int64_t end = (task % splits + 1) * column_panels / splits;
@@ -144,7 +153,9 @@ void multiply_long(const Product& p) {
                         multiply(a + m * panel_bytes, {last - first}, right, c + m * kPanel * width + n * kPanel, width,
                                  first > 0);
                 }
-            }
+            };
+#pragma omp for schedule(dynamic)
+            for (int64_t task = 0; task < blocks * splits; task++) guard([&] { work(task); });
         }
         if (!once) {
 #pragma omp for schedule(static) nowait
@@ -154,6 +165,7 @@ void multiply_long(const Product& p) {
                                  column_sums + n * kPanel);
         }
     }
+    guard.rethrow();
 }
 
 template <class Kind>

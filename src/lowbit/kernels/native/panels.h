@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <optional>
 
 #include "cpu.h"
 
@@ -40,12 +41,25 @@ T* workspace(Slot slot, int64_t count) {
     };
     static thread_local Block blocks[kSlots];
     Block& block = blocks[slot];
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
+#ifdef LOWBIT_SANITIZE
+    // Fresh, of the very size, and full of nan or of large numbers: what is read before or beyond it shows.
+    constexpr size_t whole = 1;
+    block.bytes = 0;
+#else
+    constexpr size_t whole = 64;
+#endif
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + whole + whole - 1) / whole * whole;
     if (block.bytes < bytes) {
         std::free(block.p);
-        block.p = std::aligned_alloc(64, bytes);
-        block.bytes = block.p ? bytes : 0;
-        if (!block.p) throw std::bad_alloc();
+        block.bytes = 0;
+        if (posix_memalign(&block.p, 64, bytes)) {
+            block.p = nullptr;
+            throw std::bad_alloc();
+        }
+        block.bytes = bytes;
+#ifdef LOWBIT_SANITIZE
+        std::memset(block.p, 0xFF, bytes);
+#endif
     }
     return static_cast<T*>(block.p);
 }
@@ -396,33 +410,37 @@ void pack_b_along(const Kind& kind, const Product& p, int64_t panel, int64_t fir
 
 // Steps [first, last) of all of B, by all threads of the enclosing team, which wait for each other at the end.
 template <class Kind>
-void pack_all_b(const Kind& kind, const Product& p, int64_t first, int64_t last, uint8_t* b, int64_t panel_bytes) {
+void pack_all_b(Guard& guard, const Kind& kind, const Product& p, int64_t first, int64_t last, uint8_t* b,
+                int64_t panel_bytes) {
     if (p.b_along) {
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < ceil_div(p.n, kPanel); n++)
             pack_b_along(kind, p, n, first, last, b + n * panel_bytes);
     } else {
-        Across<Kind> across(p.n);
+        std::optional<Across<Kind>> across;
+        guard([&] { across.emplace(p.n); });
         const auto row_of = [&p](int64_t k) { return k < p.k ? k : -1; };
 #pragma omp for schedule(dynamic)
         for (int64_t s = first; s < last; s++)
-            pack_b_across(kind, p, row_of, s, b + (s - first) * 2 * kTile, panel_bytes, across);
+            guard([&] { pack_b_across(kind, p, row_of, s, b + (s - first) * 2 * kTile, panel_bytes, *across); });
     }
 }
 
 // The same of all of A, without the wait.
 template <class Kind>
-void pack_all_a(const Kind& kind, const Product& p, int64_t first, int64_t last, uint8_t* a, int64_t panel_bytes) {
+void pack_all_a(Guard& guard, const Kind& kind, const Product& p, int64_t first, int64_t last, uint8_t* a,
+                int64_t panel_bytes) {
     if (p.a_along) {
 #pragma omp for schedule(dynamic) nowait
         for (int64_t m = 0; m < ceil_div(p.m, kPanel); m++)
-            pack_a_along(kind, p, m, first, last, a + m * panel_bytes);
+            guard([&] { pack_a_along(kind, p, m, first, last, a + m * panel_bytes); });
     } else {
-        Across<Kind> across(p.m);
+        std::optional<Across<Kind>> across;
+        guard([&] { across.emplace(p.m); });
         const auto row_of = [&p](int64_t k) { return k < p.k ? k : -1; };
 #pragma omp for schedule(dynamic) nowait
         for (int64_t s = first; s < last; s++)
-            pack_a_across(kind, p, row_of, 0, s, a - first * 2 * kTile, panel_bytes, across);
+            guard([&] { pack_a_across(kind, p, row_of, 0, s, a - first * 2 * kTile, panel_bytes, *across); });
     }
 }
 
