@@ -7,8 +7,10 @@ READY := $(VENV)/.ready
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard src/lowbit/kernels/native/*) $(wildcard src/lowbit/*/__init__.py)
 # The environment of the newest torch and of other libraries' models; 6 GB.
 ZOO := .venv-zoo
+# The environment of the native module under sanitizers.
+ASAN := .venv-asan
 
-.PHONY: demo demo-short test test-zoo test-newest lint setup clean
+.PHONY: demo demo-short test test-zoo test-newest test-asan lint setup clean
 demo: $(READY)  ## train ResNet-20 on Fashion-MNIST in fp32, bf16 and sbm8, time them in turn, print one table
 	$(BIN)/python benchmarks/demo.py
 
@@ -23,6 +25,14 @@ test-zoo: $(ZOO)/.ready  ## models of torchvision, timm and transformers on the 
 
 test-newest: $(ZOO)/.ready  ## the whole test suite on the newest torch
 	$(ZOO)/bin/python -m pytest
+
+# The sanitizers' libraries come first in the process, and the one that throws exceptions with them.
+SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(ASAN)/bin/python
+test-asan: $(ASAN)/.ready  ## native tests and random layers under address and undefined-behaviour sanitizers
+	$(SANITIZED) -m pytest tests/test_doorway.py tests/test_views.py tests/test_native.py -k 'not lack_of_memory'
+	$(SANITIZED) tests/fuzz_layers.py --seconds 60
 
 lint: $(READY)  ## ruff and mypy, as pre-commit runs them
 	$(BIN)/ruff check src tests benchmarks examples
@@ -44,5 +54,14 @@ $(ZOO)/.ready: constraints-zoo.txt $(SOURCES)
 	$(ZOO)/bin/python -m pip install --quiet --constraint constraints-zoo.txt --editable '.[dev,zoo]'
 	touch $@
 
+# The same packages, and a native module of its own.
+$(ASAN)/.ready: $(READY)
+	$(BIN)/python -m venv $(ASAN)
+	$(BIN)/python -c "import sys; print(*(p for p in sys.path if 'site-packages' in p), sep='\n')" > $(ASAN)/borrowed
+	mv $(ASAN)/borrowed $(ASAN)/lib/python*/site-packages/borrowed.pth
+	$(ASAN)/bin/python -m pip install --quiet --no-deps --editable . \
+		--config-settings=cmake.define.LOWBIT_SANITIZE=ON --config-settings=build-dir=build/asan
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(ZOO) build
+	rm -rf $(VENV) $(ZOO) $(ASAN) build
