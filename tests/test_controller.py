@@ -746,3 +746,14 @@ def test_print_shows_each_layer_and_where_its_bits_come_from() -> None:
     assert "step 0 of 9" in shown
     assert re.search(r"^ *0 +3 +8 +Cyclic$", shown, re.MULTILINE)
     assert re.search(r"^ *3 +8 +16 +8 bits$", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize("bits", [33, 1000, 2**70])
+def test_bits_of_evaluation_are_those_of_the_formats(bits: int) -> None:
+    """A width that no format here has is refused when the controller is made, not in the first evaluation."""
+    model = converted()
+
+    with pytest.raises(UsageError, match=f"bits={bits}"):
+        PrecisionController(model, forward=4, eval_bits=bits)
+
+    PrecisionController(model, forward=4, eval_bits=8)

@@ -454,11 +454,12 @@ class PrecisionController:
             seen[id(known)] = set(widths)
             kinds[id(known)] = f"{type(known).__name__} {zlib.crc32(repr(widths).encode()):08x}"
         found = False
+        evaluation = () if isinstance(self._eval_bits, str) else (self._eval_bits,)
         for layer in self._layers:
             grads = getattr(layer.forward, "grad_bits", ()) if layer.backward is None else ()
             for site in layer.sites:
                 for source, slots, more in (
-                    (layer.forward, site.slots("input", "weight"), ()),
+                    (layer.forward, site.slots("input", "weight"), () if layer.has_rule else evaluation),
                     (layer.backward, site.slots("grad_output"), grads),
                 ):
                     for fmt in slots.values():
