@@ -165,7 +165,9 @@ class ImageFolder:
         # A folder may be moved: names count from the class's folder on.
         names = "\0".join(f"{path.parent.name}/{path.name}" for path in self.paths)
         content = hashlib.sha256()
-        for at in torch.linspace(0, len(self.paths) - 1, min(64, len(self.paths))).long().tolist():
+        count = len(self.paths)
+        chosen = torch.linspace(0, count - 1, min(64, count), dtype=torch.float32, device="cpu").long()
+        for at in chosen.tolist():
             content.update(hashlib.sha256(_read(self.paths[at])).digest())
         return {
             "names": hashlib.sha256(names.encode()).hexdigest()[:16],
