@@ -3,9 +3,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit.errors import UsageError
+from lowbit.strides import suggests_channels_last
 from lowbit.train import models
 from lowbit.train.data import Task
 
@@ -279,3 +280,18 @@ def test_torchvision_refuses_grey_images() -> None:
     """A task of one channel is refused, with the models that adapt."""
     with pytest.raises(UsageError, match="takes images of 3 channels and this task has 1"):
         models.build("torchvision:small", GREY)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenetv2"])
+def test_convolutions_are_channels_last(name: str) -> None:
+    """Weights and outputs of 2-d convolutions are channels last in memory, also for a contiguous input."""
+    model = models.build(name, CIFAR).eval()
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    outputs: list[Tensor] = []
+    for m in convolutions:
+        m.register_forward_hook(lambda *args: outputs.append(args[2]))
+
+    model(torch.randn(2, 3, 32, 32))
+
+    assert len(outputs) == len(convolutions)
+    assert all(suggests_channels_last(t.shape, t.stride()) for t in [m.weight for m in convolutions] + outputs)
