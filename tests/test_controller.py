@@ -404,6 +404,34 @@ def test_a_loaded_state_does_not_win_over_the_controller() -> None:
     assert bits_run(model.eval()) == [4, 4, 4]
 
 
+@pytest.mark.parametrize("eval_bits", [6, "highest"])
+def test_a_saved_state_evaluates_and_refuses_to_train(eval_bits: Any) -> None:
+    """What was saved in the middle of a schedule evaluates at its evaluation bits, and trains with a controller."""
+    model, twin = converted(), converted()
+    schedule = Cyclic(low=3, high=8, cycles=1, total_steps=10)
+    train(model, PrecisionController(model, forward=schedule, eval_bits=eval_bits), 2)
+    lowbit.load_state_dict(twin, lowbit.state_dict(model))
+
+    assert bits_run(twin.eval()) == bits_run(model.eval()) == [8 if eval_bits == "highest" else eval_bits] * 3
+    with pytest.raises(UsageError, match="or was loaded from its state"):
+        twin.train()(next(batches(1))[0])
+    PrecisionController(twin, forward=4)
+    assert bits_run(twin) == [4, 4, 4]
+
+
+def test_a_damaged_controlled_state_is_refused() -> None:
+    """Evaluation bits that a format cannot have, or of another shape, are refused and change nothing."""
+    model = converted()
+    PrecisionController(model, forward=5)
+    state = lowbit.state_dict(model)
+    for wrong in (torch.full((6,), 1000), torch.full((5,), 8), [8] * 6):
+        state["groups"][0]["sites"]["3"]["evaluation_bits"] = wrong
+        with pytest.raises(UsageError, match="3: "):
+            lowbit.load_state_dict(model, state)
+
+    assert bits_run(model.eval()) == [5, 5, 5]
+
+
 def test_a_copy_of_a_copy_still_knows() -> None:
     """What lost its controller once is refused in every further copy, until restore_ makes it plain."""
     model = converted()

@@ -131,6 +131,20 @@ def test_ways_to_call_the_model(way: str) -> None:
     assert not clock.here.inside
 
 
+def test_a_converted_encoder_in_a_larger_model() -> None:
+    """An encoder that was converted first steps with the larger model that calls it, and goes on in parts and alone."""
+    encoder = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    clock = converted(encoder)
+    model = nn.Sequential(encoder, nn.Linear(4, 4))
+    lowbit.convert_(model, NOISY, strict=False, seed=1)
+    outer = model[1].site.clock
+    calls = [lambda: model(X), lambda: model(X), lambda: encoder[1](X), lambda: encoder(X)]
+
+    assert keys_after(clock, calls) == [1, 2, 3, 4]
+    assert outer is not clock
+    assert int(outer.step) == 2
+
+
 def test_a_forward_that_raises_has_ended() -> None:
     """After an exception inside the model its parts count as parts again."""
     model = mlp()

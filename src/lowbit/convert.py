@@ -810,8 +810,9 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
     return {"version": 1, "groups": [_state_of(clock, here) for clock in groups]}
 
 
-# What is saved of a site.
+# What is saved of a site, and what besides where a controller sets its bits.
 _SITE = ("recipe", "formats", "engine", "uses", "bits", "running_range")
+_CONTROLLED = "evaluation_bits"
 
 
 def _state_of(clock: Clock, here: Mapping[Site, QuantLayer]) -> dict[str, Any]:
@@ -827,6 +828,7 @@ def _state_of(clock: Clock, here: Mapping[Site, QuantLayer]) -> dict[str, Any]:
                 "uses": site.uses,
                 "bits": site.bits.detach().cpu().clone(),
                 "running_range": site.running_range.detach().cpu().clone(),
+                **({_CONTROLLED: site.evaluation_bits.detach().cpu().clone()} if site.is_controlled else {}),
             }
             for site in _of(clock, here)
         },
@@ -848,7 +850,8 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     """Give a converted model the state that `state_dict` returned; nothing changes where any part of it does not fit.
 
     A model converted with ``engine="auto"`` takes the saved engines too, whatever it chose itself: the run goes on as
-    it began, also where this machine was measured since.
+    it began, also where this machine was measured since. Where a controller set the bits of the saved model, this one
+    needs a controller too before it trains, made before or after; it evaluates at the saved evaluation bits.
 
     Raises:
         UsageError: the state is of another version, model or recipe, or damaged; or it is of another engine than the
@@ -875,7 +878,8 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
             entry = saved["sites"][site.name]
             site.engine = entry["engine"]
             site.uses = entry["uses"]
-            site.set_bits(entry["bits"].tolist(), entry["bits"].tolist())
+            site.set_bits(entry["bits"].tolist(), entry.get(_CONTROLLED, entry["bits"]).tolist())
+            site.lost_controller = site.controller is None and _CONTROLLED in entry
             site.running_range.copy_(entry["running_range"])
         for controller in {id(site.controller): site.controller for site in _of(clock, here)}.values():
             if controller is not None:
@@ -905,7 +909,8 @@ def _check_group(clock: Clock, here: Mapping[Site, QuantLayer], saved: Any) -> N
 
 def _identity(entry: object, clock: Clock) -> str:
     """What must agree between a saved site and one here."""
-    check_keys("load_state_dict: a site", entry, _SITE)
+    controlled = isinstance(entry, Mapping) and _CONTROLLED in entry
+    check_keys("load_state_dict: a site", entry, (*_SITE, _CONTROLLED) if controlled else _SITE)
     assert isinstance(entry, Mapping)
     check_type("load_state_dict: recipe", entry["recipe"], str)
     check_whole("load_state_dict: formats", entry["formats"], 0, 2**32 - 1)
@@ -920,11 +925,14 @@ def _check_site(site: Site, entry: dict[str, Any]) -> None:
     """Raise unless the saved values of a site are values that it can have."""
     what = f"load_state_dict: {site.name or 'the model'}"
     check_whole(f"{what}: uses", entry["uses"], 0, _MOST_STEPS)
-    for name in ("bits", "running_range"):
+    widths = [name for name in ("bits", _CONTROLLED) if name in entry]
+    for name in (*widths, "running_range"):
         own, saved = getattr(site, name), entry[name]
         if not isinstance(saved, Tensor) or (saved.shape, saved.dtype) != (own.shape, own.dtype) or saved.is_meta:
             raise UsageError(f"{what}: {name} is {shown(saved)}: expected {own.dtype} of shape {tuple(own.shape)}")
-    for bits, (product, operand, fmt) in zip(entry["bits"].tolist(), site.formats(), strict=True):
+    for bits, (product, operand, fmt) in (
+        pair for name in widths for pair in zip(entry[name].tolist(), site.formats(), strict=True)
+    ):
         try:
             check_width(bits, fmt)
         except UsageError as error:

@@ -175,7 +175,7 @@ class Site(nn.Module):
         bits: the widths in training.
         evaluation_bits: those in evaluation mode.
         controller: what writes both; None: they stay.
-        lost_controller: whether this is a copy of a site that has a controller; a copy has none.
+        lost_controller: whether this is a copy of a site that has a controller, or has its state; a copy has none.
         gated: whether a gate chooses the bits for each sample.
     """
 
@@ -216,8 +216,13 @@ class Site(nn.Module):
         return {
             **self.__dict__,
             "controller": None,
-            "lost_controller": self.lost_controller or self.controller is not None,
+            "lost_controller": self.is_controlled,
         }
+
+    @property
+    def is_controlled(self) -> bool:
+        """Whether a controller sets the bits, or did in the model that this is a copy of."""
+        return self.controller is not None or self.lost_controller
 
     @property
     def samples(self) -> Samples | None:
