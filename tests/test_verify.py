@@ -1,7 +1,9 @@
 """Proof of what ran: complete rows, honest figures, and failure where a product is not what was promised."""
 
 import math
+import re
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -474,6 +476,122 @@ class TestRangeNormOnCodes:
         error = x - (q.clamp(0, 255) - zero) * step
         assert row.sqnr_db == pytest.approx(10 * math.log10(x.square().sum() / error.square().sum()), abs=1e-3)
         assert row.clipped == pytest.approx(float(((q < 0) | (q > 255)).float().mean()), abs=2 / x.numel())
+
+
+class _Reads(nn.Module):
+    """A block that multiplies by the weight of its layer `qkv` and does not call it, as some vision models do."""
+
+    def __init__(self, *, also_calls: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.also_calls = also_calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, 6)`` to ``(B, 4)``."""
+        y = F.linear(x, self.qkv.weight, self.qkv.bias)
+        return self.head(self.qkv(y) if self.also_calls else y)
+
+
+class TestWeightsReadByOthers:
+    """A converted layer whose weight other code multiplies by is named, with the operator and the way out."""
+
+    @pytest.mark.parametrize("autocast", [False, True])
+    @pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode], ids=lambda m: m.__name__)
+    def test_the_error_says_who_multiplied_by_what(self, autocast: bool, mode: Callable[[], Any]) -> None:
+        """The operator, its module, the parameter and the rule are in the message, also where autocast casts."""
+        model = nn.Sequential(nn.Linear(6, 6), _Reads())
+        lowbit.convert_(model, "sbm8", engine="reference")
+
+        with (
+            pytest.raises(VerificationError, match=r"1\.qkv: the quantisers of this converted Linear did not run") as e,
+            lowbit.verify(model),
+            mode(),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            model(torch.randn(5, 6))
+
+        assert re.search(r"aten\.(addmm|linear) in 1 by 1\.qkv\.weight", str(e.value))
+        assert "rules=[('1.qkv', None)]" in str(e.value)
+
+    def test_the_rule_that_it_offers_works(self) -> None:
+        """With the layer left by that rule the proof passes and lists its product outside."""
+        model = nn.Sequential(nn.Linear(6, 6), _Reads())
+        lowbit.convert_(model, "sbm8", engine="reference", rules=[("1.qkv", None)])
+
+        proof = _prove(model, torch.randn(5, 6))
+
+        assert {row.module for row in proof.outside} == {"1"}
+        assert all(row.weights == [] for row in proof.outside)
+
+    def test_a_layer_that_ran_too_is_marked(self) -> None:
+        """Where the layer also ran, the operator that read its weight is listed with the parameter's name."""
+        model = _Reads(also_calls=True)
+        lowbit.convert_(model, "sbm8", engine="reference")
+
+        proof = _prove(model, torch.randn(5, 6, requires_grad=True))
+
+        assert {row.op: row.weights for row in proof.outside}["aten.addmm"] == ["qkv.weight"]
+        assert "weight of a converted layer" in str(proof)
+
+
+class TestRanges:
+    """Ranges that do not fit the values."""
+
+    def test_too_many_clipped_values_fail(self) -> None:
+        """A layer whose range is a mean over samples of one value each clips nearly all, and is named with advice."""
+        model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
+        lowbit.convert_(model, "sbm8-hoffer", engine="reference")
+
+        with pytest.raises(VerificationError, match=r"0: \d+ % of the values of input in output lie outside") as e:
+            _prove(model, torch.linspace(-3, 3, 64)[:, None])
+
+        assert "rules=[('0', None)]" in str(e.value)
+
+    def test_what_the_method_clips_by_design_passes(self) -> None:
+        """Means of extremes over samples of 64 normal values clip some, and no layer fails for it."""
+        model = nn.Sequential(nn.Linear(64, 16))
+        lowbit.convert_(model, "sbm8-hoffer", engine="reference")
+
+        proof = _prove(model, torch.randn(64, 64))
+
+        assert 0 < proof.rows[0].clipped < 0.05
+
+    @pytest.mark.parametrize(("scale", "warned"), [(1.0, False), (1e-8, True)])
+    def test_gradients_under_the_floor_warn(self, scale: float, warned: bool) -> None:
+        """Where the floor of the authors' scale decides, a note names operand and product and what to do."""
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+        lowbit.convert_(model, "sbm8-cpt", engine="reference", rules=[(nn.Linear, "sbm8-cpt")])
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with lowbit.verify(model) as proof:
+                (scale * model(torch.randn(5, 8)).square().sum()).backward()
+
+        assert any("grad_output of grad_weight is so small in 2 layers" in note for note in proof.notes) == warned
+        assert len(caught) == len(proof.notes)
+        assert all(note in str(proof) and "Multiply the loss" in note for note in proof.notes)
+
+    def test_recipes_without_a_floor_keep_small_gradients(self) -> None:
+        """`sbm8` takes its scale from the range, however small, and gives no note."""
+        model = _mlp()
+
+        with lowbit.verify(model) as proof:
+            (1e-12 * model(torch.randn(5, 6)).square().sum()).backward()
+
+        assert proof.notes == []
+
+
+def test_inference_mode_hides_no_product() -> None:
+    """An operator that arrives whole in inference mode is counted by its parts, as without gradients."""
+    model = _Two(nn.Identity(), lambda _, x: torch.einsum("bi,bj->ij", x, x) @ x.T)
+    lowbit.convert_(model, "sbm8", engine="reference")
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with lowbit.verify(model) as proof, mode():
+            model(torch.randn(5, 4))
+        found.append(sum(row.macs or 0 for row in proof.outside))
+
+    assert found == [5 * 4 * 4 + 4 * 4 * 5] * 2
 
 
 class TestOutside:

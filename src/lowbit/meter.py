@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowbit import products
+from lowbit import outside, products
 from lowbit.callstack import Callstack
 from lowbit.checks import check_whole, checked
 from lowbit.errors import UsageError
@@ -29,7 +29,7 @@ from lowbit.nn import PRODUCT_LAYERS
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.norm import FusedSequential
 from lowbit.nn.site import Site
-from lowbit.outside import UNCOUNTED, Multiplication, multiplications
+from lowbit.outside import Multiplication
 from lowbit.products import Convolution, ProductCall, Setting
 from lowbit.verify import site_names
 
@@ -243,6 +243,7 @@ class Meter:
             local.watch = _Watch(module)
             local.watching = ExitStack()
             local.held = local.watching.enter_context(held_for_backward([*module.parameters(), *module.buffers()]))
+            local.watching.enter_context(local.watch.callstack)
             local.watching.enter_context(local.watch)
 
     def _after(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
@@ -376,42 +377,37 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.found: list[_Found] = []
         self.uncounted: Counter[str] = Counter()
-        self._callstack = Callstack(model)
+        self.callstack = Callstack(model)
         # What a fused container dispatches itself is of the Range BN in it.
         converted = (QuantLayer, FusedSequential)
         self._converted = {name for name, module in model.named_modules() if isinstance(module, converted)}
-
-    def __enter__(self) -> Self:
-        self._callstack.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._callstack.__exit__()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if products.is_inside():
+            return func(*args, **kwargs)
+        if outside.arrives_whole(func):
+            with self:
+                return outside.call_parts(func, args, kwargs)
         out = func(*args, **kwargs)
-        if products.is_inside() or func.is_view or func._overloadpacket is torch.ops.aten._unsafe_view:
+        if func.is_view or func._overloadpacket is torch.ops.aten._unsafe_view:
             return out
-        name = self._callstack.name() or ""
-        packet = func._overloadpacket
-        found = multiplications(packet, args, kwargs, out)
+        name = self.callstack.name() or ""
+        found = outside.multiplications(func, args, kwargs, out)
         if found is not None:
             self.found.extend(_Found(_plain_name(name), what, out) for what in found)
-        elif packet in UNCOUNTED:
-            self.uncounted[f"{packet} (multiplies)"] += 1
+        elif outside.multiplies(func):
+            self.uncounted[f"{func._overloadpacket} (multiplies)"] += 1
         elif name not in self._converted and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
-            self.uncounted[str(packet)] += 1
+            self.uncounted[str(func._overloadpacket)] += 1
         return out
 
     def see_backward(self, forward: _Forward, add: Callable[[Counter[int]], None]) -> None:
         """Count the gradients of each product when the backward comes to it."""
         for found in self.found:
-            result = found.result if isinstance(found.result, Tensor) else found.result[0]
+            result = found.result if isinstance(found.result, Tensor) else tree_leaves(found.result)[0]
             node, found.result = result.grad_fn, None
             if node is not None and found.indices:
                 calls = Counter(dict.fromkeys(found.indices, found.times))

@@ -2,9 +2,15 @@
 
 `lowbit.verify` lists them as they are dispatched, forward and backward; `lowbit.Meter` counts those of the forward
 pass and what their backward will be. One fused multiply-add is one multiply-accumulate (MAC).
+
+Every operator of torch whose name looks like a product (`LOOKS_LIKE_A_PRODUCT`) is in one of four: `FORWARD` and
+`BACKWARD` have a formula, `UNCOUNTED` is listed without a count, a composite one is seen as the operators it calls,
+and `NO_PRODUCTS` says why the rest is none. Operators go by their names, so that a torch without some of them is fine.
 """
 
-from collections.abc import Callable, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +20,8 @@ from torch.utils.flop_counter import flop_registry
 
 from lowbit.products import Convolution, Linear, Matmul, Op
 
-_aten = torch.ops.aten
+Arguments = Mapping[str, Any]
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +36,7 @@ class Multiplication:
         bits: widths of both factors in bits.
         needs: whether the first and the second factor need a gradient, where gradients are recorded.
         times: how often the operator computes it.
-        counted: multiply-accumulates of one, where torch's own counter knows the operator and this file does not.
+        counted: multiply-accumulates of one, where they do not follow from the operator and the shapes.
     """
 
     op: Op
@@ -47,6 +54,9 @@ class Multiplication:
         return self.op.macs(self.input, self.weight, self.output) if self.counted is None else self.counted
 
 
+Formula = Callable[[Arguments, Any], list[Multiplication]]
+
+
 def _multiplication(
     op: Op,
     a: Tensor,
@@ -55,7 +65,9 @@ def _multiplication(
     *,
     shapes: tuple[Sequence[int], Sequence[int]] | None = None,
     needs: tuple[bool, bool] | None = None,
+    bits: tuple[int, int] | None = None,
     times: int = 1,
+    counted: int | None = None,
 ) -> Multiplication:
     """The product of two tensors, in `shapes` where they are not multiplied as they are."""
     first, second = (a.shape, b.shape) if shapes is None else shapes
@@ -64,31 +76,70 @@ def _multiplication(
         input=torch.Size(first),
         weight=torch.Size(second),
         output=torch.Size(output),
-        bits=(8 * a.element_size(), 8 * b.element_size()),
+        bits=(8 * a.element_size(), 8 * b.element_size()) if bits is None else bits,
         needs=(a.requires_grad, b.requires_grad) if needs is None else needs,
         times=times,
+        counted=counted,
     )
 
 
-def _matmul(first: int) -> Callable[[Sequence[Any], Any], list[Multiplication]]:
-    """An operator whose factors are the arguments `first` and the next, ``(..., M, K)`` and ``(..., K, N)``."""
+def _matmul(first: str, second: str) -> Formula:
+    """An operator whose factors, ``(..., M, K)`` and ``(..., K, N)``, are arguments of these names."""
 
-    def found(args: Sequence[Any], _: Any) -> list[Multiplication]:
-        a, b = args[first], args[first + 1]
+    def found(args: Arguments, _: Any) -> list[Multiplication]:
+        a, b = args[first], args[second]
         return [_multiplication(Matmul(), a, b, (*a.shape[:-1], b.shape[-1]))]
 
     return found
 
 
-def _linear(args: Sequence[Any], out: Tensor) -> list[Multiplication]:
-    return [_multiplication(Linear(), args[0], args[1], out.shape)]
+def _scaled(args: Arguments, _: Any) -> list[Multiplication]:
+    """Floats of 8 bits or fewer, ``(M, K)`` and ``(K, N)``; of 4 bits a byte holds two of them along K."""
+    a, b = args["self"], args["mat2"]
+    pair = 2 if a.dtype == getattr(torch, "float4_e2m1fn_x2", None) else 1
+    shapes = (a.shape[0], pair * a.shape[1]), (pair * b.shape[0], b.shape[1])
+    bits = 8 * a.element_size() // pair, 8 * b.element_size() // pair
+    return [_multiplication(Matmul(), a, b, (a.shape[0], b.shape[1]), shapes=shapes, bits=bits)]
 
 
-def _vector(first: int) -> Callable[[Sequence[Any], Any], list[Multiplication]]:
+def _grouped(args: Arguments, _: Any) -> list[Multiplication]:
+    """Each group's rows, or its part of what is summed, with that group's matrix; all rows are of some group.
+
+    One factor is cut into groups along an axis, so that all together multiply as one matrix; where both have an axis of
+    groups it is a batched product.
+    """
+    a, b = args["self"], args["mat2"]
+    groups = (a.shape[0],) if a.dim() == b.dim() == 3 else ()
+    return [_multiplication(Matmul(), a, b, (*groups, a.shape[-2], b.shape[-1]))]
+
+
+def _pairs(args: Arguments, _: Any) -> list[Multiplication]:
+    """Lists of matrices, multiplied pair by pair."""
+    pairs = zip(args["self"], args["mat2"], strict=True)
+    return [_multiplication(Matmul(), a, b, (*a.shape[:-1], b.shape[-1])) for a, b in pairs]
+
+
+def _linear(first: str, second: str) -> Formula:
+    """``(..., K)`` with a weight ``(N, K)``."""
+
+    def found(args: Arguments, out: Tensor) -> list[Multiplication]:
+        return [_multiplication(Linear(), args[first], args[second], out.shape)]
+
+    return found
+
+
+def _packed(args: Arguments, out: Tensor) -> list[Multiplication]:
+    """``(..., K)`` with a weight of 4 bits whose own shape is that of its memory."""
+    x, w = list(args.values())[:2]
+    k, bits = x.shape[-1], (8 * x.element_size(), 4)
+    return [_multiplication(Linear(), x, w, out.shape, shapes=(x.shape, (out.shape[-1], k)), bits=bits)]
+
+
+def _vector(first: str, second: str) -> Formula:
     """A matrix ``(M, K)`` or vector ``(K,)`` times a vector."""
 
-    def found(args: Sequence[Any], _: Any) -> list[Multiplication]:
-        a, b = args[first], args[first + 1]
+    def found(args: Arguments, _: Any) -> list[Multiplication]:
+        a, b = args[first], args[second]
         rows = a.shape[0] if a.dim() == 2 else 1
         shapes = (rows, a.shape[-1]), (b.shape[0], 1)
         return [_multiplication(Matmul(), a, b, (rows, 1), shapes=shapes)]
@@ -96,32 +147,50 @@ def _vector(first: int) -> Callable[[Sequence[Any], Any], list[Multiplication]]:
     return found
 
 
-def _outer(args: Sequence[Any], out: Tensor) -> list[Multiplication]:
-    _, a, b = args[:3]
+def _outer(args: Arguments, out: Tensor) -> list[Multiplication]:
+    a, b = args["vec1"], args["vec2"]
     return [_multiplication(Matmul(), a, b, out.shape, shapes=((a.shape[0], 1), (1, b.shape[0])))]
 
 
-def _convolution(args: Sequence[Any], out: Tensor) -> list[Multiplication]:
-    x, w, _, stride, padding, dilation, transposed, output_padding, groups = args[:9]
-    axes = w.dim() - 2
+def _convolution(transposed: bool = False) -> Formula:
+    """Any operator of a convolution; its other arguments go by their names."""
 
-    def each(values: Sequence[int]) -> tuple[int, ...]:
-        return tuple(values) if len(values) == axes else tuple(values) * axes
+    def found(args: Arguments, out: Tensor) -> list[Multiplication]:
+        x, w = next(iter(args.values())), args["weight"]
+        axes = w.dim() - 2
 
-    op = Convolution(
-        stride=each(stride),
-        padding=each(padding),
-        dilation=each(dilation),
-        groups=groups,
-        transposed=transposed,
-        output_padding=tuple(output_padding),
-    )
-    return [_multiplication(op, x, w, out.shape)]
+        def each(name: str, default: int) -> tuple[int, ...]:
+            values = args.get(name) or [default]
+            return tuple(values) if len(values) == axes else tuple(values) * axes
+
+        op = Convolution(
+            stride=each("stride", 1),
+            padding=each("padding", 0),
+            dilation=each("dilation", 1),
+            groups=args.get("groups", 1),
+            transposed=args.get("transposed", transposed),
+            output_padding=each("output_padding", 0),
+        )
+        return [_multiplication(op, x, w, out.shape)]
+
+    return found
 
 
-def _attention(args: Sequence[Any], _: Any) -> list[Multiplication]:
+def _time_first(args: Arguments, out: Tensor) -> list[Multiplication]:
+    """A convolution of ``(T, B, C)`` with a weight ``(taps, C, O)``."""
+    x, w = args["self"], args["weight"]
+    return [_multiplication(Matmul(), x, w, out.shape, counted=out.numel() * math.prod(w.shape[:2]))]
+
+
+def _distances(args: Arguments, out: Tensor) -> list[Multiplication]:
+    """``|x - y|`` of all pairs by one product: the squares are two more columns of each factor."""
+    x, y = args["x1"], args["x2"]
+    return [_multiplication(Matmul(), x, y, out.shape, counted=out.numel() * (x.shape[-1] + 2))]
+
+
+def _attention(args: Arguments, _: Any) -> list[Multiplication]:
     """Queries times keys, and their softmax times values; a fused backward computes the scores once more."""
-    q, k, v = args[:3]
+    q, k, v = list(args.values())[:3]
     scores = (*q.shape[:-1], k.shape[-2])
     keys = (*k.shape[:-2], k.shape[-1], k.shape[-2])
     return [
@@ -137,9 +206,9 @@ def _attention(args: Sequence[Any], _: Any) -> list[Multiplication]:
     ]
 
 
-def _recurrent(args: Sequence[Any], _: Any) -> list[Multiplication]:
+def _recurrent(args: Arguments, _: Any) -> list[Multiplication]:
     """One layer and direction of the fused LSTM of oneDNN: the input product of all steps, a recurrent one of each."""
-    x, w_input, w_recurrent = args[:3]
+    x, w_input, w_recurrent = list(args.values())[:3]
     steps, samples, gates = x.shape[0], x.shape[1], w_input.shape[0]
     hidden = (samples, w_recurrent.shape[1])
     learned = x.requires_grad or w_input.requires_grad or w_recurrent.requires_grad
@@ -157,71 +226,262 @@ def _recurrent(args: Sequence[Any], _: Any) -> list[Multiplication]:
     ]
 
 
-# Operators of the forward pass and what they multiply, from their arguments and result.
-_FORWARD: dict[Any, Callable[[Sequence[Any], Any], list[Multiplication]]] = {
-    _aten.linear: _linear,
-    _aten.mm: _matmul(0),
-    _aten.bmm: _matmul(0),
-    _aten.addmm: _matmul(1),
-    _aten._addmm_activation: _matmul(1),
-    _aten.baddbmm: _matmul(1),
-    _aten.addbmm: _matmul(1),
-    _aten.mv: _vector(0),
-    _aten.addmv: _vector(1),
-    _aten.dot: _vector(0),
-    _aten.vdot: _vector(0),
-    _aten.addr: _outer,
-    _aten.convolution: _convolution,
-    _aten.mkldnn_rnn_layer: _recurrent,
-    **{
-        getattr(_aten, name): _attention
-        for name in (
-            "_scaled_dot_product_flash_attention_for_cpu",
-            "_scaled_dot_product_flash_attention",
-            "_scaled_dot_product_efficient_attention",
-            "_scaled_dot_product_cudnn_attention",
+def _recurrent_of_all(args: Arguments, _: Any) -> list[Multiplication]:
+    """All layers and directions of a fused RNN: each weight matrix multiplies a row for every step and sample."""
+    x, matrices = args["input"], [w for w in args["weight"] if w.dim() == 2]
+    rows = x.shape[:-1].numel()
+    learned = x.requires_grad or any(w.requires_grad for w in matrices)
+    return [
+        _multiplication(
+            Linear(), x, w, (rows, w.shape[0]), shapes=((rows, w.shape[1]), w.shape), needs=(learned, w.requires_grad)
         )
-        if hasattr(_aten, name)
-    },
-}
-# Operators that multiply inside and have no formula: listed without a count.
-UNCOUNTED = {
-    getattr(_aten, name)
-    for name in (
-        "_transformer_encoder_layer_fwd",
-        "_native_multi_head_attention",
-        "_int_mm",
-        "_trilinear",
-        "_cudnn_rnn",
-        "_cdist_forward",
-    )
-    if hasattr(_aten, name)
+        for w in matrices
+    ]
+
+
+def _names(text: str, namespace: str = "aten") -> list[str]:
+    return [f"{namespace}::{name}" for name in text.split()]
+
+
+# Operators of the forward pass and what they multiply, from their arguments and result. An operator in place, such as
+# addmm_, goes by the name without the underscore.
+FORWARD: dict[str, Formula] = {
+    "aten::linear": _linear("input", "weight"),
+    "aten::mm": _matmul("self", "mat2"),
+    "aten::bmm": _matmul("self", "mat2"),
+    "aten::addmm": _matmul("mat1", "mat2"),
+    "aten::_addmm_activation": _matmul("mat1", "mat2"),
+    "aten::baddbmm": _matmul("batch1", "batch2"),
+    "aten::addbmm": _matmul("batch1", "batch2"),
+    "aten::_int_mm": _matmul("self", "mat2"),
+    **dict.fromkeys(_names("_scaled_mm _scaled_mm_v2"), _scaled),
+    **dict.fromkeys(_names("_grouped_mm _scaled_grouped_mm _scaled_grouped_mm_v2"), _grouped),
+    "aten::_foreach_mm": _pairs,
+    "aten::_weight_int8pack_mm": _linear("self", "mat2"),
+    **dict.fromkeys(
+        _names(
+            "_weight_int4pack_mm _weight_int4pack_mm_for_cpu _weight_int4pack_mm_with_scales_and_zeros "
+            "_dyn_quant_matmul_4bit"
+        ),
+        _packed,
+    ),
+    "aten::mv": _vector("self", "vec"),
+    "aten::addmv": _vector("mat", "vec"),
+    "aten::dot": _vector("self", "tensor"),
+    "aten::vdot": _vector("self", "other"),
+    "aten::addr": _outer,
+    **dict.fromkeys(
+        _names(
+            "convolution _convolution convolution_overrideable mkldnn_convolution cudnn_convolution "
+            "cudnn_convolution_relu cudnn_convolution_add_relu miopen_convolution miopen_convolution_relu "
+            "miopen_convolution_add_relu miopen_depthwise_convolution _conv_depthwise2d conv_depthwise3d "
+            "_slow_conv2d_forward slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d "
+            "_nnpack_spatial_convolution _mps_convolution"
+        ),
+        _convolution(),
+    ),
+    **dict.fromkeys(
+        _names(
+            "cudnn_convolution_transpose miopen_convolution_transpose _mps_convolution_transpose "
+            "slow_conv_transpose2d slow_conv_transpose3d"
+        ),
+        _convolution(transposed=True),
+    ),
+    "aten::conv_tbc": _time_first,
+    "aten::_euclidean_dist": _distances,
+    **dict.fromkeys(
+        _names(
+            "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+            "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
+            "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math_for_mps "
+            "_triton_scaled_dot_attention"
+        ),
+        _attention,
+    ),
+    "aten::mkldnn_rnn_layer": _recurrent,
+    **dict.fromkeys(_names("_cudnn_rnn miopen_rnn"), _recurrent_of_all),
 }
 
 
-def multiplications(packet: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> list[Multiplication] | None:
+def _backward_of_convolution(args: Arguments) -> int:
+    """One product like the forward's for the input, one for the weight."""
+    x, w, g = args["input"] if "input" in args else args["self"], args["weight"], args["grad_output"]
+    small = x if args.get("transposed", False) else g
+    return int(sum(args["output_mask"][:2]) * small.numel() * math.prod(w.shape[1:]))
+
+
+def _backward_of_attention(args: Arguments) -> int:
+    """Three products over the width of queries and two over that of values, for every pair of positions."""
+    q, k, v = args["query"], args["key"], args["value"]
+    return int(q.shape[:-1].numel() * k.shape[-2] * (3 * q.shape[-1] + 2 * v.shape[-1]))
+
+
+def _backward_of_layer(args: Arguments) -> int:
+    """Twice the forward."""
+    x, w_input, w_recurrent = list(args.values())[:3]
+    return int(2 * x.shape[:-1].numel() * (w_input.numel() + w_recurrent.numel()))
+
+
+def _backward_of_all(args: Arguments) -> int:
+    """The forward once for the input and the states, once for the weights."""
+    rows, mask = args["input"].shape[:-1].numel(), args["output_mask"]
+    return int((any(mask[:3]) + bool(mask[3])) * rows * sum(w.numel() for w in args["weight"] if w.dim() == 2))
+
+
+# Operators of the backward pass, and their MACs from their arguments.
+BACKWARD: dict[str, Callable[[Arguments], int]] = {
+    **dict.fromkeys(
+        _names("convolution_backward convolution_backward_overrideable _slow_conv2d_backward"),
+        _backward_of_convolution,
+    ),
+    **dict.fromkeys(
+        _names(
+            "_scaled_dot_product_flash_attention_for_cpu_backward _scaled_dot_product_flash_attention_backward "
+            "_scaled_dot_product_efficient_attention_backward _scaled_dot_product_cudnn_attention_backward "
+            "_scaled_dot_product_fused_attention_overrideable_backward"
+        ),
+        _backward_of_attention,
+    ),
+    "aten::mkldnn_rnn_layer_backward": _backward_of_layer,
+    **dict.fromkeys(_names("_cudnn_rnn_backward miopen_rnn_backward"), _backward_of_all),
+}
+
+# Operators that multiply and whose MACs do not follow from shapes, or that few will meet: listed without a count.
+UNCOUNTED = frozenset(
+    [
+        *_names("_transformer_encoder_layer_fwd _native_multi_head_attention _triton_multi_head_attention"),
+        *_names("_trilinear _cdist_forward _cdist_backward _pdist_forward _pdist_backward"),
+        # Attention of sequences of several lengths.
+        *_names("_flash_attention_forward _flash_attention_forward_no_dropout_inplace _flash_attention_backward"),
+        *_names("_efficient_attention_forward _efficient_attention_backward"),
+        *_names("_cudnn_attention_forward _cudnn_attention_backward"),
+        # Sparse factors.
+        *_names("_sparse_addmm _sparse_mm_reduce_impl _sparse_mm_reduce_impl_backward _sparse_sparse_matmul hspmm"),
+        *_names("_sparse_semi_structured_addmm _sparse_semi_structured_linear _sparse_semi_structured_mm"),
+        *_names("_cslt_sparse_mm _cslt_sparse_mm_search sparse_sampled_addmm sspaddmm"),
+        # Packed or opaque weights.
+        *_names("_mixed_dtypes_linear mkldnn_linear mkldnn_linear_backward mkldnn_linear_backward_input"),
+        *_names("mkldnn_linear_backward_weights quantized_gru quantized_lstm"),
+        *_names("_wrapped_quantized_linear_prepacked fbgemm_linear_fp16_weight fbgemm_linear_int8_weight"),
+        *_names("fbgemm_linear_fp16_weight_fp32_activation fbgemm_linear_int8_weight_fp32_activation"),
+        *_names("_convolution_pointwise _convolution_transpose_pointwise _linear_pointwise", "mkldnn"),
+        *_names("_mkl_linear", "mkl"),
+        *_names("conv2d_run", "mkldnn_prepacked"),
+        *_names("_mm_plus_mm", "inductor"),
+        *_names("qconv_pointwise qconv1d_pointwise qconv2d_pointwise qconv3d_pointwise qlinear_pointwise", "onednn"),
+        *_names("linear_dynamic_fp16 linear_relu_dynamic_fp16", "onednn"),
+        *_names("qlinear qlinear_dynamic qlinear_relu qlinear_relu_dynamic", "sparse"),
+        *_names("conv2d conv2d_relu conv3d conv3d_relu conv_transpose1d conv_transpose2d linear", "_quantized"),
+        *_names("linear_dynamic wrapped_quantized_linear wrapped_fbgemm_linear_fp16_weight", "_quantized"),
+        *_names("_wrapped_quantized_linear_prepacked", "_quantized"),
+        *_names("conv1d conv1d_dynamic conv1d_relu conv2d conv2d_add conv2d_add_relu conv2d_dynamic", "quantized"),
+        *_names("conv2d_relu conv3d conv3d_dynamic conv3d_relu conv_transpose1d conv_transpose2d", "quantized"),
+        *_names("conv_transpose3d conv_transpose1d_dynamic conv_transpose2d_dynamic matmul", "quantized"),
+        *_names("conv_transpose3d_dynamic int4mm_packed_weight_cpu linear linear_dynamic", "quantized"),
+        *_names("linear_dynamic_fp16 linear_dynamic_fp16_unpacked_weight linear_leaky_relu linear_relu", "quantized"),
+        *_names("linear_relu_dynamic linear_relu_dynamic_fp16 linear_tanh quantized_gru_cell_dynamic", "quantized"),
+        *_names("quantized_lstm_cell_dynamic quantized_rnn_relu_cell_dynamic", "quantized"),
+        *_names("quantized_rnn_tanh_cell_dynamic", "quantized"),
+        *_names("linear_with_input_q_dq_qweight_dq_output_fp32", "quantized"),
+        *_names("linear_with_input_q_dq_qweight_dq_relu_output_fp32", "quantized"),
+        # Other devices, nested tensors, several processes.
+        *_names("linear_backward matmul_backward _lstm_mps lstm_mps_backward"),
+        *_names("mps_convolution_backward mps_convolution_transpose_backward"),
+        *_names("_async_input_mm fused_all_gather_matmul fused_matmul_reduce_scatter", "symm_mem"),
+        *_names("fused_all_gather_scaled_matmul fused_scaled_matmul_reduce_scatter", "symm_mem"),
+    ]
+)
+
+LOOKS_LIKE_A_PRODUCT = re.compile(
+    r"mm(?!a|i)|matmul|gemm|conv(?!ert)|linear|attention|attn|rnn|lstm|gru(?!l)|dot|addr|mv(?!l)|einsum|dist(?!rib)|inner|"
+    r"outer|(^|_)ger$|kron|transformer|multi_head|matrix|linalg|chol|inverse|solve|svd|(^|_)qr|(?<!w)eig|(^|_)lu_|lstsq|"
+    r"geqrf|orgqr|ormqr|(^|_)det$|correlat"
+)
+
+# Why operators that look like a product are none, by patterns of whole names.
+NO_PRODUCTS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (
+        re.compile(
+            r"aten::_?linalg_(check_errors|_powsum|cholesky_ex|cross|det|eigh?|eigvals|householder_product|inv_ex|ldl_solve|"
+            r"ldl_factor_ex|lstsq|lu|lu_factor_ex|lu_solve|matrix_exp|matrix_sqrth|pinv|polar|qr|slogdet|solve_ex|"
+            r"solve_triangular|svd|vector_norm)|prims::svd|aten::(_compute_linear_combination|_spsolve|\w*cholesky\w*|"
+            r"geqrf|lu_unpack|ormqr|qr|slice_inverse|triangular_solve)"
+        ),
+        "a function, a decomposition or a norm of one matrix, or a solution of equations: no layer is made of them",
+    ),
+    (re.compile(r"\w+::\w*(prepack|unpack|_reorder_\w+|pack_gemm|flatten_weight)(_\w+)?"), "packs weights"),
+    (re.compile(r"\w+::\w*upsample_\w*linear\w*"), "interpolates"),
+    (re.compile(r"aten::_thnn_\w+"), "the gates of a recurrent cell, element by element"),
+    (re.compile(r"aten::dist"), "the norm of a difference"),
+    (re.compile(r"_native::\w+"), "a kernel behind an operator of aten, which is seen itself"),
+    (re.compile(r"export::\w+|aten::_nested_get_jagged_dummy"), "takes tensors apart"),
+)
+
+
+def why_no_product(name: str) -> str:
+    """Why an operator multiplies nothing although its name looks like it; empty where nothing is known."""
+    return next((why for pattern, why in NO_PRODUCTS if pattern.fullmatch(name)), "")
+
+
+def is_composite(name: str) -> bool:
+    """Whether an operator, named with its overload, calls others on dense tensors, which are then seen in its place."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+
+
+def name_of(func: Any) -> str:
+    """The operator without overload and without the underscore of those in place, e.g. ``"aten::addmm"``."""
+    name: str = func._schema.name
+    return name.rstrip("_")
+
+
+def arrives_whole(func: Any) -> bool:
+    """Whether a dispatch mode is shown a composite operator in place of its parts, as happens in inference mode."""
+    return torch.is_inference_mode_enabled() and is_composite(func.name()) and name_of(func) not in FORWARD
+
+
+def call_parts(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Execute a composite operator that arrived whole: a mode that is on sees its parts."""
+    return func._op_dk(_COMPOSITE, *args, **kwargs)
+
+
+def multiplies(func: Any) -> bool:
+    """Whether an operator multiplies: counted or not."""
+    name = name_of(func)
+    return name in FORWARD or name in BACKWARD or name in UNCOUNTED or func._overloadpacket in flop_registry
+
+
+def multiplications(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> list[Multiplication] | None:
     """What an operator of the forward pass multiplies; None for one that does not, or that nobody has a formula for.
 
     Args:
-        packet: the operator, e.g. ``torch.ops.aten.mm``.
+        func: the operator, e.g. ``torch.ops.aten.mm.default``.
         args: its positional arguments.
         kwargs: its keyword arguments.
         out: its result.
     """
-    if packet in _FORWARD:
-        return _FORWARD[packet](args, out)
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    if packet not in flop_registry or len(tensors) < 2 or not isinstance(out, Tensor):
+    name = name_of(func)
+    tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+    if name in BACKWARD or name in UNCOUNTED or any(t.layout != torch.strided for t in tensors):
         return None
-    a, b = tensors[:2]
-    return [
-        Multiplication(
-            op=Matmul(),
-            input=a.shape,
-            weight=b.shape,
-            output=out.shape,
-            bits=(8 * a.element_size(), 8 * b.element_size()),
-            needs=(a.requires_grad, b.requires_grad),
-            counted=flop_registry[packet](*args, **kwargs, out_val=out) // 2,
-        )
-    ]
+    if name in FORWARD:
+        return FORWARD[name](_by_name(func, args, kwargs), out)
+    out = out if isinstance(out, Tensor) else next(iter(out), None) if isinstance(out, tuple) else None
+    if func._overloadpacket not in flop_registry or len(tensors) < 2 or not isinstance(out, Tensor):
+        return None
+    counted = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out) // 2
+    return [_multiplication(Matmul(), tensors[0], tensors[1], out.shape, counted=counted)]
+
+
+def macs(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int | None:
+    """Multiply-accumulates of an operator that multiplies, forward or backward; None where there is no formula."""
+    name = name_of(func)
+    if name in BACKWARD:
+        return BACKWARD[name](_by_name(func, args, kwargs))
+    found = multiplications(func, args, kwargs, out)
+    return None if found is None else sum(m.macs * m.times for m in found)
+
+
+def _by_name(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Arguments:
+    """All arguments in the order of the schema, those left out at their defaults."""
+    rest = {a.name: kwargs.get(a.name, a.default_value) for a in func._schema.arguments[len(args) :]}
+    return dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | rest

@@ -5,7 +5,8 @@ Notation: y product in full precision, y^ as it ran; N elements of an operand, M
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils._pytree import tree_leaves
 
-from lowbit import products
+from lowbit import outside, products
 from lowbit.callstack import Callstack
 from lowbit.checks import checked
 from lowbit.convert import plain_type, replaced
@@ -23,12 +24,15 @@ from lowbit.errors import RunError, UsageError
 from lowbit.formats import Integer
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site
-from lowbit.outside import UNCOUNTED, multiplications
 from lowbit.products import OperandRun, ProductRun
 from lowbit.tables import text_table
 
 # The cosine that the column "bits needed" asks for.
 WANTED_COSINE = 0.98
+# The largest share of an operand's values that a healthy layer clips, see docs/limitations.md.
+MOST_CLIPPED = 0.2
+# The largest share of an operand's values under the floor of the scale that is not worth a word.
+MOST_FLOORED = 0.01
 
 
 class VerificationError(RunError):
@@ -115,6 +119,7 @@ class OperandProof(_Compared):
         most_bits: the largest.
         elements: number of elements in one call.
         clipped: share of values more than half a step outside the grid.
+        floored: share of values whose scale is the floor of the format.
     """
 
     format: str
@@ -122,6 +127,7 @@ class OperandProof(_Compared):
     elements: int
     integer: bool
     clipped: float = 0.0
+    floored: float = 0.0
     most_bits: int = 0
 
     def saw(self, bits: int) -> None:
@@ -207,6 +213,7 @@ class OutsideRow:
         calls: how often.
         macs: multiply-accumulates of all calls; None where no formula is known.
         share: of the MACs of all products, inside and outside; None likewise.
+        weights: parameters of converted layers that it multiplied by.
     """
 
     op: str
@@ -214,6 +221,7 @@ class OutsideRow:
     calls: int = 0
     macs: int | None = 0
     share: float | None = None
+    weights: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -223,10 +231,12 @@ class Proof:
     Attributes:
         rows: a row per layer and product.
         outside: products that ran outside converted layers.
+        notes: what is no failure and should be known, a sentence each.
     """
 
     rows: list[ProofRow] = field(default_factory=list)
     outside: list[OutsideRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         header = [
@@ -261,7 +271,7 @@ class Proof:
         inside = sum(row.macs for row in self.rows)
         parts = [text_table(header, table), "", f"{inside:,} MACs inside converted layers."]
         if not self.outside:
-            return "\n".join([*parts, "No product ran outside them."])
+            return "\n".join([*parts, "No product ran outside them.", *self.notes])
         share = sum(row.share or 0 for row in self.outside)
         parts.append(f"{100 * share:.2f} % of all MACs ran outside them, in the precision they were given:")
         rows = [
@@ -271,10 +281,14 @@ class Proof:
                 str(row.calls),
                 "not counted" if row.macs is None else f"{row.macs:,}",
                 "-" if row.share is None else f"{100 * row.share:.2f}",
+                ", ".join(row.weights),
             ]
             for row in self.outside
         ]
-        return "\n".join([*parts, text_table(["module", "operator", "calls", "MACs", "share %"], rows)])
+        header = ["module", "operator", "calls", "MACs", "share %", "weight of a converted layer"]
+        if not any(row.weights for row in self.outside):
+            header, rows = header[:-1], [row[:-1] for row in rows]
+        return "\n".join([*parts, text_table(header, rows), *self.notes])
 
     def summary(self) -> str:
         """A shorter table, a line per layer: the bits of each product and the smallest SQNR among them."""
@@ -328,6 +342,7 @@ class _Collector:
             )
             proof.saw(operand.bits)
             proof.clipped += (operand.clipped - proof.clipped) / row.calls
+            proof.floored += (operand.floored - proof.floored) / row.calls
             proof.sums.add(operand.exact, operand.quantized)
             off_grid |= not torch.equal(operand.exact, operand.quantized)
             values = distinct_values(operand)
@@ -344,18 +359,64 @@ class _Collector:
             )
         self.promised.update((layer, product) for product in run.expected)
 
-    def missing(self, model: nn.Module) -> Iterator[str]:
-        """A sentence for each quantiser that should have run and did not."""
+    def missing(self, model: nn.Module, users: Callable[[str], list[OutsideRow]]) -> Iterator[str]:
+        """A sentence for each quantiser that should have run and did not; `users` tells who multiplied in its place."""
         ran, names = set(self.rows), site_names(model)
-        for layer in model.modules():
-            if isinstance(layer, QuantLayer):
-                for site in layer.sites():
-                    if (names[site], "output") not in ran:
-                        kind = plain_type(layer).__name__
-                        yield f"{names[site]}: the quantisers of this converted {kind} did not run"
+        for name, layer in model.named_modules():
+            idle = [names[site] for site in _sites(layer) if (names[site], "output") not in ran]
+            if not idle:
+                continue
+            shown, kind = " and ".join(n or "the model" for n in idle), plain_type(layer).__name__
+            yield f"{shown}: the quantisers of this converted {kind} did not run{_instead(name, users(name))}"
         if any(product != "output" for _, product in ran):  # a backward ran
             for name, product in sorted(self.promised - ran):
                 yield f"{name}: {product} was due in the backward and did not run"
+
+    def clipped(self, model: nn.Module) -> Iterator[str]:
+        """A sentence for each operand of which more than `MOST_CLIPPED` lay outside its grid."""
+        names = site_names(model)
+        layers = {names[site]: name for name, layer in model.named_modules() for site in _sites(layer)}
+        for row in self.rows.values():
+            for name, operand in row.operands.items():
+                if operand.clipped > MOST_CLIPPED:
+                    yield (
+                        f"{row.layer or 'the model'}: {100 * operand.clipped:.0f} % of the values of {name} in "
+                        f"{row.product} lie outside the grid of {operand.format} and were clipped, more than the "
+                        f"{100 * MOST_CLIPPED:.0f} % that a healthy layer clips. Its range does not fit these values: "
+                        f"leave the layer with rules=[({layers.get(row.layer, row.layer)!r}, None)], give it a recipe whose ranges are those "
+                        "of the tensor, e.g. 'int8', or train the running range before you evaluate"
+                    )
+
+    def floored(self) -> Iterator[str]:
+        """A sentence for each kind of operand whose values are so small that the floor of the scale decided."""
+        found: dict[tuple[str, str, str], list[tuple[float, str]]] = {}
+        for row in self.rows.values():
+            for name, operand in row.operands.items():
+                if operand.floored > MOST_FLOORED:
+                    found.setdefault((name, row.product, operand.format), []).append((operand.floored, row.layer))
+        for (name, product, fmt), layers in found.items():
+            share, worst = max(layers)
+            yield (
+                f"{name} of {product} is so small in {len(layers)} layers that the floor of the scale decides its "
+                f"steps ({fmt}): for {100 * share:.0f} % of the values in {worst or 'the model'}. What is smaller than "
+                "a step is lost. Multiply the loss by a constant and divide the gradients by it before the update, or "
+                "take a recipe without a floor, e.g. 'sbm8' or 'int8'"
+            )
+
+
+def _sites(layer: nn.Module) -> list[Site]:
+    return layer.sites() if isinstance(layer, QuantLayer) else []
+
+
+def _instead(layer: str, users: list[OutsideRow]) -> str:
+    """What multiplied by the weight of a layer that did not run, and how to leave it; empty where nothing did."""
+    if not users:
+        return ""
+    seen = ", ".join(f"{row.op} in {row.module or 'the model'} by {' and '.join(row.weights)}" for row in users)
+    return (
+        f". Its weight was multiplied in full precision: {seen}. That code reads the parameter and does not call the "
+        f"layer; leave the layer as it is with rules=[({layer!r}, None)]"
+    )
 
 
 # How many numbers of an operand are counted at most: sorting all of a layer of 100 M weights takes minutes.
@@ -387,61 +448,89 @@ def _evenly(x: Tensor, dim: int, most: int) -> Tensor:
     return x.index_select(dim, torch.arange(most, dtype=torch.int64, device=x.device) * length // most)
 
 
-def _macs_of_convolution(out: torch.Size, x: Tensor, w: Tensor, transposed: bool) -> int:
-    return (x.shape if transposed else out).numel() * math.prod(w.shape[1:])
+class _Weights:
+    """Finds the weights of converted layers among the arguments of operators, also as views and as casts of them.
+
+    Args:
+        model: whose converted layers' parameters of two axes or more are looked for.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names: dict[int, list[str]] = {}
+        self._copies: list[Tensor] = []  # kept, so that no other tensor gets their memory
+        self._layers: dict[str, str] = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, QuantLayer):
+                for part, p in layer.named_parameters():
+                    if p.dim() > 1:
+                        full = ".".join(filter(None, [name, part]))
+                        self._names.setdefault(_memory(p), []).append(full)
+                        self._layers[full] = name
+
+    def among(self, tensors: list[Tensor]) -> list[str]:
+        """The names of the parameters that these are."""
+        return [name for t in tensors for name in self._names.get(_memory(t), ())]
+
+    def layer(self, parameter: str) -> str:
+        """The layer that a parameter belongs to."""
+        return self._layers[parameter]
+
+    def follow(self, func: Any, tensors: list[Tensor], out: Any) -> None:
+        """Take a cast or a dense copy of a weight, as autocast makes it, for the weight itself."""
+        if func._schema.name in ("aten::_to_copy", "aten::clone") and isinstance(out, Tensor):
+            names = self.among(tensors)
+            if names:
+                self._names[_memory(out)] = names
+                self._copies.append(out)
 
 
-def _macs_of_attention(q: Tensor, k: Tensor, v: Tensor, *, inner: int, outer: int) -> int:
-    """`inner` products over q's width and `outer` over v's, for every pair of positions."""
-    return q.shape[:-1].numel() * k.shape[-2] * (inner * q.shape[-1] + outer * v.shape[-1])
-
-
-def _macs_of_rnn(x: Tensor, w_input: Tensor, w_recurrent: Tensor) -> int:
-    return x.shape[:-1].numel() * (w_input.numel() + w_recurrent.numel())
-
-
-_aten = torch.ops.aten
-# Operators of the backward pass whose MACs torch's own counter does not give or gives wrongly on a CPU.
-_BACKWARD: dict[Any, Callable[[Sequence[Any]], int]] = {
-    _aten.convolution_backward: lambda a: sum(a[10][:2]) * _macs_of_convolution(a[0].shape, a[1], a[2], a[7]),
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda a: _macs_of_attention(*a[1:4], inner=3, outer=2),
-    _aten.mkldnn_rnn_layer_backward: lambda a: 2 * _macs_of_rnn(*a[:3]),
-}
+def _memory(x: Tensor) -> int:
+    """What a tensor shares with its views; 0 where it has no memory of one piece."""
+    return 0 if x.layout != torch.strided or x.is_nested else int(x.untyped_storage()._cdata)
 
 
 class _Outside(TorchDispatchMode):
-    """Counts the products that are dispatched outside converted layers, forward and backward."""
+    """Counts the products that are dispatched outside converted layers, forward and backward.
 
-    def __init__(self, callstack: Callstack) -> None:
+    Args:
+        model: whose products these are.
+        callstack: which module of it runs.
+    """
+
+    def __init__(self, model: nn.Module, callstack: Callstack) -> None:
         super().__init__()
+        self.weights = _Weights(model)
         self.callstack = callstack
         self.rows: dict[tuple[str, str], OutsideRow] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        packet = func._overloadpacket
-        self.callstack.mark()
+        kwargs = kwargs or {}
         if products.is_inside():
-            return out
-        if packet in _BACKWARD:
-            self._add(packet, _BACKWARD[packet](args))
-        elif (found := multiplications(packet, args, kwargs or {}, out)) is not None:
-            self._add(packet, sum(m.macs * m.times for m in found))
-        elif packet in flop_registry:
-            self._add(packet, flop_registry[packet](*args, **(kwargs or {}), out_val=out) // 2)
-        elif packet in UNCOUNTED:
-            self._add(packet, None)
+            return func(*args, **kwargs)
+        if outside.arrives_whole(func):
+            with self:
+                return outside.call_parts(func, args, kwargs)
+        out = func(*args, **kwargs)
+        self.callstack.mark()
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.weights.follow(func, tensors, out)
+        module = self.callstack.name()
+        if module is not None and outside.multiplies(func):
+            self._add(func, module, outside.macs(func, args, kwargs, out), self.weights.among(tensors))
         return out
 
-    def _add(self, packet: Any, macs: int | None) -> None:
-        module = self.callstack.name()
-        if module is None:
-            return
-        row = self.rows.setdefault((str(packet), module), OutsideRow(op=str(packet), module=module))
+    def _add(self, func: Any, module: str, macs: int | None, weights: list[str]) -> None:
+        op = str(func._overloadpacket)
+        row = self.rows.setdefault((op, module), OutsideRow(op=op, module=module))
         row.calls += 1
         row.macs = None if macs is None or row.macs is None else row.macs + macs
+        row.weights.extend(name for name in weights if name not in row.weights)
+
+    def users(self, layer: str) -> list[OutsideRow]:
+        """The rows of operators that multiplied by a weight of a converted layer."""
+        return [row for row in self.rows.values() if layer in map(self.weights.layer, row.weights)]
 
 
 def site_names(model: nn.Module) -> dict[object, str]:
@@ -495,7 +584,8 @@ def verify(model: nn.Module) -> Iterator[Proof]:
     """Watch every product that runs in this context, and fail where it is not what the conversion promised.
 
     Run one training step (forward and backward) inside. Every product of a converted layer is computed a second time
-    in full precision, so this is for a step, not for a run. A compiled model runs eagerly here.
+    in full precision, so this is for a step, not for a run. A compiled model runs eagerly here. Other models that run
+    meanwhile are not looked at, nor is what other threads multiply outside converted layers.
 
     Args:
         model: a converted model.
@@ -505,24 +595,35 @@ def verify(model: nn.Module) -> Iterator[Proof]:
 
     Raises:
         UsageError: nothing in the model is converted.
-        VerificationError: at the end of the context, where a converted layer's quantisers did not run, or where a
-            nonzero product with an operand off its grid equals the full-precision product exactly, or where a
-            converted layer was replaced by one that is not.
+        VerificationError: at the end of the context, where a converted layer's quantisers did not run, where a nonzero
+            product with an operand off its grid equals the full-precision product exactly, where a converted layer was
+            replaced by one that is not, or where more than `MOST_CLIPPED` of an operand lay outside its grid.
+
+    Warns:
+        RuntimeWarning: values are so small that the floor of a format's scale decided, see `Proof.notes`.
     """
     if not any(isinstance(m, QuantLayer) for m in model.modules()):
         raise UsageError("verify: nothing in this model is converted; call lowbit.convert_ first")
     proof, collector = Proof(), _Collector(model)
-    with Callstack(model) as callstack, _Outside(callstack) as outside, products.observed_by(collector):
+    with Callstack(model) as callstack, _Outside(model, callstack) as plain, products.observed_by(collector):
         yield proof
     proof.rows.extend(_by_layer(collector.rows))
-    total = sum(row.macs for row in proof.rows) + sum(row.macs or 0 for row in outside.rows.values())
-    for row in outside.rows.values():
+    total = sum(row.macs for row in proof.rows) + sum(row.macs or 0 for row in plain.rows.values())
+    for row in plain.rows.values():
         row.share = None if row.macs is None else row.macs / max(total, 1)
         proof.outside.append(row)
-    failures = [*collector.failures, *collector.missing(model), *_replaced(model)]
+    proof.notes.extend(collector.floored())
+    failures = [
+        *collector.failures,
+        *collector.missing(model, plain.users),
+        *_replaced(model),
+        *collector.clipped(model),
+    ]
     if failures:
-        more = f" (and {len(failures) - 5} more)" if len(failures) > 5 else ""
-        raise VerificationError("verify: " + "; ".join(failures[:5]) + more)
+        more = [f"and {len(failures) - 5} more"] if len(failures) > 5 else []
+        raise VerificationError("\n".join(["verify: " + failures[0], *failures[1:5], *more]))
+    for note in proof.notes:
+        warnings.warn(f"verify: {note}", RuntimeWarning, stacklevel=3)
 
 
 @contextmanager
