@@ -379,12 +379,13 @@ class _Collector:
         for row in self.rows.values():
             for name, operand in row.operands.items():
                 if operand.clipped > MOST_CLIPPED:
+                    layer = layers.get(row.layer, row.layer)
                     yield (
                         f"{row.layer or 'the model'}: {100 * operand.clipped:.0f} % of the values of {name} in "
                         f"{row.product} lie outside the grid of {operand.format} and were clipped, more than the "
                         f"{100 * MOST_CLIPPED:.0f} % that a healthy layer clips. Its range does not fit these values: "
-                        f"leave the layer with rules=[({layers.get(row.layer, row.layer)!r}, None)], give it a recipe whose ranges are those "
-                        "of the tensor, e.g. 'int8', or train the running range before you evaluate"
+                        f"leave the layer with rules=[({layer!r}, None)], give it a recipe whose ranges are those of "
+                        "the tensor, e.g. 'int8', or train the running range before you evaluate"
                     )
 
     def floored(self) -> Iterator[str]:
