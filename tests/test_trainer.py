@@ -594,7 +594,7 @@ def test_log_on_a_full_disk_is_a_run_error(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(trainer.CSVLogger, "save", full)
+    monkeypatch.setattr(trainer.Rows, "save", full)
 
     with pytest.raises(RunError, match=r"No space left.*lowbit resume"):
         trainer.train(config(tmp_path / "run"))

@@ -10,8 +10,6 @@ anew before each step, and lowbit counts its own noise.
 
 import contextlib
 import copy
-import csv
-import io
 import logging
 import math
 import re
@@ -28,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -59,6 +57,7 @@ from lowbit.train.folder import (
 )
 from lowbit.train.lock import locked, refuse_held
 from lowbit.train.measured import measured
+from lowbit.train.rows import Rows
 from lowbit.train.stop import Leave, Stop, signals
 
 _WARM_UP = 5  # steps of each start whose time is not counted
@@ -818,36 +817,11 @@ def _make_trainer(
     )
 
 
-def _loggers(out: Path, began: int) -> list[CSVLogger | TensorBoardLogger]:
+def _loggers(out: Path, began: int) -> list[Rows | TensorBoardLogger]:
     """Loggers that carry on where the checkpoint of step `began` was written."""
-    rows = _rows_up_to(out / "csv" / "metrics.csv", began)
-    (out / "csv" / "metrics.csv").unlink(missing_ok=True)
-    table = CSVLogger(out, name="", version="csv")
-    for row in rows:
-        table.log_metrics(dict(row), step=int(row["step"]))
-    if rows:
-        table.save()
     # With this step TensorBoard drops what a killed process wrote after its checkpoint.
-    return [table, TensorBoardLogger(out, name="", version="tensorboard", purge_step=began + 1)]
-
-
-def _rows_up_to(path: Path, step: int) -> list[dict[str, float]]:
-    if not path.exists():
-        return []
-    text = path.read_text(errors="replace")
-    whole = text[: text.rfind("\n") + 1]  # a killed process may have left half a line
-    rows: list[dict[str, float]] = []
-    damaged = 0
-    for row in csv.DictReader(io.StringIO(whole)):
-        try:
-            values = {key: float(value) for key, value in row.items() if value}
-            if values["step"] <= step:
-                rows.append(values)
-        except (ValueError, TypeError, KeyError):
-            damaged += 1
-    if damaged:
-        print(f"lowbit: {damaged} rows of {path} are damaged and left out", file=sys.stderr)
-    return rows
+    board = TensorBoardLogger(out, name="", version="tensorboard", purge_step=began + 1)
+    return [Rows(out / "csv" / "metrics.csv", step=began), board]
 
 
 def _fit(trainer: Trainer, module: _Module, loaded: data.Data, stop: Stop, *, resumed: bool) -> None:
