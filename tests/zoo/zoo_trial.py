@@ -120,7 +120,8 @@ def _convert(model: nn.Module, outcome: Outcome) -> None:
         report = lowbit.convert_(model, outcome.recipe, rules=outcome.rules)
     except lowbit.UsageError as error:
         outcome.strict = False
-        outcome.remarks.append(str(error))
+        if str(error) not in outcome.remarks:
+            outcome.remarks.append(str(error))
         report = lowbit.convert_(model, outcome.recipe, rules=outcome.rules, strict=False)
     outcome.converted = sum(row.converted for row in report.rows)
     outcome.left = sum(not row.converted and row.reason != HAS_NO_PRODUCT for row in report.rows)
@@ -152,20 +153,22 @@ def _check_losses(outcome: Outcome) -> None:
 
 
 def _verify(model: nn.Module, outcome: Outcome) -> nn.Module:
-    """Verify one more step; where `verify` names rules as the remedy, once more with them, on a new model."""
-    try:
-        outcome.share = _proven(model, outcome.entry)
-    except lowbit.VerificationError as error:
-        outcome.remarks.append(str(error))
-        outcome.rules = _offered_rules(str(error))
-        if not outcome.rules:
-            raise
-        model = _built(outcome.entry, outcome.channels_last)
-        _convert(model, outcome)
-        outcome.losses = _train(model, outcome.entry, STEPS)
-        outcome.share = _proven(model, outcome.entry)
-    outcome.verified = True
-    return model
+    """Verify one more step; where `verify` offers rules as the remedy, begin anew with them, until it has no more."""
+    while True:
+        try:
+            outcome.share = _proven(model, outcome.entry)
+        except lowbit.VerificationError as error:
+            outcome.remarks.append(str(error))
+            offered = [rule for rule in _offered_rules(str(error)) if rule not in outcome.rules]
+            if not offered:
+                raise
+            outcome.rules += offered
+            model = _built(outcome.entry, outcome.channels_last)
+            _convert(model, outcome)
+            outcome.losses = _train(model, outcome.entry, STEPS)
+        else:
+            outcome.verified = True
+            return model
 
 
 def _proven(model: nn.Module, entry: Entry) -> float:
@@ -177,8 +180,9 @@ def _proven(model: nn.Module, entry: Entry) -> float:
 
 
 def _offered_rules(message: str) -> list[tuple[str, None]]:
-    """The rules that a message writes out as ``rules=[('name', None), ...]``."""
-    return [rule for text in re.findall(r"rules=(\[\(.*?\)\])", message) for rule in ast.literal_eval(text)]
+    """The rules that a message writes out as ``rules=[('name', None), ...]``, each once."""
+    found = [rule for text in re.findall(r"rules=(\[\(.*?\)\])", message) for rule in ast.literal_eval(text)]
+    return list(dict.fromkeys(found))
 
 
 def _evaluate(model: nn.Module, entry: Entry) -> list[torch.Tensor]:
