@@ -896,8 +896,8 @@ def _check_group(clock: Clock, here: Mapping[Site, QuantLayer], saved: Any) -> N
     check_whole("load_state_dict: step", saved["step"], 0, _MOST_STEPS)
     if not isinstance(saved["sites"], dict):
         raise UsageError(f"load_state_dict: sites is {shown(saved['sites'])}: expected a dict by the layers' names")
-    there = {name: _identity(entry, clock) for name, entry in saved["sites"].items()}
-    own = {name: _identity(entry, clock) for name, entry in _state_of(clock, here)["sites"].items()}
+    there = {name: _identity(name, entry, clock) for name, entry in saved["sites"].items()}
+    own = {name: _identity(name, entry, clock) for name, entry in _state_of(clock, here)["sites"].items()}
     different = [name for name in dict.fromkeys([*own, *there]) if own.get(name) != there.get(name)]
     if different:
         name = different[0]
@@ -907,16 +907,16 @@ def _check_group(clock: Clock, here: Mapping[Site, QuantLayer], saved: Any) -> N
         )
 
 
-def _identity(entry: object, clock: Clock) -> str:
+def _identity(name: str, entry: object, clock: Clock) -> str:
     """What must agree between a saved site and one here."""
     controlled = isinstance(entry, Mapping) and _CONTROLLED in entry
-    check_keys("load_state_dict: a site", entry, (*_SITE, _CONTROLLED) if controlled else _SITE)
+    check_keys(f"load_state_dict: the state of {shown(name)}", entry, (*_SITE, _CONTROLLED) if controlled else _SITE)
     assert isinstance(entry, Mapping)
-    check_type("load_state_dict: recipe", entry["recipe"], str)
-    check_whole("load_state_dict: formats", entry["formats"], 0, 2**32 - 1)
-    check_type("load_state_dict: engine", entry["engine"], str)
+    check_type(f"load_state_dict: recipe of {shown(name)}", entry["recipe"], str)
+    check_whole(f"load_state_dict: formats of {shown(name)}", entry["formats"], 0, 2**32 - 1)
+    check_type(f"load_state_dict: engine of {shown(name)}", entry["engine"], str)
     if entry["engine"] not in ENGINES:
-        raise unknown("engine in load_state_dict", entry["engine"], ENGINES)
+        raise unknown(f"engine of {shown(name)} in load_state_dict", entry["engine"], ENGINES)
     engine = "any" if clock.free else entry["engine"]
     return f"recipe {entry['recipe']} ({entry['formats']:08x}), engine {engine}"
 
