@@ -151,7 +151,9 @@ def test_a_run_resumed_in_the_middle_of_a_cycle_is_bit_for_bit_the_same() -> Non
     assert middle is not None
     assert 3 < middle < 8
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(whole.parameters(), network().parameters(), strict=True))
+    # The bias before the normalisation has no gradient but rounding, which may leave it where it is.
+    moved = [not torch.equal(a, b) for a, b in zip(whole.parameters(), network().parameters(), strict=True)]
+    assert all(moved[:1] + moved[2:])
 
 
 @needs_units

@@ -122,7 +122,7 @@ class TestLayers:
         lowbit.convert_(layer, "sbm8")
         layer(torch.tensor([[0.0], [1.0]]))
         layer(torch.tensor([[1.0], [3.0]]))
-        low, high = 0.9 * 0.5 + 0.1 * 2.0, 100.0
+        low, high = 0.9 * 1.0 + 0.1 * 3.0, 100.0  # of one feature a sample, the batch's extremes count
 
         y = layer.eval()(torch.tensor([[low], [high]]))
 
