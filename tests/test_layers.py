@@ -1,5 +1,6 @@
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,49 +12,20 @@ import lowbit
 PACKAGE = Path(inspect.getfile(lowbit)).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A file imports only from its own layer or a lower one: the table of docs/design.md.
-LAYERS = {
-    "errors": 0,
-    "checks": 0,
-    "files": 0,
-    "callstack": 0,
-    "tables": 0,
-    "formats": 0,
-    "rounding": 0,
-    "schedules": 0,
-    "ledger": 0,
-    "metrics": 1,
-    "recipe": 1,
-    "recipes": 1,
-    "kernels": 1,
-    "report": 1,
-    "strides": 1,
-    "ranges": 2,
-    "quantizer": 2,
-    "integer": 2,
-    "machine": 2,
-    "products": 3,
-    "calibration": 4,
-    "nn": 4,
-    "outside": 4,
-    "convert": 5,
-    "controller": 5,
-    "memory": 5,
-    "energy": 5,
-    "meter": 5,
-    "plan": 5,
-    "probe": 5,
-    "verify": 5,
-    "range_test": 5,
-    "hardware": 5,
-    "cost": 5,
-    "": 5,  # the package itself: `import lowbit`
-    "train": 6,
-    "integrations": 6,
-    "cli": 7,
-}
+DESIGN = Path(__file__).parents[1] / "docs" / "design.md"
+
+
+def _layers() -> dict[str, int]:
+    """The layer of each file and folder of the package, from the table of docs/design.md."""
+    rows = re.findall(r"^\| (\d) \| (`.*?`) \|", DESIGN.read_text(encoding="utf-8"), re.MULTILINE)
+    layers = {name.removesuffix(".py"): int(layer) for layer, names in rows for name in re.findall(r"`([\w.]+)", names)}
+    return {"" if name == "__init__" else name: layer for name, layer in layers.items()}
+
+
+# A file imports only from its own layer or a lower one.
+LAYERS = _layers()
 # Parts that may need more than torch.
-OPTIONAL = ("train", "cli", "report", "integrations", "energy")
+OPTIONAL = ("train", "cli", "energy")
 
 
 def _part(path: Path) -> str:
