@@ -36,7 +36,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 MAX_BYTES = 1 << 31
 """Bytes that one data file may have, compressed and decompressed; ``LOWBIT_MAX_BYTES`` sets another limit."""
 MAX_PIXELS = 50_000_000
-"""Pixels that one image file may have; ``LOWBIT_MAX_PIXELS`` sets another limit. Decoding takes 6 bytes for each."""
+"""Pixels that one image file may have; ``LOWBIT_MAX_PIXELS`` sets another limit. Decoding takes 8 bytes for each."""
 
 FASHION_SHA256 = {
     "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
