@@ -695,3 +695,14 @@ def test_a_table_that_gets_a_column_is_never_without_its_rows(tmp_path: Path, mo
     assert path.read_bytes() == b"a,b,step\r\n0.5,,1\r\n,0.25,2\r\n1.0,,3\r\n"
     Rows(path, step=2)
     assert path.read_bytes() == b"a,b,step\r\n0.5,,1\r\n,0.25,2\r\n"
+
+
+def test_bits_planned_over_the_run_refuse_other_epochs(tmp_path: Path) -> None:
+    """A cyclic schedule of 3 epochs does not become one of 4 in its middle; the complete run stays complete."""
+    out = tmp_path / "run"
+    result = trainer.train(config(out, recipe="cpt", cycles=3))
+
+    with pytest.raises(RunError, match=r"does not fit these settings: .*other forward"):
+        trainer.resume(out, {"epochs": 4})
+
+    assert trainer.resume(out) == result
