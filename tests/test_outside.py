@@ -13,7 +13,7 @@ from lowbit import outside
 
 
 def _operators() -> dict[str, list[str]]:
-    """Every operator that torch has here, with its overloads."""
+    """Every operator that torch and what was imported with it have here, with their overloads."""
     found: dict[str, list[str]] = {}
     for name in torch._C._dispatch_get_all_op_names():
         found.setdefault(name.partition(".")[0].rstrip("_"), []).append(name)

@@ -389,12 +389,14 @@ UNCOUNTED = frozenset(
         *_names("mps_convolution_backward mps_convolution_transpose_backward"),
         *_names("_async_input_mm fused_all_gather_matmul fused_matmul_reduce_scatter", "symm_mem"),
         *_names("fused_all_gather_scaled_matmul fused_scaled_matmul_reduce_scatter", "symm_mem"),
+        # Another library's.
+        *_names("deform_conv2d _deform_conv2d_backward", "torchvision"),
     ]
 )
 
 LOOKS_LIKE_A_PRODUCT = re.compile(
     r"mm(?!a|i)|matmul|gemm|conv(?!ert)|linear|attention|attn|rnn|lstm|gru(?!l)|dot|addr|mv(?!l)|einsum|dist(?!rib)|inner|"
-    r"outer|(^|_)ger$|kron|transformer|multi_head|matrix|linalg|chol|inverse|solve|svd|(^|_)qr|(?<!w)eig|(^|_)lu_|lstsq|"
+    r"outer|(^|_)ger$|kron|transformer|multi_head|matrix|linalg|chol|inverse|solve|svd|(^|_)qr(?!oi)|(?<!w)eig|(^|_)lu_|lstsq|"
     r"geqrf|orgqr|ormqr|(^|_)det$|correlat"
 )
 
