@@ -406,3 +406,14 @@ def test_a_refusal_says_what_was_given_and_what_is_needed() -> None:
         cpu.normalize(**(call | {"beta": torch.ones(3, dtype=torch.int32)}))
     with pytest.raises(TypeError, match=r"normalize: y is torch.float64 of shape \(4, 3\).*give a dense tensor"):
         cpu.normalize(**(call | {"y": torch.ones(4, 3, dtype=torch.float64)}))
+
+
+@pytest.mark.parametrize("codes", [True, False])
+def test_a_sum_of_no_numbers_is_refused(codes: bool) -> None:
+    """A product over 0 numbers ended the process with a division by 0."""
+    one, side = torch.ones(1), cpu.Rows(data=torch.zeros(0, dtype=torch.int8), rows=2, width=0, stride=0, along=True)
+    out = torch.full((4,), 7.0)
+
+    with pytest.raises(ValueError, match="multiply: the two sides sum over no numbers"):
+        cpu.multiply(side, side, out, first=0, stride=2, taps=1, scales=(one, one), bias=None, codes=codes)
+    assert torch.equal(out, torch.full((4,), 7.0))

@@ -445,6 +445,7 @@ void multiply(bool codes, const RowsArgs& a_args, const RowsArgs& b_args, const 
     const bool a_along = std::get<8>(a_args), b_along = std::get<8>(b_args);
     const int64_t m = a_along ? a.rows : a.width, n = b_along ? b.rows : b.width, k = a_along ? a.width : a.rows;
     call.need(k == (b_along ? b.width : b.rows), "the two sides sum over different numbers");
+    call.need(k > 0 || !m || !n, "the two sides sum over no numbers: the result is the bias alone");
     const auto& [data, first, stride, taps, row, column, bias] = result;
     const int64_t rows = count_of(row), columns = count_of(column);
     call.need(rows == 1 || rows == m, "there are neither one row scale nor one for each row");
