@@ -230,6 +230,14 @@ class TestFailures:
         with pytest.raises(VerificationError, match="2: the quantisers of this converted Linear did not run"):
             step()
 
+    @pytest.mark.parametrize("change", [lambda w: w * 1.0, lambda w: w[torch.arange(4)], lambda w: torch.cat([w, w])])
+    def test_a_layer_whose_weight_is_changed_before_it_is_used(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Where nobody can tell who multiplied by the weight, the rule that leaves the layer is offered too."""
+        model = _mlp()
+
+        with pytest.raises(VerificationError, match=r"rules=\[\('2', None\)\]"), lowbit.verify(model):
+            F.linear(model[1](model[0](torch.randn(5, 6))), change(model[2].weight)).sum().backward()
+
     def test_a_layer_whose_forward_was_replaced(self) -> None:
         """A layer whose instance runs another forward is named, though its result is right."""
         model = _mlp()

@@ -410,13 +410,14 @@ def _sites(layer: nn.Module) -> list[Site]:
 
 
 def _instead(layer: str, users: list[OutsideRow]) -> str:
-    """What multiplied by the weight of a layer that did not run, and how to leave it; empty where nothing did."""
+    """What multiplied by the weight of a layer that did not run, where that was seen, and how to leave the layer."""
+    leave = f"leave the layer as it is with rules=[({layer!r}, None)]"
     if not users:
-        return ""
+        return f". Where a forward reads its parameters and does not call it, or never needs it, {leave}"
     seen = ", ".join(f"{row.op} in {row.module or 'the model'} by {' and '.join(row.weights)}" for row in users)
     return (
         f". Its weight was multiplied in full precision: {seen}. That code reads the parameter and does not call the "
-        f"layer; leave the layer as it is with rules=[({layer!r}, None)]"
+        f"layer; {leave}"
     )
 
 
