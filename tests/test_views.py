@@ -45,6 +45,32 @@ def gradients(layer: nn.Module, recipe: str, engine: str, x: Tensor, g: Tensor) 
     return [y.detach(), leaf.grad, *(p.grad for p in model.parameters())]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_zeros_without_memory_are_zeros(name: str, engine: str) -> None:
+    """A zero tensor, which torch keeps no numbers for, gives the bits that stored zeros give."""
+    build, shape = LAYERS[name]
+    layer, x = build(), torch.randn(shape)
+    g = torch.zeros_like(layer(x).detach())
+    x_zero, g_zero = torch._efficientzerotensor(shape), torch._efficientzerotensor(g.shape)
+
+    expected = gradients(copy.deepcopy(layer), "sbm8", engine, torch.zeros(shape), g)
+    found = gradients(layer, "sbm8", engine, x_zero, g_zero)
+
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_input_without_axes_is_refused_in_words(engine: str) -> None:
+    """One number alone is no row of features, as in torch."""
+    layer = nn.Linear(1, 3)
+    lowbit.convert_(layer, "int8", engine=engine)
+
+    with pytest.raises(RuntimeError, match=r"cannot multiply shapes \(\)"):
+        layer(torch.tensor(1.0))
+
+
 @pytest.mark.parametrize("view", [negative, dense])
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(

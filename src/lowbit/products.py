@@ -96,7 +96,7 @@ class Linear:
 
     def output_shape(self, x: torch.Size, w: torch.Size) -> torch.Size:
         """``(..., N)``."""
-        if len(w) != 2 or x[-1] != w[1]:
+        if len(w) != 2 or not x or x[-1] != w[1]:
             raise RuntimeError(f"linear cannot multiply shapes {tuple(x)} of the input and {tuple(w)} of the weight")
         return torch.Size((*x[:-1], w[0]))
 
@@ -1066,7 +1066,7 @@ class _Products(torch.autograd.Function):
                 "products have none: rounding is differentiated once, straight through. Call backward without "
                 "create_graph, or restore_ this layer"
             )
-        grad_output = grad_output.resolve_neg()
+        grad_output = cpu.in_memory(grad_output)
         if isinstance(kept, _KeptCodes):
             w, *numbers = ctx.saved_tensors
             with torch.autocast(autocast_device(grad_output), enabled=False):
@@ -1197,8 +1197,7 @@ def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting) 
                 f"{setting.layer or op.kind}: input is {x.dtype} and {name} is {tensor.dtype}: give one dtype, or use "
                 "autocast"
             )
-    # Kernels read memory as it is, and so would miss that its numbers count the other way.
-    x, w, bias = x.resolve_neg(), w.resolve_neg(), _fitting(bias, w, op, setting)
+    x, w, bias = cpu.in_memory(x), cpu.in_memory(w), _fitting(bias, w, op, setting)
     if setting.samples is not None:
         return _by_choice(x, w, bias, op, setting, setting.samples)
     dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
@@ -1225,7 +1224,7 @@ def _fitting(bias: Tensor | None, w: Tensor, op: Op, setting: Setting) -> Tensor
             f"{setting.layer or op.kind}: a bias of shape {tuple(bias.shape)} beside a weight of shape "
             f"{tuple(w.shape)}: give ({wanted},)"
         )
-    return bias.resolve_neg()
+    return cpu.in_memory(bias)
 
 
 def _by_choice(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting, samples: Samples) -> Tensor:

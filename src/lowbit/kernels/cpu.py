@@ -43,7 +43,8 @@ def instruction_sets() -> list[str] | None:
 
 def runs(x: Tensor) -> bool:
     """Whether the native passes over memory take this tensor where it is dense: float32 or bfloat16 on the CPU."""
-    return _cpu is not None and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and not x.is_neg()
+    stored = x.is_cpu and not x.is_neg() and not x._is_zerotensor()
+    return _cpu is not None and stored and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def _memory(x: Tensor | None, name: str) -> Memory:
@@ -63,6 +64,11 @@ def _memory(x: Tensor | None, name: str) -> Memory:
             f"tensor on the CPU of {known}"
         )
     return x.data_ptr(), kind, x.numel()
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """`x` with its numbers in memory as they count: not a negative view, nor a zero tensor, which has no memory."""
+    return x.clone() if x._is_zerotensor() else x.resolve_neg()
 
 
 def _floats(*shape: int) -> Tensor:

@@ -396,12 +396,12 @@ class _RangeBatchNormOfCodes(torch.autograd.Function):
 
 def _float(v: Tensor | None) -> Tensor | None:
     """As native passes read it."""
-    return None if v is None else v.detach().float().contiguous().resolve_neg()
+    return None if v is None else cpu.in_memory(v.detach().float()).contiguous()
 
 
 def _as_given(fixed: tuple[Tensor, Tensor]) -> cpu.Statistics:
     """Statistics that are not of this batch."""
-    mean, sigma = (v.float().contiguous().resolve_neg() for v in fixed)
+    mean, sigma = (cpu.in_memory(v.float()).contiguous() for v in fixed)
     return cpu.Statistics(mean=mean, sigma=sigma)
 
 
@@ -436,7 +436,7 @@ def _backward_of_codes(
     dx: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, in `dx` or of its dtype, gamma and beta; by the definition where g gets no codes."""
-    grad_output = grad_output.resolve_neg()
+    grad_output = cpu.in_memory(grad_output)
     if not cpu.is_channels_last(grad_output):
         grad_output = torch.empty_like(dx, dtype=grad_output.dtype).copy_(grad_output)
     weight, bias = parameters
@@ -499,7 +499,7 @@ def range_batch_norm(
                 f"{setting.layer or 'Range BN'}: {what} of shape {tuple(v.shape)} for an input of shape "
                 f"{tuple(x.shape)}: give one number for each of {x.shape[1]} channels"
             )
-    x, dtype, wanted = x.resolve_neg(), x.dtype, strides.of_normalization(x)
+    x, dtype, wanted = cpu.in_memory(x), x.dtype, strides.of_normalization(x)
     if setting.engine == "int8" and x.device.type == "cpu" and not cpu.is_channels_last(x) and x.dim() > 1:
         x = (
             x.contiguous(memory_format=torch.channels_last)
