@@ -1,13 +1,11 @@
 """Files of a run folder and command lines that are wrong: small, deterministic versions of benchmarks/fuzz_*.py."""
 
 import copy
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,23 +13,13 @@ import torch
 import yaml
 
 import lowbit
+from helpers import script
 from lowbit import Ledger, RunError, UsageError
 from lowbit.checks import fits
 from lowbit.train import folder, measured
 from lowbit.train.config import Result, TrainConfig
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 VALUES: list[Any] = [None, True, -5, 1.5, math.nan, 2**70, "x", [], {}, [None], {"x": 1}, [[1]]]
-
-
-def script(name: str) -> ModuleType:
-    """A script of the benchmarks as a module."""
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def bent(record: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:

@@ -20,6 +20,7 @@ import torch
 import yaml
 from torch import nn
 
+from helpers import script
 from lowbit.errors import RunError, UsageError
 from lowbit.ledger import Ledger
 from lowbit.schedules import Cyclic
@@ -28,6 +29,7 @@ from lowbit.train.config import lr_factor
 from lowbit.train.measured import read as read_measured
 
 STEPS = 5  # in an epoch of `config`
+same = script("kills").same
 
 
 def config(out: Path, **changes: Any) -> TrainConfig:
@@ -35,17 +37,6 @@ def config(out: Path, **changes: Any) -> TrainConfig:
     settings: dict[str, Any] = {"model": "mlp", "data": "digits", "subset": STEPS * 64, "batch_size": 64}
     settings |= {"epochs": 3, "lr": 0.05, "threads": 1, "out": out}
     return TrainConfig(**(settings | changes))
-
-
-def same(a: object, b: object) -> bool:
-    """Whether two trees of dicts, lists, tensors and values are bit for bit the same."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def last(out: Path) -> dict[str, Any]:
