@@ -438,7 +438,7 @@ def _backward_of_codes(
     """Gradients of x, in `dx` or of its dtype, gamma and beta; by the definition where g gets no codes."""
     grad_output = cpu.in_memory(grad_output)
     if not cpu.is_channels_last(grad_output):
-        grad_output = torch.empty_like(dx, dtype=grad_output.dtype).copy_(grad_output)
+        grad_output = strides.laid_out(grad_output, strides.channels_last(grad_output.shape))
     weight, bias = parameters
     if setting.rectify:
         grad_output = cpu.rectify_backward(
@@ -501,11 +501,7 @@ def range_batch_norm(
             )
     x, dtype, wanted = cpu.in_memory(x), x.dtype, strides.of_normalization(x)
     if setting.engine == "int8" and x.device.type == "cpu" and not cpu.is_channels_last(x) and x.dim() > 1:
-        x = (
-            x.contiguous(memory_format=torch.channels_last)
-            if x.dim() == 4
-            else x.movedim(1, -1).contiguous().movedim(-1, 1)
-        )
+        x = strides.laid_out(x, strides.channels_last(x.shape))
     codes = _codes(x, setting, "input") if fixed is not None or x.numel() > x.shape[1] else None
     expected = ("grad_input",) if torch.is_grad_enabled() and x.requires_grad else ()
     if codes is not None:
@@ -524,7 +520,6 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
 
     `running_mean` and `running_var` hold running averages of mu and sigma squared, so that the plain layer that
     `lowbit.restore_` gives back evaluates alike.
-
     """
 
     def attach(self, *, name: str, recipe: Recipe, clock: Clock, engine: str) -> None:
