@@ -11,7 +11,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
@@ -33,19 +33,14 @@ _IN_WORDS: dict[Any, str] = {
 }
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether a value is a whole number, which True is not."""
     return type(value) is int or (isinstance(value, int) and not isinstance(value, bool))
 
 
-def is_number(value: object) -> bool:
-    """Whether a value is a whole or a floating-point number, nan and inf included."""
-    return is_whole(value) or isinstance(value, float)
-
-
-def is_finite(value: object) -> bool:
+def is_finite(value: Any) -> TypeGuard[float]:
     """Whether a value is a number that is neither nan nor inf, nor too large to be one of a computation."""
-    return fits(value, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return fits(value, float) and math.isfinite(value)
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -74,7 +69,7 @@ _SCALARS: dict[Any, Callable[[Any], bool]] = {
 
 
 def _fit(value: Any, kind: type, inner: tuple[Any, ...]) -> bool:
-    """Whether the elements of a value of that kind are what its annotation says; a text is no list of texts."""
+    """Whether the elements of a value of that kind are what its annotation says; a text is not a list of texts."""
     if isinstance(value, str | bytes):
         return kind in (str, bytes, object)
     if isinstance(value, Tensor) and kind is Iterable:
@@ -178,8 +173,7 @@ def check_keys(what: str, given: object, expected: Iterable[str]) -> None:
 
 def check_whole(what: str, value: object, low: int, high: int | None = None) -> int:
     """A value itself; a UsageError unless it is a whole number from `low` to `high` (None: without end)."""
-    if not is_whole(value) or not low <= value <= (_LARGEST if high is None else high):  # type: ignore[operator]
+    if not is_whole(value) or not low <= value <= (_LARGEST if high is None else high):
         limit = f"from {low} to {high}" if high is not None else f"of at least {low}"
         raise UsageError(f"{what}={shown(value)}: give a whole number {limit}")
-    assert isinstance(value, int)
     return value

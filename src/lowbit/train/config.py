@@ -322,5 +322,5 @@ def lr_factor(schedule: Schedule, step: int, total: int) -> float:
 
 
 def _check_count(name: str, value: object, low: int = 1) -> None:
-    if not is_whole(value) or not low <= value < 2**63:  # type: ignore[operator]
+    if not is_whole(value) or not low <= value < 2**63:
         raise UsageError(f"{name} must be a whole number of at least {low}, got {shown(value)}.")
