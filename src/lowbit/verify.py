@@ -231,7 +231,7 @@ class Proof:
     Attributes:
         rows: a row per layer and product.
         outside: products that ran outside converted layers.
-        notes: what is no failure and should be known, a sentence each.
+        notes: what should be known although it is not a failure, a sentence each.
     """
 
     rows: list[ProofRow] = field(default_factory=list)

@@ -44,7 +44,7 @@ class Clock:
 
     A training forward of the model, the module that was converted, is a step; hooks on it tell where one begins and
     ends. Where only parts of the model are called, nothing tells. Then a step begins with the first layer that already
-    ran in the last one, so that whatever repeats has other noise. Evaluation is no step and changes nothing here.
+    ran in the last one, so that whatever repeats has other noise. Evaluation is not a step and changes nothing here.
 
     Each step starts the use numbers of all sites anew, so that a layer that runs twice in a step draws two different
     fields.
