@@ -57,8 +57,8 @@ $(ZOO)/.ready: constraints-zoo.txt $(SOURCES)
 # The same packages, and a native module of its own.
 $(ASAN)/.ready: $(READY)
 	$(BIN)/python -m venv $(ASAN)
-	$(BIN)/python -c "import sys; print(*(p for p in sys.path if 'site-packages' in p), sep='\n')" > $(ASAN)/borrowed
-	mv $(ASAN)/borrowed $(ASAN)/lib/python*/site-packages/borrowed.pth
+	$(BIN)/python -c "import sys; print(*(p for p in sys.path if 'site-packages' in p), sep='\n')" \
+		> "$$($(ASAN)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth"
 	$(ASAN)/bin/python -m pip install --quiet --no-deps --editable . \
 		--config-settings=cmake.define.LOWBIT_SANITIZE=ON --config-settings=build-dir=build/asan
 	touch $@
