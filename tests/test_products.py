@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lowbit
-from helpers import recipe_of
+from helpers import recipe_of, threads
 from lowbit import UsageError, products
 from lowbit.formats import BF16, FP32, Integer
 from lowbit.products import ProductRun, Setting, slot_of
@@ -800,3 +800,18 @@ def test_empty_tensors_are_torch_s(case: str, engine: str) -> None:
         assert ours.grad is not None
         assert theirs.grad is not None
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_a_result_without_places_is_refused_where_torch_refuses_it(engine: str) -> None:
+    """Of one sample on one thread torch refuses what it answers for 16: the layer says the same in torch's words."""
+    plain, x = nn.ConvTranspose2d(3, 4, 1, padding=1), torch.ones(1, 3, 2, 2)
+    layer = copy.deepcopy(plain)
+    lowbit.convert_(layer, "int8", engine=engine)
+
+    with threads(1):
+        with pytest.raises(RuntimeError, match="Output size is too small"):
+            plain(x)
+        with pytest.raises(RuntimeError, match="Output size is too small"):
+            layer(x)
+        assert layer(x.repeat(16, 1, 1, 1)).shape == (16, 4, 0, 0)

@@ -798,6 +798,8 @@ def _integer_outputs(
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], _KeptCodes]:
     """`outputs` on the int8 engine: what it keeps are codes, whose numbers stand apart."""
     shape = op.output_shape(x.shape, w.shape)
+    if not shape.numel():  # torch refuses some results without places, by the number of samples and of threads
+        op.output(x.detach().to(dtype), w.detach().to(dtype))
     x_codes = _encoded(x, op, setting, "output", "input")
     w_codes = _encoded(w, op, setting, "output", "weight")
     b_hat = None if bias is None else quantize(bias.detach().float(), setting.recipe.bias).values.contiguous()
