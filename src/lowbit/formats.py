@@ -5,10 +5,12 @@ how it is executed.
 """
 
 import dataclasses
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
-from lowbit.checks import check_fields, is_whole
+from lowbit.checks import check_fields, is_finite, is_whole
 from lowbit.errors import UsageError, shown
 
 Zero = Literal["symmetric", "integer", "offset"]
@@ -149,6 +151,78 @@ class Integer:
 
 
 Format = Float | Integer
+
+
+class _Numbers(Container[object]):
+    """Every finite number."""
+
+    def __contains__(self, value: object) -> bool:
+        return is_finite(value)
+
+
+class _NumbersOrNone(_Numbers):
+    """Every finite number, and None."""
+
+    def __contains__(self, value: object) -> bool:
+        return value is None or super().__contains__(value)
+
+
+NUMBERS, NUMBERS_OR_NONE = _Numbers(), _NumbersOrNone()
+
+# What executes formats lists here which ones it takes: the classes by their exact types, and of each class the fields
+# with their values.
+Listed = Mapping[type, Mapping[str, Container[object]]]
+
+
+def unlisted(fmt: object, listed: Listed) -> str:
+    """What of a format is not listed, in words; empty where all of it is.
+
+    A list is closed: a class that it does not name is not listed, also a subclass of one that it names. A field that it
+    does not name has its default and no other value, since a field that is added later has a default that changes
+    nothing.
+
+    Args:
+        fmt: a format.
+        listed: what is taken.
+    """
+    known = listed.get(type(fmt))
+    if known is None:
+        return f"{fmt} is a {type(fmt).__name__}, which is not listed"
+    for field in dataclasses.fields(fmt):  # type: ignore[arg-type]  # every listed class is a dataclass
+        value = getattr(fmt, field.name)
+        allowed: Container[object] = known.get(field.name, (field.default,))
+        if value not in allowed:
+            return f"{field.name}={shown(value)} is not listed"
+    return ""
+
+
+# The definition, in `lowbit.quantizer` and `lowbit.ranges`.
+_DEFINED: Listed = {
+    Float: {"name": ("fp32", "bf16")},
+    Integer: {
+        "bits": range(1, 33),
+        "zero": ("symmetric", "integer", "offset"),
+        "granularity": ("tensor", "sample", "row", "kept-channel", "output-channel", "block"),
+        "block": NUMBERS_OR_NONE,
+        "range": ("minmax", "sample-mean"),
+        "fewest": NUMBERS_OR_NONE,
+        "running": NUMBERS_OR_NONE,
+        "running_start": ("first", "zero"),
+        "rounding": ("nearest", "stochastic"),
+        "floor": NUMBERS,
+    },
+}
+
+
+@lru_cache(maxsize=4096)
+def check_defined(fmt: Format) -> None:
+    """Raise a UsageError for a format whose values are defined nowhere."""
+    if why := unlisted(fmt, _DEFINED):
+        raise UsageError(
+            f"a format that the reference engine does not define: {why}. Use one of lowbit.formats as it is, or define "
+            "the new part in lowbit.quantizer and list it in lowbit.formats"
+        )
+
 
 FP32 = Float(name="fp32")
 BF16 = Float(name="bf16")

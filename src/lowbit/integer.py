@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowbit import strides
 from lowbit.errors import UsageError
-from lowbit.formats import Float, Format, Integer
+from lowbit.formats import NUMBERS, NUMBERS_OR_NONE, Float, Format, Integer, Listed, check_defined, unlisted
 from lowbit.kernels import cpu, cuda
 from lowbit.kernels.cpu import Rows, Window
 from lowbit.quantizer import encode
@@ -27,6 +27,22 @@ from lowbit.ranges import samples_of
 Unit = Literal["int8", "bf16"]
 Layout = Literal["matrix", "activation", "weight"]
 Sharing = tuple[tuple[int, ...], tuple[int, ...]]  # a view's shape and the dims of it that share a scale
+
+# The formats that this engine computes in full, with the bits of the moment; any other is refused.
+_TAKEN: Listed = {
+    Float: {"name": ("bf16",)},
+    Integer: {
+        "bits": range(2, 9),
+        "zero": ("symmetric", "integer"),
+        "granularity": ("tensor", "sample", "row", "kept-channel", "output-channel"),
+        "range": ("minmax", "sample-mean"),
+        "fewest": NUMBERS_OR_NONE,
+        "running": NUMBERS_OR_NONE,
+        "running_start": ("first", "zero"),
+        "rounding": ("nearest", "stochastic"),
+        "floor": NUMBERS,
+    },
+}
 
 # The largest distance of a code from the code of zero.
 _REACH = {torch.uint8: 255, torch.int8: 127}
@@ -150,6 +166,7 @@ def refusal(formats: tuple[Format, Format], kept: tuple[bool, bool], *, on_cuda:
         on_cuda: whether they lie on a GPU, which multiplies integers alone here.
     """
     for fmt, keeps in zip(formats, kept, strict=True):
+        check_defined(fmt)
         if isinstance(fmt, Float) and fmt.name != "bf16":
             return f"{fmt} has no units of 16 bits or fewer"
         if isinstance(fmt, Integer):
@@ -161,9 +178,17 @@ def refusal(formats: tuple[Format, Format], kept: tuple[bool, bool], *, on_cuda:
                 return f"a zero point per {fmt.granularity} is not one zero point"
             if not keeps:
                 return f"scales per {fmt.granularity} lie along what the product sums over"
+        if why := unlisted(fmt, _TAKEN):
+            return why
     if on_cuda:
         return "" if unit_of(formats) == "int8" else "a bf16 operand has no int8 engine on cuda"
     return missing(unit_of(formats))
+
+
+@lru_cache(maxsize=4096)
+def takes(fmt: Format) -> bool:
+    """Whether this engine computes all of a format once its codes have 8 bits or fewer."""
+    return not unlisted(replace(fmt, bits=8) if isinstance(fmt, Integer) else fmt, _TAKEN)
 
 
 def unit_of(formats: tuple[Format, Format]) -> Unit:

@@ -4,11 +4,12 @@ Notation: x real value, q code, S scale, z zero point, o offset. Always ``x ~ (q
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lowbit.formats import Float, Format, Integer
+from lowbit.formats import NUMBERS, NUMBERS_OR_NONE, Float, Format, Integer, Listed, check_defined, unlisted
 from lowbit.kernels import cpu, reference
 from lowbit.ranges import extremes
 from lowbit.rounding import uniform_noise
@@ -142,6 +143,7 @@ def encode(
         ValueError: noise is missing, given to a format that rounds to nearest, or of another shape; a block format
             without `dims`; `x` would need a gradient.
     """
+    check_defined(fmt)
     _check_tensor(x)
     if fmt.stochastic != (noise is not None):
         raise ValueError(f"rounding is {fmt.rounding!r} and noise is {'given' if noise is not None else 'missing'}")
@@ -226,6 +228,7 @@ def quantize(
         TypeError: `x` is not float32 or float64.
         ValueError: noise or block axis is missing or given without need, or as `encode`.
     """
+    check_defined(fmt)
     if isinstance(fmt, Float):
         _check_tensor(x)
         if not (noise is None and levels is None and observed is None and block_axis is None):
@@ -275,6 +278,28 @@ def _round_bf16(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16).to(x.dtype)
 
 
+# The formats that the native passes compute in full; all others are computed by the definition.
+_NATIVE: Listed = {
+    Integer: {
+        "bits": range(1, 33),
+        "zero": ("symmetric", "integer", "offset"),
+        "granularity": ("tensor", "sample", "row", "kept-channel", "output-channel"),
+        "range": ("minmax", "sample-mean"),
+        "fewest": NUMBERS_OR_NONE,
+        "running": NUMBERS_OR_NONE,
+        "running_start": ("first", "zero"),
+        "rounding": ("nearest", "stochastic"),
+        "floor": NUMBERS,
+    }
+}
+
+
+@lru_cache(maxsize=4096)
+def _is_native(fmt: Integer) -> bool:
+    """Whether the native passes compute all of a format."""
+    return not unlisted(fmt, _NATIVE)
+
+
 def _natively(
     x: Tensor,
     fmt: Integer,
@@ -285,7 +310,7 @@ def _natively(
     observed: tuple[Tensor, Tensor] | None,
 ) -> Quantized | None:
     """Values on the grid in two passes over memory; None where the native kernels do not take this tensor."""
-    if not cpu.runs(x) or x.dtype != torch.float32 or x.numel() == 0 or fmt.block is not None:
+    if not cpu.runs(x) or x.dtype != torch.float32 or x.numel() == 0 or not _is_native(fmt):
         return None
     memory = cpu.memory_view(x, view, dims)
     if memory is None or (observed is not None and observed[0].numel() > 1):

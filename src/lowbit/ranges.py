@@ -4,11 +4,13 @@ Notation: r running extreme, m weight of its old value.
 """
 
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from lowbit.formats import Integer, RangeRule, RunningStart
+from lowbit.errors import unknown
+from lowbit.formats import Integer, RangeRule, RunningStart, check_defined
 from lowbit.kernels import cpu
 
 
@@ -32,6 +34,8 @@ def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...], fewest: int |
     Source: the mean over samples is Banner et al. 2018's protection against outliers, as in the authors' code.
     """
     dims = tuple(d % x.dim() for d in dims)
+    if rule not in get_args(RangeRule):
+        raise unknown("range rule", rule, get_args(RangeRule))
     if rule == "sample-mean" and len(dims) < x.dim():
         raise ValueError(f"the mean of per-sample extremes is over all dims of {tuple(x.shape)}, not over {dims}")
     shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
@@ -107,6 +111,7 @@ def observed_extremes(x: Tensor, fmt: Integer, running: Tensor, *, training: boo
         lo and hi of shape ``(1,) * x.dim()``, float32 for 16-bit types; None where `fmt` keeps no running range. nan
         where `x` has a nan or inf, which would else be clipped to a number.
     """
+    check_defined(fmt)
     if fmt.running is None or x.numel() == 0:
         return None
     x = x.detach()

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from lowbit import products, strides
+from lowbit import integer, products, strides
 from lowbit.callstack import others_look_on
 from lowbit.formats import Format, Integer
 from lowbit.kernels import cpu
@@ -288,7 +288,7 @@ def _codes(x: Tensor, setting: NormSetting, operand: str) -> cpu.Codes | None:
     if setting.engine != "int8" or not cpu.runs(x) or not isinstance(fmt, Integer) or fmt.zero != "integer":
         return None
     bits = setting.width(operand)
-    if bits > 8 or x.numel() == 0 or not cpu.is_channels_last(x):
+    if bits > 8 or x.numel() == 0 or not cpu.is_channels_last(x) or not integer.takes(fmt):
         return None
     key = None
     if fmt.stochastic:
