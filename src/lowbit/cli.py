@@ -376,7 +376,7 @@ def _plan(
         network = models.build(model, task)
         shape = (batch_size, *task.shape)
         batch = torch.zeros(shape, dtype=torch.int64 if task.kind == "text" else torch.float32, device="meta")
-    method = lowbit.Recipe.from_name(recipe or "sbm8")
+    method = lowbit.Recipe.find(recipe or "sbm8")
     forward, back = [
         None if text is None else parse_schedule(text, total_steps=steps, steps_per_epoch=steps_per_epoch)
         for text in (schedule, backward)
@@ -499,7 +499,7 @@ def _recipes(name: str | None) -> None:
             table.add_row(known, recipe.summary, recipe.source)
         _print(table)
         return
-    recipe = Recipe.from_name(name)
+    recipe = Recipe.find(name)
     _print(f"{recipe.name}: {recipe.summary}\nsource: {recipe.source}\n")
     operands = ("input", "weight", "grad_output")
     table = _table("product", *operands)

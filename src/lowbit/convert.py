@@ -220,7 +220,7 @@ def convert_(
 
     Args:
         model: any module, also a single layer.
-        recipe: a recipe or its name.
+        recipe: a recipe, its name, or a TOML file of one, e.g. ``"mine.toml"``, see `lowbit.Recipe.load`.
         rules: pairs (which layers, recipe or name or None). Which: an exact name, a compiled regular expression that
             matches a whole name, or an exact type. The first rule that matches a layer decides, also over the
             recipe's policy for first and last layers; None leaves the layer alone.
@@ -413,8 +413,10 @@ def _recipe(given: object) -> Recipe:
     if isinstance(given, Recipe):
         return given
     if isinstance(given, str):
-        return Recipe.from_name(given)
-    raise UsageError(f"recipe {shown(given)}: give a lowbit.Recipe or the name of one: {', '.join(recipes())}")
+        return Recipe.find(given)
+    raise UsageError(
+        f"recipe {shown(given)}: give a lowbit.Recipe, a file that ends in .toml, or a name: {', '.join(recipes())}"
+    )
 
 
 def _pairs(rules: object) -> list[Rule]:

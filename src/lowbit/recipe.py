@@ -4,16 +4,19 @@ A published method is a TOML file in `recipes/`; nothing in the code asks for a 
 """
 
 import dataclasses
+import os
 import re
 import tomllib
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from importlib import resources
 from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any, Literal
 
+from lowbit import files
 from lowbit.checks import check_fields, check_type, check_whole, checked, is_whole
-from lowbit.errors import UsageError, shown, unknown
+from lowbit.errors import RunError, UsageError, shown, unknown
 from lowbit.formats import BF16, FP32, Float, Format, Integer
 from lowbit.schedules import PlateauRule, Template
 
@@ -24,6 +27,7 @@ Mixing = Literal["input", "output"]
 Weighting = Literal["macs", "equal"]
 
 ON_THE_FLY = "wXaYgZ"
+_WIDTHS = re.compile(r"(?:(.+):)?w(0|[1-9][0-9]{0,2})a(0|[1-9][0-9]{0,2})g(0|[1-9][0-9]{0,2})")
 _MOST_UNITS = 2**16  # of a layer of a gate
 
 
@@ -330,28 +334,80 @@ class Recipe:
 
     @staticmethod
     def from_name(name: str) -> "Recipe":
-        """The recipe of that name; ``wXaYgZ`` is `sbm8-cpt` with X-bit weights, Y-bit inputs, Z-bit gradients.
+        """The recipe of that name, with other widths after a colon, e.g. ``int8:w4a4g6``.
+
+        ``RECIPE:wXaYgZ`` has X-bit weights, Y-bit inputs and Z-bit gradients in every product; ``wXaYgZ`` alone is of
+        `sbm8-cpt`.
 
         Raises:
-            UsageError: no such recipe, or bits out of range.
+            UsageError: no such recipe, bits out of range, or a recipe that has no bits to set.
         """
         check_type("name", name, str)
-        match = re.fullmatch(r"w(0|[1-9][0-9]{0,2})a(0|[1-9][0-9]{0,2})g(0|[1-9][0-9]{0,2})", name)
-        if match:
-            weight, input_, grad_output = (int(digits) for digits in match.groups())
+        if match := _WIDTHS.fullmatch(name):
+            base, *digits = match.groups(default="sbm8-cpt")
+            weight, input_, grad_output = map(int, digits)
             try:
-                recipe = _load("sbm8-cpt").with_bits(weight=weight, input=input_, grad_output=grad_output)
+                recipe = Recipe.from_name(base)
+                if recipe.is_dynamic:
+                    raise UsageError(
+                        f"the bits of {base} change during training: set them by its settings, see `tuned`"
+                    )
+                recipe = recipe.with_bits(weight=weight, input=input_, grad_output=grad_output)
             except UsageError as error:
-                raise UsageError(f"recipe {name!r}: {error}") from error
+                raise UsageError(f"recipe {shown(name)}: {error}") from error
             return recipe.replace(
                 name=name,
-                summary=f"{weight}-bit weights, {input_}-bit inputs, {grad_output}-bit gradients, as sbm8-cpt",
+                summary=f"{weight}-bit weights, {input_}-bit inputs, {grad_output}-bit gradients, as {base}",
             )
         if name == ON_THE_FLY:
             raise UsageError(f"{name} stands for a family of recipes: put widths in, e.g. w4a4g6")
         if name not in _stored():
             raise unknown("recipe", name, recipes())
         return _load(name)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Recipe":
+        """The recipe in a TOML file, see `from_toml`; its name is the file's without ``.toml``.
+
+        Raises:
+            UsageError: the file cannot be read, is not a recipe, or has the name of a recipe of lowbit.
+        """
+        file = Path(path)
+        if file.suffix != ".toml":
+            raise UsageError(f"recipe file {shown(str(path))}: give a file whose name ends in .toml")
+        if file.stem in _stored() or is_family(file.stem):
+            raise UsageError(f"recipe file {shown(str(path))}: {file.stem!r} is a recipe of lowbit; rename the file")
+        try:
+            return from_toml(file.stem, read_file(file))
+        except RunError as error:
+            raise UsageError(f"recipe file {error}") from error
+
+    @staticmethod
+    def find(text: str) -> "Recipe":
+        """The recipe of a name, or of a TOML file where the text ends in ``.toml``; errors as of both."""
+        return Recipe.load(text) if is_file_name(text) else Recipe.from_name(text)
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a text that stands for a recipe is the path of a file: it ends in ``.toml``."""
+    return text.endswith(".toml")
+
+
+def is_family(name: str) -> bool:
+    """Whether a name ends in the widths of its operands, ``wXaYgZ``."""
+    return _WIDTHS.fullmatch(name) is not None
+
+
+def read_file(path: Path) -> str:
+    """The text of a recipe's file.
+
+    Raises:
+        RunError: it cannot be read, is longer than 1 MiB, or is not UTF-8.
+    """
+    try:
+        return files.read(path, limit=1 << 20, hint="It is not a recipe.").decode()
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path} cannot be read: it is not UTF-8.") from error
 
 
 def _check_operand(where: str, operand: str, fmt: Integer) -> None:
@@ -383,7 +439,7 @@ def recipes() -> tuple[str, ...]:
 
 def _folder() -> Traversable:
     """The folder of stored recipes; data only, since a package of that name would hide the function `recipes`."""
-    return files("lowbit") / "recipes"
+    return resources.files("lowbit") / "recipes"
 
 
 @cache

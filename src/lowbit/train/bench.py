@@ -23,7 +23,7 @@ from lowbit.kernels import cpu, native_instruction_sets
 from lowbit.machine import here, paired, ratio
 from lowbit.products import ENGINES
 from lowbit.ranges import new_running_range
-from lowbit.recipe import recipes
+from lowbit.recipe import is_family, recipes
 from lowbit.tables import text_table
 from lowbit.train.config import MOST_THREADS
 from lowbit.train.models import GPT, ResNet
@@ -151,17 +151,21 @@ COMPILED = tuple(name for name in BASES if name.endswith("-compiled"))
 def variant(name: str) -> Variant:
     """How to train what a name says: one of `BASES`, a recipe (on the int8 engine), or ``RECIPE:ENGINE``.
 
+    A recipe is a name, also of the kind ``int8:w4a4g4``, or a file that ends in ``.toml``.
+
     Raises:
         UsageError: an unknown name or engine.
     """
     if name in BASES:
         return BASES[name]
-    recipe, _, engine = name.partition(":")
+    recipe, colon, engine = name.rpartition(":")
+    if not colon or is_family(name):
+        recipe, engine = name, ""
     engines = ("auto", *ENGINES)
     if engine and engine not in engines:
         raise unknown("engine", engine, engines)
     try:
-        lowbit.Recipe.from_name(recipe)
+        lowbit.Recipe.find(recipe)
     except UsageError as error:
         raise unknown("variant", name, {*BASES, *recipes()}) from error
     return _recipe(recipe, engine or "int8")

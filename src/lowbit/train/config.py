@@ -47,7 +47,8 @@ class TrainConfig:
     Args:
         model: name of the model, e.g. ``resnet20``.
         data: name of the data set, e.g. ``fashion-mnist``.
-        recipe: name of the recipe, e.g. ``sbm8``; ``fp32`` trains in full precision.
+        recipe: name of the recipe, e.g. ``sbm8``, or a file of one, ``mine.toml``, which the run folder then keeps;
+            ``fp32`` trains in full precision.
         epochs: passes over the training set.
         batch_size: samples per step.
         optimizer: ``sgd`` (momentum 0.9) or ``adamw`` (betas 0.9 and 0.999).
@@ -179,7 +180,8 @@ class TrainConfig:
         Args:
             threads: what torch chose on this machine.
         """
-        name = f"{self.model}-{self.data}-{self.recipe}-{self.seed}"
+        recipe = Path(self.recipe).stem if self.recipe.endswith(".toml") else self.recipe
+        name = f"{self.model}-{self.data}-{recipe}-{self.seed}"
         return dataclasses.replace(
             self,
             lr=_LR[self.optimizer] if self.lr is None else self.lr,

@@ -12,6 +12,7 @@ import yaml  # type: ignore[import-untyped]  # its stubs are a package of their 
 from lowbit import files
 from lowbit.checks import check_fields
 from lowbit.errors import RunError, UsageError
+from lowbit.recipe import Recipe, from_toml, is_file_name, read_file
 from lowbit.train.config import CHANGEABLE, Result, TrainConfig
 from lowbit.train.lock import LOCK
 
@@ -19,6 +20,7 @@ CHECKPOINT = "last.ckpt"
 CONFIG = "config.yaml"
 LEDGER = "ledger.jsonl"
 PROOF = "proof.txt"
+RECIPE = "recipe.toml"  # of a run whose recipe is a file: its text as the run began
 RESULT = "result.json"
 RANGE_TEST = "range-test.txt"
 
@@ -115,6 +117,25 @@ def write_settings(settings: Settings) -> None:
     if settings.changes:
         values["changes"] = [dict(change) for change in settings.changes]
     files.write_text(settings.config.out / CONFIG, yaml.safe_dump(values, sort_keys=False))
+
+
+def write_recipe(config: TrainConfig) -> None:
+    """Keep the recipe of a new run where it is a file, so that the run does not change with it."""
+    if is_file_name(config.recipe):
+        assert config.out is not None
+        files.write_text(config.out / RECIPE, read_file(Path(config.recipe)))
+
+
+def read_recipe(config: TrainConfig) -> Recipe:
+    """The recipe of a run, from its folder where it was a file and the run has begun.
+
+    Raises:
+        UsageError: there is no such recipe.
+        RunError: the file in the run folder cannot be read.
+    """
+    if is_file_name(config.recipe) and config.out is not None and (config.out / RECIPE).exists():
+        return from_toml(Path(config.recipe).stem, read_file(config.out / RECIPE))
+    return Recipe.find(config.recipe)
 
 
 def read_result(out: Path) -> Result:

@@ -49,9 +49,11 @@ from lowbit.train.folder import (
     RANGE_TEST,
     RESULT,
     Settings,
+    read_recipe,
     read_result,
     read_settings,
     refuse_taken,
+    write_recipe,
     write_result,
     write_settings,
 )
@@ -86,6 +88,7 @@ def train(config: TrainConfig) -> Result:
             with locked(out):
                 refuse_taken(out)
                 files.remove_parts(out)
+                write_recipe(config)
                 write_settings(Settings(config=config))
                 return _run(stop, loaded, module, report, None)
 
@@ -209,7 +212,7 @@ def range_test(config: RangeTestConfig) -> RangeTestResult:
     """
     settings = config.training().resolved(threads=torch.get_num_threads())
     loaded, model = _build(settings)
-    recipe = lowbit.Recipe.from_name(config.recipe)
+    recipe = lowbit.Recipe.find(config.recipe)
     static = recipe.replace(schedule=None, gates=None, depthwise=None)
     lowbit.convert_(model, static, seed=config.seed)
     depthwise = recipe.depthwise if any(map(is_depthwise, model.modules())) else None
@@ -701,7 +704,7 @@ def _assemble(config: TrainConfig) -> tuple[data.Data, _Module, lowbit.Report]:
 
 def _recipe(config: TrainConfig) -> tuple[lowbit.Recipe, str | None]:
     """The recipe with the settings of the run, and the pattern of the blocks that it gates."""
-    recipe = lowbit.Recipe.from_name(config.recipe).tuned(**config.tuned())
+    recipe = read_recipe(config).tuned(**config.tuned())
     if config.eval_bits is not None and recipe.schedule is None:
         raise UsageError(f"eval_bits goes with a recipe whose bits follow a schedule, and {recipe.name!r} has none.")
     if config.range_test() and recipe.settings().get("low") != "range-test":
