@@ -32,7 +32,7 @@ SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print
 	$(ASAN)/bin/python
 test-asan: $(ASAN)/.ready  ## native tests and random layers under address and undefined-behaviour sanitizers
 	$(SANITIZED) -m pytest tests/test_doorway.py tests/test_views.py tests/test_native.py -k 'not lack_of_memory'
-	$(SANITIZED) tests/fuzz_layers.py --seconds 60
+	$(SANITIZED) tests/fuzz_layers.py --cases 1000
 
 lint: $(READY)  ## ruff and mypy, as pre-commit runs them
 	$(BIN)/ruff check src tests benchmarks examples
@@ -54,13 +54,17 @@ $(ZOO)/.ready: constraints-zoo.txt $(SOURCES)
 	$(ZOO)/bin/python -m pip install --quiet --constraint constraints-zoo.txt --editable '.[dev,zoo]'
 	touch $@
 
-# The same packages, and a native module of its own.
+# The same packages, and a native module of its own; an install without a module succeeds, but there is nothing to test.
 $(ASAN)/.ready: $(READY)
+	@for library in libasan.so libubsan.so libstdc++.so.6; do test -f "$$($(CXX) -print-file-name=$$library)" || { \
+		echo "test-asan: $(CXX) lacks $$library. Install g++ with its sanitizers (Debian, Ubuntu: apt-get install g++;" \
+			"Fedora: dnf install gcc-c++ libasan libubsan), or name another one: make test-asan CXX=g++" >&2; exit 1; }; done
 	$(BIN)/python -m venv $(ASAN)
 	$(BIN)/python -c "import sys; print(*(p for p in sys.path if 'site-packages' in p), sep='\n')" \
 		> "$$($(ASAN)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth"
 	$(ASAN)/bin/python -m pip install --quiet --no-deps --editable . \
 		--config-settings=cmake.define.LOWBIT_SANITIZE=ON --config-settings=build-dir=build/asan
+	$(SANITIZED) -c "import lowbit.kernels._cpu" || { echo "test-asan: the native module was not built with $(CXX)" >&2; exit 1; }
 	touch $@
 
 clean:

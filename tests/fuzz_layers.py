@@ -1,6 +1,6 @@
 """Random converted layers, forward and backward, for `make test-asan`: whatever the shapes, native code stays inside.
 
-    python tests/fuzz_layers.py [--seconds 60] [--seed 0] [--only NUMBER]
+    python tests/fuzz_layers.py [--seed 0] [--cases 1000 | --seconds SECONDS | --only NUMBER]
 
 Each case also runs twice and must give the same bits, and the shapes and dtypes of the plain layer. Where the plain
 layer raises, the converted one must too.
@@ -159,17 +159,18 @@ def outcome(model: nn.Module, x: Tensor, recipe: str | None, engine: str, order:
 
 
 def main() -> int:
-    """Run cases until the time is over; 1 where one of them is wrong."""
+    """Run so many cases, or cases until the time is over; 1 where one of them is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--cases", type=int, default=1000)
+    length.add_argument("--seconds", type=float)
+    length.add_argument("--only", type=int)
     options = parser.parse_args()
     engines = ("reference", "int8", "int8") if cpu.instruction_sets() is not None else ("reference",)
     counts: Counter[str] = Counter()
-    end, number, wrong = time.monotonic() + options.seconds, 0, 0
-    while time.monotonic() < end:
-        number = number if options.only is None else options.only
+    start, number, wrong = time.monotonic(), options.only or 0, 0
+    while counts.total() < options.cases if options.seconds is None else time.monotonic() - start < options.seconds:
         draw = random.Random(f"{options.seed} {number}")
         torch.manual_seed(number)
         make = draw.choice((linear, linear, convolution, convolution, convolution, norm, norm, recurrent, attention))
@@ -180,7 +181,9 @@ def main() -> int:
         torch.set_num_threads(draw.randint(1, 2))
         try:
             kind, layer, x = make(draw)
-        except (RuntimeError, ValueError):  # no such layer
+        except (RuntimeError, ValueError):  # no such layer: the number counts for no case
+            if options.only is not None:
+                parser.error(f"number {number} of seed {options.seed} gives no layer: give another one")
             number += 1
             continue
         layer, x = layer.to(dtype), x.to(dtype)
@@ -197,7 +200,10 @@ def main() -> int:
         if options.only is not None:
             break
         number += 1
-    print(f"{number} cases of seed {options.seed}, {wrong} wrong: {dict(sorted(counts.items()))}")
+    took = time.monotonic() - start
+    print(
+        f"{counts.total()} cases of seed {options.seed} in {took:.0f} s, {wrong} wrong: {dict(sorted(counts.items()))}"
+    )
     return int(wrong > 0)
 
 
