@@ -11,11 +11,13 @@ memory is outer x channels x inner, or with channels last outer x inner x channe
 import importlib
 import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from lowbit.formats import Integer
 
@@ -476,16 +478,21 @@ class Rows:
     zero: int = 0
     window: Window | None = None
 
-    def arguments(self) -> tuple[Any, ...]:
-        """As the native function takes it."""
+    def numbers(self) -> list[int]:
+        """All but the data, as the operators take it; `_side` reads it."""
         w = self.window
-        window = None if w is None else (
-            w.position, w.size, w.kernel, w.stride, w.padding, w.dilation, w.transposed, w.channels,
-        )  # fmt: skip
-        return (
-            _memory(self.data, "a side of a product"), self.first, self.rows, self.width, self.stride, self.fold,
-            self.zero, window, self.along,
-        )  # fmt: skip
+        own = [self.first, self.rows, self.width, self.stride, self.fold, self.zero, self.along]
+        if w is None:
+            return own
+        places = (*w.position, *w.size, *w.kernel, *w.stride, *w.padding, *w.dilation)
+        return [*own, *places, w.transposed, w.channels]
+
+
+def _side(data: Tensor, numbers: list[int]) -> tuple[Any, ...]:
+    """One side of a product as the native function takes it, of the numbers of `Rows`."""
+    first, rows, width, stride, fold, zero, along, *w = numbers
+    window = (tuple(w[:4]), *(tuple(w[i : i + 3]) for i in range(4, 19, 3)), bool(w[19]), w[20]) if w else None
+    return _memory(data, "a side of a product"), first, rows, width, stride, fold, zero, window, bool(along)
 
 
 def multiply(
@@ -514,8 +521,57 @@ def multiply(
         codes: True multiplies bytes and sums in int32; False rounds both sides to bf16, codes to ``q - z``, and sums
             in float32.
     """
-    result = (
-        _memory(out, "multiply: out"), first, stride, taps, _memory(scales[0], "multiply: row scales"),
-        _memory(scales[1], "multiply: column scales"), _memory(bias, "multiply: bias"),
-    )  # fmt: skip
-    _cpu.multiply(codes, a.arguments(), b.arguments(), result)
+    for x in (a.data, b.data, out, *scales, bias):
+        if x is not None and (not x.is_cpu or x.is_neg()):  # of these the dispatcher would make something else
+            _memory(x, "multiply: a tensor")
+    operator = _OPERATORS[codes]
+    operator(a.data, a.numbers(), b.data, b.numbers(), out, [first, stride, taps], scales[0], scales[1], bias)
+
+
+def _multiply(codes: bool) -> Callable[..., None]:
+    """The kernel of the operator ``lowbit::multiply_codes``, or of ``lowbit::multiply_halves``."""
+
+    def kernel(
+        lhs: Tensor,
+        lhs_rows: list[int],
+        rhs: Tensor,
+        rhs_rows: list[int],
+        out: Tensor,
+        place: list[int],
+        row_scale: Tensor,
+        column_scale: Tensor,
+        bias: Tensor | None,
+    ) -> None:
+        result = (
+            _memory(out, "multiply: out"), *place, _memory(row_scale, "multiply: row scales"),
+            _memory(column_scale, "multiply: column scales"), _memory(bias, "multiply: bias"),
+        )  # fmt: skip
+        _cpu.multiply(codes, _side(lhs, lhs_rows), _side(rhs, rhs_rows), result)
+
+    return kernel
+
+
+def _fake(*_: object) -> None:
+    """Without values there is nothing to write: the shape of `out` was known before."""
+
+
+def _flops(_lhs: object, lhs_rows: list[int], _rhs: object, rhs_rows: list[int], *_: object, **__: object) -> int:
+    """Two for each multiply-accumulate: ``2 m n k``, as `torch.utils.flop_counter` counts."""
+    rows, width, window = *lhs_rows[1:3], lhs_rows[7:]
+    if window and window[19]:  # transposed: most taps of the larger side reach for nothing
+        rows = math.prod(window[:1] + window[4:7])
+    columns = rhs_rows[1] if rhs_rows[6] else rhs_rows[2]
+    return 2 * rows * width * columns
+
+
+# The products are operators of torch, so that its profiler shows them and its counter of operations counts them.
+_LIBRARY = torch.library.Library("lowbit", "DEF")
+for _name, _codes in (("multiply_codes", True), ("multiply_halves", False)):
+    _LIBRARY.define(
+        f"{_name}(Tensor lhs, int[] lhs_rows, Tensor rhs, int[] rhs_rows, Tensor(a!) out, int[] place, "
+        "Tensor row_scale, Tensor column_scale, Tensor? bias) -> ()"
+    )
+    _LIBRARY.impl(_name, _multiply(_codes), "CPU")
+    torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_LIBRARY)
+    register_flop_formula(getattr(torch.ops.lowbit, _name))(_flops)
+_OPERATORS = {True: torch.ops.lowbit.multiply_codes.default, False: torch.ops.lowbit.multiply_halves.default}
