@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit import Recipe, UsageError, cli
+from lowbit import Recipe, RunError, UsageError, cli
 from lowbit.train import trainer
 from test_trainer import config, last, same
 
@@ -135,6 +135,17 @@ def test_a_run_keeps_the_recipe_it_began_with(mine: Path, tmp_path: Path) -> Non
     assert whole.recipe == str(mine)
     assert resumed.steps == whole.steps
     assert same(last(tmp_path / "half")["state_dict"], last(tmp_path / "whole")["state_dict"])
+
+
+def test_a_run_that_lost_its_recipe_does_not_take_another(mine: Path, tmp_path: Path) -> None:
+    """Without the text that it began with, a run does not go on with what the file says by then."""
+    out = tmp_path / "run"
+    trainer.train(config(out, recipe=str(mine), max_steps=1))
+    (out / "result.json").unlink()
+    (out / "recipe.toml").unlink()
+
+    with pytest.raises(RunError, match=r"recipe\.toml cannot be read"):
+        trainer.resume(out)
 
 
 def test_the_command_line_shows_a_file(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:

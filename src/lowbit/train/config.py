@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, get_type_hints
 
 from lowbit.checks import check_fields, is_finite, is_whole
 from lowbit.errors import UsageError, shown, unknown
+from lowbit.recipe import is_file_name
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["one-cycle", "cosine", "step", "constant"]
@@ -180,7 +181,7 @@ class TrainConfig:
         Args:
             threads: what torch chose on this machine.
         """
-        recipe = Path(self.recipe).stem if self.recipe.endswith(".toml") else self.recipe
+        recipe = Path(self.recipe).stem if is_file_name(self.recipe) else self.recipe
         name = f"{self.model}-{self.data}-{recipe}-{self.seed}"
         return dataclasses.replace(
             self,

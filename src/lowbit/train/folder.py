@@ -130,10 +130,10 @@ def read_recipe(config: TrainConfig) -> Recipe:
     """The recipe of a run, from its folder where it was a file and the run has begun.
 
     Raises:
-        UsageError: there is no such recipe.
+        UsageError: the recipe does not exist.
         RunError: the file in the run folder cannot be read.
     """
-    if is_file_name(config.recipe) and config.out is not None and (config.out / RECIPE).exists():
+    if is_file_name(config.recipe) and config.out is not None and (config.out / CONFIG).exists():
         return from_toml(Path(config.recipe).stem, read_file(config.out / RECIPE))
     return Recipe.find(config.recipe)
 

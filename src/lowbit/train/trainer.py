@@ -88,8 +88,8 @@ def train(config: TrainConfig) -> Result:
             with locked(out):
                 refuse_taken(out)
                 files.remove_parts(out)
-                write_recipe(config)
                 write_settings(Settings(config=config))
+                write_recipe(config)
                 return _run(stop, loaded, module, report, None)
 
 
