@@ -111,6 +111,8 @@ class TestSteps:
         [
             (["tiny", "vgg"], ["fp32"], 1, "unknown work 'vgg'.*tiny"),
             (["tiny"], ["int9"], 1, "unknown variant 'int9'. Did you mean 'int8'"),
+            (["tiny"], ["absent.toml"], 1, "recipe file absent.toml cannot be read"),
+            (["tiny"], ["int8:w4a4g99:auto"], 1, "bits=99"),
             (["tiny"], ["sbm8:cuda"], 1, "unknown engine 'cuda'.*auto, int8, reference"),
             (["tiny"], ["fp32"], 0, "rounds must be at least 1, got 0"),
         ],

@@ -23,7 +23,7 @@ from lowbit.kernels import cpu, native_instruction_sets
 from lowbit.machine import here, paired, ratio
 from lowbit.products import ENGINES
 from lowbit.ranges import new_running_range
-from lowbit.recipe import is_family, recipes
+from lowbit.recipe import is_family, is_file_name, recipes
 from lowbit.tables import text_table
 from lowbit.train.config import MOST_THREADS
 from lowbit.train.models import GPT, ResNet
@@ -154,7 +154,7 @@ def variant(name: str) -> Variant:
     A recipe is a name, also of the kind ``int8:w4a4g4``, or a file that ends in ``.toml``.
 
     Raises:
-        UsageError: an unknown name or engine.
+        UsageError: an unknown name or engine, or a recipe's file or widths that make no recipe.
     """
     if name in BASES:
         return BASES[name]
@@ -164,10 +164,9 @@ def variant(name: str) -> Variant:
     engines = ("auto", *ENGINES)
     if engine and engine not in engines:
         raise unknown("engine", engine, engines)
-    try:
-        lowbit.Recipe.find(recipe)
-    except UsageError as error:
-        raise unknown("variant", name, {*BASES, *recipes()}) from error
+    if recipe not in recipes() and not is_family(recipe) and not is_file_name(recipe):
+        raise unknown("variant", name, {*BASES, *recipes()})
+    lowbit.Recipe.find(recipe)  # raises before anything runs
     return _recipe(recipe, engine or "int8")
 
 
