@@ -13,7 +13,7 @@ from lowbit.formats import BF16, FP32, Float, Format, Integer, unlisted
 from lowbit.products import Setting
 from lowbit.quantizer import quantize
 from lowbit.ranges import extremes, new_running_range, observed_extremes
-from lowbit.rounding import CounterNoise, step_key
+from lowbit.rounding import CounterNoise, RecordedNoise, step_key
 
 MADE_UP = "made-up"
 # Values of the fields whose annotation does not list them.
@@ -75,20 +75,14 @@ def counter() -> CounterNoise:
     return CounterNoise(key=step_key(3, torch.tensor(5)), layer="layer")
 
 
-class Drawn:
+def drawn() -> RecordedNoise:
     """The numbers of `counter` as draws, so that no native pass makes them."""
-
-    def draw(self, product: str, operand: str, x: Tensor) -> Tensor:
-        """As of the counter-based noise."""
-        return counter().draw(product, operand, x)
-
-    def words(self, product: str, operand: str) -> None:  # noqa: ARG002 - draws have none
-        """None."""
-        return
-
-    def branch(self, name: str) -> "Drawn":  # noqa: ARG002 - not used here
-        """The same."""
-        return self
+    shapes = {
+        ("output", "weight"): (10, 24),
+        ("grad_input", "grad_output"): (6, 10),
+        ("grad_weight", "grad_output"): (6, 10),
+    }
+    return RecordedNoise(draws={slot: counter().draw(*slot, torch.empty(shape)) for slot, shape in shapes.items()})
 
 
 def recipe_of(fmt: Format) -> Recipe:
@@ -122,7 +116,7 @@ def test_the_native_passes_equal_the_definition_or_leave_it_to_it(fmt: Format, m
     natively = step(fmt, "reference", counter())
 
     monkeypatch.setattr("lowbit.kernels.cpu.runs", lambda _: False)
-    plainly = step(fmt, "reference", Drawn())
+    plainly = step(fmt, "reference", drawn())
     assert all(torch.equal(a, b) for a, b in zip(natively, plainly, strict=True))
 
 

@@ -169,8 +169,9 @@ class _NumbersOrNone(_Numbers):
 
 NUMBERS, NUMBERS_OR_NONE = _Numbers(), _NumbersOrNone()
 
-# What executes formats lists here which ones it takes: the classes by their exact types, and of each class the fields
-# with their values.
+# Which formats something executes: the classes by their exact types, and of each class the fields with their values.
+# Whatever executes formats writes its own list out, however alike they are: with a shared one, what one of them learns
+# to compute would be taken by all.
 Listed = Mapping[type, Mapping[str, Container[object]]]
 
 

@@ -13,6 +13,8 @@ from lowbit.errors import unknown
 from lowbit.formats import Integer, RangeRule, RunningStart, check_defined
 from lowbit.kernels import cpu
 
+_RULES = get_args(RangeRule)
+
 
 def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...], fewest: int | None = None) -> tuple[Tensor, Tensor]:
     """The lo and hi of what shares a scale.
@@ -34,8 +36,8 @@ def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...], fewest: int |
     Source: the mean over samples is Banner et al. 2018's protection against outliers, as in the authors' code.
     """
     dims = tuple(d % x.dim() for d in dims)
-    if rule not in get_args(RangeRule):
-        raise unknown("range rule", rule, get_args(RangeRule))
+    if rule not in _RULES:
+        raise unknown("range rule", rule, _RULES)
     if rule == "sample-mean" and len(dims) < x.dim():
         raise ValueError(f"the mean of per-sample extremes is over all dims of {tuple(x.shape)}, not over {dims}")
     shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
