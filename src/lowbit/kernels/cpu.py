@@ -479,7 +479,7 @@ class Rows:
     window: Window | None = None
 
     def numbers(self) -> list[int]:
-        """All but the data, as the operators take it; `_side` reads it."""
+        """All but the data, as the operators take it; `_place` reads it."""
         w = self.window
         own = [self.first, self.rows, self.width, self.stride, self.fold, self.zero, self.along]
         if w is None:
@@ -488,11 +488,11 @@ class Rows:
         return [*own, *places, w.transposed, w.channels]
 
 
-def _side(data: Tensor, numbers: list[int]) -> tuple[Any, ...]:
-    """One side of a product as the native function takes it, of the numbers of `Rows`."""
+def _place(numbers: list[int]) -> tuple[Any, ...]:
+    """Where one side of a product lies, as the native function takes it, from the numbers of `Rows`."""
     first, rows, width, stride, fold, zero, along, *w = numbers
     window = (tuple(w[:4]), *(tuple(w[i : i + 3]) for i in range(4, 19, 3)), bool(w[19]), w[20]) if w else None
-    return _memory(data, "a side of a product"), first, rows, width, stride, fold, zero, window, bool(along)
+    return first, rows, width, stride, fold, zero, window, bool(along)
 
 
 def multiply(
@@ -546,7 +546,9 @@ def _multiply(codes: bool) -> Callable[..., None]:
             _memory(out, "multiply: out"), *place, _memory(row_scale, "multiply: row scales"),
             _memory(column_scale, "multiply: column scales"), _memory(bias, "multiply: bias"),
         )  # fmt: skip
-        _cpu.multiply(codes, _side(lhs, lhs_rows), _side(rhs, rhs_rows), result)
+        a = _memory(lhs, "a side of a product"), *_place(lhs_rows)
+        b = _memory(rhs, "a side of a product"), *_place(rhs_rows)
+        _cpu.multiply(codes, a, b, result)
 
     return kernel
 
@@ -557,11 +559,13 @@ def _fake(*_: object) -> None:
 
 def _flops(_lhs: object, lhs_rows: list[int], _rhs: object, rhs_rows: list[int], *_: object, **__: object) -> int:
     """Two for each multiply-accumulate: ``2 m n k``, as `torch.utils.flop_counter` counts."""
-    rows, width, window = *lhs_rows[1:3], lhs_rows[7:]
-    if window and window[19]:  # transposed: most taps of the larger side reach for nothing
-        rows = math.prod(window[:1] + window[4:7])
-    columns = rhs_rows[1] if rhs_rows[6] else rhs_rows[2]
-    return 2 * rows * width * columns
+    _, rows, width, _, _, _, window, _ = _place(lhs_rows)
+    _, other_rows, other_width, _, _, _, _, along = _place(rhs_rows)
+    if window is not None:
+        (batch, *_), size, *_, transposed, _ = window
+        if transposed:  # most taps of the larger side reach for nothing
+            rows = batch * math.prod(size)
+    return 2 * int(rows * width * (other_rows if along else other_width))
 
 
 # The products are operators of torch, so that its profiler shows them and its counter of operations counts them.
