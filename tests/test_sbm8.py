@@ -1,5 +1,7 @@
 """`sbm8` where a sample has few features, and where a channel has few values: it trains, as full precision does."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,3 +99,51 @@ def test_one_feature_is_not_clipped(engine: str) -> None:
 
     assert 0 < error < 0.02
     assert max(row.clipped for row in proof.rows) < 0.001
+
+
+@pytest.mark.parametrize("engine", ["reference", "auto"])
+@pytest.mark.parametrize("batch", [2, 3])
+def test_two_and_three_values_a_channel_stay_bounded(batch: int, engine: str) -> None:
+    """Values that fall into one code do not blow up gradients: losses stay where those of batch normalisation do."""
+    most = {}
+    for recipe in ("fp32", "sbm8"):
+        torch.manual_seed(0)
+        parts: list[nn.Module] = [nn.Conv2d(3, 64, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+        for _ in range(3):
+            parts += [nn.Conv2d(64, 64, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+        model = nn.Sequential(*parts, nn.Flatten(), nn.Linear(64, 4))
+        lowbit.convert_(model, recipe, engine="reference" if recipe == "fp32" else engine, seed=0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        noise = torch.Generator().manual_seed(1)
+        most[recipe] = 0.0
+        for _ in range(60):
+            x, y = torch.randn(batch, 3, 1, 1, generator=noise), torch.randint(4, (batch,), generator=noise)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            most[recipe] = max(most[recipe], loss.item())
+
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert 1 < most["sbm8"] < 4 * most["fp32"]
+
+
+@pytest.mark.parametrize("engine", ["reference", "int8"])
+def test_equal_codes_are_divided_by_a_range_of_one_step(engine: str) -> None:
+    """A channel within one code gives beta and the gradient ``gamma (g - mean g) / d``, d that of a range of a step."""
+    norm = nn.BatchNorm2d(2)
+    with torch.no_grad():
+        norm.weight.fill_(3.0)
+        norm.bias.fill_(0.5)
+    lowbit.convert_(norm, "sbm8", engine=engine)
+    x = torch.tensor([[0.0, 50.0], [255.0, 50.1], [102.0, 49.9], [51.0, 50.0]])[:, :, None, None]  # steps of 1
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = norm(x)
+    y.backward(torch.tensor([[0.0, 0.0], [0.0, 85.0], [0.0, 170.0], [0.0, 255.0]])[:, :, None, None])  # of 1 too
+
+    sigma = 0.5 * 0.35 * (1 + math.sqrt(math.pi * math.log(4))) / math.sqrt(2 * math.log(4))
+    d = math.sqrt(sigma**2 + norm.eps)
+    assert x.grad is not None
+    torch.testing.assert_close(y[:, 1].flatten(), torch.full((4,), 0.5), rtol=0, atol=1e-4)
+    expected = 3.0 / d * torch.tensor([-127.5, -42.5, 42.5, 127.5])
+    torch.testing.assert_close(x.grad[:, 1].flatten(), expected, rtol=1e-5, atol=0)

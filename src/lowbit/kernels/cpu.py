@@ -264,7 +264,8 @@ def normalize(
     Args:
         codes: rows by channels.
         stats: float32 mean and sigma.
-        eps: added to the divisor: ``d = sqrt(sigma**2 + eps)`` or ``sigma + eps``.
+        eps: added to the divisor: ``d = sqrt(sigma**2 + eps)`` or ``sigma + eps``; of statistics of the codes a sigma
+            of 0 counts as that of ranges of one step.
         inside: which of them.
         gamma: float32 ``(C,)``, or None for 1.
         beta: float32 ``(C,)``, or None for 0.

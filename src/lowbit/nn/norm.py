@@ -3,7 +3,8 @@
 Notation: x input ``(B, C, *size)``, mu mean, N = B * prod(size) values per channel, K chunks of n_k values
 (batch-major), R_k their range, kappa a constant, d the divisor.
 
-``sigma = kappa / K * sum_k R_k / sqrt(2 ln n_k)``, ``y = gamma (x - mu) / d + beta``.
+``sigma = kappa / K * sum_k R_k / sqrt(2 ln n_k)``, ``y = gamma (x - mu) / d + beta``. Where the codes of a channel are
+all equal, its values are told apart to a step of the grid only: d is then that of ranges of one step.
 """
 
 import itertools
@@ -108,6 +109,16 @@ def divisor(sigma: Tensor, eps: float, place: EpsilonPlace) -> Tensor:
     return torch.sqrt(sigma * sigma + eps) if place == "inside" else sigma + eps
 
 
+def _of_one_step(stats: Statistics, grid: Grid | None) -> Tensor:
+    """The batch's sigma, and where all codes of a channel are equal that of ranges of one step.
+
+    Divided by ``sqrt(eps)`` alone, their gradient, and what a rounded mean leaves of them, would grow by hundreds.
+    """
+    if grid is None:
+        return stats.sigma
+    return torch.where(stats.sigma == 0, stats.slope.sum() * grid.scale.reshape(()), stats.sigma)
+
+
 @dataclass(frozen=True, kw_only=True)
 class NormSetting:
     """How one Range BN call is computed.
@@ -134,11 +145,11 @@ class NormSetting:
     source: object = None
     rectify: bool = False
 
-    def quantized(self, x: Tensor, operand: str, expected: tuple[str, ...] = ()) -> Tensor:
+    def quantized(self, x: Tensor, operand: str, expected: tuple[str, ...] = ()) -> Quantized:
         """`x`, which is the layer's ``"input"`` or ``"grad_output"``, in its format; shown to observers."""
         fmt: Format = getattr(self.norm, operand)
         if x.is_meta:  # shapes without values, as when a run is planned
-            return torch.empty_like(x)
+            return Quantized(torch.empty_like(x))
         noise, levels = None, None
         if isinstance(fmt, Integer):
             if fmt.stochastic and self.noise is not None:
@@ -149,7 +160,7 @@ class NormSetting:
         hat = quantize(x, fmt, levels=levels, noise=noise, observed=observed)
         if products.is_observed():
             self.show(operand, x, hat, "reference", "range_batch_norm", expected)
-        return hat.values
+        return hat
 
     def width(self, operand: str) -> int:
         """The bits of an operand's codes in this call."""
@@ -203,15 +214,16 @@ class _RangeBatchNorm(torch.autograd.Function):
         fixed: tuple[Tensor, Tensor] | None,
         expected: tuple[str, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        values = setting.quantized(x, "input", expected)
-        norm = setting.norm
+        hat = setting.quantized(x, "input", expected)
+        values, norm = hat.values, setting.norm
         stats = None
         if fixed is None:
             stats = range_statistics(values, constant=norm.constant, chunks=norm.chunks, fewest=norm.fewest_per_chunk)
             mean, sigma = stats.mean, stats.sigma
+            d = divisor(_of_one_step(stats, hat.grid), setting.eps, norm.epsilon)
         else:
             mean, sigma = fixed
-        d = divisor(sigma, setting.eps, norm.epsilon)
+            d = divisor(sigma, setting.eps, norm.epsilon)
         normalized = (values - _per_channel(mean, x)).div_(_per_channel(d, x))
         y = normalized.clone() if weight is None else normalized * _per_channel(weight, x)
         y = y if bias is None else y.add_(_per_channel(bias, x))
@@ -229,7 +241,7 @@ class _RangeBatchNorm(torch.autograd.Function):
         normalized, weight, sigma, d = ctx.saved_tensors
         setting, stats, has_bias = ctx.kept
         grads = range_batch_norm_backward(
-            setting.quantized(grad_output, "grad_output"),
+            setting.quantized(grad_output, "grad_output").values,
             normalized,
             weight,
             sigma,
@@ -453,7 +465,7 @@ def _backward_of_codes(
     # Recorded noise, or more than 8 bits.
     values = _values(codes, dx.shape)
     normalized = (values - _per_channel(stats.mean, values)) / _per_channel(d, values)
-    grad = setting.quantized(grad_output.float(), "grad_output")
+    grad = setting.quantized(grad_output.float(), "grad_output").values
     found = _by_value(stats)
     found_dx, *found_grads = range_batch_norm_backward(grad, normalized, weight, stats.sigma, d, found, place)
     return found_dx.to(dx.dtype), found_grads[0], found_grads[1]
