@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,23 @@ class TestFile:
 
         assert table is None
         assert f"{file} is damaged" in said
+
+    @pytest.mark.parametrize("damage", ["too long", "FIFO", "nested"])
+    def test_a_file_is_read_up_to_a_limit(self, damage: str) -> None:
+        """Neither a sparse file of 300 GiB, nor a FIFO, nor 100,000 brackets stop a conversion."""
+        file = calibration.save(MIXED)
+        file.unlink()
+        if damage == "FIFO":
+            os.mkfifo(file)
+        else:
+            file.write_bytes(100_000 * b"[")
+            os.truncate(file, 300 << 30 if damage == "too long" else 100_000)
+
+        table, said = calibration.load()
+
+        assert table is None
+        assert f"{file} is damaged" in said
+        assert damage in said or damage == "nested"
 
     def test_a_file_of_another_machine_is_said_and_not_used(self) -> None:
         """A table that was copied here from elsewhere is not this machine's."""

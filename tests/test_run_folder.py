@@ -641,6 +641,41 @@ def test_a_torn_line_of_measurements_is_not_written(halfway: Path) -> None:
     assert [json.loads(line)["to_step"] for line in lines] == [7, 15]
 
 
+def test_damaged_measurements_stay_and_stop_nothing(halfway: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes that are not UTF-8, without an end of line, stay as they are; the run ends, and `cost` names the file."""
+    path = halfway / "measured.jsonl"
+    path.write_bytes(b"\xb5{")
+
+    assert trainer.resume(halfway).steps == 15
+
+    damaged, start = path.read_bytes().splitlines()
+    assert damaged == b"\xb5{"
+    assert json.loads(start)["to_step"] == 15
+    assert cli.main(["cost", str(halfway)]) == 1
+    assert f"{path} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["too long", "FIFO"])
+@pytest.mark.parametrize("name", ["ledger.jsonl", "measured.jsonl", "csv/metrics.csv"])
+def test_files_are_read_up_to_a_limit(
+    name: str, damage: str, halfway: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sparse file of 300 GiB, and a FIFO, are named at once; a FIFO for the log's table is replaced."""
+    path = halfway / name
+    if damage == "FIFO":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        os.truncate(path, 300 << 30)
+    command = "cost" if name == "measured.jsonl" else "resume"
+    replaced = damage == "FIFO" and name == "csv/metrics.csv"
+
+    assert cli.main([command, str(halfway)]) == (0 if replaced else 1)
+
+    said = capsys.readouterr().err
+    assert (str(path) in said and damage in said) != replaced
+
+
 def test_a_nul_byte_in_the_name_is_one_clear_line(tmp_path: Path) -> None:
     """A run folder that no system can have is a usage error."""
     with pytest.raises(UsageError, match="NUL byte"):
@@ -672,11 +707,13 @@ def test_damaged_rows_of_the_log_are_left_out_with_a_word(
 ) -> None:
     """Bytes that are not a table do not stop a run: its rows from before are gone, and stderr says how many."""
     path = halfway / "csv" / "metrics.csv"
-    path.write_bytes(path.read_bytes() + b"\xff\0\xfe,,,\nx,y\n")
+    rows = path.read_bytes().splitlines(keepends=True)
+    long = b'"' + 200_000 * b"1" + b"\n"  # more than the csv module takes, after a quotation mark
+    path.write_bytes(b"".join([rows[0], long, *rows[1:]]) + b"\xff\0\xfe,,,\nx,y\n")
 
     trainer.resume(halfway)
 
-    assert f"2 rows of {path} are damaged and left out" in capsys.readouterr().err
+    assert f"3 rows of {path} are damaged and left out" in capsys.readouterr().err
     assert path.read_bytes() == (whole / "csv" / "metrics.csv").read_bytes()
 
 

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import integer, products
-from lowbit.errors import check_choice
+from lowbit import files, integer, products
+from lowbit.errors import RunError, check_choice
 from lowbit.formats import Float
 from lowbit.machine import here, paired
 from lowbit.recipe import Recipe
@@ -188,10 +188,10 @@ def load() -> tuple[Table | None, str]:
     if not file.exists():
         return None, f"this machine, at {threads}, was not measured; {measure_it}"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(files.read(file, limit=1 << 24, hint="It is not such a table."))
         machine, entries = content["machine"], content["timings"]
         table = Table(tuple(Timing(**{**entry, "shape": Shape(**entry["shape"])}) for entry in entries))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (RunError, ValueError, TypeError, KeyError, RecursionError) as error:
         return None, f"{file} is damaged ({type(error).__name__}: {error}) and not used; {measure_it} again"
     if machine != dataclasses.asdict(here()):
         return None, f"{file} was measured elsewhere ({machine}) and is not used; {measure_it}"

@@ -11,10 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from lowbit.errors import RunError
+from lowbit.errors import RunError, UsageError
 
 _PART = re.compile(r"\.[0-9a-f]{16}\.lowbit\.part")
 _PIECE = 1 << 20  # bytes read or decompressed at once
+
+MAX_BYTES = 1 << 31
+"""Bytes that one file may have, compressed and decompressed; ``LOWBIT_MAX_BYTES`` sets another limit."""
 
 
 def write_atomically(
@@ -63,7 +66,12 @@ def write_atomically(
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file `path` by `text` in UTF-8, see `write_atomically`."""
-    write_atomically(path, lambda file: _write_all(file, text.encode()))
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the file `path` by `content`, see `write_atomically`."""
+    write_atomically(path, lambda file: _write_all(file, content))
 
 
 def _write_all(file: BinaryIO, content: bytes) -> None:
@@ -129,6 +137,20 @@ def read(path: Path, *, limit: int, hint: str) -> bytearray:
             return _read_gzip(path, file, limit, hint) if path.suffix == ".gz" else bytearray(file.read(limit + 1))
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def read_whole(path: Path) -> bytearray:
+    """The same of a file that may be large: data, or what a long run writes. The limit is `MAX_BYTES`."""
+    hint = "Use a shorter file, or set LOWBIT_MAX_BYTES to a higher limit."
+    return read(path, limit=limit_of("LOWBIT_MAX_BYTES", MAX_BYTES), hint=hint)
+
+
+def limit_of(name: str, default: int) -> int:
+    """A limit that an environment variable may set."""
+    given = os.environ.get(name, str(default))
+    if not given.isdecimal() or int(given) < 1:
+        raise UsageError(f"{name} must be a whole number of at least 1, got {given!r}.")
+    return int(given)
 
 
 def _read_gzip(path: Path, file: BinaryIO, limit: int, hint: str) -> bytearray:

@@ -633,13 +633,9 @@ class Ledger:
 
 
 def _content(path: Path) -> bytes:
-    try:
-        with files.open_file(path) as file:
-            content = file.read()
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no ledger {path}") from error
-    except OSError as error:
-        raise RunError(f"cannot read the ledger {path}: {error.strerror or error}") from error
+    if not path.exists():
+        raise UsageError(f"there is no ledger {path}")
+    content = bytes(files.read_whole(path))
     if b"\n" not in content:
         raise RunError(f"{path} is empty or no ledger: its first line is not complete")
     return content

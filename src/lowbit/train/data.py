@@ -33,8 +33,6 @@ FOLDER_SIZE = 224
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 
-MAX_BYTES = 1 << 31
-"""Bytes that one data file may have, compressed and decompressed; ``LOWBIT_MAX_BYTES`` sets another limit."""
 MAX_PIXELS = 50_000_000
 """Pixels that one image file may have; ``LOWBIT_MAX_PIXELS`` sets another limit. Decoding takes 8 bytes for each."""
 
@@ -534,16 +532,7 @@ def _read(path: Path, limit: int | None = None) -> bytearray:
     """The content of a file, decompressed if it ends in ``.gz``, of at most `limit` bytes."""
     if limit is not None:
         return files.read(path, limit=limit, hint="Get the file again.")
-    limit = _limit("LOWBIT_MAX_BYTES", MAX_BYTES)
-    return files.read(path, limit=limit, hint="Use a shorter file, or set LOWBIT_MAX_BYTES to a higher limit.")
-
-
-def _limit(name: str, default: int) -> int:
-    """A limit that an environment variable may set."""
-    given = os.environ.get(name, str(default))
-    if not given.isdecimal() or int(given) < 1:
-        raise UsageError(f"{name} must be a whole number of at least 1, got {given!r}.")
-    return int(given)
+    return files.read_whole(path)
 
 
 def _expanded(path: str) -> Path:
@@ -776,7 +765,7 @@ def _decode(path: Path, draws: list[float] | None) -> Tensor:
         from PIL import Image
     except ImportError as error:
         raise UsageError("imagefolder needs pillow: pip install 'lowbit[train]'.") from error
-    limit = _limit("LOWBIT_MAX_PIXELS", MAX_PIXELS)
+    limit = files.limit_of("LOWBIT_MAX_PIXELS", MAX_PIXELS)
     if Image.MAX_IMAGE_PIXELS is not None and limit > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = limit  # Pillow's own, for the whole process
     try:

@@ -41,8 +41,9 @@ def measured(out: Path, *, steps: Callable[[], int], seconds_per_step: Callable[
     def write(energy: Energy) -> None:
         line = {"from_step": began, "to_step": steps(), "seconds_per_step": seconds_per_step()}
         path = out / MEASURED
-        before = files.read(path, limit=1 << 24, hint="Move it away.").decode() if path.exists() else ""
-        files.write_text(path, before + json.dumps(line | asdict(energy)) + "\n")
+        before = bytes(_content(path)) if path.exists() else b""
+        whole = before + b"\n" if before and not before.endswith(b"\n") else before  # a damaged line stays alone
+        files.write_bytes(path, whole + json.dumps(line | asdict(energy)).encode() + b"\n")
 
     energy = Energy()
     try:
@@ -58,6 +59,10 @@ def measured(out: Path, *, steps: Callable[[], int], seconds_per_step: Callable[
         raise RunError(f"cannot write {out / MEASURED}: {error.strerror or error}") from error
 
 
+def _content(path: Path) -> bytearray:
+    return files.read(path, limit=1 << 24, hint="Move it away.")
+
+
 def read(out: Path) -> dict[str, str]:
     """What was measured in a run folder, as text by name; empty where nothing was.
 
@@ -68,7 +73,7 @@ def read(out: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = _content(path).decode().splitlines()
         starts: list[dict[str, Any]] = [json.loads(line) for line in lines]
         for start in starts:
             for name, hint in _START.items():
@@ -77,7 +82,7 @@ def read(out: Path) -> dict[str, str]:
         seconds = [start["seconds_per_step"] for start in starts if start["seconds_per_step"] is not None]
         steps = sum(start["to_step"] - start["from_step"] for start in starts)
         reason = starts[-1]["reason"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}): delete it to see the rest of the cost") from error
     return {
         "seconds per step": f"{seconds[-1]:.4g} (median, last start)" if seconds else "too few steps to say",

@@ -87,16 +87,17 @@ def _up_to(path: Path, step: int) -> list[dict[str, float]]:
     """The rows of a table that are not of later steps; those that are damaged are left out with a word on stderr."""
     if not path.is_file():
         return []
-    with files.open_file(path) as file:
-        text = file.read().decode(errors="replace")
-    whole = text[: text.rfind("\n") + 1]  # a killed process may have left half a line
+    text = files.read_whole(path).decode(errors="replace")
+    lines = text.split("\n")[:-1]  # a killed process may have left half a line
     rows: list[dict[str, float]] = []
     damaged = 0
-    for row in csv.DictReader(io.StringIO(whole, newline="")):
+    for line in lines[1:]:
         try:
-            values = {key: float(value) for key, value in row.items() if value}
+            # Line by line: a stray quotation mark would take in the lines after it.
+            columns, row = csv.reader([lines[0], line])
+            values = {key: float(value) for key, value in zip(columns, row, strict=True) if value}
             number = values["step"] = int(values["step"])
-        except (ValueError, TypeError, KeyError, OverflowError):
+        except (ValueError, KeyError, OverflowError, csv.Error):
             damaged += 1
             continue
         if number <= step:
