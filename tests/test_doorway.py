@@ -145,6 +145,7 @@ CALLS: dict[str, list[tuple[Callable[[], dict[str, Any]], dict[Place, list[Any]]
                 "codes": codes(),
                 "stats": statistics(),
                 "eps": 0.1,
+                "narrowest": True,
                 "inside": True,
                 "gamma": torch.ones(3),
                 "beta": torch.ones(3),

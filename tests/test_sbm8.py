@@ -1,5 +1,6 @@
 """`sbm8` where a sample has few features, and where a channel has few values: it trains, as full precision does."""
 
+import dataclasses
 import math
 
 import pytest
@@ -129,20 +130,23 @@ def test_two_and_three_values_a_channel_stay_bounded(batch: int, engine: str) ->
 
 
 @pytest.mark.parametrize("engine", ["reference", "int8"])
-def test_equal_codes_are_divided_by_a_range_of_one_step(engine: str) -> None:
-    """A channel within one code gives beta and the gradient ``gamma (g - mean g) / d``, d that of a range of a step."""
+@pytest.mark.parametrize("narrowest", ["step", "zero"])
+def test_equal_codes_are_divided_by_the_narrowest_range(narrowest: str, engine: str) -> None:
+    """A channel within one code gives beta and the gradient ``gamma (g - mean g) / d``: d of a step, or epsilon's."""
+    recipe = lowbit.Recipe.from_name("sbm8")
+    recipe = recipe.replace(normalization=dataclasses.replace(recipe.normalization, narrowest=narrowest), name="mine")
     norm = nn.BatchNorm2d(2)
     with torch.no_grad():
         norm.weight.fill_(3.0)
         norm.bias.fill_(0.5)
-    lowbit.convert_(norm, "sbm8", engine=engine)
+    lowbit.convert_(norm, recipe, engine=engine)
     x = torch.tensor([[0.0, 50.0], [255.0, 50.1], [102.0, 49.9], [51.0, 50.0]])[:, :, None, None]  # steps of 1
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     y = norm(x)
     y.backward(torch.tensor([[0.0, 0.0], [0.0, 85.0], [0.0, 170.0], [0.0, 255.0]])[:, :, None, None])  # of 1 too
 
     sigma = 0.5 * 0.35 * (1 + math.sqrt(math.pi * math.log(4))) / math.sqrt(2 * math.log(4))
-    d = math.sqrt(sigma**2 + norm.eps)
+    d = math.sqrt(sigma**2 + norm.eps) if narrowest == "step" else math.sqrt(norm.eps)
     assert x.grad is not None
     torch.testing.assert_close(y[:, 1].flatten(), torch.full((4,), 0.5), rtol=0, atol=1e-4)
     expected = 3.0 / d * torch.tensor([-127.5, -42.5, 42.5, 127.5])

@@ -23,6 +23,7 @@ from lowbit.schedules import PlateauRule, Template
 Policy = Literal["convert", "leave"]
 Constant = Literal["paper", "authors"]
 EpsilonPlace = Literal["inside", "outside"]
+Narrowest = Literal["zero", "step"]
 Mixing = Literal["input", "output"]
 Weighting = Literal["macs", "equal"]
 
@@ -75,6 +76,8 @@ class RangeNorm:
         chunks: the range is the mean over at most so many chunks of the batch.
         fewest_per_chunk: values of a channel in each chunk, 2 or more; a channel of fewer is one chunk. The mean over
             chunks of 2 to 8 values can be almost 0 where the values are not.
+        narrowest: the range of a chunk in a channel whose codes are all equal: ``"zero"``, so that epsilon alone is the
+            divisor, or one ``"step"`` of the input's grid, which is what codes tell apart.
         epsilon: ``"inside"``: divide by ``sqrt(sigma**2 + eps)`` as BatchNorm does; ``"outside"``: by ``sigma + eps``.
         momentum: weight of the new batch in the running statistics; None keeps the layer's own.
     """
@@ -84,6 +87,7 @@ class RangeNorm:
     constant: Constant = "authors"
     chunks: int = 16
     fewest_per_chunk: int = 16
+    narrowest: Narrowest = "step"
     epsilon: EpsilonPlace = "inside"
     momentum: float | None = None
 

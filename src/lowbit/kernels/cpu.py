@@ -253,6 +253,7 @@ def normalize(
     stats: Statistics,
     *,
     eps: float,
+    narrowest: bool,
     inside: bool,
     gamma: Tensor | None,
     beta: Tensor | None,
@@ -264,8 +265,8 @@ def normalize(
     Args:
         codes: rows by channels.
         stats: float32 mean and sigma.
-        eps: added to the divisor: ``d = sqrt(sigma**2 + eps)`` or ``sigma + eps``; of statistics of the codes a sigma
-            of 0 counts as that of ranges of one step.
+        eps: added to the divisor: ``d = sqrt(sigma**2 + eps)`` or ``sigma + eps``.
+        narrowest: whether a sigma of 0 that comes from the codes counts as that of ranges of one step.
         inside: which of them.
         gamma: float32 ``(C,)``, or None for 1.
         beta: float32 ``(C,)``, or None for 0.
@@ -275,7 +276,7 @@ def normalize(
     channels = stats.mean.numel()
     d = _floats(channels)
     _cpu.normalize(
-        codes.arguments(), stats.arguments(), eps, inside, _memory(gamma, "normalize: gamma"),
+        codes.arguments(), stats.arguments(), eps, narrowest, inside, _memory(gamma, "normalize: gamma"),
         _memory(beta, "normalize: beta"), rectify, _memory(d, "d"), _memory(y, "normalize: y"),
     )  # fmt: skip
     return d

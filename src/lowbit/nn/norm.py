@@ -3,8 +3,7 @@
 Notation: x input ``(B, C, *size)``, mu mean, N = B * prod(size) values per channel, K chunks of n_k values
 (batch-major), R_k their range, kappa a constant, d the divisor.
 
-``sigma = kappa / K * sum_k R_k / sqrt(2 ln n_k)``, ``y = gamma (x - mu) / d + beta``. Where the codes of a channel are
-all equal, its values are told apart to a step of the grid only: d is then that of ranges of one step.
+``sigma = kappa / K * sum_k R_k / sqrt(2 ln n_k)``, ``y = gamma (x - mu) / d + beta``.
 """
 
 import itertools
@@ -24,7 +23,7 @@ from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Clock, Site, is_recomputing, runs_eagerly
 from lowbit.quantizer import Grid, Quantized, levels_of, quantize
 from lowbit.ranges import samples_of
-from lowbit.recipe import Constant, EpsilonPlace, RangeNorm, Recipe
+from lowbit.recipe import Constant, EpsilonPlace, Narrowest, RangeNorm, Recipe
 from lowbit.rounding import Noise, field_of
 
 # The authors' constant makes sigma nearly the standard deviation of a normal x; the paper's is 1.7 to 1.85 of it.
@@ -109,12 +108,12 @@ def divisor(sigma: Tensor, eps: float, place: EpsilonPlace) -> Tensor:
     return torch.sqrt(sigma * sigma + eps) if place == "inside" else sigma + eps
 
 
-def _of_one_step(stats: Statistics, grid: Grid | None) -> Tensor:
-    """The batch's sigma, and where all codes of a channel are equal that of ranges of one step.
+def _bounded(stats: Statistics, grid: Grid | None, narrowest: Narrowest) -> Tensor:
+    """The batch's sigma, and where all codes of a channel are equal that of the narrowest ranges.
 
     Divided by ``sqrt(eps)`` alone, their gradient, and what a rounded mean leaves of them, would grow by hundreds.
     """
-    if grid is None:
+    if grid is None or narrowest == "zero":
         return stats.sigma
     return torch.where(stats.sigma == 0, stats.slope.sum() * grid.scale.reshape(()), stats.sigma)
 
@@ -220,7 +219,7 @@ class _RangeBatchNorm(torch.autograd.Function):
         if fixed is None:
             stats = range_statistics(values, constant=norm.constant, chunks=norm.chunks, fewest=norm.fewest_per_chunk)
             mean, sigma = stats.mean, stats.sigma
-            d = divisor(_of_one_step(stats, hat.grid), setting.eps, norm.epsilon)
+            d = divisor(_bounded(stats, hat.grid, norm.narrowest), setting.eps, norm.epsilon)
         else:
             mean, sigma = fixed
             d = divisor(sigma, setting.eps, norm.epsilon)
@@ -367,6 +366,7 @@ class _RangeBatchNormOfCodes(torch.autograd.Function):
             codes,
             stats,
             eps=setting.eps,
+            narrowest=norm.narrowest == "step",
             inside=norm.epsilon == "inside",
             gamma=_float(weight),
             beta=_float(bias),

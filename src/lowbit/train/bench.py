@@ -341,7 +341,7 @@ def _norm_passes(x: Tensor) -> dict[str, Step]:
         "sums of codes (Range BN)": partial(cpu.code_sums, q, None, channels),
         "sums of products of codes (Range BN)": partial(cpu.code_sums, q, q, channels),
         "normalise, ReLU (Range BN)": partial(
-            cpu.normalize, codes, stats, eps=1e-5, inside=True, gamma=ones, beta=ones, rectify=True, y=y
+            cpu.normalize, codes, stats, eps=1e-5, narrowest=True, inside=True, gamma=ones, beta=ones, rectify=True, y=y
         ),
         "gradient of the ReLU (Range BN)": partial(
             cpu.rectify_backward, x, codes, stats, gamma=ones, beta=ones, d=ones, dtype=x.dtype

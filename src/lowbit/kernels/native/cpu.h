@@ -118,9 +118,10 @@ struct Elementwise {
     // All that `Statistics` has, of codes in chunks of rows.
     void (*code_statistics)(const CodeRows& codes, int64_t channels, const int64_t* starts, const Statistics& to);
     // y = gamma (x - mean) / d + beta of the values x of codes, and d, which is sqrt(sigma^2 + eps) or sigma + eps; with
-    // `rectify` no less than 0.
-    void (*normalize)(const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats, float eps, bool inside,
-                      const float* gamma, const float* beta, bool rectify, float* d, void* y, Type type);
+    // `rectify` no less than 0. With `narrowest` a sigma of 0 that the codes gave is that of ranges of one step.
+    void (*normalize)(const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats, float eps,
+                      bool narrowest, bool inside, const float* gamma, const float* beta, bool rectify, float* d,
+                      void* y, Type type);
     // g where such a y of type `y_type` is not 0 or less, 0 elsewhere.
     void (*rectify_backward)(const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats,
                              const float* gamma, const float* beta, const float* d, Type y_type, const void* g, Type type,

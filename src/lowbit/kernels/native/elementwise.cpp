@@ -475,13 +475,14 @@ struct Factors {
     }
 };
 
-void normalize(const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats, float eps, bool inside,
-               const float* gamma, const float* beta, bool rectify, float* d, void* y, Type type) {
+void normalize(const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats, float eps,
+               bool narrowest, bool inside, const float* gamma, const float* beta, bool rectify, float* d, void* y,
+               Type type) {
     // Equal codes are told apart to a step only: ranges of one take the place of their sigma of 0.
     float step = 0.0f;
     for (int64_t k = 0; k < stats.chunks; k++) step += stats.slopes[k] * *codes.scale;
     for (int64_t c = 0; c < channels; c++) {
-        const float sigma = stats.chunks && stats.sigma[c] == 0.0f ? step : stats.sigma[c];
+        const float sigma = narrowest && stats.chunks && stats.sigma[c] == 0.0f ? step : stats.sigma[c];
         d[c] = inside ? std::sqrt(sigma * sigma + eps) : sigma + eps;
     }
     const Factors factors(codes, channels, stats, gamma, beta, d);

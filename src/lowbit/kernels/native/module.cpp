@@ -273,8 +273,8 @@ void code_statistics(const CodesArgs& args, int64_t channels, const std::vector<
     elementwise().code_statistics(codes, channels, starts.data(), found);
 }
 
-void normalize(const CodesArgs& args, const StatisticsArgs& stats_args, float eps, bool inside, const Memory& gamma,
-               const Memory& beta, bool rectify, const Memory& d, const Memory& y) {
+void normalize(const CodesArgs& args, const StatisticsArgs& stats_args, float eps, bool narrowest, bool inside,
+               const Memory& gamma, const Memory& beta, bool rectify, const Memory& d, const Memory& y) {
     Call call("normalize");
     const int64_t channels = count_of(d), rows = rows_of(call, std::get<0>(args), channels);
     const CodeRows codes = codes_of(call, "codes", args, rows * channels);
@@ -284,7 +284,7 @@ void normalize(const CodesArgs& args, const StatisticsArgs& stats_args, float ep
     void* to = write_floats(call, "y", y, rows * channels);
     call.check_apart();
     const nb::gil_scoped_release release;
-    elementwise().normalize(codes, rows, channels, stats, eps, inside, g, b, rectify, to_d, to, type_of(y));
+    elementwise().normalize(codes, rows, channels, stats, eps, narrowest, inside, g, b, rectify, to_d, to, type_of(y));
 }
 
 void rectify_backward(const CodesArgs& args, const StatisticsArgs& stats_args, const Memory& gamma, const Memory& beta,
