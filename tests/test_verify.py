@@ -184,6 +184,19 @@ class TestFigures:
         assert all(row.sqnr_db == math.inf and row.cosine == pytest.approx(1) for row in proof.rows)
         assert all(row.angle_bound is None and row.bits_needed is None for row in proof.rows)
 
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    @pytest.mark.parametrize("engine", ["reference", "int8"])
+    @pytest.mark.parametrize("recipe", ["sbm8", "int8", "fp32"])
+    def test_values_that_are_not_finite_prove_nothing(self, recipe: str, engine: str, value: float) -> None:
+        """A nan or inf in an operand fails the proof, with the layer, the operand and what to do."""
+        model = nn.Linear(6, 8)
+        lowbit.convert_(model, recipe, engine="reference" if recipe == "fp32" else engine)
+        x = torch.randn(5, 6)
+        x[1, 2] = value
+
+        with pytest.raises(VerificationError, match=r"input of output has a nan or inf.*tripwire"):
+            _prove(model, x)
+
     @pytest.mark.parametrize(("cosine", "bits"), [(0.95, 4.9), (0.98, 6.2), (0.99, 7.2), (0.995, 8.2)])
     def test_bits_needed_are_those_of_the_theory(self, cosine: float, bits: float) -> None:
         """For a million values the theory asks for 4.9 to 8.2 bits."""

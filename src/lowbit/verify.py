@@ -314,6 +314,7 @@ class _Collector:
         self.rows: dict[tuple[str, str], ProofRow] = {}
         self.promised: set[tuple[str, str]] = set()
         self.failures: list[str] = []
+        self.not_finite: dict[tuple[str, str], str] = {}
         self._lock = threading.Lock()
 
     def __call__(self, run: ProductRun) -> None:
@@ -345,6 +346,9 @@ class _Collector:
             proof.floored += (operand.floored - proof.floored) / row.calls
             proof.sums.add(operand.exact, operand.quantized)
             off_grid |= not torch.equal(operand.exact, operand.quantized)
+            if not bool(operand.exact.isfinite().all()):
+                self.not_finite[layer, run.product] = name
+                continue
             values = distinct_values(operand)
             if isinstance(operand.format, Integer) and values > 2**operand.bits:
                 self.failures.append(
@@ -371,6 +375,16 @@ class _Collector:
         if any(product != "output" for _, product in ran):  # a backward ran
             for name, product in sorted(self.promised - ran):
                 yield f"{name}: {product} was due in the backward and did not run"
+
+    def unproven(self) -> Iterator[str]:
+        """A sentence where an operand has a nan or inf, from which no figure of its products follows."""
+        if self.not_finite:
+            (layer, product), name = next(iter(self.not_finite.items()))
+            yield (
+                f"{layer or 'the model'}: {name} of {product} has a nan or inf, the first of {len(self.not_finite)} "
+                "products with one, so nothing is proven of them. lowbit.tripwire(model) stops a step at the first; "
+                "verify a state and a batch that are finite"
+            )
 
     def clipped(self, model: nn.Module) -> Iterator[str]:
         """A sentence for each operand of which more than `MOST_CLIPPED` lay outside its grid."""
@@ -599,7 +613,8 @@ def verify(model: nn.Module) -> Iterator[Proof]:
         UsageError: nothing in the model is converted.
         VerificationError: at the end of the context, where a converted layer's quantisers did not run, where a nonzero
             product with an operand off its grid equals the full-precision product exactly, where a converted layer was
-            replaced by one that is not, or where more than `MOST_CLIPPED` of an operand lay outside its grid.
+            replaced by one that is not, where an operand has a nan or inf, or where more than `MOST_CLIPPED` of it lay
+            outside its grid.
 
     Warns:
         RuntimeWarning: values are so small that the floor of a format's scale decided, see `Proof.notes`.
@@ -619,6 +634,7 @@ def verify(model: nn.Module) -> Iterator[Proof]:
         *collector.failures,
         *collector.missing(model, plain.users),
         *_replaced(model),
+        *collector.unproven(),
         *collector.clipped(model),
     ]
     if failures:
