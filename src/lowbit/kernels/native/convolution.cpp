@@ -34,7 +34,15 @@ Reach reach_of(const Window& w, int axis, int64_t phase) {
     const int64_t first = (phase + w.padding[axis]) % stride;
     const int64_t count = first < taps ? (taps - 1 - first) / stride + 1 : 0;
     const int64_t last = (phase + w.padding[axis] - first) / stride;  // where the first tap reaches from place `phase`
-    return {first, stride, count, count - 1 - last, 1, 1, phase, stride, phase < size ? (size - 1 - phase) / stride + 1 : 0};
+    return {first,
+            stride,
+            count,
+            count - 1 - last,
+            1,
+            1,
+            phase,
+            stride,
+            phase < size ? (size - 1 - phase) / stride + 1 : 0};
 }
 
 // The taps of one line of the kernel lie side by side in an image with its padding written out, and the next position
@@ -76,7 +84,8 @@ std::vector<Direct> direct_phases(const Product& p) {
             d.steps = ceil_div(d.line * size, kStep);
             if (size > 1 && d.line * size % kStep) return {};  // 0 times nan is no 0
             // The smallest piece of an image stays in a core's cache.
-            if (static_cast<double>(d.h.span()) * static_cast<double>(d.w.places()) * static_cast<double>(w.channels) > 2 * kCache / size)
+            if (static_cast<double>(d.h.span()) * static_cast<double>(d.w.places()) * static_cast<double>(w.channels) >
+                2 * kCache / size)
                 return {};
             if (d.h.size && d.w.size) phases.push_back(d);
         }
@@ -91,8 +100,8 @@ struct Sampling {
 
 // Rows [first, first + count) of one sample's padded image, `places` wide, each place padded to `channels` numbers.
 template <class Kind>
-void pad_image(const Kind& kind, const Rows& rows, int64_t of_place, int64_t channels, int64_t places, const Sampling& at,
-               int64_t sample, int64_t first, int64_t count, typename Kind::Number* to) {
+void pad_image(const Kind& kind, const Rows& rows, int64_t of_place, int64_t channels, int64_t places,
+               const Sampling& at, int64_t sample, int64_t first, int64_t count, typename Kind::Number* to) {
     const Window& w = *rows.window;
     const int64_t size = bytes_of(rows.type), height = w.size[1];
     const int64_t width = (w.size[2] - at.place + at.place_step - 1) / at.place_step;
@@ -138,13 +147,15 @@ void multiply_image(const Kind& kind, const Product& p, const Direct& d, Path at
     const int64_t places = d.w.places(), left = p.n - panel * kPanel;
     const int32_t no_sums[kPanel] = {};
     alignas(64) typename Kind::Sum c[kPanel * kPanel];
-    // Where positions follow each other as places do, a panel may go on in the next row: it computes the places between.
+    // Where positions follow each other as places do, a panel may go on in the next row: it computes the places
+    // between.
     const bool goes_on = d.h.stride == 1 && d.w.stride == 1 && places < whole_grains(d.w.size);
     for (int64_t row = first, x = 0; row < last;) {
         const auto* from = image + ((row - first) * d.h.stride * places + x * d.w.stride) * w.channels;
         const int64_t rest = goes_on ? (last - 1 - row) * places + d.w.size - x : d.w.size - x;
         at.rows = std::min(kPanel, whole_grains(rest));
-        multiplier<Lie::anywhere, true>(kind, left, at.rows)(reinterpret_cast<const uint8_t*>(from), at, b, c, kPanel, false);
+        multiplier<Lie::anywhere, true>(kind, left, at.rows)(reinterpret_cast<const uint8_t*>(from), at, b, c, kPanel,
+                                                             false);
         for (int64_t i = 0; i < at.rows && row < last;) {
             const int64_t count = std::min(at.rows - i, d.w.size - x);
             const int64_t y = sample * w.position[2] + d.h.start + row * d.h.skip;
@@ -189,7 +200,9 @@ void multiply_direct(const Product& p, const Direct& d) {
         } else {
             std::optional<Across<Kind>> across;
             guard([&] { across.emplace(p.n); });
-            const auto row_of = [&](int64_t k) { return d.k_of(w, k / (d.steps * per_step), k % (d.steps * per_step)); };
+            const auto row_of = [&](int64_t k) {
+                return d.k_of(w, k / (d.steps * per_step), k % (d.steps * per_step));
+            };
 #pragma omp for schedule(dynamic)
             for (int64_t s = 0; s < steps; s++)
                 guard([&] { pack_b_across(b_kind, p, row_of, s, b + s * 2 * kTile, panel_bytes, *across); });
@@ -205,11 +218,11 @@ void multiply_direct(const Product& p, const Direct& d) {
         const auto work = [&](int64_t task) {
             const int64_t sample = task / blocks, first = task % blocks * block;
             const int64_t last = std::min(first + block, d.h.size);
-            pad_image(a_kind, p.a, w.channels, w.channels, places, {d.h.padding, d.w.padding}, sample, first * d.h.stride,
-                      (last - 1 - first) * d.h.stride + d.h.span(), a);
+            pad_image(a_kind, p.a, w.channels, w.channels, places, {d.h.padding, d.w.padding}, sample,
+                      first * d.h.stride, (last - 1 - first) * d.h.stride + d.h.span(), a);
             for (int64_t n = 0; n < column_panels; n++)
-                multiply_image(a_kind, p, d, at, sample, first, last, a, b + n * panel_bytes, n, column_sums + n * kPanel,
-                               zero);
+                multiply_image(a_kind, p, d, at, sample, first, last, a, b + n * panel_bytes, n,
+                               column_sums + n * kPanel, zero);
         };
 #pragma omp for schedule(dynamic) nowait
         for (int64_t task = 0; task < d.samples * blocks; task++) guard([&] { work(task); });
@@ -228,23 +241,24 @@ struct Phase {
 };
 struct DirectWeight {
     std::vector<Phase> phases;
-    std::vector<int64_t> tile_of;     // of each tap: its first tile of 16 columns
-    int64_t of_place, channels;       // numbers of a place, the taps of a line where they are few; padded to whole tiles
-    int64_t places, halo;             // of the padded image's width; rows beyond the positions'
-    int64_t rows, width, samples;     // positions
-    int64_t block;                    // rows of positions of one task
-    int64_t columns, sums;            // tiles of 16 columns; sums of a group of samples
-    int64_t groups;                   // of samples, each summed in its order, whatever the number of threads
-    int64_t lines, quarters, steps;   // of k of a task; quarters of steps of a line; steps of all lines
-    int64_t of_row;                   // numbers of k from one row of positions to the next
-    Tiling a;                         // where packed A lies, line after line
+    std::vector<int64_t> tile_of;    // of each tap: its first tile of 16 columns
+    int64_t of_place, channels;      // numbers of a place, the taps of a line where they are few; padded to whole tiles
+    int64_t places, halo;            // of the padded image's width; rows beyond the positions'
+    int64_t rows, width, samples;    // positions
+    int64_t block;                   // rows of positions of one task
+    int64_t columns, sums;           // tiles of 16 columns; sums of a group of samples
+    int64_t groups;                  // of samples, each summed in its order, whatever the number of threads
+    int64_t lines, quarters, steps;  // of k of a task; quarters of steps of a line; steps of all lines
+    int64_t of_row;                  // numbers of k from one row of positions to the next
+    Tiling a;                        // where packed A lies, line after line
 
     int64_t tiles_of_place() const { return channels / 16; }
 };
 
 // Few channels of a line of taps at stride 1: they lie side by side, and are taken as the channels of one tap.
 bool takes_lines(const Window& w) {
-    return w.kernel[2] > 1 && w.kernel[2] * w.channels <= 16 && w.stride[1] == 1 && w.stride[2] == 1 && w.dilation[2] == 1;
+    return w.kernel[2] > 1 && w.kernel[2] * w.channels <= 16 && w.stride[1] == 1 && w.stride[2] == 1 &&
+           w.dilation[2] == 1;
 }
 
 template <class Kind>
@@ -252,7 +266,8 @@ bool direct_weight_fits(const Product& p, DirectWeight* d) {
     if (p.a_along || p.b_along || !p.b.window || p.a.window || p.a.fold || p.m == 0 || p.n == 0) return false;
     const Window& w = *p.b.window;
     if (w.transposed || w.position[1] != 1 || w.size[0] != 1 || w.kernel[0] != 1 || w.padding[0] != 0) return false;
-    if (w.position[3] < 8 || w.position[2] * w.position[3] < 16 * Kind::in_group * Kind::in_group) return false;  // few positions to a sum: unfolding is faster
+    if (w.position[3] < 8 || w.position[2] * w.position[3] < 16 * Kind::in_group * Kind::in_group)
+        return false;  // few positions to a sum: unfolding is faster
     const int64_t stride[] = {w.stride[1], w.stride[2]}, dilation[] = {w.dilation[1], w.dilation[2]};
     if ((stride[0] > 1 && dilation[0] > 1) || (stride[1] > 1 && dilation[1] > 1)) return false;
     const bool strided = stride[0] * stride[1] > 1;
@@ -292,7 +307,8 @@ bool direct_weight_fits(const Product& p, DirectWeight* d) {
         }
     constexpr int64_t in_group = Kind::in_group, in_step = 16 * in_group, size = sizeof(typename Kind::Number);
     d->places = ceil_div(d->places, in_group) * in_group;
-    const double padded = static_cast<double>(1 + d->halo) * static_cast<double>(d->places) * static_cast<double>(d->channels);
+    const double padded =
+        static_cast<double>(1 + d->halo) * static_cast<double>(d->places) * static_cast<double>(d->channels);
     if (padded > kCache / size) return false;  // and so should the smallest piece of an image
     const int64_t row_bytes = d->places * d->channels * size;
     d->block = std::min(d->rows, std::max<int64_t>(1, kCache / 2 / row_bytes - d->halo));
@@ -342,11 +358,13 @@ void multiply_phase(const Kind& a_kind, const Kind& b_kind, const Product& p, co
     const int64_t width = ceil_div(d.columns, 2) * kPanel, tiles = d.tiles_of_place();
     const int64_t count = phase.taps[0] * phase.taps[1] * tiles;
     const int64_t row_groups = d.places / in_group * d.channels;
-    const int64_t begin = d.tile_of[phase.first[0] * (takes_lines(*p.b.window) ? 1 : p.b.window->kernel[2]) + phase.first[1]];
+    const int64_t begin =
+        d.tile_of[phase.first[0] * (takes_lines(*p.b.window) ? 1 : p.b.window->kernel[2]) + phase.first[1]];
     const auto address = [&](int64_t tile, int64_t line) {
         const int64_t tap = tile / tiles, channel = tile % tiles * 16;
         const int64_t place = tap / phase.taps[1] * phase.apart[0] * d.places + tap % phase.taps[1] * phase.apart[1];
-        const auto* to = groups + place % in_group * grouped + place / in_group * d.channels + channel + line * row_groups;
+        const auto* to =
+            groups + place % in_group * grouped + place / in_group * d.channels + channel + line * row_groups;
         return reinterpret_cast<const uint8_t*>(to);
     };
     // So many lines at a time that their tiles stay in the first-level cache.
@@ -363,8 +381,8 @@ void multiply_phase(const Kind& a_kind, const Kind& b_kind, const Product& p, co
                 add_column_sums(b_kind, b + l * of_b.line, d.quarters, columns, of_b, column_sums + at_column);
             for (int64_t m = 0; m < ceil_div(p.m, kPanel); m++) {
                 at.rows = std::min(kPanel, whole_grains(p.m - m * kPanel));
-                multiplier<Lie::groups, false>(a_kind, columns, at.rows)(a + m * panel_bytes + first * d.a.line, at, b,
-                                                            c + m * kPanel * width + at_column, width, add);
+                multiplier<Lie::groups, false>(a_kind, columns, at.rows)(
+                    a + m * panel_bytes + first * d.a.line, at, b, c + m * kPanel * width + at_column, width, add);
             }
         }
     }
@@ -375,7 +393,8 @@ template <class Kind>
 void add_groups(const Product& p, const DirectWeight& d, const typename Kind::Sum* all, int64_t of_group, Zero zero,
                 int64_t m, float* to) {
     using Sum = typename Kind::Sum;
-    const int64_t width = ceil_div(d.columns, 2) * kPanel, row_sums = d.sums, column_sums = d.sums + ceil_div(p.m, kPanel) * kPanel;
+    const int64_t width = ceil_div(d.columns, 2) * kPanel, row_sums = d.sums,
+                  column_sums = d.sums + ceil_div(p.m, kPanel) * kPanel;
     auto* sums = workspace<Sum>(kSlotLines, 2 * width);
     auto* columns = reinterpret_cast<int32_t*>(sums + width);
     std::fill_n(sums, 2 * width, Sum{0});
@@ -388,7 +407,8 @@ void add_groups(const Product& p, const DirectWeight& d, const typename Kind::Su
         add_to(row, codes[row_sums + m]);
     }
     for (int64_t tap = 0; tap * d.of_place < p.n; tap++)
-        correct(sums + d.tile_of[tap] * 16, zero, row, columns + d.tile_of[tap] * 16, d.of_place, to + tap * d.of_place);
+        correct(sums + d.tile_of[tap] * 16, zero, row, columns + d.tile_of[tap] * 16, d.of_place,
+                to + tap * d.of_place);
 }
 
 // False, and nothing written, where a sum is not finite: places that are no positions hold zeros of A, and 0 times nan
@@ -466,8 +486,7 @@ bool multiply_direct_weight(const Product& p, const DirectWeight& d) {
         }
 #pragma omp for schedule(static) nowait
         for (int64_t m = 0; m < (finite ? p.m : 0); m++)
-            for (int64_t n = 0; n < p.n; n += kPanel)
-                finish(p, m, n, std::min(kPanel, p.n - n), total + m * p.n + n);
+            for (int64_t n = 0; n < p.n; n += kPanel) finish(p, m, n, std::min(kPanel, p.n - n), total + m * p.n + n);
     }
     guard.rethrow();
     return finite;

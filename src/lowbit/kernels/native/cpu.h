@@ -24,8 +24,8 @@ inline const Machine& machine() {
 }
 std::vector<std::string> instruction_sets();
 
-// Pieces of work in a parallel region, which an exception, say for lack of memory, must not leave: the first is kept, the
-// work that is left is passed over, and after the region it is thrown.
+// Pieces of work in a parallel region, which an exception, say for lack of memory, must not leave: the first is kept,
+// the work that is left is passed over, and after the region it is thrown.
 class Guard {
   public:
     template <class Work>
@@ -46,7 +46,8 @@ class Guard {
     std::exception_ptr kept_;
 };
 
-// Element types of tensors that cross from Python; the numbers are those of `lowbit.kernels.cpu`; 4 and 5 are int32 and int64.
+// Element types of tensors that cross from Python; the numbers are those of `lowbit.kernels.cpu`; 4 and 5 are int32 and
+// int64.
 enum class Type : int { f32 = 0, bf16 = 1, u8 = 2, s8 = 3 };
 
 // ---- passes over memory: elementwise.cpp, compiled once for each instruction set ----
@@ -117,15 +118,15 @@ struct Elementwise {
                       int64_t* product);
     // All that `Statistics` has, of codes in chunks of rows.
     void (*code_statistics)(const CodeRows& codes, int64_t channels, const int64_t* starts, const Statistics& to);
-    // y = gamma (x - mean) / d + beta of the values x of codes, and d, which is sqrt(sigma^2 + eps) or sigma + eps; with
-    // `rectify` no less than 0. With `narrowest` a sigma of 0 that the codes gave is that of ranges of one step.
+    // y = gamma (x - mean) / d + beta of the values x of codes, and d, which is sqrt(sigma^2 + eps) or sigma + eps;
+    // with `rectify` no less than 0. With `narrowest` a sigma of 0 that the codes gave is that of ranges of one step.
     void (*normalize)(const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats, float eps,
                       bool narrowest, bool inside, const float* gamma, const float* beta, bool rectify, float* d,
                       void* y, Type type);
     // g where such a y of type `y_type` is not 0 or less, 0 elsewhere.
     void (*rectify_backward)(const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats,
-                             const float* gamma, const float* beta, const float* d, Type y_type, const void* g, Type type,
-                             void* to);
+                             const float* gamma, const float* beta, const float* d, Type y_type, const void* g,
+                             Type type, void* to);
     // The gradients of gamma, beta and x, of the codes g of the output's gradient.
     void (*normalize_backward)(const CodeRows& g, const CodeRows& codes, int64_t rows, int64_t channels,
                                const Statistics& stats, bool inside, const float* gamma, const float* d,
@@ -147,14 +148,15 @@ const Elementwise& elementwise();
 
 // ---- products: gemm.cpp and convolution.cpp ----
 
-// Rows of numbers in memory. Without a window row r starts at `data + step(r) * stride` where `step` is r itself, or, with
-// `fold`, (r % fold) * (rows / fold) + r / fold. With a window it is row r of the matrix that unfolds a convolution.
+// Rows of numbers in memory. Without a window row r starts at `data + step(r) * stride` where `step` is r itself, or,
+// with `fold`, (r % fold) * (rows / fold) + r / fold. With a window it is row r of the matrix that unfolds a
+// convolution.
 struct Window {
     int64_t position[4];  // batch, then three axes: what a row index counts
     int64_t size[3];      // of the side that the taps reach for
     int64_t kernel[3], stride[3], padding[3], dilation[3];
-    bool transposed;      // positions are those of the convolution's input, and taps reach for its output
-    int64_t channels;     // numbers at one place, of one group
+    bool transposed;   // positions are those of the convolution's input, and taps reach for its output
+    int64_t channels;  // numbers at one place, of one group
 };
 
 struct Rows {
@@ -168,14 +170,14 @@ struct Rows {
 // C (m, n) = sum_k A B in the numbers' real values, with scales, bias and layout of the result.
 struct Result {
     void* data;
-    Type type;             // f32 or bf16
-    int64_t stride;        // between rows
-    int64_t taps;          // 1, or columns (tap, channel) are written as (channel, tap)
+    Type type;       // f32 or bf16
+    int64_t stride;  // between rows
+    int64_t taps;    // 1, or columns (tap, channel) are written as (channel, tap)
     const float* row_scale;
-    int64_t row_scales;    // 1 or m
+    int64_t row_scales;  // 1 or m
     const float* column_scale;
-    int64_t column_scales; // 1, n, or n / taps: one for each channel
-    const float* bias;     // n numbers, or null
+    int64_t column_scales;  // 1, n, or n / taps: one for each channel
+    const float* bias;      // n numbers, or null
 };
 
 // A is m x k: with `a_along` its rows run along k, else they are k. B is k x n likewise: with `b_along` its rows are n.

@@ -1,8 +1,8 @@
-// Passes over memory: extremes, codes, values on the grid, noise. Plain loops that the compiler turns into vectors, but for
-// codes on AVX-512; this file is compiled once for each instruction set, and LOWBIT_ISA names the copy.
+// Passes over memory: extremes, codes, values on the grid, noise. Plain loops that the compiler turns into vectors, but
+// for codes on AVX-512; this file is compiled once for each instruction set, and LOWBIT_ISA names the copy.
 //
-// Every result equals that of the torch twin bit for bit: rounding is to even, x / S is correctly rounded, and nothing is
-// contracted.
+// Every result equals that of the torch twin bit for bit: rounding is to even, x / S is correctly rounded, and nothing
+// is contracted.
 
 #include <omp.h>
 
@@ -22,10 +22,10 @@ namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
 
-constexpr int64_t kRun = 1024;      // numbers that are worked on at a time, in the first-level cache
-constexpr int64_t kTask = 1 << 15;  // numbers of one thread's piece of work
+constexpr int64_t kRun = 1024;       // numbers that are worked on at a time, in the first-level cache
+constexpr int64_t kTask = 1 << 15;   // numbers of one thread's piece of work
 constexpr int64_t kAlone = 1 << 17;  // numbers for which waking other threads costs more than it gains
-constexpr int64_t kShort = 64;      // runs of one scale shorter than this are worked on with a scale for each number
+constexpr int64_t kShort = 64;       // runs of one scale shorter than this are worked on with a scale for each number
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -241,8 +241,8 @@ void observe(const void* x, Type type, int64_t count, int64_t samples, const Run
 
 // ---- sums ----
 
-// Of each of `width` columns of a matrix: in float32 over blocks of rows, in float64 over blocks and over a fixed number
-// of ranges of rows, in their order, so that the number of threads does not show.
+// Of each of `width` columns of a matrix: in float32 over blocks of rows, in float64 over blocks and over a fixed
+// number of ranges of rows, in their order, so that the number of threads does not show.
 void sums(const void* x, Type type, int64_t rows, int64_t width, float* to) {
     constexpr int64_t kBlock = 64, kRanges = 16;
     const int64_t blocks = ceil_div(rows, kBlock), ranges = std::min(kRanges, blocks);
@@ -284,7 +284,8 @@ void add_codes(const uint8_t* a, int64_t count, uint16_t* sums) {
 }
 void add_products(const uint8_t* a, const uint8_t* b, int64_t count, uint32_t* sums) {
     for (int64_t i = 0; i < count; i++)
-        sums[i] += static_cast<uint32_t>(static_cast<uint16_t>(static_cast<uint16_t>(a[i]) * static_cast<uint16_t>(b[i])));
+        sums[i] +=
+            static_cast<uint32_t>(static_cast<uint16_t>(static_cast<uint16_t>(a[i]) * static_cast<uint16_t>(b[i])));
 }
 
 // Of `count` columns (`full`: 64) of rows `stride` apart, no more than kFew: extremes and sums so far.
@@ -366,8 +367,8 @@ void code_statistics(const CodeRows& codes, int64_t channels, const int64_t* sta
     for (int64_t k = 0; k < chunks; k++)
         guard([&] {
             const int64_t at = k * channels;
-            chunk_extremes(codes.q, starts[k], starts[k + 1], channels, high.data() + at, low.data() + at, to.argmax + at,
-                           to.argmin + at, sum.data() + at);
+            chunk_extremes(codes.q, starts[k], starts[k + 1], channels, high.data() + at, low.data() + at,
+                           to.argmax + at, to.argmin + at, sum.data() + at);
         });
     guard.rethrow();
     const float scale = *codes.scale;
@@ -441,7 +442,8 @@ void by_channel(int64_t rows, int64_t channels, const float* a, const float* b, 
 #pragma omp parallel for schedule(static) if (total > kAlone)
     for (int64_t first = 0; first < total; first += width)
         for (int64_t i = first; i < std::min(first + width, total); i += kRun)
-            work(i, std::min({kRun, total - i, first + width - i}), all_a.data() + (i - first), all_b.data() + (i - first));
+            work(i, std::min({kRun, total - i, first + width - i}), all_a.data() + (i - first),
+                 all_b.data() + (i - first));
 }
 
 // y = a q + b in each channel, and where `relu` no less than 0.
@@ -490,8 +492,9 @@ void normalize(const CodeRows& codes, int64_t rows, int64_t channels, const Stat
 }
 
 // y is made anew from its codes; nan is not 0 or less.
-void rectify_backward(const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats, const float* gamma,
-                      const float* beta, const float* d, Type y_type, const void* g, Type type, void* to) {
+void rectify_backward(const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats,
+                      const float* gamma, const float* beta, const float* d, Type y_type, const void* g, Type type,
+                      void* to) {
     const Factors factors(codes, channels, stats, gamma, beta, d);
     const float least = y_type == Type::bf16 ? 0x1p-134f : 0.0f;  // what rounds to 0
     by_channel(rows, channels, factors.a.data(), factors.b.data(),
@@ -649,9 +652,9 @@ QuantizeRun choose(bool each, bool fast, bool offset, bool stochastic) {
     return fast ? choose<false, true>(offset, stochastic) : choose<false, false>(offset, stochastic);
 }
 
-// How a tensor is worked on: `records` of `length` numbers, in runs of at most `run`. A run has one scale, or a scale for
-// each number; what differs between the numbers of a run stands in tables, read from where the run lies in its record,
-// or, `tiled`, from their beginning, since every run of a record is alike.
+// How a tensor is worked on: `records` of `length` numbers, in runs of at most `run`. A run has one scale, or a scale
+// for each number; what differs between the numbers of a run stands in tables, read from where the run lies in its
+// record, or, `tiled`, from their beginning, since every run of a record is alike.
 struct Plan {
     std::vector<float> scale, reciprocal, zero;
     std::vector<uint32_t> numbers;
@@ -714,13 +717,13 @@ struct Plan {
     }
 };
 
-// Visit the tensor in runs: work(Plan, Run, record, first number in the record, count). `by_outer` makes a record of each
-// index of `outer` where one scale serves all.
+// Visit the tensor in runs: work(Plan, Run, record, first number in the record, count). `by_outer` makes a record of
+// each index of `outer` where one scale serves all.
 template <class Work>
 void visit(View view, const Grid& grid, bool by_outer, const Work& work) {
     if (view.outer * view.channels * view.inner == 0) return;
     const Plan plan(view, grid, by_outer);
-    const int64_t runs = ceil_div(plan.length, plan.run);               // of a record
+    const int64_t runs = ceil_div(plan.length, plan.run);                                 // of a record
     const int64_t batch = std::max<int64_t>(1, kTask / std::min(plan.run, plan.length));  // runs of one task
     const int64_t total = plan.records * runs;
 #pragma omp parallel for schedule(static) if (total * plan.run > kAlone)
@@ -735,8 +738,9 @@ void visit(View view, const Grid& grid, bool by_outer, const Work& work) {
 
 #ifdef __AVX512BW__
 // As `bytes_of`, 16 numbers at a time. Stochastic rounding of t with noise u is rounding of t - u + 1/2 to nearest, but
-// where that lies half way. So x times 1 / S rounds as x / S does unless it lies next to half way, by less than a margin
-// wider than the two can differ (codes are bytes): then the 16 are divided, and rounded as they are defined to be.
+// where that lies half way. So x times 1 / S rounds as x / S does unless it lies next to half way, by less than a
+// margin wider than the two can differ (codes are bytes): then the 16 are divided, and rounded as they are defined to
+// be.
 template <bool half, bool each, bool stochastic>
 void quick_bytes(const void* x, int64_t from, int64_t count, const Run& r, uint8_t* bytes) {
     const auto table = [](const float* t, int64_t i, __mmask16 here) {
@@ -787,8 +791,9 @@ void quick_bytes(const void* x, int64_t from, int64_t count, const Run& r, uint8
 
 template <bool half>
 void quick_bytes(const void* x, int64_t from, int64_t count, const Run& r, bool each, bool stochastic, uint8_t* bytes) {
-    if (each) return stochastic ? quick_bytes<half, true, true>(x, from, count, r, bytes)
-                                : quick_bytes<half, true, false>(x, from, count, r, bytes);
+    if (each)
+        return stochastic ? quick_bytes<half, true, true>(x, from, count, r, bytes)
+                          : quick_bytes<half, true, false>(x, from, count, r, bytes);
     return stochastic ? quick_bytes<half, false, true>(x, from, count, r, bytes)
                       : quick_bytes<half, false, false>(x, from, count, r, bytes);
 }
@@ -944,9 +949,20 @@ void noise(int64_t count, uint32_t key0, uint32_t key1, float* u) {
 }  // namespace
 
 extern const Elementwise kernels;
-const Elementwise kernels = {extremes,        observe,   quantize,           sums,   code_sums,
-                             code_statistics, normalize, rectify_backward, normalize_backward, affine, encode,
-                             fake_quantize,   round_bf16, noise};
+const Elementwise kernels = {extremes,
+                             observe,
+                             quantize,
+                             sums,
+                             code_sums,
+                             code_statistics,
+                             normalize,
+                             rectify_backward,
+                             normalize_backward,
+                             affine,
+                             encode,
+                             fake_quantize,
+                             round_bf16,
+                             noise};
 
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit

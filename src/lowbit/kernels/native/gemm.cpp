@@ -78,7 +78,8 @@ void multiply_tall(const Product& p) {
                 if (zero.b) add_row_sums(panel, steps * 4, kTiles, row_sums + (m - first) * kPanel);
             }
             for (int64_t n = begin; n < end; n++) {
-                multiply_panels(a_kind, p, a, b + n * panel_bytes, steps, last - first, panel_bytes, p.n - n * kPanel, c);
+                multiply_panels(a_kind, p, a, b + n * panel_bytes, steps, last - first, panel_bytes, p.n - n * kPanel,
+                                c);
                 for (int64_t m = first; m < last; m++)
                     finish_panel(p, c + (m - first) * kPanel * kPanel, kPanel, zero, m, n,
                                  row_sums + (m - first) * kPanel, column_sums + n * kPanel);
@@ -132,7 +133,8 @@ void multiply_long(const Product& p) {
             if (zero.a) {
 #pragma omp for schedule(static)
                 for (int64_t n = 0; n < column_panels; n++)
-                    add_column_sums(b_kind, b + n * panel_bytes, (last - first) * 4, kPanel, kTiles, column_sums + n * kPanel);
+                    add_column_sums(b_kind, b + n * panel_bytes, (last - first) * 4, kPanel, kTiles,
+                                    column_sums + n * kPanel);
             }
             const auto work = [&](int64_t task) {
                 const int64_t top = task / splits * block, bottom = std::min(top + block, row_panels);

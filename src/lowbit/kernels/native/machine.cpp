@@ -31,10 +31,14 @@ int allowed() {
     const struct {
         const char* name;
         int level;
-    } levels[] = {{"SSE41", 0},           {"AVX", 0},
-                  {"AVX2", 1},            {"AVX2_VNNI", 1},
-                  {"AVX2_VNNI_2", 1},     {"AVX512_CORE", 2},
-                  {"AVX512_CORE_VNNI", 3}, {"AVX512_CORE_BF16", 4},
+    } levels[] = {{"SSE41", 0},
+                  {"AVX", 0},
+                  {"AVX2", 1},
+                  {"AVX2_VNNI", 1},
+                  {"AVX2_VNNI_2", 1},
+                  {"AVX512_CORE", 2},
+                  {"AVX512_CORE_VNNI", 3},
+                  {"AVX512_CORE_BF16", 4},
                   {"AVX512_CORE_FP16", 4}};
     for (const auto& entry : levels)
         if (!strcasecmp(limit, entry.name)) return entry.level;

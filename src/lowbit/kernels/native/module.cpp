@@ -1,5 +1,5 @@
-// The Python face of the native kernels. `lowbit.kernels.cpu` says where tensors lie; whether a call stays inside them is
-// checked here, before anything is read or written.
+// The Python face of the native kernels. `lowbit.kernels.cpu` says where tensors lie; whether a call stays inside them
+// is checked here, before anything is read or written.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
@@ -155,8 +155,15 @@ Grid grid_of(Call& call, const GridArgs& args, int64_t channels) {
     const int64_t scales = count_of(scale);
     call.need(scales == 1 || scales == channels, "there are neither one scale nor one for each channel");
     const auto [first, second] = *key_or(key);
-    return {call.reads<float>("scale", scale, scales), call.may_read<float>("zero", zero, scales), scales, low, high,
-            offset, key.has_value(), first, second};
+    return {call.reads<float>("scale", scale, scales),
+            call.may_read<float>("zero", zero, scales),
+            scales,
+            low,
+            high,
+            offset,
+            key.has_value(),
+            first,
+            second};
 }
 
 // (codes, scale, zero point)
@@ -243,8 +250,15 @@ int quantize(const Memory& x, const Shape& shape, const RuleArgs& args, int64_t 
     check_taps(call, view, scales == 1, taps);
     const auto [first, second] = *key_or(key);
     const void* from = floats(call, "x", x, count_of(x));
-    const Rule rule{symmetric, levels, floor, samples, call.may_read<float>("lo", lo, scales),
-                    call.may_read<float>("hi", hi, scales), key.has_value(), first, second};
+    const Rule rule{symmetric,
+                    levels,
+                    floor,
+                    samples,
+                    call.may_read<float>("lo", lo, scales),
+                    call.may_read<float>("hi", hi, scales),
+                    key.has_value(),
+                    first,
+                    second};
     call.need(!rule.lo == !rule.hi, "only one end of a range is given");
     uint8_t* to = write_codes(call, codes, count_of(x));
     float* to_scale = call.writes<float>("scale", scale, scales);
@@ -258,15 +272,19 @@ void code_statistics(const CodesArgs& args, int64_t channels, const std::vector<
     Call call("code_statistics");
     const auto& [total, mean, sigma, argmax, argmin, slopes] = to;
     const int64_t rows = rows_of(call, std::get<0>(args), channels), chunks = count_of(slopes);
-    call.need(chunks > 0 && static_cast<int64_t>(starts.size()) == chunks + 1, "chunks and their slopes differ in number");
+    call.need(chunks > 0 && static_cast<int64_t>(starts.size()) == chunks + 1,
+              "chunks and their slopes differ in number");
     call.need(starts[0] == 0 && starts[chunks] == rows && rows <= std::numeric_limits<int32_t>::max() &&
                   std::adjacent_find(starts.begin(), starts.end(), std::greater_equal<>()) == starts.end(),
               "chunks are not all rows, in their order");
     const int64_t all = call.times(chunks, channels);
     const CodeRows codes = codes_of(call, "codes", args, count_of(std::get<0>(args)));
-    const Statistics found{call.writes<int64_t>("total", total, channels), call.writes<float>("mean", mean, channels),
-                           call.writes<float>("sigma", sigma, channels),   call.writes<int32_t>("argmax", argmax, all),
-                           call.writes<int32_t>("argmin", argmin, all),    call.reads<float>("slopes", slopes, chunks),
+    const Statistics found{call.writes<int64_t>("total", total, channels),
+                           call.writes<float>("mean", mean, channels),
+                           call.writes<float>("sigma", sigma, channels),
+                           call.writes<int32_t>("argmax", argmax, all),
+                           call.writes<int32_t>("argmin", argmin, all),
+                           call.reads<float>("slopes", slopes, chunks),
                            chunks};
     call.check_apart();
     const nb::gil_scoped_release release;
@@ -300,8 +318,8 @@ void rectify_backward(const CodesArgs& args, const StatisticsArgs& stats_args, c
     call.need(type_of(to) == type_of(g) && (y_type == 0 || y_type == 1), "types of g and of its result differ");
     call.check_apart();
     const nb::gil_scoped_release release;
-    elementwise().rectify_backward(codes, rows, channels, stats, a, b, divisors, static_cast<Type>(y_type), from, type_of(g),
-                                   result);
+    elementwise().rectify_backward(codes, rows, channels, stats, a, b, divisors, static_cast<Type>(y_type), from,
+                                   type_of(g), result);
 }
 
 void normalize_backward(const CodesArgs& g_args, const CodesArgs& args, const StatisticsArgs& stats_args, bool inside,
@@ -309,7 +327,8 @@ void normalize_backward(const CodesArgs& g_args, const CodesArgs& args, const St
                         const Memory& dx) {
     Call call("normalize_backward");
     const int64_t channels = count_of(d), rows = rows_of(call, std::get<0>(args), channels);
-    const CodeRows g = codes_of(call, "g", g_args, rows * channels), codes = codes_of(call, "codes", args, rows * channels);
+    const CodeRows g = codes_of(call, "g", g_args, rows * channels),
+                   codes = codes_of(call, "codes", args, rows * channels);
     const Statistics stats = statistics_of(call, stats_args, rows, channels);
     const float *a = call.may_read<float>("gamma", gamma, channels), *divisors = call.reads<float>("d", d, channels);
     float* to_gamma = call.writes<float>("grad_gamma", grad_gamma, channels);
@@ -325,7 +344,8 @@ void code_sums(const Memory& a, const Memory& b, const Memory& sum, const Memory
     Call call("code_sums");
     const int64_t channels = count_of(sum), rows = rows_of(call, a, channels);
     const uint8_t *from = call.reads<uint8_t>("a", a, count_of(a)), *with = call.may_read<uint8_t>("b", b, count_of(a));
-    int64_t *to = call.writes<int64_t>("sums", sum, channels), *to_product = call.writes<int64_t>("products", product, channels);
+    int64_t *to = call.writes<int64_t>("sums", sum, channels),
+            *to_product = call.writes<int64_t>("products", product, channels);
     call.check_apart();
     const nb::gil_scoped_release release;
     elementwise().code_sums(from, with, rows, channels, to, to_product);
@@ -420,17 +440,24 @@ int64_t window_of(const Call& call, const WindowArgs& args, int64_t rows, int64_
 
 Rows rows_of(Call& call, const char* name, const RowsArgs& args, int types, Window& window) {
     const auto& [data, first, rows, width, stride, fold, zero, w, along] = args;
-    call.need(first >= 0 && fold >= 0 && (fold == 0 || rows % fold == 0), "rows begin before their memory, or do not fold");
+    call.need(first >= 0 && fold >= 0 && (fold == 0 || rows % fold == 0),
+              "rows begin before their memory, or do not fold");
     call.need(zero >= -255 && zero <= 255, "the zero point is not a code");
     const int64_t steps = w ? window_of(call, *w, rows, width, window) : rows, of_step = w ? window.channels : width;
     // From the first number to the end of the last row, or place.
     const int64_t reach = steps && of_step ? call.plus(call.times(steps - 1, stride), of_step) : 0;
     call.need(rows >= 0 && width >= 0 && stride >= 0, "sizes are less than 0");
     const int64_t least = reach ? call.plus(first, reach) : 0;
-    const auto* from = static_cast<const uint8_t*>(
-        call.take(name, data, types, least, std::numeric_limits<int64_t>::max(), false));
-    return {least ? from + first * kBytes[std::get<1>(data)] : from, type_of(data), rows, width, stride, fold,
-            w ? &window : nullptr, zero};
+    const auto* from =
+        static_cast<const uint8_t*>(call.take(name, data, types, least, std::numeric_limits<int64_t>::max(), false));
+    return {least ? from + first * kBytes[std::get<1>(data)] : from,
+            type_of(data),
+            rows,
+            width,
+            stride,
+            fold,
+            w ? &window : nullptr,
+            zero};
 }
 
 // (data, first number, stride, taps, row scales, column scales, bias)
@@ -455,10 +482,17 @@ void multiply(bool codes, const RowsArgs& a_args, const RowsArgs& b_args, const 
     const int64_t reach = m && n ? call.plus(first, call.plus(call.times(m - 1, stride), n)) : 0;
     const auto* to = static_cast<const uint8_t*>(
         call.take("the result", data, kFloats, reach, std::numeric_limits<int64_t>::max(), true));
-    const Product p{a, b, a_along, b_along, m, n, k,
-                    {const_cast<uint8_t*>(to) + (reach ? first * kBytes[std::get<1>(data)] : 0), type_of(data), stride,
-                     taps, call.reads<float>("row scales", row, rows), rows,
-                     call.reads<float>("column scales", column, columns), columns, call.may_read<float>("bias", bias, n)}};
+    const Product p{
+        a,
+        b,
+        a_along,
+        b_along,
+        m,
+        n,
+        k,
+        {const_cast<uint8_t*>(to) + (reach ? first * kBytes[std::get<1>(data)] : 0), type_of(data), stride, taps,
+         call.reads<float>("row scales", row, rows), rows, call.reads<float>("column scales", column, columns), columns,
+         call.may_read<float>("bias", bias, n)}};
     call.check_apart();
     const nb::gil_scoped_release release;
     codes ? multiply_codes(p) : multiply_halves(p);

@@ -18,9 +18,9 @@
 #include "cpu.h"
 
 namespace lowbit {
-constexpr int64_t kPanel = 32;      // rows or columns of one multiplication
-constexpr int64_t kStep = 64;       // bytes of k in one step
-constexpr int64_t kTile = 16 * 64;  // bytes of a tile
+constexpr int64_t kPanel = 32;         // rows or columns of one multiplication
+constexpr int64_t kStep = 64;          // bytes of k in one step
+constexpr int64_t kTile = 16 * 64;     // bytes of a tile
 constexpr double kAlone = 1 << 21;     // multiplications for which waking other threads costs more than it gains
 constexpr int64_t kCache = 512 << 10;  // bytes of packed rows that stay in a core's own cache
 
@@ -29,7 +29,18 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Memory that a thread keeps from one product to the next: fresh memory of this size costs more than packing does.
 // Slots are numbered so that what lives at the same time does not share one.
 enum Slot {
-    kSlotA, kSlotB, kSlotSums, kSlotRowSums, kSlotColumnSums, kSlotGroups, kSlotScratch, kSlotImage, kSlotLines, kSlotPairs, kSlotPanels, kSlots
+    kSlotA,
+    kSlotB,
+    kSlotSums,
+    kSlotRowSums,
+    kSlotColumnSums,
+    kSlotGroups,
+    kSlotScratch,
+    kSlotImage,
+    kSlotLines,
+    kSlotPairs,
+    kSlotPanels,
+    kSlots
 };
 
 template <class T>
@@ -182,8 +193,7 @@ inline int64_t reach(const Window& w, int axis, int64_t position, int64_t tap) {
 
 // Load numbers [first, first + count) of row r into `to`.
 template <class Kind>
-void load_row(const Kind& kind, const Rows& rows, int64_t r, int64_t first, int64_t count,
-              typename Kind::Number* to) {
+void load_row(const Kind& kind, const Rows& rows, int64_t r, int64_t first, int64_t count, typename Kind::Number* to) {
     const auto* data = static_cast<const uint8_t*>(rows.data);
     const int64_t size = bytes_of(rows.type);
     if (!rows.window) {
@@ -235,8 +245,8 @@ void load_row(const Kind& kind, const Rows& rows, int64_t r, int64_t first, int6
 
 // ---- packing ----
 
-// Where the numbers of one side of a panel lie, in bytes: its rows, rows 16 to 31 from rows 0 to 15, the next group of a
-// row, the next step, the next line. Of B a row is a group of all columns.
+// Where the numbers of one side of a panel lie, in bytes: its rows, rows 16 to 31 from rows 0 to 15, the next group of
+// a row, the next step, the next line. Of B a row is a group of all columns.
 struct Tiling {
     int64_t row = 64, second = kTile, group = 4, step = 2 * kTile, line = 0;
 };
@@ -277,10 +287,13 @@ inline void transpose16(const uint32_t* in, int64_t in_stride, uint32_t* out, in
 // Interleave the numbers of `in_group` rows, each `width` long, into groups.
 inline void interleave(const uint8_t* rows, int64_t stride, int64_t width, uint32_t* groups) {
     const __m512i to_lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i in_lanes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i in_lanes =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     int64_t i = 0;
     for (; i + 16 <= width; i += 16) {
-        const auto row = [&](int64_t r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + r * stride + i)); };
+        const auto row = [&](int64_t r) {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + r * stride + i));
+        };
         __m512i all = _mm512_castsi128_si512(row(0));
         all = _mm512_inserti32x4(all, row(1), 1);
         all = _mm512_inserti32x4(all, row(2), 2);
@@ -307,7 +320,8 @@ void load_across(const Kind& kind, const Rows& rows, const RowOf& row_of, typena
         const int64_t k = (first + g) * in_group, from = row_of(k);
         const bool together = plain && from >= 0 && row_of(k + in_group - 1) == from + in_group - 1;
         if (together && kind.lie_so(rows)) {
-            interleave(static_cast<const Number*>(rows.data) + from * rows.stride + at, rows.stride, count, groups + g * stride);
+            interleave(static_cast<const Number*>(rows.data) + from * rows.stride + at, rows.stride, count,
+                       groups + g * stride);
             const uint32_t flipped = kind.flipped();
             for (int64_t i = 0; i < (flipped ? count : 0); i++) groups[g * stride + i] ^= flipped;
             std::memset(groups + g * stride + count, 0, (stride - count) * 4);
@@ -348,7 +362,8 @@ void pack_a_across(const Kind& kind, const Product& p, const RowOf& row_of, type
         uint8_t* panel = to + m / kPanel * panel_bytes;
         if (machine().amx) {
             for (int64_t half = 0; half < 2; half++)
-                transpose16(across.groups + m + half * 16, width, reinterpret_cast<uint32_t*>(panel + half * kTile), 16);
+                transpose16(across.groups + m + half * 16, width, reinterpret_cast<uint32_t*>(panel + half * kTile),
+                            16);
         } else {
             for (int64_t g = 0; g < 16; g++)
                 std::memcpy(panel + g * kGroups.group, across.groups + g * width + m, kPanel * 4);
@@ -358,13 +373,14 @@ void pack_a_across(const Kind& kind, const Product& p, const RowOf& row_of, type
 
 // Step `step` of every panel of B whose rows are k, panels `panel_bytes` apart.
 template <class Kind, class RowOf>
-void pack_b_across(const Kind& kind, const Product& p, const RowOf& row_of, int64_t step, uint8_t* to, int64_t panel_bytes,
-                   const Across<Kind>& across) {
+void pack_b_across(const Kind& kind, const Product& p, const RowOf& row_of, int64_t step, uint8_t* to,
+                   int64_t panel_bytes, const Across<Kind>& across) {
     const int64_t width = ceil_div(p.n, kPanel) * kPanel;
     load_across(kind, p.b, row_of, 0, step * 16, 0, p.n, across.groups, width, across.scratch);
     for (int64_t n = 0; n < width; n += 16)
         for (int64_t g = 0; g < 16; g++)
-            std::memcpy(to + n / kPanel * panel_bytes + n % kPanel / 16 * kTile + g * 64, across.groups + g * width + n, 64);
+            std::memcpy(to + n / kPanel * panel_bytes + n % kPanel / 16 * kTile + g * 64, across.groups + g * width + n,
+                        64);
 }
 
 // Panel `panel` of A whose rows run along k, steps [first, last), as tiles.
@@ -414,8 +430,7 @@ void pack_all_b(Guard& guard, const Kind& kind, const Product& p, int64_t first,
                 int64_t panel_bytes) {
     if (p.b_along) {
 #pragma omp for schedule(dynamic)
-        for (int64_t n = 0; n < ceil_div(p.n, kPanel); n++)
-            pack_b_along(kind, p, n, first, last, b + n * panel_bytes);
+        for (int64_t n = 0; n < ceil_div(p.n, kPanel); n++) pack_b_along(kind, p, n, first, last, b + n * panel_bytes);
     } else {
         std::optional<Across<Kind>> across;
         guard([&] { across.emplace(p.n); });
@@ -510,8 +525,8 @@ LOWBIT_LANES void load(__m512& sum, const float* c) { sum = _mm512_loadu_ps(c); 
 LOWBIT_LANES void save(int32_t* c, __m512i sum) { _mm512_storeu_si512(c, sum); }
 LOWBIT_LANES void save(float* c, __m512 sum) { _mm512_storeu_ps(c, sum); }
 
-// `groups` groups of rows that begin at `of`, written out: addresses in the instructions are what brings it to the speed
-// of the units.
+// `groups` groups of rows that begin at `of`, written out: addresses in the instructions are what brings it to the
+// speed of the units.
 template <class Vector, int rows, int columns, int groups>
 LOWBIT_LANES void multiply_groups(Vector (&sum)[rows][columns], const uint8_t* const (&of)[rows], int64_t at,
                                   int64_t a_group, const uint8_t* tile, int64_t b_row, int64_t b_second) {
@@ -533,8 +548,9 @@ enum class Lie { tiles, groups, anywhere };
 
 // With vectors: `rows` rows by `columns` vectors at a time stay in registers.
 template <class Sum, class Vector, int rows, int columns, Lie a_lies, bool b_packed>
-__attribute__((target("avx512f,avx512vnni,avx512bf16"))) void vectors(const uint8_t* a, const Path& at, const uint8_t* b,
-                                                                      Sum* c, int64_t c_stride, bool add) {
+__attribute__((target("avx512f,avx512vnni,avx512bf16"))) void vectors(const uint8_t* a, const Path& at,
+                                                                      const uint8_t* b, Sum* c, int64_t c_stride,
+                                                                      bool add) {
     const Tiling of_a = a_lies == Lie::tiles ? kTiles : a_lies == Lie::groups ? kGroups : at.a;
     const Tiling of_b = b_packed ? kTiles : at.b;
     const int64_t group = a_lies == Lie::groups ? kGroups.group : kTiles.group;
@@ -553,8 +569,8 @@ __attribute__((target("avx512f,avx512vnni,avx512bf16"))) void vectors(const uint
             for (int64_t s = 0; s < at.steps; s++, done += of_a.step, tile += of_b.step)
                 multiply_groups<Vector, rows, columns, 16>(sum, of, done, group, tile, of_b.row, of_b.second);
             for (int64_t q = 0; q < at.quarters; q++)
-                multiply_groups<Vector, rows, columns, 4>(sum, of, done + q * 4 * group, group,
-                                                          tile + q * 4 * of_b.row, of_b.row, of_b.second);
+                multiply_groups<Vector, rows, columns, 4>(sum, of, done + q * 4 * group, group, tile + q * 4 * of_b.row,
+                                                          of_b.row, of_b.second);
             if (at.quarters) tile += of_b.step;
         }
         for (int i = 0; i < rows; i++)
@@ -665,7 +681,8 @@ template <class Kind>
 void add_column_sums(const Kind&, const uint8_t*, int64_t, int64_t, const Tiling&, int32_t*) {}
 
 // Sums of one row without what the zero points add, as float.
-inline void correct(const int32_t* sum, Zero zero, int32_t row_sum, const int32_t* column_sums, int64_t count, float* to) {
+inline void correct(const int32_t* sum, Zero zero, int32_t row_sum, const int32_t* column_sums, int64_t count,
+                    float* to) {
     const uint32_t row = zero.b * static_cast<uint32_t>(row_sum) - zero.k * zero.a * zero.b;
     for (int64_t j = 0; j < count; j++) {
         const uint32_t column = zero.a * static_cast<uint32_t>(column_sums[j]);
