@@ -34,10 +34,11 @@ test-asan: $(ASAN)/.ready  ## native tests and random layers under address and u
 	$(SANITIZED) -m pytest tests/test_doorway.py tests/test_views.py tests/test_native.py -k 'not lack_of_memory'
 	$(SANITIZED) tests/fuzz_layers.py --cases 1000
 
-lint: $(READY)  ## ruff and mypy, as pre-commit runs them
+lint: $(READY)  ## ruff, mypy and clang-format, as pre-commit runs them
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror src/lowbit/kernels/native/*
 
 setup: $(READY)
 
