@@ -1,4 +1,6 @@
-// What this process may use, and the choice among the compiled copies of the kernels.
+// What the processor of this process offers.
+
+#include "machine.h"
 
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -6,21 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cpu.h"
-
 namespace lowbit {
-
-namespace plain {
-extern const Elementwise kernels;
-}
-#ifdef LOWBIT_X86
-namespace avx2 {
-extern const Elementwise kernels;
-}
-namespace avx512 {
-extern const Elementwise kernels;
-}
-#endif
 
 namespace {
 
@@ -53,8 +41,6 @@ bool ask_for_tiles() {
 }
 #endif
 
-}  // namespace
-
 Machine detect() {
     Machine m{};
 #ifdef LOWBIT_X86
@@ -73,6 +59,13 @@ Machine detect() {
     return m;
 }
 
+}  // namespace
+
+const Machine& machine() {
+    static const Machine m = detect();
+    return m;
+}
+
 std::vector<std::string> instruction_sets() {
     const Machine& m = machine();
     std::vector<std::string> names;
@@ -82,14 +75,6 @@ std::vector<std::string> instruction_sets() {
     if (m.bf16) names.emplace_back("avx512bf16");
     if (m.amx) names.emplace_back("amx");
     return names;
-}
-
-const Elementwise& elementwise() {
-#ifdef LOWBIT_X86
-    if (machine().avx512) return avx512::kernels;
-    if (machine().avx2) return avx2::kernels;
-#endif
-    return plain::kernels;
 }
 
 }  // namespace lowbit

@@ -15,6 +15,8 @@
 #include <stdexcept>
 
 #include "cpu.h"
+#include "machine.h"
+#include "passes.h"
 
 namespace nb = nanobind;
 using namespace lowbit;
@@ -206,7 +208,7 @@ void extremes(const Memory& x, const Shape& shape, const Memory& lo, const Memor
     float *to_lo = call.writes<float>("lo", lo, view.channels), *to_hi = call.writes<float>("hi", hi, view.channels);
     call.check_apart();
     const nb::gil_scoped_release release;
-    elementwise().extremes(from, type_of(x), view, to_lo, to_hi);
+    passes().extremes(from, type_of(x), view, to_lo, to_hi);
 }
 
 void sums(const Memory& x, const Memory& to) {
@@ -217,7 +219,7 @@ void sums(const Memory& x, const Memory& to) {
     float* sums = call.writes<float>("sums", to, width);
     call.check_apart();
     const nb::gil_scoped_release release;
-    elementwise().sums(from, type_of(x), width ? count / width : 0, width, sums);
+    passes().sums(from, type_of(x), width ? count / width : 0, width, sums);
 }
 
 // Samples that lie one after the other.
@@ -234,7 +236,7 @@ void observe(const Memory& x, int64_t samples, const Memory& range, float moment
     float *to_lo = call.writes<float>("lo", lo, 1), *to_hi = call.writes<float>("hi", hi, 1);
     call.check_apart();
     const nb::gil_scoped_release release;
-    elementwise().observe(from, type_of(x), count_of(x), samples, running, to_lo, to_hi);
+    passes().observe(from, type_of(x), count_of(x), samples, running, to_lo, to_hi);
 }
 
 // (symmetric, levels, floor, samples or 0, lo, hi, key)
@@ -264,7 +266,7 @@ int quantize(const Memory& x, const Shape& shape, const RuleArgs& args, int64_t 
     float* to_scale = call.writes<float>("scale", scale, scales);
     call.check_apart();
     const nb::gil_scoped_release release;
-    return elementwise().quantize(from, type_of(x), view, rule, taps, to, to_scale);
+    return passes().quantize(from, type_of(x), view, rule, taps, to, to_scale);
 }
 
 void code_statistics(const CodesArgs& args, int64_t channels, const std::vector<int64_t>& starts,
@@ -288,7 +290,7 @@ void code_statistics(const CodesArgs& args, int64_t channels, const std::vector<
                            chunks};
     call.check_apart();
     const nb::gil_scoped_release release;
-    elementwise().code_statistics(codes, channels, starts.data(), found);
+    passes().code_statistics(codes, channels, starts.data(), found);
 }
 
 void normalize(const CodesArgs& args, const StatisticsArgs& stats_args, float eps, bool narrowest, bool inside,
@@ -302,7 +304,7 @@ void normalize(const CodesArgs& args, const StatisticsArgs& stats_args, float ep
     void* to = write_floats(call, "y", y, rows * channels);
     call.check_apart();
     const nb::gil_scoped_release release;
-    elementwise().normalize(codes, rows, channels, stats, eps, narrowest, inside, g, b, rectify, to_d, to, type_of(y));
+    passes().normalize(codes, rows, channels, stats, eps, narrowest, inside, g, b, rectify, to_d, to, type_of(y));
 }
 
 void rectify_backward(const CodesArgs& args, const StatisticsArgs& stats_args, const Memory& gamma, const Memory& beta,
@@ -318,8 +320,8 @@ void rectify_backward(const CodesArgs& args, const StatisticsArgs& stats_args, c
     call.need(type_of(to) == type_of(g) && (y_type == 0 || y_type == 1), "types of g and of its result differ");
     call.check_apart();
     const nb::gil_scoped_release release;
-    elementwise().rectify_backward(codes, rows, channels, stats, a, b, divisors, static_cast<Type>(y_type), from,
-                                   type_of(g), result);
+    passes().rectify_backward(codes, rows, channels, stats, a, b, divisors, static_cast<Type>(y_type), from, type_of(g),
+                              result);
 }
 
 void normalize_backward(const CodesArgs& g_args, const CodesArgs& args, const StatisticsArgs& stats_args, bool inside,
@@ -336,8 +338,8 @@ void normalize_backward(const CodesArgs& g_args, const CodesArgs& args, const St
     void* to = write_floats(call, "dx", dx, rows * channels);
     call.check_apart();
     const nb::gil_scoped_release release;
-    elementwise().normalize_backward(g, codes, rows, channels, stats, inside, a, divisors, to_gamma, to_beta, to,
-                                     type_of(dx));
+    passes().normalize_backward(g, codes, rows, channels, stats, inside, a, divisors, to_gamma, to_beta, to,
+                                type_of(dx));
 }
 
 void code_sums(const Memory& a, const Memory& b, const Memory& sum, const Memory& product) {
@@ -348,7 +350,7 @@ void code_sums(const Memory& a, const Memory& b, const Memory& sum, const Memory
             *to_product = call.writes<int64_t>("products", product, channels);
     call.check_apart();
     const nb::gil_scoped_release release;
-    elementwise().code_sums(from, with, rows, channels, to, to_product);
+    passes().code_sums(from, with, rows, channels, to, to_product);
 }
 
 void affine(const Memory& q, const Memory& a, const Memory& b, bool relu, const Memory& y) {
@@ -359,7 +361,7 @@ void affine(const Memory& q, const Memory& a, const Memory& b, bool relu, const 
     void* to = write_floats(call, "y", y, count_of(q));
     call.check_apart();
     const nb::gil_scoped_release release;
-    elementwise().affine(codes, rows, channels, scale, add, relu, to, type_of(y));
+    passes().affine(codes, rows, channels, scale, add, relu, to, type_of(y));
 }
 
 void encode(const Memory& x, const Shape& shape, const GridArgs& args, int64_t taps, const Memory& codes) {
@@ -371,7 +373,7 @@ void encode(const Memory& x, const Shape& shape, const GridArgs& args, int64_t t
     uint8_t* to = write_codes(call, codes, count_of(x));
     call.check_apart();
     const nb::gil_scoped_release release;
-    elementwise().encode(from, type_of(x), view, grid, taps, to);
+    passes().encode(from, type_of(x), view, grid, taps, to);
 }
 
 void fake_quantize(const Memory& x, const Shape& shape, const GridArgs& args, const Memory& y) {
@@ -383,7 +385,7 @@ void fake_quantize(const Memory& x, const Shape& shape, const GridArgs& args, co
     call.need(type_of(x) == type_of(y), "types of x and y differ");
     call.check_apart();
     const nb::gil_scoped_release release;
-    elementwise().fake_quantize(from, type_of(x), view, grid, to);
+    passes().fake_quantize(from, type_of(x), view, grid, to);
 }
 
 void round_bf16(const Memory& x, const Memory& y) {
@@ -392,14 +394,14 @@ void round_bf16(const Memory& x, const Memory& y) {
     float* to = call.writes<float>("y", y, count_of(x));
     call.check_apart();
     const nb::gil_scoped_release release;
-    elementwise().round_bf16(from, count_of(x), to);
+    passes().round_bf16(from, count_of(x), to);
 }
 
 void noise(uint32_t key0, uint32_t key1, const Memory& u) {
     Call call("noise");
     float* to = call.writes<float>("u", u, count_of(u));
     const nb::gil_scoped_release release;
-    elementwise().noise(count_of(u), key0, key1, to);
+    passes().noise(count_of(u), key0, key1, to);
 }
 
 #ifdef LOWBIT_X86

@@ -24,8 +24,6 @@ constexpr int64_t kTile = 16 * 64;     // bytes of a tile
 constexpr double kAlone = 1 << 21;     // multiplications for which waking other threads costs more than it gains
 constexpr int64_t kCache = 512 << 10;  // bytes of packed rows that stay in a core's own cache
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Memory that a thread keeps from one product to the next: fresh memory of this size costs more than packing does.
 // Slots are numbered so that what lives at the same time does not share one.
 enum Slot {
@@ -80,14 +78,6 @@ inline bool worth_threads(const Product& p) {
 }
 
 // ---- rows in the packed type ----
-
-// Halves to even; nan stays nan.
-inline uint16_t float_to_bf16(float f) {
-    uint32_t u;
-    std::memcpy(&u, &f, 4);
-    const uint32_t rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
-    return static_cast<uint16_t>((u & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
-}
 
 // Of a whole number of 8 bits and a sign, which bf16 holds.
 inline uint16_t exact_bf16(int32_t q) {
@@ -177,8 +167,6 @@ struct Halves {
     bool lie_so(const Rows& rows) const { return rows.type == Type::bf16; }
     uint32_t flipped() const { return 0; }
 };
-
-inline int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : type == Type::bf16 ? 2 : 1; }
 
 // Where a tap of a window reaches from a position along one axis; -1 outside.
 inline int64_t reach(const Window& w, int axis, int64_t position, int64_t tap) {
@@ -691,15 +679,6 @@ inline void correct(const int32_t* sum, Zero zero, int32_t row_sum, const int32_
 }
 inline void correct(const float* sum, Zero, int32_t, const int32_t*, int64_t count, float* to) {
     std::memcpy(to, sum, count * sizeof(float));
-}
-
-inline void store(const float* from, int64_t count, Type type, void* to, int64_t first) {
-    if (type == Type::f32) {
-        std::memcpy(static_cast<float*>(to) + first, from, count * sizeof(float));
-        return;
-    }
-    auto* half = static_cast<uint16_t*>(to) + first;
-    for (int64_t j = 0; j < count; j++) half[j] = float_to_bf16(from[j]);
 }
 
 // Scale `count` corrected sums of row m, from column n on, in place, and write them out.

@@ -1,0 +1,37 @@
+// The table of all passes, as the instruction set of the file that includes this compiles them.
+//
+// They are plain loops that the compiler turns into vectors. Everything is local to the including file, so that the
+// linker keeps each instruction set's own.
+#pragma once
+
+#include "codes.h"
+#include "norm.h"
+#include "passes.h"
+#include "ranges.h"
+#include "sums.h"
+
+namespace lowbit {
+namespace {
+
+template <class Encoder>
+constexpr Passes all_passes() {
+    Passes p{};
+    p.extremes = extremes;
+    p.observe = observe;
+    p.encode = encode<Encoder>;
+    p.quantize = quantize<Encoder>;
+    p.fake_quantize = fake_quantize;
+    p.round_bf16 = round_bf16;
+    p.noise = noise;
+    p.sums = sums;
+    p.code_sums = code_sums;
+    p.code_statistics = code_statistics;
+    p.affine = affine;
+    p.normalize = normalize;
+    p.rectify_backward = rectify_backward;
+    p.normalize_backward = normalize_backward;
+    return p;
+}
+
+}  // namespace
+}  // namespace lowbit
