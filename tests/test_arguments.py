@@ -176,6 +176,17 @@ SUBJECTS: dict[str, Subject] = {
         lambda: {**LAYER, "input_bits": 8, "weight_bits": 8, "grad_bits": 8, "input_size": 4},
     ),
     "Energies": Subject(hardware.Energies, dict),
+    "Estimate": Subject(
+        hardware.Estimate,
+        lambda: {
+            **{"macs": 1, "compute_cycles": 1, "stall_cycles": 0, "memory_cycles": 0, "seconds": 1.0, "core_nj": 1.0},
+            "stores": (hardware.Store(name="dram", read=1, written=1, energy_nj=1.0),),
+        },
+    ),
+    "Store": Subject(hardware.Store, lambda: {"name": "dram", "read": 1, "written": 1, "energy_nj": 1.0}),
+    "accelerator": Subject(hardware.accelerator, lambda: {"name": "bitfusion"}),
+    "as_matrix": Subject(hardware.as_matrix, lambda: {"product": ledger().products[0]}),
+    "BitFusion.product": Subject(hardware.BitFusion().product, lambda: {"product": ledger().products[0]}),
     "total": Subject(
         hardware.total,
         lambda: {"estimates": [hardware.BitFusion().estimate(**LAYER, input_bits=8, weight_bits=8)]},
@@ -188,7 +199,7 @@ CALLED = {"given": "time"}
 # What the library gives and nobody makes, protocols, and errors.
 NOT_CALLED = {
     *("Probe", "Proof", "RangeTestResult", "Report", "RunError", "UsageError", "VerificationError"),
-    *("Counters", "Estimate", "Loop", "TrainingEstimate", "Tried", "Schedule", "Rule", "Curve"),
+    *("ACCELERATORS", "Accelerator", "Loop", "Matrix", "TrainingEstimate", "Tried", "Schedule", "Rule", "Curve"),
     *("recipes", "tripwire"),  # without arguments
 }
 

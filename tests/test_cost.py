@@ -4,7 +4,9 @@ import csv
 import io
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,9 @@ from torch import nn
 
 import lowbit
 from lowbit.cost import Cost
-from lowbit.errors import UsageError
-from lowbit.hardware import BitFusion
-from lowbit.ledger import Ledger
+from lowbit.errors import RunError, UsageError
+from lowbit.hardware import BitFusion, Estimate, Store
+from lowbit.ledger import Ledger, Product
 from lowbit.metrics import METRICS
 from lowbit.plan import plan
 from lowbit.schedules import Piecewise
@@ -106,20 +108,121 @@ def test_hardware_adds_cycles_and_energy() -> None:
     assert all(row["loops"] for row in known)
 
 
-def test_layers_in_full_precision_are_named_not_estimated() -> None:
-    """The array lacks 32 bits: such a layer is named with the reason and is in no total."""
+def test_layers_in_full_precision_are_estimated_by_a_rule_that_is_said() -> None:
+    """A layer of 32 x 32 bits has an estimate, and the text and the data name it with the rule."""
     cost = Cost(ledger(), BitFusion())
 
-    assert list(cost.not_estimated().values()) == [["4"]]
-    assert "not estimated: 4: 32x32 bits: the array has widths from 1 to 16" in str(cost)
+    assert list(cost.to_dict()["assumed"].values()) == [["4"]]
+    assert "assumed for 4: widths above 16 bits: b bits are charged as ceil(b/8) parts of 8 bits" in str(cost)
+    assert cost.not_estimated() == {}
 
 
-def test_nothing_that_fits_the_array_is_said() -> None:
-    """A run in full precision only has no estimate at all, and says so."""
+def test_the_saving_against_full_precision_is_given() -> None:
+    """What runs in 4 and 8 bits would take more at 32 x 32: just what the same plan in fp32 costs."""
+    cost = Cost(ledger(), BitFusion())
+    with torch.device("meta"):
+        body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten())
+        plain, x = body.append(nn.Linear(8 * 64, 5)), torch.zeros(2, 3, 8, 8)
+    lowbit.convert_(plain, lowbit.Recipe.from_name("fp32").replace(first="convert", last="convert"))
+    full = Cost(plan(plain, x, steps=4), BitFusion()).on_hardware()["total"]
+
+    ran, wide = cost.on_hardware()["total"], cost.in_full_precision()
+    assert (wide.cycles, wide.macs) == (full.cycles, full.macs)
+    assert f"at 32x32 bits the same products take {wide.cycles / ran.cycles:.2f} times the cycles" in str(cost)
+    assert 1.5 * ran.cycles < wide.cycles < 16 * ran.cycles
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """An accelerator that lacks widths above 8 bits."""
+
+    widest: int = 8
+
+    def product(self, product: Product, *, first_layer: bool = False) -> Estimate:
+        """One cycle for each multiply-accumulate, two more for a first layer."""
+        if max(product.bits) > self.widest:
+            raise UsageError(f"{max(product.bits)} bits are too wide")
+        stores = (
+            Store(name="sram", read=8, written=0, energy_nj=1.0),
+            Store(name="hbm", read=4, written=4, energy_nj=2),
+        )
+        cycles = product.macs + 2 * first_layer
+        return Estimate(
+            macs=product.macs,
+            compute_cycles=cycles,
+            stall_cycles=0,
+            memory_cycles=1,
+            seconds=cycles / 1e6,
+            core_nj=3.0,
+            stores=stores,
+        )
+
+
+def test_any_accelerator_is_shown_by_its_own_stores() -> None:
+    """The text and the data have the names of the class and of its stores."""
+    cost = Cost(ledger(), Narrow())
+    total = cost.to_dict()["hardware"]["total"]
+
+    assert re.search(r"^Narrow +Mcycles .* core J +sram J +hbm J +J +MAC/cycle +MAC/hbm bit$", str(cost), re.MULTILINE)
+    assert total["hbm_nj"] == 2 * total["sram_nj"] > 0
+    assert total["energy_nj"] == total["core_nj"] + total["sram_nj"] + total["hbm_nj"]
+
+
+def test_layers_that_the_hardware_refuses_are_named_not_estimated() -> None:
+    """What an accelerator refuses is named with its reason and is in no total; a comparison is then not made up."""
+    cost = Cost(ledger(), Narrow())
+
+    assert cost.not_estimated() == {"32 bits are too wide": ["4"]}
+    assert "not estimated: 4: 32 bits are too wide" in str(cost)
+    assert "no comparison with 32x32 bits: 0: 32 bits are too wide" in str(cost)
+    assert cost.to_dict()["in_full_precision"] is None
+
+
+def test_nothing_that_fits_the_hardware_is_said() -> None:
+    """A run that the accelerator refuses as a whole has no estimate at all, and says so."""
     model = nn.Sequential(nn.Linear(4, 2))
-    text = str(Cost(plan(model, torch.zeros(3, 4), steps=1), BitFusion()))
+    text = str(Cost(plan(model, torch.zeros(3, 4), steps=1), Narrow()))
 
-    assert "no product has an estimate" in text
+    assert "Narrow: no product has an estimate" in text
+
+
+def test_the_hardware_is_told_of_the_first_layer() -> None:
+    """The layer that reads the network's input is the one whose `grad_input` nothing needs."""
+    cost = Cost(ledger(), Narrow())
+
+    extra = {row.total.product.layer: row.once.cycles - row.total.product.macs for row in cost.rows if row.once}
+    assert extra == {"0": 2, "2": 0}
+
+
+def test_a_result_that_is_not_an_estimate_is_refused() -> None:
+    """An accelerator that answers with anything else is named."""
+
+    class Wrong:
+        def product(self, product: Product, *, first_layer: bool = False) -> Any:
+            return product.macs + first_layer
+
+    with pytest.raises(UsageError, match=r"Wrong\.product\(\.\.\.\)=\d+: give an Estimate"):
+        str(Cost(ledger(), Wrong()))
+
+
+def test_an_accelerator_that_fails_is_named_with_the_product() -> None:
+    """An error of an accelerator ends the report and says which product it was asked for, and where it failed."""
+
+    class Broken:
+        def product(self, product: Product, *, first_layer: bool = False) -> Estimate:
+            raise ZeroDivisionError(f"{product.macs} / {int(first_layer)}")
+
+    with pytest.raises(RunError, match=r"Broken\.product raises for output of 0: ZeroDivisionError: .* \(line \d+\)"):
+        str(Cost(ledger(), Broken()))
+
+
+@pytest.mark.parametrize(
+    ("hardware", "message"), [(BitFusion, "is a class.*BitFusion()"), ("bitfusion", "Accelerator")]
+)
+def test_hardware_is_an_object_that_is_asked(hardware: Any, message: str) -> None:
+    """A class, or a name, is refused with what to give."""
+    with pytest.raises(UsageError, match=message):
+        Cost(ledger(), hardware)
 
 
 def test_json_is_the_dictionary() -> None:

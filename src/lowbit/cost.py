@@ -4,23 +4,25 @@ A `Cost` is a view of a ledger as text, JSON or CSV; it computes and keeps nothi
 """
 
 import csv
+import dataclasses
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lowbit import metrics
-from lowbit.checks import check_fields
-from lowbit.errors import UsageError
-from lowbit.hardware import BitFusion, Estimate, total
-from lowbit.hardware.mapping import estimate
+from lowbit import metrics, userfile
+from lowbit.checks import check_fields, check_type
+from lowbit.errors import RunError, UsageError
+from lowbit.hardware import Accelerator, Estimate, total
 from lowbit.ledger import PRODUCTS, Convention, Ledger, Product, Total, per_layer
 from lowbit.metrics import METRICS, Terms
 from lowbit.tables import text_table
 
 CONVENTIONS: tuple[Convention, ...] = ("as-ran", "as-charged")
+FULL_PRECISION = (32, 32)  # bits of the operands that savings are against
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class Row:
         total: the product and its calls.
         once: what one call costs on the hardware; None without hardware, or where it has no model of it.
         reason: why there is no estimate.
+        first_layer: whether its layer reads the network's input.
     """
 
     total: Total
     once: Estimate | None = None
     reason: str = ""
+    first_layer: bool = False
 
     @property
     def estimate(self) -> Estimate | None:
@@ -49,19 +53,23 @@ class Cost:
 
     Args:
         ledger: of the run, or of a plan.
-        hardware: an accelerator to estimate cycles and energy on.
+        hardware: an accelerator to estimate cycles and energy on, e.g. `lowbit.hardware.BitFusion()`.
         measured: what was measured beside the ledger, by name with unit, e.g. ``{"seconds per step": "0.19"}``.
 
     Raises:
-        UsageError: the ledger has no step.
+        UsageError: the ledger has no step, or `hardware` is not an accelerator.
+        RunError: from what asks the accelerator: it raised something else than a UsageError.
     """
 
     ledger: Ledger
-    hardware: BitFusion | None = None
+    hardware: Accelerator | None = None
     measured: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if isinstance(self.hardware, type):
+            name = self.hardware.__name__
+            raise UsageError(f"hardware={name} is a class: give an object of it, e.g. {name}()")
         if not self.ledger.steps:
             raise UsageError(
                 "the ledger has no step: nothing ran yet, or Meter.step() was never called; there is no cost to show"
@@ -76,11 +84,15 @@ class Cost:
 
     def _row(self, ran: Total, *, first_layer: bool) -> Row:
         if self.hardware is None:
-            return Row(ran)
+            return Row(ran, first_layer=first_layer)
+        name, asked = f"{type(self.hardware).__name__}.product", f"{ran.product.product} of {_named(ran.product)}"
         try:
-            return Row(ran, estimate(self.hardware, ran.product, first_layer=first_layer))
+            with userfile.blamed(f"{name} raises for {asked}:", userfile.file_of(self.hardware), RunError):
+                once = self.hardware.product(ran.product, first_layer=first_layer)
         except UsageError as error:
-            return Row(ran, reason=str(error))
+            return Row(ran, reason=str(error), first_layer=first_layer)
+        check_type(f"{name}(...)", once, Estimate)
+        return Row(ran, once, first_layer=first_layer)
 
     @cached_property
     def best(self) -> Ledger | None:
@@ -101,6 +113,34 @@ class Cost:
         }
         sums = {name: total(estimates) for name, estimates in found.items() if estimates}
         return {**sums, "total": total(sums.values())} if sums else {}
+
+    def in_full_precision(self) -> Estimate:
+        """What the products that have an estimate would cost on the hardware at 32 x 32 bits.
+
+        Raises:
+            UsageError: no product has an estimate, or one has none at these bits.
+        """
+        estimated = [row for row in self.rows if row.estimate is not None]
+        wide = [
+            self._row(
+                row.total._replace(product=dataclasses.replace(row.total.product, bits=FULL_PRECISION)),
+                first_layer=row.first_layer,
+            )
+            for row in estimated
+        ]
+        for row in wide:
+            if row.estimate is None:
+                raise UsageError(f"{_named(row.total.product)}: {row.reason}")
+        return total(row.estimate for row in wide if row.estimate is not None)
+
+    def notes_on_hardware(self) -> dict[str, list[str]]:
+        """What the accelerator assumed for some products, each with its layers."""
+        notes: dict[str, list[str]] = {}
+        for row in self.rows:
+            for note in row.once.notes if row.once is not None else ():
+                if row.total.product.layer not in notes.setdefault(note, []):
+                    notes[note].append(row.total.product.layer)
+        return notes
 
     def not_estimated(self) -> dict[str, list[str]]:
         """The reasons why rows have no estimate, each with its layers."""
@@ -170,37 +210,27 @@ class Cost:
         return text_table(header, table)
 
     def _hardware_table(self) -> str:
-        table = [
-            [
-                name,
-                _number(e.cycles / 1e6),
-                f"{100 * e.stall_cycles / e.cycles:.1f}",
-                _number(e.seconds),
-                _number(e.core_nj / 1e9),
-                _number((e.memory_nj.weight + e.memory_nj.input + e.memory_nj.output) / 1e9),
-                _number(e.memory_nj.dram / 1e9),
-                _number(e.energy_nj / 1e9),
-                f"{e.operations_per_cycle:.1f}",
-                f"{e.operations_per_dram_bit:.3f}",
-            ]
-            for name, e in self.on_hardware().items()
-        ]
-        header = [
-            "BitFusion",
-            "Mcycles",
-            "stall %",
-            "s",
-            "core J",
-            "buffers J",
-            "DRAM J",
-            "J",
-            "MAC/cycle",
-            "MAC/DRAM bit",
-        ]
-        lines = [text_table(header, table)] if table else ["BitFusion: no product has an estimate"]
-        for reason, layers in self.not_estimated().items():
-            lines.append(f"not estimated: {_some(layers)}: {reason}")
+        name, estimates = type(self.hardware).__name__, self.on_hardware()
+        lines = [] if estimates else [f"{name}: no product has an estimate"]
+        if estimates:
+            stores = [store.name for store in estimates["total"].stores]
+            header = [name, "Mcycles", "stall %", "s", "core J", *(f"{store} J" for store in stores), "J"]
+            header += ["MAC/cycle", f"MAC/{stores[-1]} bit"]
+            lines += [text_table(header, [_hardware_cells(*each) for each in estimates.items()])]
+            lines += [self._saving(estimates["total"])]
+        lines += [f"assumed for {_some(layers)}: {note}" for note, layers in self.notes_on_hardware().items()]
+        lines += [f"not estimated: {_some(layers)}: {reason}" for reason, layers in self.not_estimated().items()]
         return "\n".join(lines)
+
+    def _saving(self, ran: Estimate) -> str:
+        """What full precision would cost in the units of what ran."""
+        bits = "x".join(map(str, FULL_PRECISION))
+        try:
+            wide = self.in_full_precision()
+        except UsageError as error:
+            return f"no comparison with {bits} bits: {error}"
+        energy = f" and {wide.energy_nj / ran.energy_nj:.2f} times the energy" if ran.energy_nj else ""
+        return f"at {bits} bits the same products take {wide.cycles / ran.cycles:.2f} times the cycles{energy}"
 
     def _remarks(self) -> list[str]:
         """What stands below the tables: what was left out, and what was measured."""
@@ -264,7 +294,15 @@ class Cost:
         if self.hardware is not None:
             data["hardware"] = {name: _estimate(e) for name, e in self.on_hardware().items()}
             data["not_estimated"] = self.not_estimated()
+            data["assumed"] = self.notes_on_hardware()
+            data["in_full_precision"] = self._full_precision_data()
         return data
+
+    def _full_precision_data(self) -> dict[str, Any] | None:
+        try:
+            return _estimate(self.in_full_precision())
+        except UsageError:
+            return None
 
     def to_json(self) -> str:
         """`to_dict` as JSON."""
@@ -287,6 +325,11 @@ def _first_layers(totals: Sequence[Total]) -> set[str]:
         for layer, each in per_layer(totals)
         if any(t.product.grad_input_bits for t in each) and not any(t.product.product == "grad_input" for t in each)
     }
+
+
+def _named(product: Product) -> str:
+    """The layer of a product, for a message."""
+    return product.layer or "(model)"
 
 
 def _flat(row: Row) -> dict[str, Any]:
@@ -312,6 +355,20 @@ def _flat(row: Row) -> dict[str, Any]:
     return data | ({"not_estimated": row.reason} if row.reason else {})
 
 
+def _hardware_cells(name: str, e: Estimate) -> list[str]:
+    return [
+        name,
+        _number(e.cycles / 1e6),
+        f"{100 * e.stall_cycles / e.cycles:.1f}",
+        _number(e.seconds),
+        _number(e.core_nj / 1e9),
+        *(_number(store.energy_nj / 1e9) for store in e.stores),
+        _number(e.energy_nj / 1e9),
+        f"{e.operations_per_cycle:.1f}",
+        f"{e.operations_per_memory_bit:.3f}",
+    ]
+
+
 def _estimate(e: Estimate) -> dict[str, Any]:
     return {
         "cycles": e.cycles,
@@ -319,12 +376,11 @@ def _estimate(e: Estimate) -> dict[str, Any]:
         "seconds": e.seconds,
         "energy_nj": e.energy_nj,
         "core_nj": e.core_nj,
-        "weight_buffer_nj": e.memory_nj.weight,
-        "input_buffer_nj": e.memory_nj.input,
-        "output_buffer_nj": e.memory_nj.output,
-        "dram_nj": e.memory_nj.dram,
+        **{f"{store.name}_nj": store.energy_nj for store in e.stores},
         "macs_per_cycle": e.operations_per_cycle,
-        "macs_per_dram_bit": e.operations_per_dram_bit,
+        f"macs_per_{e.outermost.name}_bit": e.operations_per_memory_bit
+        if math.isfinite(e.operations_per_memory_bit)
+        else None,
         "bound": e.bound,
     }
 

@@ -1,5 +1,23 @@
-"""Hardware models: cycles, traffic and energy of a layer on an accelerator that was built for few bits."""
+"""Hardware models: cycles, traffic and energy of a product on an accelerator, BitFusion or one of your own."""
 
-from lowbit.hardware.bitfusion import BitFusion, Counters, Energies, Estimate, Loop, TrainingEstimate, total
+from lowbit.hardware.accelerator import Accelerator
+from lowbit.hardware.bitfusion import BitFusion
+from lowbit.hardware.choice import ACCELERATORS, accelerator
+from lowbit.hardware.energies import Energies
+from lowbit.hardware.estimate import Estimate, Loop, Store, TrainingEstimate, total
+from lowbit.hardware.matrix import Matrix, as_matrix
 
-__all__ = ["BitFusion", "Counters", "Energies", "Estimate", "Loop", "TrainingEstimate", "total"]
+__all__ = [
+    "ACCELERATORS",
+    "Accelerator",
+    "BitFusion",
+    "Energies",
+    "Estimate",
+    "Loop",
+    "Matrix",
+    "Store",
+    "TrainingEstimate",
+    "accelerator",
+    "as_matrix",
+    "total",
+]
