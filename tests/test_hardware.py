@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from lowbit.hardware import ACCELERATORS, Accelerator, BitFusion, Energies, Esti
 from lowbit.hardware.energies import BUFFERS, Bank
 from lowbit.ledger import PRODUCTS, Product
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "own_accelerator.py"
 LAYER: dict[str, Any] = {
     **{"kernel": 3, "output_size": 14, "stride": 1, "in_channels": 64, "out_channels": 64, "batch": 4},
     **{"input_bits": 8, "weight_bits": 8},
@@ -293,3 +296,16 @@ def test_an_unknown_name_is_refused(name: str, message: str) -> None:
     """A name of no table names those there are, and the form of a file's class."""
     with pytest.raises(UsageError, match=message):
         accelerator(name)
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The example prints the costs of its own stores, with energies that BitFusion's authors published."""
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+
+    assert re.search(r"^Systolic .* buffer J +dram J", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_example_has_no_energies_of_its_own() -> None:
+    """Energies are the user's to give, and the message names them."""
+    with pytest.raises(UsageError, match=r"Systolic needs mac_nj, buffer_nj, dram_nj: give each as NAME=VALUE"):
+        accelerator(f"{EXAMPLE}:Systolic", ["rows=64"])
