@@ -119,12 +119,21 @@ def test_recipe_shows_the_format_of_each_operand(capsys: pytest.CaptureFixture[s
         (["cost", "--model", "mlp", "--steps", "0"], ["--steps", "0"]),
         (["cost", "--model", "mlp", "--schedule", "8-3"], ["low=8", "high=3"]),
         (["cost", "--model", "mlp", "--recipe", "fp32", "--schedule", "4"], ["nothing in this model has bits"]),
-        (["cost", "--model", "mlp", "--snap-bits"], ["--hardware"]),
+        (["cost", "--model", "mlp", "--set", "rows=8"], ["--set", "--hardware"]),
         (["cost", "--model", "mlp", "--recipe", "pfq", "--steps", "9"], ["pfq", "--schedule"]),
         (["cost", "--model", "resnet20", "--recipe", "dfq", "--steps", "9"], ["dfq", "--schedule"]),
         (["cost", "--model", "mobilenetv2", "--recipe", "cpt", "--steps", "64"], ["depthwise", "--schedule"]),
         (["cost", "--model", "mlp", "--recipe", "cpt"], ["total_steps=1, cycles=32"]),
-        (["cost", "--model", "mlp", "--hardware", "tpu"], ["bitfusion"]),
+        (["cost", "--model", "mlp", "--hardware", "tpu"], ["'tpu'", "bitfusion", "FILE.py:CLASS"]),
+        (["cost", "--model", "mlp", "--hardware", "no.py:Mine"], ["no.py", "FILE.py:CLASS"]),
+        (
+            ["cost", "--model", "mlp", "--hardware", "bitfusion", "--set", "row=8"],
+            ["'row'", "'rows'?", "energies.dram", "weight_bytes"],
+        ),
+        (
+            ["cost", "--model", "mlp", "--hardware", "bitfusion", "--set", "weight_bytes=131072"],
+            ["weight_bytes=131072", "256 bytes", "65536", "energies.weight_read", "energies.weight_write"],
+        ),
     ],
 )
 def test_wrong_request_is_one_line_and_exit_code_2(
@@ -395,7 +404,7 @@ def test_cost_of_a_planned_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_snapped_bits_cost_more_traffic(capsys: pytest.CaptureFixture[str]) -> None:
-    """``--snap-bits`` moves 4 bits where 3 were, so DRAM takes more energy."""
+    """``--set snap_bits=true`` moves 4 bits where 3 were, so DRAM takes more energy."""
 
     def dram(*flags: str) -> float:
         run = ["cost", "--model", "mlp", "--recipe", "w3a3g8", "--hardware", "bitfusion", "--format", "json"]
@@ -403,7 +412,22 @@ def test_snapped_bits_cost_more_traffic(capsys: pytest.CaptureFixture[str]) -> N
         energy: float = json.loads(capsys.readouterr().out)["hardware"]["output"]["dram_nj"]
         return energy
 
-    assert dram("--snap-bits") > dram()
+    assert dram("--set", "snap_bits=true") > dram()
+
+
+def test_an_accelerator_of_a_users_file(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--hardware FILE.py:CLASS`` estimates on that class, and ``--set`` changes its fields."""
+    example = Path(__file__).resolve().parents[1] / "examples" / "own_accelerator.py"
+    energies = [flag for name in ("mac_nj", "buffer_nj", "dram_nj") for flag in ("--set", f"{name}=1")]
+
+    def cycles(*flags: str) -> int:
+        run = ["cost", "--model", "mlp", "--recipe", "int8", "--hardware", f"{example}:Systolic", "--format", "json"]
+        assert cli.main([*run, *energies, *flags]) == 0
+        total = json.loads(capsys.readouterr().out)["hardware"]["total"]
+        assert {"buffer_nj", "dram_nj"} <= set(total)
+        return int(total["cycles"])
+
+    assert cycles("--set", "rows=4", "--set", "columns=4") > 2 * cycles()
 
 
 def test_cost_of_a_run_that_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

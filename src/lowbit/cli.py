@@ -160,8 +160,12 @@ def _parser() -> Any:
     cost.add_argument("--batch_size", type=int, help="plan: samples per step (128)")
     cost.add_argument("--steps", type=int, help="plan: steps of the run (1)")
     cost.add_argument("--steps_per_epoch", type=int, help="plan: for times in epochs")
-    cost.add_argument("--hardware", type=Literal["bitfusion"], help="also estimate cycles and energy on this model")
-    cost.add_argument("--snap_bits", action="store_true", help="round widths up to 2, 4, 8, 16 there")
+    cost.add_argument(
+        "--hardware", type=str, help="also estimate cycles and energy on it: bitfusion, or FILE.py:CLASS, which is run"
+    )
+    cost.add_argument(
+        "--set", type=str, action="append", help="a setting of --hardware, NAME=VALUE, e.g. rows=32; may be repeated"
+    )
     cost.add_argument(
         "--drop_damaged", action="store_true", help="leave out damaged lines of the ledger, and count them"
     )
@@ -319,26 +323,27 @@ def _cost(
     *,
     run: Path | None,
     hardware: str | None,
-    snap_bits: bool,
+    set: list[str] | None,  # noqa: A002 - the flag
     drop_damaged: bool,
     format: str,  # noqa: A002 - the flag
     **planned: Any,
 ) -> None:
     from lowbit.cost import Cost
-    from lowbit.hardware import BitFusion
+    from lowbit.hardware import accelerator
 
     given = [f"--{name.replace('_', '-')}" for name, value in planned.items() if value is not None]
     if run is not None and given:
         raise UsageError(f"{', '.join(given)} plan a run, and {run} is one that ran: give either.")
-    if snap_bits and hardware is None:
-        raise UsageError("--snap-bits is of a hardware model: give --hardware bitfusion too.")
+    if set and hardware is None:
+        raise UsageError("--set is of a hardware model: give --hardware too, e.g. --hardware bitfusion.")
     if drop_damaged and run is None:
         raise UsageError("--drop-damaged is of a ledger: give a run folder.")
+    estimated_on = None if hardware is None else accelerator(hardware, set or ())
     if run is None:
         ledger, measured = _plan(**planned), dict[str, str]()
     else:
         ledger, measured = _ran(run, drop_damaged=drop_damaged)
-    cost = Cost(ledger, BitFusion(snap_bits=snap_bits) if hardware else None, measured)
+    cost = Cost(ledger, estimated_on, measured)
     # Tables are as wide as they are: folded by the terminal's width they could not be read or piped.
     print({"text": cost.__str__, "json": cost.to_json, "csv": cost.to_csv}[format]().rstrip("\n"))
 
