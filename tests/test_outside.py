@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit import outside
+from lowbit.watch import Operation, watched_by
 
 
 def _operators() -> dict[str, list[str]]:
@@ -54,31 +54,19 @@ def test_other_operators_do_not_look_like_one(name: str) -> None:
     assert not outside.LOOKS_LIKE_A_PRODUCT.search(name.partition("::")[2])
 
 
-class _Counts(TorchDispatchMode):
-    """MACs of every operator that multiplies, as `lowbit.verify` counts them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[str, int | None] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if outside.arrives_whole(func):
-            with self:
-                return outside.call_parts(func, args, kwargs)
-        out = func(*args, **kwargs)
-        if outside.multiplies(func):
-            macs = outside.macs(func, args, kwargs, out)
-            name = outside.name_of(func).removeprefix("aten::")
-            before = self.found.get(name, 0)
-            self.found[name] = None if macs is None or before is None else before + macs
-        return out
-
-
 def _counted(call: Callable[[], Any]) -> dict[str, int | None]:
-    with _Counts() as counts:
+    """MACs of every operator that multiplies, as `lowbit.verify` counts them."""
+    found: dict[str, int | None] = {}
+
+    def watch(operation: Operation) -> None:
+        if operation.multiplies:
+            name = outside.name_of(operation.func).removeprefix("aten::")
+            before, macs = found.get(name, 0), operation.macs()
+            found[name] = None if macs is None or before is None else before + macs
+
+    with watched_by(watch, nn.Identity()):
         call()
-    return counts.found
+    return found
 
 
 def _r(*shape: int) -> Tensor:

@@ -16,11 +16,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowbit import outside, products
-from lowbit.callstack import Callstack
+from lowbit import products
 from lowbit.checks import check_whole, checked
 from lowbit.errors import UsageError
 from lowbit.ledger import PLAIN, Ledger, Product, Program
@@ -32,6 +30,7 @@ from lowbit.nn.site import Site
 from lowbit.outside import Multiplication
 from lowbit.products import Convolution, ProductCall, Setting
 from lowbit.verify import site_names
+from lowbit.watch import Operation, watched_by
 
 
 class Meter:
@@ -243,8 +242,7 @@ class Meter:
             local.watch = _Watch(module)
             local.watching = ExitStack()
             local.held = local.watching.enter_context(held_for_backward([*module.parameters(), *module.buffers()]))
-            local.watching.enter_context(local.watch.callstack)
-            local.watching.enter_context(local.watch)
+            local.watching.enter_context(watched_by(local.watch, module))
 
     def _after(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         """End a forward of the model: count it, and see to its backward."""
@@ -370,39 +368,28 @@ class _Found:
         return _record(self.layer, self.what, bits, charged, product=product)
 
 
-class _Watch(TorchDispatchMode):
-    """Sees every operator that one forward dispatches outside converted layers, and the module it runs in."""
+class _Watch:
+    """The watcher of one forward: the products that run outside converted layers, and what is not counted."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
         self.found: list[_Found] = []
         self.uncounted: Counter[str] = Counter()
-        self.callstack = Callstack(model)
         # What a fused container dispatches itself is of the Range BN in it.
         converted = (QuantLayer, FusedSequential)
         self._converted = {name for name, module in model.named_modules() if isinstance(module, converted)}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if products.is_inside():
-            return func(*args, **kwargs)
-        if outside.arrives_whole(func):
-            with self:
-                return outside.call_parts(func, args, kwargs)
-        out = func(*args, **kwargs)
-        if func.is_view or func._overloadpacket is torch.ops.aten._unsafe_view:
-            return out
-        name = self.callstack.name() or ""
-        found = outside.multiplications(func, args, kwargs, out)
+    def __call__(self, operation: Operation) -> None:
+        """Take in one operator."""
+        if operation.is_view:
+            return
+        module = operation.module or ""
+        found = operation.multiplications()
         if found is not None:
-            self.found.extend(_Found(_plain_name(name), what, out) for what in found)
-        elif outside.multiplies(func):
-            self.uncounted[f"{func._overloadpacket} (multiplies)"] += 1
-        elif name not in self._converted and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
-            self.uncounted[str(func._overloadpacket)] += 1
-        return out
+            self.found.extend(_Found(_plain_name(module), what, operation.result) for what in found)
+        elif operation.multiplies:
+            self.uncounted[f"{operation.name} (multiplies)"] += 1
+        elif module not in self._converted and operation.tensors:
+            self.uncounted[operation.name] += 1
 
     def see_backward(self, forward: _Forward, add: Callable[[Counter[int]], None]) -> None:
         """Count the gradients of each product when the backward comes to it."""

@@ -441,7 +441,7 @@ def arrives_whole(func: Any) -> bool:
     return torch.is_inference_mode_enabled() and is_composite(func.name()) and name_of(func) not in FORWARD
 
 
-def call_parts(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def call_parts(func: Any, args: Sequence[Any], kwargs: Arguments) -> Any:
     """Execute a composite operator that arrived whole: a mode that is on sees its parts."""
     return func._op_dk(_COMPOSITE, *args, **kwargs)
 
@@ -452,7 +452,7 @@ def multiplies(func: Any) -> bool:
     return name in FORWARD or name in BACKWARD or name in UNCOUNTED or func._overloadpacket in flop_registry
 
 
-def multiplications(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> list[Multiplication] | None:
+def multiplications(func: Any, args: Sequence[Any], kwargs: Arguments, out: Any) -> list[Multiplication] | None:
     """What an operator of the forward pass multiplies; None for one that does not, or that nobody has a formula for.
 
     Args:
@@ -474,7 +474,7 @@ def multiplications(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out:
     return [_multiplication(Matmul(), tensors[0], tensors[1], out.shape, counted=counted)]
 
 
-def macs(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int | None:
+def macs(func: Any, args: Sequence[Any], kwargs: Arguments, out: Any) -> int | None:
     """Multiply-accumulates of an operator that multiplies, forward or backward; None where there is no formula."""
     name = name_of(func)
     if name in BACKWARD:
@@ -483,7 +483,7 @@ def macs(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> in
     return None if found is None else sum(m.macs * m.times for m in found)
 
 
-def _by_name(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Arguments:
+def _by_name(func: Any, args: Sequence[Any], kwargs: Arguments) -> Arguments:
     """All arguments in the order of the schema, those left out at their defaults."""
     rest = {a.name: kwargs.get(a.name, a.default_value) for a in func._schema.arguments[len(args) :]}
     return dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | rest

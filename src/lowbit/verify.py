@@ -9,15 +9,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from lowbit import outside, products
-from lowbit.callstack import Callstack
+from lowbit import products
 from lowbit.checks import checked
 from lowbit.convert import plain_type, replaced
 from lowbit.errors import RunError, UsageError
@@ -26,6 +22,7 @@ from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site
 from lowbit.products import OperandRun, ProductRun
 from lowbit.tables import text_table
+from lowbit.watch import Operation, watched_by
 
 # The cosine that the column "bits needed" asks for.
 WANTED_COSINE = 0.98
@@ -491,13 +488,14 @@ class _Weights:
         """The layer that a parameter belongs to."""
         return self._layers[parameter]
 
-    def follow(self, func: Any, tensors: list[Tensor], out: Any) -> None:
+    def follow(self, operation: Operation) -> None:
         """Take a cast or a dense copy of a weight, as autocast makes it, for the weight itself."""
-        if func._schema.name in ("aten::_to_copy", "aten::clone") and isinstance(out, Tensor):
-            names = self.among(tensors)
+        copy = operation.result
+        if operation.func._schema.name in ("aten::_to_copy", "aten::clone") and isinstance(copy, Tensor):
+            names = self.among(operation.tensors)
             if names:
-                self._names[_memory(out)] = names
-                self._copies.append(out)
+                self._names[_memory(copy)] = names
+                self._copies.append(copy)
 
 
 def _memory(x: Tensor) -> int:
@@ -505,44 +503,28 @@ def _memory(x: Tensor) -> int:
     return 0 if x.layout != torch.strided or x.is_nested else int(x.untyped_storage()._cdata)
 
 
-class _Outside(TorchDispatchMode):
-    """Counts the products that are dispatched outside converted layers, forward and backward.
+class _Outside:
+    """The watcher that lists the products that run outside converted layers, forward and backward.
 
     Args:
         model: whose products these are.
-        callstack: which module of it runs.
     """
 
-    def __init__(self, model: nn.Module, callstack: Callstack) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module) -> None:
         self.weights = _Weights(model)
-        self.callstack = callstack
         self.rows: dict[tuple[str, str], OutsideRow] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if products.is_inside():
-            return func(*args, **kwargs)
-        if outside.arrives_whole(func):
-            with self:
-                return outside.call_parts(func, args, kwargs)
-        out = func(*args, **kwargs)
-        self.callstack.mark()
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self.weights.follow(func, tensors, out)
-        module = self.callstack.name()
-        if module is not None and outside.multiplies(func):
-            self._add(func, module, outside.macs(func, args, kwargs, out), self.weights.among(tensors))
-        return out
-
-    def _add(self, func: Any, module: str, macs: int | None, weights: list[str]) -> None:
-        op = str(func._overloadpacket)
+    def __call__(self, operation: Operation) -> None:
+        """Take in one operator."""
+        self.weights.follow(operation)
+        op, module = operation.name, operation.module
+        if module is None or not operation.multiplies:
+            return
         row = self.rows.setdefault((op, module), OutsideRow(op=op, module=module))
+        macs = operation.macs()
         row.calls += 1
         row.macs = None if macs is None or row.macs is None else row.macs + macs
-        row.weights.extend(name for name in weights if name not in row.weights)
+        row.weights.extend(name for name in self.weights.among(operation.tensors) if name not in row.weights)
 
     def users(self, layer: str) -> list[OutsideRow]:
         """The rows of operators that multiplied by a weight of a converted layer."""
@@ -621,8 +603,8 @@ def verify(model: nn.Module) -> Iterator[Proof]:
     """
     if not any(isinstance(m, QuantLayer) for m in model.modules()):
         raise UsageError("verify: nothing in this model is converted; call lowbit.convert_ first")
-    proof, collector = Proof(), _Collector(model)
-    with Callstack(model) as callstack, _Outside(model, callstack) as plain, products.observed_by(collector):
+    proof, collector, plain = Proof(), _Collector(model), _Outside(model)
+    with watched_by(plain, model), products.observed_by(collector):
         yield proof
     proof.rows.extend(_by_layer(collector.rows))
     total = sum(row.macs for row in proof.rows) + sum(row.macs or 0 for row in plain.rows.values())
