@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.errors import RunError, UsageError
-from lowbit.ledger import Ledger, Product, Program
+from lowbit.ledger import Ledger, Product, Program, Total
 
 
 def product(layer: str = "a", name: str = "output", **changes: Any) -> Product:
@@ -202,6 +202,22 @@ def test_bits_of_each_step_are_summed_not_their_mean() -> None:
     totals = filled(Ledger()).totals()
 
     assert [(t.product.bits, t.calls) for t in totals if t.product.product == "output"] == [((8, 8), 2), ((4, 8), 4)]
+
+
+def test_bit_operations_are_macs_times_both_widths() -> None:
+    """Of a call, and of all calls."""
+    total = Total(product(bits=(3, 8), macs=24), 5)
+
+    assert (total.product.bit_operations, total.bit_operations) == (24 * 3 * 8, 5 * 24 * 3 * 8)
+
+
+@pytest.mark.parametrize(("steps", "widths"), [(1, 8), (2, 4)])
+def test_the_last_step_has_its_own_calls(steps: int, widths: int) -> None:
+    """The calls of the step before are not in it, nor are those of an evaluation after it."""
+    last = filled(Ledger(), steps).last_step()
+
+    assert [(total.product.bits[0], total.calls) for total in last] == [(widths, steps), (8, 1)]
+    assert Ledger().last_step() == []
 
 
 def test_the_papers_convention_charges_the_grad_input_that_did_not_run() -> None:

@@ -84,6 +84,11 @@ class Product:
         if min(*self.bits, *(self.grad_input_bits or (1,)), self.groups) < 1 or self.macs < 0:
             raise UsageError(f"{self.layer}: bits={self.bits}, macs={self.macs}: two widths from 1, and a count from 0")
 
+    @property
+    def bit_operations(self) -> int:
+        """Of one call: multiply-accumulates times the widths of both operands."""
+        return self.macs * self.bits[0] * self.bits[1]
+
     def charged(self) -> "Product | None":
         """The `grad_input` that papers charge this layer with although it did not run; None where it did."""
         if self.grad_input_bits is None:
@@ -157,6 +162,11 @@ class Total(NamedTuple):
     def macs(self) -> int:
         """Multiply-accumulates of all calls."""
         return self.product.macs * self.calls
+
+    @property
+    def bit_operations(self) -> int:
+        """Bit operations of all calls."""
+        return self.product.bit_operations * self.calls
 
 
 class Ledger:
@@ -361,6 +371,11 @@ class Ledger:
         order = {layer: i for i, layer in enumerate(dict.fromkeys(p.layer for p in self.products))}
         ordered = sorted(calls.items(), key=lambda item: (order[item[0].layer], PRODUCTS.index(item[0].product)))
         return [Total(product, n) for product, n in ordered]
+
+    def last_step(self) -> list[Total]:
+        """Each product of the last step with its number of calls in it; empty before the first."""
+        calls = self.programs[self.steps[-1].program].calls if self.steps else ()
+        return [Total(self.products[product], n) for product, n in calls]
 
     def uncounted(self, *, evaluations: bool = False) -> dict[str, int]:
         """Operators that were not counted, with their calls over all steps, or over all evaluations."""

@@ -60,7 +60,7 @@ def _sums(totals: Iterable[Total], each: Callable[[Product], float]) -> dict[str
 
 
 def _bit_operations(product: Product) -> int:
-    return product.macs * product.bits[0] * product.bits[1]
+    return product.bit_operations
 
 
 def macs(totals: Iterable[Total]) -> Terms:

@@ -340,11 +340,11 @@ def _set_forward(sites: Sequence[Site], bits: int) -> None:
 def _bit_operations(total: Total, recipe: Recipe, bits: int) -> int:
     """Bit operations of a product with its integer `input` and `weight` at these bits."""
     product = total.product
-    widths = [
+    first, second = (
         bits if o in FORWARD and isinstance(getattr(getattr(recipe, product.product), o), Integer) else own
         for o, own in zip(OPERANDS[product.product], product.bits, strict=True)
-    ]
-    return total.macs * widths[0] * widths[1]
+    )
+    return total._replace(product=dataclasses.replace(product, bits=(first, second))).bit_operations
 
 
 def _errors(model: nn.Module, batches: Sequence[Any], loss: Loss) -> tuple[list[OperandError], dict[str, list[Total]]]:

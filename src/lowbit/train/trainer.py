@@ -35,8 +35,8 @@ import lowbit
 from lowbit import files
 from lowbit.controller import PrecisionController, is_depthwise
 from lowbit.errors import RunError, Stopped, UsageError
+from lowbit.ledger import PLAIN, Total
 from lowbit.meter import layer_names
-from lowbit.products import ProductCall, counted_by
 from lowbit.range_test import RangeTestResult
 from lowbit.schedules import Cyclic, RangeTest
 from lowbit.train import checkpoint, data, models
@@ -331,8 +331,7 @@ class _Module(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
         x, y = batch
-        with counted_by(self.count):
-            loss, accuracy = _score(self.model(x), y)
+        loss, accuracy = _score(self.model(x), y)
         if not loss.isfinite():
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
                 cause = explain_non_finite(self.model, x)
@@ -341,14 +340,11 @@ class _Module(LightningModule):
         penalty = 0.0 if self.gates is None else self.gates.penalty()
         return {"loss": loss + penalty, "task_loss": loss.detach(), "accuracy": accuracy, "lr": lr}
 
-    def backward(self, loss: Tensor) -> None:
-        with counted_by(self.count):
-            loss.backward()
-
-    def count(self, call: ProductCall) -> None:
-        """Add a product of a converted layer to the run's cost."""
-        self.cost["macs"] += call.macs
-        self.cost["bit_operations"] += call.macs * call.bits[0] * call.bits[1]
+    def add_cost(self, ran: list[Total]) -> None:
+        """Add what converted layers ran in one step to the run's cost."""
+        converted = [total for total in ran if total.product.engine != PLAIN]
+        self.cost["macs"] += sum(total.macs for total in converted)
+        self.cost["bit_operations"] += sum(total.bit_operations for total in converted)
 
     def precision(self) -> dict[str, float]:
         """What the precision of the present batch is, and what the run cost so far: figures for the logs."""
@@ -464,13 +460,15 @@ class _StepTimer(Callback):
 
 
 class _Meter(Callback):
-    """Ends the ledger's steps and evaluations where those of the run end."""
+    """Ends the ledger's steps and evaluations where those of the run end, and adds up the run's cost from them."""
 
     def __init__(self, meter: lowbit.Meter) -> None:
         self.meter = meter
 
-    def on_train_batch_end(self, *_: object) -> None:
+    def on_train_batch_end(self, _: Trainer, pl_module: LightningModule, *__: object) -> None:
+        assert isinstance(pl_module, _Module)
         self.meter.step()
+        pl_module.add_cost(self.meter.ledger.last_step())
 
     def on_validation_end(self, _: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, _Module)
