@@ -1,7 +1,9 @@
 """Conversion and restoration: what changes, what stays, what is refused, and lowbit's own state."""
 
 import copy
+import dataclasses
 import io
+import json
 import re
 import warnings
 from collections.abc import Callable
@@ -597,6 +599,22 @@ def test_the_report_shows_bits_and_engine_of_each_product() -> None:
     linear = next(line for line in lines if "Linear" in line)
     assert linear.split() == ["0", "Linear", "sbm8", "8x8", "8x8", "16x8", "reference"]
     assert "has no product" in str(lines)
+
+
+def test_the_report_as_json_has_what_its_text_has() -> None:
+    """Recipe, counts, share, the largest layers that are left, every field of every row, and the notes."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 12))
+    report = lowbit.convert_(model, "cpt", engine="reference")
+
+    data = json.loads(report.to_json(), parse_constant=pytest.fail)
+
+    assert str(report).startswith(
+        f"{data['recipe']}: {data['converted']} of {data['layers']} layers converted with {100 * data['share']:g} %"
+    )
+    assert (data["version"], data["largest_left"], data["without_gain"]) == (1, ["2"], [])
+    assert [row["name"] for row in data["rows"]] == ["0", "1", "2"]
+    assert all(row == dataclasses.asdict(own) for row, own in zip(data["rows"], report.rows, strict=True))
+    assert data["notes"] == list(report.notes) != []
 
 
 class Conv1D(nn.Module):

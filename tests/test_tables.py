@@ -1,6 +1,9 @@
+import json
+import math
+
 import pytest
 
-from lowbit.tables import text_table
+from lowbit.tables import json_text, text_table
 
 
 def test_words_stand_left_and_numbers_right() -> None:
@@ -46,3 +49,12 @@ def test_a_row_that_is_too_long_is_an_error() -> None:
     """A cell without a title is not dropped in silence."""
     with pytest.raises(ValueError, match="zip"):
         text_table(["a"], [["1", "2"]])
+
+
+def test_json_has_null_for_what_is_not_finite() -> None:
+    """Strict JSON: an inf or nan at any depth becomes null, and everything else comes back as it was."""
+    data = {"a": math.inf, "b": [1, -math.inf, {"c": math.nan}], "d": (True, "nan", None, 0.1)}
+
+    read = json.loads(json_text(data), parse_constant=pytest.fail)
+
+    assert read == {"a": None, "b": [1, None, {"c": None}], "d": [True, "nan", None, 0.1]}

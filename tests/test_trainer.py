@@ -246,6 +246,16 @@ def test_infinite_loss_stops_with_step_and_place(tmp_path: Path) -> None:
         trainer.train(config(tmp_path / "run", recipe="fp32", lr=1e30, schedule="constant"))
 
 
+def test_what_ran_stands_as_text_and_as_json(complete: Path) -> None:
+    """Both reports of a run have the same layers in either form."""
+    conversion, proof = (json.loads((complete / f"{name}.json").read_text()) for name in ("conversion", "proof"))
+
+    layers = [row["name"] for row in conversion["rows"] if row["recipe"]]
+    assert [row["layer"] for row in proof["layers"]] == layers
+    assert all(f"\n{layer} " in (complete / "conversion.txt").read_text() for layer in layers)
+    assert all(f"\n{layer} " in (complete / "proof.txt").read_text() for layer in layers)
+
+
 def test_explanation_names_the_first_bad_layer() -> None:
     """The first layer whose output is not finite is named, not the later ones that it spoils."""
 

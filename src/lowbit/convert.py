@@ -11,7 +11,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from lowbit.nn.site import Clock, Site
 from lowbit.products import ENGINES, Convolution, Linear, Op, refusal
 from lowbit.recipe import Recipe, recipes
 from lowbit.strides import suggests_channels_last
-from lowbit.tables import text_table
+from lowbit.tables import json_text, text_table
 
 RecipeLike = Recipe | str
 Matcher = str | re.Pattern[str] | type
@@ -158,16 +158,40 @@ class Report:
         body = text_table(["layer", "type", "recipe", *names, "engine", "remark"], table)
         return "\n".join([head, "", body, *("note: " + note for note in self.notes)])
 
+    def to_dict(self) -> dict[str, Any]:
+        """The first line, the table and the notes as plain values."""
+        return {
+            "version": 1,
+            "recipe": self.recipe,
+            "layers": len(self.rows),
+            "converted": self._number,
+            "share": self.share,
+            "largest_left": [row.name for row in self._largest_left()],
+            "without_gain": list(self.without_gain),
+            "rows": [asdict(row) for row in self.rows],
+            "notes": list(self.notes),
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json_text(self.to_dict())
+
+    @property
+    def _number(self) -> int:
+        """How many layers are converted."""
+        return sum(row.converted for row in self.rows)
+
+    def _largest_left(self) -> list[Row]:
+        """Of the layers that should have been converted and are not, the three with most weights."""
+        left = [row for row in self.rows if row.weights and not row.converted and row.left_by not in _NOT_ASKED_FOR]
+        return sorted(left, key=lambda row: -row.weights)[:3]
+
     def _converted(self) -> str:
         """How many layers and which share of the weights are converted, and where the largest of the others are."""
-        layers = f"{sum(row.converted for row in self.rows)} of {len(self.rows)} layers converted"
+        layers = f"{self._number} of {len(self.rows)} layers converted"
         if self.share is None:
             return layers
-        left = [row for row in self.rows if row.weights and not row.converted and row.left_by not in _NOT_ASKED_FOR]
-        largest = [
-            f"{row.name or '(model)'} ({row.type}, {row.weights:,})"
-            for row in sorted(left, key=lambda row: -row.weights)[:3]
-        ]
+        largest = [f"{row.name or '(model)'} ({row.type}, {row.weights:,})" for row in self._largest_left()]
         percent = math.floor(1000 * self.share) / 10  # 100 % is all of them
         others = f", largest not converted: {', '.join(largest)}" if largest else ""
         return f"{layers} with {percent:g} % of the weights of matrix products and convolutions{others}"

@@ -1,7 +1,10 @@
-"""Plain text tables for reports."""
+"""Reports as text: plain tables, and JSON."""
 
+import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -26,3 +29,16 @@ _NUMBER = re.compile(r"[+-]?(inf|nan|∞|×?[\d,]+(\.\d+)?(e[+-]?\d+)?)?( ?%)?|-
 
 def _is_number(cell: str) -> bool:
     return bool(cell) and _NUMBER.fullmatch(cell) is not None
+
+
+def json_text(data: Mapping[str, Any]) -> str:
+    """Plain values as indented JSON that any reader takes: a number that is infinite or nan becomes null."""
+    return json.dumps(_finite(data), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,7 +8,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,11 @@ from lowbit.checks import checked
 from lowbit.convert import plain_type, replaced
 from lowbit.errors import RunError, UsageError
 from lowbit.formats import Integer
+from lowbit.ledger import PRODUCTS
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site
 from lowbit.products import OperandRun, ProductRun
-from lowbit.tables import text_table
+from lowbit.tables import json_text, text_table
 from lowbit.watch import Operation, watched_by
 
 # The cosine that the column "bits needed" asks for.
@@ -104,6 +106,11 @@ class _Compared:
     def cosine(self) -> float:
         """Cosine of the angle to full precision."""
         return self.sums.cosine
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing changed."""
+        return self.sums.error == 0
 
 
 @dataclass(kw_only=True)
@@ -235,6 +242,16 @@ class Proof:
     outside: list[OutsideRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates inside converted layers."""
+        return sum(row.macs for row in self.rows)
+
+    @property
+    def outside_share(self) -> float:
+        """Of the MACs of all products, those outside converted layers, as far as they are counted."""
+        return sum(row.share or 0 for row in self.outside)
+
     def __str__(self) -> str:
         header = [
             "layer",
@@ -265,12 +282,11 @@ class Proof:
             ]
             for row in self.rows
         ]
-        inside = sum(row.macs for row in self.rows)
-        parts = [text_table(header, table), "", f"{inside:,} MACs inside converted layers."]
+        parts = [text_table(header, table), "", f"{self.macs:,} MACs inside converted layers."]
         if not self.outside:
             return "\n".join([*parts, "No product ran outside them.", *self.notes])
-        share = sum(row.share or 0 for row in self.outside)
-        parts.append(f"{100 * share:.2f} % of all MACs ran outside them, in the precision they were given:")
+        share = f"{100 * self.outside_share:.2f} %"
+        parts.append(f"{share} of all MACs ran outside them, in the precision they were given:")
         rows = [
             [
                 row.module or "(model)",
@@ -289,14 +305,87 @@ class Proof:
 
     def summary(self) -> str:
         """A shorter table, a line per layer: the bits of each product and the smallest SQNR among them."""
-        names = ("output", "grad_input", "grad_weight")
-        table = []
-        for layer in dict.fromkeys(row.layer for row in self.rows):
-            rows = {row.product: row for row in self.rows if row.layer == layer}
-            bits = [rows[name].bits if name in rows else "-" for name in names]
-            engines = ", ".join(dict.fromkeys(row.engine for row in rows.values()))
-            table.append([layer or "(model)", *bits, engines, f"{min(row.sqnr_db for row in rows.values()):.1f}"])
-        return text_table(["layer", *names, "engine", "lowest SQNR dB"], table)
+        table = [
+            [
+                layer or "(model)",
+                *(rows[name].bits if name in rows else "-" for name in PRODUCTS),
+                ", ".join(dict.fromkeys(row.engine for row in rows.values())),
+                f"{_lowest_sqnr_db(rows):.1f}",
+            ]
+            for layer, rows in self._layers().items()
+        ]
+        return text_table(["layer", *PRODUCTS, "engine", "lowest SQNR dB"], table)
+
+    def _layers(self) -> dict[str, dict[str, ProofRow]]:
+        """The rows by layer and product."""
+        layers: dict[str, dict[str, ProofRow]] = {}
+        for row in self.rows:
+            layers.setdefault(row.layer, {})[row.product] = row
+        return layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary, the tables and what stands around them as plain values; shares from 0 to 1."""
+        return {
+            "version": 1,
+            "macs": self.macs,
+            "outside_share": self.outside_share,
+            "wanted_cosine": WANTED_COSINE,
+            "layers": [
+                {
+                    "layer": layer,
+                    "bits": {name: row.bits for name, row in rows.items()},
+                    "engines": list(dict.fromkeys(engine for row in rows.values() for engine in row.engines)),
+                    "lowest_sqnr_db": _lowest_sqnr_db(rows),
+                }
+                for layer, rows in self._layers().items()
+            ],
+            "rows": [_values(row) for row in self.rows],
+            "outside": [asdict(row) for row in self.outside],
+            "notes": self.notes,
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON; a figure that is infinite or nan, such as the SQNR of an exact product, is null."""
+        return json_text(self.to_dict())
+
+
+def _values(row: ProofRow) -> dict[str, Any]:
+    return {
+        "layer": row.layer,
+        "product": row.product,
+        "engines": row.engines,
+        "kernels": row.kernels,
+        "calls": row.calls,
+        "macs": row.macs,
+        "bits": row.bits,
+        **_figures(row),
+        "operands": {
+            name: {
+                "format": operand.format,
+                "bits": operand.bits,
+                "most_bits": operand.most_bits,
+                "elements": operand.elements,
+                **_figures(operand),
+                "floored": operand.floored,
+            }
+            for name, operand in row.operands.items()
+        },
+    }
+
+
+def _figures(what: ProofRow | OperandProof) -> dict[str, Any]:
+    return {
+        "sqnr_db": what.sqnr_db,
+        "cosine": what.cosine,
+        "exact": what.exact,
+        "clipped": what.clipped,
+        "angle_bound": what.angle_bound,
+        "bits_needed": what.bits_needed,
+    }
+
+
+def _lowest_sqnr_db(rows: dict[str, ProofRow]) -> float:
+    return min(row.sqnr_db for row in rows.values())
 
 
 class _Collector:
@@ -572,7 +661,7 @@ def _replaced(model: nn.Module) -> Iterator[str]:
 def _by_layer(rows: dict[tuple[str, str], ProofRow]) -> list[ProofRow]:
     """Layers in the order they first ran, each with its products together."""
     layers = list(dict.fromkeys(layer for layer, _ in rows))
-    order = [(layer, product) for layer in layers for product in ("output", "grad_input", "grad_weight")]
+    order = [(layer, product) for layer in layers for product in PRODUCTS]
     return [rows[key] for key in order if key in rows]
 
 
@@ -607,7 +696,7 @@ def verify(model: nn.Module) -> Iterator[Proof]:
     with watched_by(plain, model), products.observed_by(collector):
         yield proof
     proof.rows.extend(_by_layer(collector.rows))
-    total = sum(row.macs for row in proof.rows) + sum(row.macs or 0 for row in plain.rows.values())
+    total = proof.macs + sum(row.macs or 0 for row in plain.rows.values())
     for row in plain.rows.values():
         row.share = None if row.macs is None else row.macs / max(total, 1)
         proof.outside.append(row)

@@ -1,11 +1,10 @@
 """Training runs on Lightning's Trainer that continue bit for bit after a kill.
 
-A run is a folder: ``config.yaml`` (every setting), ``conversion.txt``, ``proof.txt`` (what its first step ran),
-``ledger.jsonl`` (what every step computed), ``measured.jsonl`` (seconds and joules), ``last.ckpt`` and ``last-1.ckpt``,
-``csv/metrics.csv``, ``tensorboard/`` and, once it is complete, ``result.json``. One process writes to it at a time.
-What is random in
-step i follows from the settings and i alone: the loader is a pure function of (seed, epoch, batch), torch is seeded
-anew before each step, and lowbit counts its own noise.
+A run is a folder: ``config.yaml`` (every setting), ``conversion.txt`` and ``proof.txt`` (what its first step ran), both
+also as ``.json``, ``ledger.jsonl`` (what every step computed), ``measured.jsonl`` (seconds and joules), ``last.ckpt``
+and ``last-1.ckpt``, ``csv/metrics.csv``, ``tensorboard/`` and, once it is complete, ``result.json``. One process writes
+to it at a time. What is random in step i follows from the settings and i alone: the loader is a pure function of (seed,
+epoch, batch), torch is seeded anew before each step, and lowbit counts its own noise.
 """
 
 import contextlib
@@ -628,9 +627,9 @@ def _run(
     timer = _StepTimer()
     began = stop.saved = 0 if start is None else start["global_step"]
     if start is None:
-        files.write_text(config.out / "conversion.txt", f"{report}\n")
+        _write_report(config.out / "conversion.txt", str(report), report)
         proof = _prove(config, loaded, module)
-        files.write_text(config.out / PROOF, f"{proof.summary()}\n\n{proof}\n")
+        _write_report(config.out / PROOF, f"{proof.summary()}\n\n{proof}", proof)
     if began < module.total_steps:
         (config.out / RESULT).unlink(missing_ok=True)  # of the run before it went on
         with (
@@ -765,6 +764,12 @@ def _prove(config: TrainConfig, loaded: data.Data, module: _Module) -> lowbit.Pr
             loss, _ = _score(copied(x), y)
         loss.backward()
     return proof
+
+
+def _write_report(path: Path, text: str, report: lowbit.Report | lowbit.Proof) -> None:
+    """Write a report as text, and beside it as JSON."""
+    files.write_text(path, f"{text}\n")
+    files.write_text(path.with_suffix(".json"), f"{report.to_json()}\n")
 
 
 def _open_ledger(config: TrainConfig, model: nn.Module, began: int, *, drop_damaged: bool) -> lowbit.Ledger:
