@@ -41,8 +41,7 @@ def config(out: Path, **changes: Any) -> TrainConfig:
 
 def last(out: Path) -> dict[str, Any]:
     """The last checkpoint of the run in `out`."""
-    content: dict[str, Any] = torch.load(out / "last.ckpt", weights_only=True)
-    return content
+    return checkpoint.load(out / "last.ckpt")
 
 
 @pytest.fixture(scope="module")
@@ -632,6 +631,41 @@ def test_damaged_or_foreign_checkpoint_is_named(damage: str, stopped: Path) -> N
 
     with pytest.raises(RunError, match=r"last\.ckpt.*expected a checkpoint that `lowbit train` wrote"):
         trainer.resume(stopped)
+
+
+CHANGES: dict[str, Any] = {
+    "a step that is a text": lambda content: content["loops"]["fit_loop"]["epoch_progress"].update(current="x"),
+    "a rate that is another": lambda content: content["optimizer_states"][0]["param_groups"][0].update(lr=1.5),
+    "momentum of another shape": lambda content: content["optimizer_states"][0]["state"][0].update(
+        momentum_buffer=torch.zeros(3)
+    ),
+    "a setting that is a tensor": lambda content: content["lowbit"]["config"].update(lr=torch.zeros(3)),
+    "no entry of the schedule": lambda content: content["lr_schedulers"][0].pop("lr_lambdas"),
+    "a key of its own": lambda content: content.update(mine=1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_checkpoint_that_was_changed_is_refused(change: str, stopped: Path) -> None:
+    """What torch and Lightning would believe, up to a traceback or to other weights, is no checkpoint of lowbit."""
+    (stopped / "last-1.ckpt").unlink()
+    content = torch.load(stopped / "last.ckpt", weights_only=True)
+    CHANGES[change](content)
+    torch.save(content, stopped / "last.ckpt")
+
+    with pytest.raises(RunError, match=r"was changed after it was written; expected a checkpoint"):
+        trainer.resume(stopped)
+
+
+def test_weights_of_a_checkpoint_may_be_changed(stopped: Path) -> None:
+    """Elements of tensors are the user's: a run goes on from averaged weights."""
+    content = torch.load(stopped / "last.ckpt", weights_only=True)
+    content["state_dict"]["model.head.bias"] += 1
+    torch.save(content, stopped / "last.ckpt")
+
+    trainer.resume(stopped)
+
+    assert torch.equal(last(stopped)["state_dict"]["model.head.bias"], content["state_dict"]["model.head.bias"])
 
 
 class Payload:

@@ -3,6 +3,7 @@
 The newest is ``last.ckpt``; the ones before it are ``last-1.ckpt``, ``last-2.ckpt`` and so on.
 """
 
+import hashlib
 import os
 import re
 import zipfile
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from lowbit import files
 from lowbit.errors import RunError
+
+_SEAL = "seal"
 
 
 class DamagedError(RunError):
@@ -29,7 +32,8 @@ def save(path: Path, checkpoint: Mapping[str, object], *, keep: int = 1) -> None
         checkpoint: what to save.
         keep: how many checkpoints to keep, this one included.
     """
-    files.write_atomically(path, lambda file: torch.save(checkpoint, file), before=lambda: _move_on(path, keep))
+    sealed = {**checkpoint, _SEAL: _seal(checkpoint)}
+    files.write_atomically(path, lambda file: torch.save(sealed, file), before=lambda: _move_on(path, keep))
 
 
 def kept(path: Path) -> list[Path]:
@@ -50,7 +54,8 @@ def load(path: Path) -> dict[str, object]:
     """Read a checkpoint that `save` wrote.
 
     Raises:
-        DamagedError: the file is absent, damaged, no torch file, a link, or holds more than tensors and plain values.
+        DamagedError: the file is absent, damaged, no torch file, a link, holds more than tensors and plain values, or
+            was changed since: another key, type, shape or number; only the elements of tensors are free.
     """
     expected = "expected a checkpoint that `lowbit train` wrote"
     try:
@@ -70,6 +75,8 @@ def load(path: Path) -> dict[str, object]:
         raise DamagedError(f"{path} is damaged (the checksum of {damaged} is wrong); {expected}.")
     if not isinstance(content, dict):
         raise DamagedError(f"{path} holds a {type(content).__name__}; {expected}.")
+    if content.pop(_SEAL, None) != _seal(content):
+        raise DamagedError(f"{path} is foreign, or was changed after it was written; {expected}.")
     return content
 
 
@@ -82,6 +89,30 @@ def not_finite(content: object, name: str = "") -> Iterator[str]:
         entries = content.items() if isinstance(content, Mapping) else enumerate(content)
         for key, value in entries:
             yield from not_finite(value, f"{name}.{key}" if name else str(key))
+
+
+def _seal(content: object) -> str:
+    """A hash of all keys, types and plain values of a tree, and of its tensors' types and shapes, in hexadecimal.
+
+    Lightning and the optimizers of torch believe what a checkpoint says, to a traceback or to other numbers.
+    """
+    seal = hashlib.sha256()
+    for line in _lines(content):
+        seal.update(f"{line!r}\n".encode(errors="backslashreplace"))
+    return seal.hexdigest()
+
+
+def _lines(content: object) -> Iterator[tuple[object, ...]]:
+    if isinstance(content, Tensor):
+        yield "Tensor", str(content.dtype), tuple(content.shape)
+    elif isinstance(content, Mapping | list | tuple):
+        kind = "dict" if isinstance(content, Mapping) else type(content).__name__
+        yield kind, len(content)
+        for key, value in content.items() if isinstance(content, Mapping) else enumerate(content):
+            yield "key", key
+            yield from _lines(value)
+    else:
+        yield type(content).__name__, content
 
 
 def _move_on(path: Path, keep: int) -> None:
