@@ -12,7 +12,7 @@ import torch
 
 import lowbit
 from lowbit.hardware import Estimate, Store, as_matrix
-from lowbit.ledger import Product
+from lowbit.records import Product
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,10 @@ import lowbit
 from lowbit.cost import Cost
 from lowbit.errors import RunError, UsageError
 from lowbit.hardware import BitFusion, Estimate, Store
-from lowbit.ledger import Ledger, Product
+from lowbit.ledger import Ledger
 from lowbit.metrics import METRICS
 from lowbit.plan import plan
+from lowbit.records import Product
 from lowbit.schedules import Piecewise
 
 

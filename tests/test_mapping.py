@@ -10,8 +10,8 @@ from torch import nn
 import lowbit
 from lowbit.errors import UsageError
 from lowbit.hardware import BitFusion, as_matrix
-from lowbit.ledger import Product
 from lowbit.plan import plan
+from lowbit.records import Product
 
 ARRAY = BitFusion()
 

@@ -22,7 +22,8 @@ from conftest import ORACLES
 from lowbit import integer, products
 from lowbit.errors import UsageError
 from lowbit.kernels import cpu
-from lowbit.ledger import PLAIN, PRODUCTS, Ledger, Product
+from lowbit.ledger import Ledger
+from lowbit.records import PLAIN, PRODUCTS, Product
 from lowbit.train import models
 from lowbit.train.data import Task
 

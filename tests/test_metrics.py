@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import lowbit
 from conftest import ORACLES
 from lowbit import metrics
-from lowbit.ledger import PRODUCTS, Product, Total
 from lowbit.metrics import METRICS
 from lowbit.plan import plan
+from lowbit.records import PRODUCTS, Product, Total
 from lowbit.schedules import Cyclic, Schedule, bit_operations
 from lowbit.train import models
 from lowbit.train.data import Task

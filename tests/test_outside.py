@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit import outside
+from lowbit import formulas, outside
 from lowbit.watch import Operation, watched_by
 
 
@@ -22,7 +22,7 @@ def _operators() -> dict[str, list[str]]:
 
 def _places(name: str, overloads: list[str]) -> int:
     """In how many of the tables an operator is; a composite one that is in none counts as one."""
-    tables = name in outside.FORWARD, name in outside.BACKWARD, name in outside.UNCOUNTED
+    tables = name in formulas.FORWARD, name in formulas.BACKWARD, name in outside.UNCOUNTED
     listed = sum(tables) + bool(outside.why_no_product(name))
     return listed or all(outside.is_composite(overload) for overload in overloads)
 
@@ -41,7 +41,7 @@ def test_every_operator_that_looks_like_a_product_is_known() -> None:
 
 def test_the_tables_hold_what_looks_like_a_product() -> None:
     """The pattern that the registry is walked with finds every operator that the tables have."""
-    known = [*outside.FORWARD, *outside.BACKWARD, *outside.UNCOUNTED]
+    known = [*formulas.FORWARD, *formulas.BACKWARD, *outside.UNCOUNTED]
 
     assert [n for n in known if not outside.LOOKS_LIKE_A_PRODUCT.search(n.partition("::")[2])] == []
     assert {"aten::mm", "aten::convolution", "aten::_grouped_mm"} <= set(known) & _operators().keys()

@@ -19,7 +19,8 @@ import lowbit
 from lowbit import Proof, RunError, UsageError, VerificationError, integer, products
 from lowbit.formats import Integer
 from lowbit.products import OperandRun
-from lowbit.verify import angle_bound, bits_needed, distinct_values
+from lowbit.theory import angle_bound, bits_needed
+from lowbit.verify import distinct_values
 
 needs_units = pytest.mark.skipif(bool(integer.missing("int8")), reason="this machine lacks 8-bit units")
 ALL = ["output", "grad_input", "grad_weight"]

@@ -16,9 +16,10 @@ from lowbit.ledger import Ledger
 from lowbit.meter import Meter
 from lowbit.plan import plan
 from lowbit.probe import Probe, probe
+from lowbit.proof import Proof
 from lowbit.range_test import RangeTestResult, range_test
 from lowbit.recipe import Recipe, recipes
-from lowbit.verify import Proof, VerificationError, tripwire, verify
+from lowbit.verify import VerificationError, tripwire, verify
 
 __version__ = version("lowbit")
 

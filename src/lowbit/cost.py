@@ -17,8 +17,9 @@ from lowbit import metrics, userfile
 from lowbit.checks import check_fields, check_type
 from lowbit.errors import RunError, UsageError
 from lowbit.hardware import Accelerator, Estimate, total
-from lowbit.ledger import PRODUCTS, Convention, Ledger, Product, Total, per_layer
+from lowbit.ledger import Ledger
 from lowbit.metrics import METRICS, Terms
+from lowbit.records import PRODUCTS, Convention, Product, Total, per_layer
 from lowbit.tables import text_table
 
 CONVENTIONS: tuple[Convention, ...] = ("as-ran", "as-charged")

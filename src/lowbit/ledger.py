@@ -4,172 +4,30 @@ A product (its layer, shapes and bits) is written once, and so is a program: whi
 often each. A step is then one short line that names its program. So a ledger has the bits of every step, and stays
 small. Nothing in it depends on the clock or the machine: the same run writes the same bytes. Each line ends with its
 checksum (``crc``, the CRC-32 of what stands before it); ledgers of older versions, without, are read as they are.
-
-Notation: a step is one update of the weights, counted from 0; one multiply-accumulate (MAC) is one operation.
 """
 
-import dataclasses
 import io
 import json
 import os
 import re
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, Self, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 
 from lowbit import files
-from lowbit.checks import check_fields, check_type, check_whole, checked
-from lowbit.errors import RunError, UsageError, check_choice, shown
+from lowbit.checks import check_type, check_whole, checked
+from lowbit.errors import RunError, UsageError
+from lowbit.history import History
+from lowbit.records import Evaluation, Product, Program, Step
 
 _T = TypeVar("_T")
-Convention = Literal["as-ran", "as-charged"]
-PRODUCTS = ("output", "grad_input", "grad_weight")
-# The two operands of each product, in the order of `Product.bits`.
-OPERANDS = {
-    "output": ("input", "weight"),
-    "grad_input": ("grad_output", "weight"),
-    "grad_weight": ("grad_output", "input"),
-}
-PLAIN = "plain"  # the engine of what ran outside converted layers
-
 _VERSION = 1
 _DROPPED = "damaged lines dropped: "
 _CRC = re.compile(rb',"crc":"([0-9a-f]{8})"\}\n?')
 
 
-@dataclass(frozen=True, kw_only=True)
-class Product:
-    """One product of one layer at one shape and one pair of widths.
-
-    Args:
-        layer: the layer's name; for a product outside any layer that of the innermost module, ``""`` the model.
-        product: ``"output"``, ``"grad_input"`` or ``"grad_weight"``.
-        kind: what was computed, e.g. ``"conv2d"``.
-        engine: how it was executed; ``"plain"`` outside converted layers.
-        bits: widths of its two operands in bits, in the order of `OPERANDS`.
-        macs: multiply-accumulates of one call.
-        input: shape of the layer's input (of the first factor, for a product of two activations).
-        weight: shape of its weight (of the second factor).
-        output: shape of its output.
-        stride: of a convolution, one number per spatial axis; else empty.
-        groups: of a convolution.
-        transposed: whether it is a transposed convolution.
-        grad_input_bits: of a `grad_weight` whose `grad_input` did not run, since nothing asked for the gradient of
-            the layer's input: the widths that it would have had.
-    """
-
-    layer: str
-    product: str
-    kind: str
-    engine: str
-    bits: tuple[int, int]
-    macs: int
-    input: tuple[int, ...]
-    weight: tuple[int, ...]
-    output: tuple[int, ...]
-    stride: tuple[int, ...] = ()
-    groups: int = 1
-    transposed: bool = False
-    grad_input_bits: tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.product not in PRODUCTS:
-            raise UsageError(f"product {self.product!r}: one of {', '.join(PRODUCTS)}")
-        if min(*self.input, *self.weight, *self.output, *self.stride, 0) < 0:
-            raise UsageError(f"{self.layer}: shapes {self.input}, {self.weight}, {self.output}: sizes are 0 or more")
-        if min(*self.bits, *(self.grad_input_bits or (1,)), self.groups) < 1 or self.macs < 0:
-            raise UsageError(f"{self.layer}: bits={self.bits}, macs={self.macs}: two widths from 1, and a count from 0")
-
-    @property
-    def bit_operations(self) -> int:
-        """Of one call: multiply-accumulates times the widths of both operands."""
-        return self.macs * self.bits[0] * self.bits[1]
-
-    def charged(self) -> "Product | None":
-        """The `grad_input` that papers charge this layer with although it did not run; None where it did."""
-        if self.grad_input_bits is None:
-            return None
-        return dataclasses.replace(self, product="grad_input", bits=self.grad_input_bits, grad_input_bits=None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Program:
-    """What one step or one evaluation ran.
-
-    Args:
-        calls: pairs (index of a product, how often it ran), in order of the index.
-        uncounted: pairs (operator, how often it ran in forward passes) of what was not counted, outside converted
-            layers; views and the creation of tensors left out.
-        held_bytes: bytes that one forward pass left to its backward, at most; None where none was looked at. See
-            `lowbit.meter` for what is in it.
-    """
-
-    calls: tuple[tuple[int, int], ...]
-    uncounted: tuple[tuple[str, int], ...] = ()
-    held_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if min([n for _, n in (*self.calls, *self.uncounted)] + [self.held_bytes or 0], default=0) < 0:
-            raise UsageError(f"{shown(vars(self))}: counts are 0 or more")
-
-
-class Step(NamedTuple):
-    """One update of the weights: its number from 0, the index of its program, and its samples."""
-
-    step: int
-    program: int
-    samples: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What ran in evaluation mode between two steps, and the score it gave.
-
-    Args:
-        step: steps done before it.
-        program: index of its program; None where only a score is known.
-        samples: samples.
-        name: of the score, e.g. ``"test_accuracy"``; None without a score.
-        score: its value.
-        higher_is_better: its direction.
-    """
-
-    step: int
-    program: int | None
-    samples: int
-    name: str | None = None
-    score: float | None = None
-    higher_is_better: bool = True
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if min(self.step, self.samples) < 0:
-            raise UsageError(f"an evaluation of {self.samples} samples after {self.step} steps: both are 0 or more")
-
-
-class Total(NamedTuple):
-    """A product, and how often it ran."""
-
-    product: Product
-    calls: int
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates of all calls."""
-        return self.product.macs * self.calls
-
-    @property
-    def bit_operations(self) -> int:
-        """Bit operations of all calls."""
-        return self.product.bit_operations * self.calls
-
-
-class Ledger:
+class Ledger(History):
     """What a run computed: products, programs, steps and evaluations, in memory and, where it has one, in a file.
 
     `create` and `resume` give a ledger that writes each record as it comes; `load` reads one. `lowbit.Meter` fills
@@ -183,19 +41,7 @@ class Ledger:
 
     @checked
     def __init__(self, *, model: str = "", layers: Iterable[str] = (), first_step: int = 0) -> None:
-        check_whole("first_step", first_step, 0)
-        self.model = model
-        self.layers = tuple(layers)
-        check_type("layers", self.layers, tuple[str, ...])
-        self.first_step = first_step
-        self.products: list[Product] = []
-        self.programs: list[Program] = []
-        self.steps: list[Step] = []
-        self.evaluations: list[Evaluation] = []
-        self.notes: list[str] = []
-        self._product_index: dict[Product, int] = {}
-        self._program_index: dict[Program, int] = {}
-        self._next = first_step  # number of the next step
+        super().__init__(model=model, layers=layers, first_step=first_step)
         self._lost: set[tuple[str, int]] | None = None  # definitions in lines that were dropped; None: none may be
         self._file: BinaryIO | None = None
 
@@ -276,231 +122,6 @@ class Ledger:
         """Close the file, if there is one; the ledger stays readable and takes no more records."""
         if self._file is not None:
             self._file.close()
-
-    # Adding records.
-
-    def intern(self, product: Product) -> int:
-        """The index of a product, which is added where it is new."""
-        index = self._product_index.get(product)
-        if index is None:
-            self._write("product", {"index": len(self.products), **_fields(product)})
-            index = self._product_index[product] = len(self.products)
-            self.products.append(product)
-        return index
-
-    def intern_program(self, program: Program) -> int:
-        """The index of a program, which is added where it is new."""
-        index = self._program_index.get(program)
-        if index is None:
-            for product, calls in program.calls:
-                if not 0 <= product < len(self.products) or calls < 1:
-                    raise UsageError(f"a program calls product {product} {calls} times: no such product or count")
-            self._write("program", {"index": len(self.programs), **_fields(program)})
-            index = self._program_index[program] = len(self.programs)
-            self.programs.append(program)
-        return index
-
-    def add_step(self, program: Program | int, *, samples: int) -> None:
-        """Add the next step, with its program or the index of one that is there."""
-        index = program if isinstance(program, int) else self.intern_program(program)
-        if not 0 <= index < len(self.programs):
-            raise UsageError(f"program {index}: this ledger has {len(self.programs)}")
-        step = Step(self._next, index, samples)
-        self._write("step", step._asdict())
-        self.steps.append(step)
-        self._next += 1
-
-    @checked
-    def add_evaluation(
-        self,
-        program: Program | None,
-        *,
-        samples: int = 0,
-        name: str | None = None,
-        score: float | None = None,
-        higher_is_better: bool = True,
-    ) -> None:
-        """Add an evaluation after the steps so far."""
-        evaluation = Evaluation(
-            step=self._next,
-            program=None if program is None else self.intern_program(program),
-            samples=samples,
-            name=name,
-            score=score,
-            higher_is_better=higher_is_better,
-        )
-        self._write("evaluation", _fields(evaluation))
-        self.evaluations.append(evaluation)
-
-    @checked
-    def add_note(self, note: str) -> None:
-        """Add a sentence that every report shows."""
-        self.notes.append(note)
-        self._write("note", {"text": note})
-
-    # Asking.
-
-    @property
-    def samples(self) -> int:
-        """Samples of all steps."""
-        return sum(step.samples for step in self.steps)
-
-    @property
-    def held_bytes(self) -> int | None:
-        """The most that one forward pass of a step left to its backward; see `Program`."""
-        known = [self.programs[number].held_bytes for number in set(self._program_numbers(False))]
-        return max((held for held in known if held is not None), default=None)
-
-    @checked
-    def totals(self, convention: Convention = "as-ran", *, evaluations: bool = False) -> list[Total]:
-        """Each product with its number of calls over all steps, in the order of first appearance.
-
-        Args:
-            convention: ``"as-ran"``; or ``"as-charged"``: as the papers count, each layer whose weight was trained
-                also has a `grad_input`, though nothing needs the one of the first layer.
-            evaluations: of the evaluations instead of the steps.
-        """
-        check_choice("convention", convention, Convention)
-        calls: Counter[Product] = Counter()
-        for index, times in Counter(self._program_numbers(evaluations)).items():
-            for product_index, n in self.programs[index].calls:
-                product = self.products[product_index]
-                for counted in (product, product.charged() if convention == "as-charged" else None):
-                    if counted is not None:
-                        calls[counted] += times * n
-        order = {layer: i for i, layer in enumerate(dict.fromkeys(p.layer for p in self.products))}
-        ordered = sorted(calls.items(), key=lambda item: (order[item[0].layer], PRODUCTS.index(item[0].product)))
-        return [Total(product, n) for product, n in ordered]
-
-    def last_step(self) -> list[Total]:
-        """Each product of the last step with its number of calls in it; empty before the first."""
-        calls = self.programs[self.steps[-1].program].calls if self.steps else ()
-        return [Total(self.products[product], n) for product, n in calls]
-
-    def uncounted(self, *, evaluations: bool = False) -> dict[str, int]:
-        """Operators that were not counted, with their calls over all steps, or over all evaluations."""
-        total: Counter[str] = Counter()
-        for index, times in Counter(self._program_numbers(evaluations)).items():
-            total.update({op: calls * times for op, calls in self.programs[index].uncounted})
-        return dict(total.most_common())
-
-    def _program_numbers(self, evaluations: bool) -> list[int]:
-        """The program of each step, or of each evaluation that has one."""
-        if evaluations:
-            return [e.program for e in self.evaluations if e.program is not None]
-        return [step.program for step in self.steps]
-
-    def never_ran(self) -> list[str]:
-        """Expected layers of which no product ran in any step."""
-        used = {self.programs[number] for number in self._program_numbers(False)}
-        ran = {self.products[product].layer for program in used for product, _ in program.calls}
-        return [layer for layer in self.layers if not any(r == layer or r.startswith(layer + ".") for r in ran)]
-
-    def best(self) -> Evaluation | None:
-        """The first evaluation with the best score; None where there is no score.
-
-        Raises:
-            UsageError: scores of several names or directions.
-        """
-        scored = [e for e in self.evaluations if e.score is not None]
-        kinds = {(e.name, e.higher_is_better) for e in scored}
-        if len(kinds) > 1:
-            raise UsageError(f"scores of {sorted(str(name) for name, _ in kinds)}: the best of one kind only")
-        sign = 1 if scored and scored[0].higher_is_better else -1
-        return max(scored, key=lambda e: (sign * (e.score or 0.0), -e.step), default=None)
-
-    @checked
-    def until(self, step: int) -> Self:
-        """The same ledger, in memory, as it was after `step` steps: the whole run up to a checkpoint."""
-        part = type(self)(model=self.model, layers=self.layers, first_step=self.first_step)
-        part._append(self, until=step)
-        return part
-
-    @classmethod
-    def merged(cls, ledgers: Sequence["Ledger"]) -> Self:
-        """The ledgers of the ranks of one run as one: calls and samples of each step add up.
-
-        Raises:
-            UsageError: there is none, or they do not cover the same steps.
-        """
-        if any(led._next - led.first_step != len(led.steps) for led in ledgers):
-            raise UsageError("a ledger that lacks steps in its middle cannot be merged")
-        ranges = {(led.first_step, len(led.steps)) for led in ledgers}
-        if len(ranges) != 1:
-            covered = "; ".join(f"{first} to {first + n - 1}" for first, n in sorted(ranges))
-            raise UsageError(
-                f"{len(ledgers)} ledgers with steps {covered or '(none)'}: give one or more that cover the same steps, "
-                "e.g. each cut with until()"
-            )
-        whole = cls(model=ledgers[0].model, layers=ledgers[0].layers, first_step=ledgers[0].first_step)
-        for note in dict.fromkeys(note for led in ledgers for note in led.notes):
-            whole.add_note(note)
-        cache: dict[tuple[int, ...], int] = {}
-        evaluated = {evaluation.step for led in ledgers for evaluation in led.evaluations}
-        for i in range(len(ledgers[0].steps) + 1):
-            if whole.first_step + i in evaluated:
-                whole._merge_evaluations(ledgers, whole.first_step + i)
-            if i < len(ledgers[0].steps):
-                key = tuple(led.steps[i].program for led in ledgers)
-                if key not in cache:
-                    programs = [(led, led.programs[p]) for led, p in zip(ledgers, key, strict=True)]
-                    cache[key] = whole.intern_program(whole._sum(programs))
-                whole.add_step(cache[key], samples=sum(led.steps[i].samples for led in ledgers))
-        return whole
-
-    def _merge_evaluations(self, ledgers: Sequence["Ledger"], step: int) -> None:
-        """Add up the n-th evaluation of each ledger after the same step; the score is the first ledger's."""
-        queues = [[e for e in led.evaluations if e.step == step] for led in ledgers]
-        for n in range(max(map(len, queues))):
-            found = [(led, queue[n]) for led, queue in zip(ledgers, queues, strict=True) if n < len(queue)]
-            programs = [(led, led.programs[e.program]) for led, e in found if e.program is not None]
-            scored = next((e for _, e in found if e.score is not None), found[0][1])
-            self.add_evaluation(
-                self._sum(programs) if programs else None,
-                samples=sum(e.samples for _, e in found),
-                name=scored.name,
-                score=scored.score,
-                higher_is_better=scored.higher_is_better,
-            )
-
-    def _sum(self, programs: Sequence[tuple["Ledger", Program]]) -> Program:
-        """One program that runs all of these; its products are added to this ledger."""
-        calls: Counter[int] = Counter()
-        uncounted: Counter[str] = Counter()
-        for source, program in programs:
-            for product, n in program.calls:
-                calls[self.intern(source.products[product])] += n
-            uncounted.update(dict(program.uncounted))
-        held = [program.held_bytes for _, program in programs if program.held_bytes is not None]
-        return Program(
-            calls=tuple(sorted(calls.items())),
-            uncounted=tuple(sorted(uncounted.items())),
-            held_bytes=sum(held) if held else None,
-        )
-
-    def _append(self, other: "Ledger", until: int | None = None) -> None:
-        """Take over the records of another ledger, in the order they were made, up to a number of steps."""
-        products = [self.intern(product) for product in other.products]
-        programs = [
-            self.intern_program(dataclasses.replace(program, calls=tuple((products[i], n) for i, n in program.calls)))
-            for program in other.programs
-        ]
-        events = sorted(
-            [(s.step, 1, s) for s in other.steps] + [(e.step, 0, e) for e in other.evaluations],
-            key=lambda event: event[:2],
-        )
-        for step, is_step, event in events:
-            if until is not None and step + is_step > until:
-                break
-            self._next = step
-            if isinstance(event, Step):
-                self.add_step(programs[event.program], samples=event.samples)
-            else:
-                used = None if event.program is None else self.programs[programs[event.program]]
-                rest = {k: v for k, v in _fields(event).items() if k not in ("step", "program")}
-                self.add_evaluation(used, **rest)
-        for note in other.notes:
-            self.add_note(note)
 
     # The file.
 
@@ -672,20 +293,3 @@ def _parse(line: bytes, *, checked: bool) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"it is a {type(record).__name__}")
     return record
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    """The fields of a dataclass; those that have their default are left out where they follow the others."""
-    return {
-        field.name: getattr(record, field.name)
-        for field in dataclasses.fields(record)
-        if field.default is dataclasses.MISSING or getattr(record, field.name) != field.default
-    }
-
-
-def per_layer(totals: Iterable[Total]) -> Iterator[tuple[str, list[Total]]]:
-    """The totals of each layer, in their order."""
-    grouped: dict[str, list[Total]] = {}
-    for total in totals:
-        grouped.setdefault(total.product.layer, []).append(total)
-    yield from grouped.items()

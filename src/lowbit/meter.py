@@ -10,7 +10,6 @@ microseconds for each converted product.
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -21,16 +20,14 @@ from torch.utils._pytree import tree_leaves
 from lowbit import products
 from lowbit.checks import check_whole, checked
 from lowbit.errors import UsageError
-from lowbit.ledger import PLAIN, Ledger, Product, Program
+from lowbit.forward import Forward, ForwardWatcher, record
+from lowbit.ledger import Ledger
 from lowbit.memory import held_for_backward
-from lowbit.nn import PRODUCT_LAYERS
-from lowbit.nn.layers import QuantLayer
-from lowbit.nn.norm import FusedSequential
+from lowbit.names import layer_names, layers_of
 from lowbit.nn.site import Site
-from lowbit.outside import Multiplication
-from lowbit.products import Convolution, ProductCall, Setting
-from lowbit.verify import site_names
-from lowbit.watch import Operation, watched_by
+from lowbit.products import ProductCall, Setting
+from lowbit.records import Program
+from lowbit.watch import watched_by
 
 
 class Meter:
@@ -67,7 +64,7 @@ class Meter:
         self._is_attached = False
         self._names: dict[tuple[object, str], str] = {}
         self._known: dict[object, int | None] = {}
-        self._forwards: dict[object, _Forward] = {}
+        self._forwards: dict[object, Forward] = {}
         self._training, self._evaluation = _Pending(), _Pending()
         self._without_grad_input: set[object] = set()
         self._functions: set[object] = set()
@@ -77,7 +74,7 @@ class Meter:
         if self._is_attached:
             raise UsageError("this meter is attached already: close it first, or make another")
         self._is_attached = True
-        self._names = _layers_of(self._model)
+        self._names = layers_of(self._model)
         self._attached.enter_context(products.counted_by(self._count))
         before = self._model.register_forward_pre_hook(self._before, with_kwargs=True)
         # First of all hooks, so that two meters leave their modes in the opposite order of entering them.
@@ -206,9 +203,9 @@ class Meter:
         name: str | None = call.layer or call.kind
         if place[0] is not None:
             if place not in self._names:
-                self._names |= _layers_of(self._model)  # converted since
+                self._names |= layers_of(self._model)  # converted since
             name = self._names.get(place)
-        index = None if name is None else self.ledger.intern(_record(name, call, call.bits, charged))
+        index = None if name is None else self.ledger.intern(record(name, call, call.bits, charged))
         self._known[key] = index
         return index
 
@@ -239,7 +236,7 @@ class Meter:
             pending.samples += leaves[0].shape[0] if leaves and leaves[0].dim() else 1
         local.raised = sys.exc_info()[1]
         if local.signature not in self._forwards:
-            local.watch = _Watch(module)
+            local.watch = ForwardWatcher(module)
             local.watching = ExitStack()
             local.held = local.watching.enter_context(held_for_backward([*module.parameters(), *module.buffers()]))
             local.watching.enter_context(watched_by(local.watch, module))
@@ -261,7 +258,7 @@ class Meter:
         forward = self._forwards.get(local.signature)
         with self._lock:
             if watching is not None:
-                forward = _Forward(local.watch, local.held.bytes, self.ledger)
+                forward = Forward(local.watch, local.held.bytes, self.ledger)
                 # Where no gradient can be seen to come in, as with an output of a class of its own, each forward is
                 # watched.
                 if ends or not forward.due:
@@ -273,7 +270,7 @@ class Meter:
         elif forward.due:
             self._see_backward(forward, ends)
 
-    def _see_backward(self, forward: "_Forward", ends: list[Tensor]) -> None:
+    def _see_backward(self, forward: Forward, ends: list[Tensor]) -> None:
         """Count the gradients of a forward when the first gradient reaches one of its outputs."""
         came = False
 
@@ -300,7 +297,7 @@ class _Pending:
         self.samples = 0
         self.held: int | None = None
 
-    def take(self, forward: "_Forward") -> None:
+    def take(self, forward: Forward) -> None:
         """Add one forward of the model."""
         self.calls.update(forward.calls)
         self.uncounted.update(forward.uncounted)
@@ -315,124 +312,11 @@ class _Pending:
         )
 
 
-class _Forward:
-    """What one watched forward ran outside converted layers; it stands for all of its signature.
-
-    Attributes:
-        calls: how often each product ran.
-        due: the gradients that its backward computes at most.
-        seen: those that the backward of the watched forward did compute.
-        uncounted: operators that were not counted.
-        held: bytes that it left to its backward.
-    """
-
-    def __init__(self, watch: "_Watch", held: int, ledger: Ledger) -> None:
-        self.calls: Counter[int] = Counter()
-        self.due: Counter[int] = Counter()
-        self.seen: Counter[int] = Counter()
-        self.uncounted = watch.uncounted
-        self.held = held
-        for found in watch.found:
-            self.calls[ledger.intern(found.product("output"))] += found.times
-            for product in found.gradients:
-                index = ledger.intern(found.product(product))
-                found.indices.append(index)
-                self.due[index] += found.times
-
-    def gradients(self) -> Counter[int]:
-        """What a backward computes: as seen, or all that may be where none was watched."""
-        return self.seen or self.due
-
-
-class _Found:
-    """One product of a plain operator in a watched forward."""
-
-    def __init__(self, layer: str, what: Multiplication, result: Any) -> None:
-        self.layer = layer
-        self.what = what
-        self.times = what.times
-        self.result = result  # autograd gives it its node after the operator
-        self.indices: list[int] = []
-        recorded = torch.is_grad_enabled()
-        self.gradients = [
-            product
-            for product, needed in zip(("grad_input", "grad_weight"), what.needs, strict=True)
-            if needed and recorded
-        ]
-
-    def product(self, product: str) -> Product:
-        """Its record; a gradient has the width of the first factor's dtype."""
-        first, second = self.what.bits
-        bits = (first, first) if product == "grad_weight" else (first, second)
-        charged = (first, second) if product == "grad_weight" and "grad_input" not in self.gradients else None
-        return _record(self.layer, self.what, bits, charged, product=product)
-
-
-class _Watch:
-    """The watcher of one forward: the products that run outside converted layers, and what is not counted."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.found: list[_Found] = []
-        self.uncounted: Counter[str] = Counter()
-        # What a fused container dispatches itself is of the Range BN in it.
-        converted = (QuantLayer, FusedSequential)
-        self._converted = {name for name, module in model.named_modules() if isinstance(module, converted)}
-
-    def __call__(self, operation: Operation) -> None:
-        """Take in one operator."""
-        if operation.is_view:
-            return
-        module = operation.module or ""
-        found = operation.multiplications()
-        if found is not None:
-            self.found.extend(_Found(_plain_name(module), what, operation.result) for what in found)
-        elif operation.multiplies:
-            self.uncounted[f"{operation.name} (multiplies)"] += 1
-        elif module not in self._converted and operation.tensors:
-            self.uncounted[operation.name] += 1
-
-    def see_backward(self, forward: _Forward, add: Callable[[Counter[int]], None]) -> None:
-        """Count the gradients of each product when the backward comes to it."""
-        for found in self.found:
-            result = found.result if isinstance(found.result, Tensor) else tree_leaves(found.result)[0]
-            node, found.result = result.grad_fn, None
-            if node is not None and found.indices:
-                calls = Counter(dict.fromkeys(found.indices, found.times))
-
-                def arrived(_: Any, calls: Counter[int] = calls) -> None:
-                    forward.seen.update(calls)
-                    add(calls)
-
-                node.register_prehook(arrived)
-
-
 def _signature(argument: Any) -> object:
     """What of an argument decides which operators run: shape and dtype, or a flag, a number, a name."""
     if isinstance(argument, Tensor):
         return argument.shape, argument.dtype, argument.requires_grad
     return argument if isinstance(argument, bool | int | str | None) else type(argument)
-
-
-def _plain_name(name: str) -> str:
-    """A module's name without the prefix of a compiled model."""
-    return name.removeprefix("_orig_mod").removeprefix(".")
-
-
-def layer_names(model: nn.Module) -> list[str]:
-    """The layers of a model that are expected to multiply, once each, attention without the modules inside it."""
-    names: list[str] = []
-    for full_name, layer in model.named_modules():
-        name = _plain_name(full_name)
-        if isinstance(layer, tuple(PRODUCT_LAYERS)) and not any(name.startswith(known + ".") for known in names):
-            names.append(name)
-    return names
-
-
-def _layers_of(model: nn.Module) -> dict[tuple[object, str], str]:
-    """The converted layers' names in this model, by what a product says of its source; replicas share both."""
-    return {
-        (site.clock, site.name): _plain_name(name) for site, name in site_names(model).items() if isinstance(site, Site)
-    }
 
 
 def _widths_of_grad_input(site: Site) -> tuple[int, int]:
@@ -441,31 +325,4 @@ def _widths_of_grad_input(site: Site) -> tuple[int, int]:
     return (
         products.bits_of(setting, "grad_input", "grad_output"),
         products.bits_of(setting, "grad_input", "weight"),
-    )
-
-
-def _record(
-    layer: str,
-    ran: ProductCall | Multiplication,
-    bits: tuple[int, int],
-    charged: tuple[int, int] | None,
-    *,
-    product: str = "",
-) -> Product:
-    """The record of a product, of a converted layer or of a plain operator."""
-    window: dict[str, Any] = {}
-    if isinstance(ran.op, Convolution):
-        window = {"stride": ran.op.stride, "groups": ran.op.groups, "transposed": ran.op.transposed}
-    return Product(
-        layer=layer,
-        product=ran.product if isinstance(ran, ProductCall) else product,
-        kind=ran.op.kind,
-        engine=ran.engine if isinstance(ran, ProductCall) else PLAIN,
-        bits=bits,
-        macs=ran.macs,
-        input=tuple(ran.input),
-        weight=tuple(ran.weight),
-        output=tuple(ran.output),
-        grad_input_bits=charged,
-        **window,
     )

@@ -1,396 +1,71 @@
-"""Products outside converted layers: which torch operators multiply, what they multiply, and how much.
+"""Products outside converted layers: which torch operators multiply, and how much.
 
 `lowbit.verify` lists them as they are dispatched, forward and backward; `lowbit.Meter` counts those of the forward
-pass and what their backward will be. One fused multiply-add is one multiply-accumulate (MAC).
+pass and what their backward will be.
 
 Every operator of torch whose name looks like a product (`LOOKS_LIKE_A_PRODUCT`) is in one of four: `FORWARD` and
 `BACKWARD` have a formula, `UNCOUNTED` is listed without a count, a composite one is seen as the operators it calls,
-and `NO_PRODUCTS` says why the rest is none. Operators go by their names, so that a torch without some of them is fine.
+and `NO_PRODUCTS` says why the rest is none.
 """
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from lowbit.products import Convolution, Linear, Matmul, Op
+from lowbit.formulas import BACKWARD, FORWARD, Arguments, Multiplication, multiplication, named
+from lowbit.products import Matmul
 
-Arguments = Mapping[str, Any]
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
-
-
-@dataclass(frozen=True, kw_only=True)
-class Multiplication:
-    """One product of two tensors that a plain operator computes in the forward pass.
-
-    Args:
-        op: what is multiplied.
-        input: shape of the first factor.
-        weight: shape of the second factor.
-        output: shape of the result.
-        bits: widths of both factors in bits.
-        needs: whether the first and the second factor need a gradient, where gradients are recorded.
-        times: how often the operator computes it.
-        counted: multiply-accumulates of one, where they do not follow from the operator and the shapes.
-    """
-
-    op: Op
-    input: torch.Size
-    weight: torch.Size
-    output: torch.Size
-    bits: tuple[int, int]
-    needs: tuple[bool, bool]
-    times: int = 1
-    counted: int | None = None
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates of one."""
-        return self.op.macs(self.input, self.weight, self.output) if self.counted is None else self.counted
-
-
-Formula = Callable[[Arguments, Any], list[Multiplication]]
-
-
-def _multiplication(
-    op: Op,
-    a: Tensor,
-    b: Tensor,
-    output: Sequence[int],
-    *,
-    shapes: tuple[Sequence[int], Sequence[int]] | None = None,
-    needs: tuple[bool, bool] | None = None,
-    bits: tuple[int, int] | None = None,
-    times: int = 1,
-    counted: int | None = None,
-) -> Multiplication:
-    """The product of two tensors, in `shapes` where they are not multiplied as they are."""
-    first, second = (a.shape, b.shape) if shapes is None else shapes
-    return Multiplication(
-        op=op,
-        input=torch.Size(first),
-        weight=torch.Size(second),
-        output=torch.Size(output),
-        bits=(8 * a.element_size(), 8 * b.element_size()) if bits is None else bits,
-        needs=(a.requires_grad, b.requires_grad) if needs is None else needs,
-        times=times,
-        counted=counted,
-    )
-
-
-def _matmul(first: str, second: str) -> Formula:
-    """An operator whose factors, ``(..., M, K)`` and ``(..., K, N)``, are arguments of these names."""
-
-    def found(args: Arguments, _: Any) -> list[Multiplication]:
-        a, b = args[first], args[second]
-        return [_multiplication(Matmul(), a, b, (*a.shape[:-1], b.shape[-1]))]
-
-    return found
-
-
-def _scaled(args: Arguments, _: Any) -> list[Multiplication]:
-    """Floats of 8 bits or fewer, ``(M, K)`` and ``(K, N)``; of 4 bits a byte holds two of them along K."""
-    a, b = args["self"], args["mat2"]
-    pair = 2 if a.dtype == getattr(torch, "float4_e2m1fn_x2", None) else 1
-    shapes = (a.shape[0], pair * a.shape[1]), (pair * b.shape[0], b.shape[1])
-    bits = 8 * a.element_size() // pair, 8 * b.element_size() // pair
-    return [_multiplication(Matmul(), a, b, (a.shape[0], b.shape[1]), shapes=shapes, bits=bits)]
-
-
-def _grouped(args: Arguments, _: Any) -> list[Multiplication]:
-    """Each group's rows, or its part of what is summed, with that group's matrix; all rows are of some group.
-
-    One factor is cut into groups along an axis, so that all together multiply as one matrix; where both have an axis of
-    groups it is a batched product.
-    """
-    a, b = args["self"], args["mat2"]
-    groups = (a.shape[0],) if a.dim() == b.dim() == 3 else ()
-    return [_multiplication(Matmul(), a, b, (*groups, a.shape[-2], b.shape[-1]))]
-
-
-def _pairs(args: Arguments, _: Any) -> list[Multiplication]:
-    """Lists of matrices, multiplied pair by pair."""
-    pairs = zip(args["self"], args["mat2"], strict=True)
-    return [_multiplication(Matmul(), a, b, (*a.shape[:-1], b.shape[-1])) for a, b in pairs]
-
-
-def _linear(first: str, second: str) -> Formula:
-    """``(..., K)`` with a weight ``(N, K)``."""
-
-    def found(args: Arguments, out: Tensor) -> list[Multiplication]:
-        return [_multiplication(Linear(), args[first], args[second], out.shape)]
-
-    return found
-
-
-def _packed(args: Arguments, out: Tensor) -> list[Multiplication]:
-    """``(..., K)`` with a weight of 4 bits whose own shape is that of its memory."""
-    x, w = list(args.values())[:2]
-    k, bits = x.shape[-1], (8 * x.element_size(), 4)
-    return [_multiplication(Linear(), x, w, out.shape, shapes=(x.shape, (out.shape[-1], k)), bits=bits)]
-
-
-def _vector(first: str, second: str) -> Formula:
-    """A matrix ``(M, K)`` or vector ``(K,)`` times a vector."""
-
-    def found(args: Arguments, _: Any) -> list[Multiplication]:
-        a, b = args[first], args[second]
-        rows = a.shape[0] if a.dim() == 2 else 1
-        shapes = (rows, a.shape[-1]), (b.shape[0], 1)
-        return [_multiplication(Matmul(), a, b, (rows, 1), shapes=shapes)]
-
-    return found
-
-
-def _outer(args: Arguments, out: Tensor) -> list[Multiplication]:
-    a, b = args["vec1"], args["vec2"]
-    return [_multiplication(Matmul(), a, b, out.shape, shapes=((a.shape[0], 1), (1, b.shape[0])))]
-
-
-def _convolution(transposed: bool = False) -> Formula:
-    """Any operator of a convolution; its other arguments go by their names."""
-
-    def found(args: Arguments, out: Tensor) -> list[Multiplication]:
-        x, w = next(iter(args.values())), args["weight"]
-        axes = w.dim() - 2
-
-        def each(name: str, default: int) -> tuple[int, ...]:
-            values = args.get(name) or [default]
-            return tuple(values) if len(values) == axes else tuple(values) * axes
-
-        op = Convolution(
-            stride=each("stride", 1),
-            padding=each("padding", 0),
-            dilation=each("dilation", 1),
-            groups=args.get("groups", 1),
-            transposed=args.get("transposed", transposed),
-            output_padding=each("output_padding", 0),
-        )
-        return [_multiplication(op, x, w, out.shape)]
-
-    return found
-
-
-def _time_first(args: Arguments, out: Tensor) -> list[Multiplication]:
-    """A convolution of ``(T, B, C)`` with a weight ``(taps, C, O)``."""
-    x, w = args["self"], args["weight"]
-    return [_multiplication(Matmul(), x, w, out.shape, counted=out.numel() * math.prod(w.shape[:2]))]
-
-
-def _distances(args: Arguments, out: Tensor) -> list[Multiplication]:
-    """``|x - y|`` of all pairs by one product: the squares are two more columns of each factor."""
-    x, y = args["x1"], args["x2"]
-    return [_multiplication(Matmul(), x, y, out.shape, counted=out.numel() * (x.shape[-1] + 2))]
-
-
-def _attention(args: Arguments, _: Any) -> list[Multiplication]:
-    """Queries times keys, and their softmax times values; a fused backward computes the scores once more."""
-    q, k, v = list(args.values())[:3]
-    scores = (*q.shape[:-1], k.shape[-2])
-    keys = (*k.shape[:-2], k.shape[-1], k.shape[-2])
-    return [
-        _multiplication(Matmul(), q, k, scores, shapes=(q.shape, keys)),
-        _multiplication(
-            Matmul(),
-            q,
-            v,
-            (*q.shape[:-1], v.shape[-1]),
-            shapes=(scores, v.shape),
-            needs=(q.requires_grad or k.requires_grad, v.requires_grad),
-        ),
-    ]
-
-
-def _recurrent(args: Arguments, _: Any) -> list[Multiplication]:
-    """One layer and direction of the fused LSTM of oneDNN: the input product of all steps, a recurrent one of each."""
-    x, w_input, w_recurrent = list(args.values())[:3]
-    steps, samples, gates = x.shape[0], x.shape[1], w_input.shape[0]
-    hidden = (samples, w_recurrent.shape[1])
-    learned = x.requires_grad or w_input.requires_grad or w_recurrent.requires_grad
-    return [
-        _multiplication(Linear(), x, w_input, (*x.shape[:-1], gates)),
-        _multiplication(
-            Linear(),
-            x,
-            w_recurrent,
-            (samples, gates),
-            shapes=(hidden, w_recurrent.shape),
-            needs=(learned, w_recurrent.requires_grad),
-            times=steps,
-        ),
-    ]
-
-
-def _recurrent_of_all(args: Arguments, _: Any) -> list[Multiplication]:
-    """All layers and directions of a fused RNN: each weight matrix multiplies a row for every step and sample."""
-    x, matrices = args["input"], [w for w in args["weight"] if w.dim() == 2]
-    rows = x.shape[:-1].numel()
-    learned = x.requires_grad or any(w.requires_grad for w in matrices)
-    return [
-        _multiplication(
-            Linear(), x, w, (rows, w.shape[0]), shapes=((rows, w.shape[1]), w.shape), needs=(learned, w.requires_grad)
-        )
-        for w in matrices
-    ]
-
-
-def _names(text: str, namespace: str = "aten") -> list[str]:
-    return [f"{namespace}::{name}" for name in text.split()]
-
-
-# Operators of the forward pass and what they multiply, from their arguments and result. An operator in place, such as
-# addmm_, goes by the name without the underscore.
-FORWARD: dict[str, Formula] = {
-    "aten::linear": _linear("input", "weight"),
-    "aten::mm": _matmul("self", "mat2"),
-    "aten::bmm": _matmul("self", "mat2"),
-    "aten::addmm": _matmul("mat1", "mat2"),
-    "aten::_addmm_activation": _matmul("mat1", "mat2"),
-    "aten::baddbmm": _matmul("batch1", "batch2"),
-    "aten::addbmm": _matmul("batch1", "batch2"),
-    "aten::_int_mm": _matmul("self", "mat2"),
-    **dict.fromkeys(_names("_scaled_mm _scaled_mm_v2"), _scaled),
-    **dict.fromkeys(_names("_grouped_mm _scaled_grouped_mm _scaled_grouped_mm_v2"), _grouped),
-    "aten::_foreach_mm": _pairs,
-    "aten::_weight_int8pack_mm": _linear("self", "mat2"),
-    **dict.fromkeys(
-        _names(
-            "_weight_int4pack_mm _weight_int4pack_mm_for_cpu _weight_int4pack_mm_with_scales_and_zeros "
-            "_dyn_quant_matmul_4bit"
-        ),
-        _packed,
-    ),
-    "aten::mv": _vector("self", "vec"),
-    "aten::addmv": _vector("mat", "vec"),
-    "aten::dot": _vector("self", "tensor"),
-    "aten::vdot": _vector("self", "other"),
-    "aten::addr": _outer,
-    **dict.fromkeys(
-        _names(
-            "convolution _convolution convolution_overrideable mkldnn_convolution cudnn_convolution "
-            "cudnn_convolution_relu cudnn_convolution_add_relu miopen_convolution miopen_convolution_relu "
-            "miopen_convolution_add_relu miopen_depthwise_convolution _conv_depthwise2d conv_depthwise3d "
-            "_slow_conv2d_forward slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d "
-            "_nnpack_spatial_convolution _mps_convolution"
-        ),
-        _convolution(),
-    ),
-    **dict.fromkeys(
-        _names(
-            "cudnn_convolution_transpose miopen_convolution_transpose _mps_convolution_transpose "
-            "slow_conv_transpose2d slow_conv_transpose3d"
-        ),
-        _convolution(transposed=True),
-    ),
-    "aten::conv_tbc": _time_first,
-    "aten::_euclidean_dist": _distances,
-    **dict.fromkeys(
-        _names(
-            "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
-            "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
-            "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math_for_mps "
-            "_triton_scaled_dot_attention"
-        ),
-        _attention,
-    ),
-    "aten::mkldnn_rnn_layer": _recurrent,
-    **dict.fromkeys(_names("_cudnn_rnn miopen_rnn"), _recurrent_of_all),
-}
-
-
-def _backward_of_convolution(args: Arguments) -> int:
-    """One product like the forward's for the input, one for the weight."""
-    x, w, g = args["input"] if "input" in args else args["self"], args["weight"], args["grad_output"]
-    small = x if args.get("transposed", False) else g
-    return int(sum(args["output_mask"][:2]) * small.numel() * math.prod(w.shape[1:]))
-
-
-def _backward_of_attention(args: Arguments) -> int:
-    """Three products over the width of queries and two over that of values, for every pair of positions."""
-    q, k, v = args["query"], args["key"], args["value"]
-    return int(q.shape[:-1].numel() * k.shape[-2] * (3 * q.shape[-1] + 2 * v.shape[-1]))
-
-
-def _backward_of_layer(args: Arguments) -> int:
-    """Twice the forward."""
-    x, w_input, w_recurrent = list(args.values())[:3]
-    return int(2 * x.shape[:-1].numel() * (w_input.numel() + w_recurrent.numel()))
-
-
-def _backward_of_all(args: Arguments) -> int:
-    """The forward once for the input and the states, once for the weights."""
-    rows, mask = args["input"].shape[:-1].numel(), args["output_mask"]
-    return int((any(mask[:3]) + bool(mask[3])) * rows * sum(w.numel() for w in args["weight"] if w.dim() == 2))
-
-
-# Operators of the backward pass, and their MACs from their arguments.
-BACKWARD: dict[str, Callable[[Arguments], int]] = {
-    **dict.fromkeys(
-        _names("convolution_backward convolution_backward_overrideable _slow_conv2d_backward"),
-        _backward_of_convolution,
-    ),
-    **dict.fromkeys(
-        _names(
-            "_scaled_dot_product_flash_attention_for_cpu_backward _scaled_dot_product_flash_attention_backward "
-            "_scaled_dot_product_efficient_attention_backward _scaled_dot_product_cudnn_attention_backward "
-            "_scaled_dot_product_fused_attention_overrideable_backward"
-        ),
-        _backward_of_attention,
-    ),
-    "aten::mkldnn_rnn_layer_backward": _backward_of_layer,
-    **dict.fromkeys(_names("_cudnn_rnn_backward miopen_rnn_backward"), _backward_of_all),
-}
 
 # Operators that multiply and whose MACs do not follow from shapes, or that few will meet: listed without a count.
 UNCOUNTED = frozenset(
     [
-        *_names("_transformer_encoder_layer_fwd _native_multi_head_attention _triton_multi_head_attention"),
-        *_names("_trilinear _cdist_forward _cdist_backward _pdist_forward _pdist_backward"),
+        *named("_transformer_encoder_layer_fwd _native_multi_head_attention _triton_multi_head_attention"),
+        *named("_trilinear _cdist_forward _cdist_backward _pdist_forward _pdist_backward"),
         # Attention of sequences of several lengths.
-        *_names("_flash_attention_forward _flash_attention_forward_no_dropout_inplace _flash_attention_backward"),
-        *_names("_efficient_attention_forward _efficient_attention_backward"),
-        *_names("_cudnn_attention_forward _cudnn_attention_backward"),
+        *named("_flash_attention_forward _flash_attention_forward_no_dropout_inplace _flash_attention_backward"),
+        *named("_efficient_attention_forward _efficient_attention_backward"),
+        *named("_cudnn_attention_forward _cudnn_attention_backward"),
         # Sparse factors.
-        *_names("_sparse_addmm _sparse_mm_reduce_impl _sparse_mm_reduce_impl_backward _sparse_sparse_matmul hspmm"),
-        *_names("_sparse_semi_structured_addmm _sparse_semi_structured_linear _sparse_semi_structured_mm"),
-        *_names("_cslt_sparse_mm _cslt_sparse_mm_search sparse_sampled_addmm sspaddmm"),
+        *named("_sparse_addmm _sparse_mm_reduce_impl _sparse_mm_reduce_impl_backward _sparse_sparse_matmul hspmm"),
+        *named("_sparse_semi_structured_addmm _sparse_semi_structured_linear _sparse_semi_structured_mm"),
+        *named("_cslt_sparse_mm _cslt_sparse_mm_search sparse_sampled_addmm sspaddmm"),
         # Packed or opaque weights.
-        *_names("_mixed_dtypes_linear mkldnn_linear mkldnn_linear_backward mkldnn_linear_backward_input"),
-        *_names("mkldnn_linear_backward_weights quantized_gru quantized_lstm"),
-        *_names("_wrapped_quantized_linear_prepacked fbgemm_linear_fp16_weight fbgemm_linear_int8_weight"),
-        *_names("fbgemm_linear_fp16_weight_fp32_activation fbgemm_linear_int8_weight_fp32_activation"),
-        *_names("_convolution_pointwise _convolution_transpose_pointwise _linear_pointwise", "mkldnn"),
-        *_names("_mkl_linear", "mkl"),
-        *_names("conv2d_run", "mkldnn_prepacked"),
-        *_names("_mm_plus_mm", "inductor"),
-        *_names("qconv_pointwise qconv1d_pointwise qconv2d_pointwise qconv3d_pointwise qlinear_pointwise", "onednn"),
-        *_names("linear_dynamic_fp16 linear_relu_dynamic_fp16", "onednn"),
-        *_names("qlinear qlinear_dynamic qlinear_relu qlinear_relu_dynamic", "sparse"),
-        *_names("conv2d conv2d_relu conv3d conv3d_relu conv_transpose1d conv_transpose2d linear", "_quantized"),
-        *_names("linear_dynamic wrapped_quantized_linear wrapped_fbgemm_linear_fp16_weight", "_quantized"),
-        *_names("_wrapped_quantized_linear_prepacked", "_quantized"),
-        *_names("conv1d conv1d_dynamic conv1d_relu conv2d conv2d_add conv2d_add_relu conv2d_dynamic", "quantized"),
-        *_names("conv2d_relu conv3d conv3d_dynamic conv3d_relu conv_transpose1d conv_transpose2d", "quantized"),
-        *_names("conv_transpose3d conv_transpose1d_dynamic conv_transpose2d_dynamic matmul", "quantized"),
-        *_names("conv_transpose3d_dynamic int4mm_packed_weight_cpu linear linear_dynamic", "quantized"),
-        *_names("linear_dynamic_fp16 linear_dynamic_fp16_unpacked_weight linear_leaky_relu linear_relu", "quantized"),
-        *_names("linear_relu_dynamic linear_relu_dynamic_fp16 linear_tanh quantized_gru_cell_dynamic", "quantized"),
-        *_names("quantized_lstm_cell_dynamic quantized_rnn_relu_cell_dynamic", "quantized"),
-        *_names("quantized_rnn_tanh_cell_dynamic", "quantized"),
-        *_names("linear_with_input_q_dq_qweight_dq_output_fp32", "quantized"),
-        *_names("linear_with_input_q_dq_qweight_dq_relu_output_fp32", "quantized"),
+        *named("_mixed_dtypes_linear mkldnn_linear mkldnn_linear_backward mkldnn_linear_backward_input"),
+        *named("mkldnn_linear_backward_weights quantized_gru quantized_lstm"),
+        *named("_wrapped_quantized_linear_prepacked fbgemm_linear_fp16_weight fbgemm_linear_int8_weight"),
+        *named("fbgemm_linear_fp16_weight_fp32_activation fbgemm_linear_int8_weight_fp32_activation"),
+        *named("_convolution_pointwise _convolution_transpose_pointwise _linear_pointwise", "mkldnn"),
+        *named("_mkl_linear", "mkl"),
+        *named("conv2d_run", "mkldnn_prepacked"),
+        *named("_mm_plus_mm", "inductor"),
+        *named("qconv_pointwise qconv1d_pointwise qconv2d_pointwise qconv3d_pointwise qlinear_pointwise", "onednn"),
+        *named("linear_dynamic_fp16 linear_relu_dynamic_fp16", "onednn"),
+        *named("qlinear qlinear_dynamic qlinear_relu qlinear_relu_dynamic", "sparse"),
+        *named("conv2d conv2d_relu conv3d conv3d_relu conv_transpose1d conv_transpose2d linear", "_quantized"),
+        *named("linear_dynamic wrapped_quantized_linear wrapped_fbgemm_linear_fp16_weight", "_quantized"),
+        *named("_wrapped_quantized_linear_prepacked", "_quantized"),
+        *named("conv1d conv1d_dynamic conv1d_relu conv2d conv2d_add conv2d_add_relu conv2d_dynamic", "quantized"),
+        *named("conv2d_relu conv3d conv3d_dynamic conv3d_relu conv_transpose1d conv_transpose2d", "quantized"),
+        *named("conv_transpose3d conv_transpose1d_dynamic conv_transpose2d_dynamic matmul", "quantized"),
+        *named("conv_transpose3d_dynamic int4mm_packed_weight_cpu linear linear_dynamic", "quantized"),
+        *named("linear_dynamic_fp16 linear_dynamic_fp16_unpacked_weight linear_leaky_relu linear_relu", "quantized"),
+        *named("linear_relu_dynamic linear_relu_dynamic_fp16 linear_tanh quantized_gru_cell_dynamic", "quantized"),
+        *named("quantized_lstm_cell_dynamic quantized_rnn_relu_cell_dynamic", "quantized"),
+        *named("quantized_rnn_tanh_cell_dynamic", "quantized"),
+        *named("linear_with_input_q_dq_qweight_dq_output_fp32", "quantized"),
+        *named("linear_with_input_q_dq_qweight_dq_relu_output_fp32", "quantized"),
         # Other devices, nested tensors, several processes.
-        *_names("linear_backward matmul_backward _lstm_mps lstm_mps_backward"),
-        *_names("mps_convolution_backward mps_convolution_transpose_backward"),
-        *_names("_async_input_mm fused_all_gather_matmul fused_matmul_reduce_scatter", "symm_mem"),
-        *_names("fused_all_gather_scaled_matmul fused_scaled_matmul_reduce_scatter", "symm_mem"),
+        *named("linear_backward matmul_backward _lstm_mps lstm_mps_backward"),
+        *named("mps_convolution_backward mps_convolution_transpose_backward"),
+        *named("_async_input_mm fused_all_gather_matmul fused_matmul_reduce_scatter", "symm_mem"),
+        *named("fused_all_gather_scaled_matmul fused_scaled_matmul_reduce_scatter", "symm_mem"),
         # Another library's.
-        *_names("deform_conv2d _deform_conv2d_backward", "torchvision"),
+        *named("deform_conv2d _deform_conv2d_backward", "torchvision"),
     ]
 )
 
@@ -471,7 +146,7 @@ def multiplications(func: Any, args: Sequence[Any], kwargs: Arguments, out: Any)
     if func._overloadpacket not in flop_registry or len(tensors) < 2 or not isinstance(out, Tensor):
         return None
     counted = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out) // 2
-    return [_multiplication(Matmul(), tensors[0], tensors[1], out.shape, counted=counted)]
+    return [multiplication(Matmul(), tensors[0], tensors[1], out.shape, counted=counted)]
 
 
 def macs(func: Any, args: Sequence[Any], kwargs: Arguments, out: Any) -> int | None:

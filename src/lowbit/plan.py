@@ -15,12 +15,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lowbit.checks import check_whole, checked
 from lowbit.errors import RunError, UsageError, shown
 from lowbit.formats import Integer, check_bits
-from lowbit.ledger import Ledger, Program
-from lowbit.meter import Meter, layer_names
+from lowbit.ledger import Ledger
+from lowbit.meter import Meter
+from lowbit.names import layer_names
 from lowbit.nn.gate import release
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site
 from lowbit.recipe import SLOTS, Recipe
+from lowbit.records import Program
 from lowbit.schedules import SUITE, Constant, Cyclic, Piecewise, Schedule
 
 Bits = Schedule | int | None

@@ -20,15 +20,16 @@ from lowbit.checks import checked, is_finite
 from lowbit.convert import load_state_dict, state_dict
 from lowbit.errors import UsageError, shown
 from lowbit.formats import Integer, check_bits
-from lowbit.ledger import OPERANDS, Total, per_layer
 from lowbit.meter import Meter
+from lowbit.names import name_of_source
 from lowbit.nn.gate import release
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site
 from lowbit.products import ProductRun
+from lowbit.proof import WANTED_COSINE, OperandProof
 from lowbit.recipe import SLOTS, Recipe
+from lowbit.records import OPERANDS, Total, per_layer
 from lowbit.tables import text_table
-from lowbit.verify import WANTED_COSINE, OperandProof, name_of_source
 
 FORWARD = ("input", "weight")
 Loss = Callable[[nn.Module, Any], Tensor]

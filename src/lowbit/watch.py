@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lowbit import outside, products
 from lowbit.callstack import Callstack
-from lowbit.outside import Multiplication
+from lowbit.formulas import Multiplication
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from typing import Protocol, runtime_checkable
 
 from lowbit.hardware.estimate import Estimate
-from lowbit.ledger import Product
+from lowbit.records import Product
 
 
 @runtime_checkable

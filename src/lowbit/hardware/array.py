@@ -18,7 +18,7 @@ from lowbit.checks import is_finite, is_whole
 from lowbit.errors import UsageError, shown
 from lowbit.hardware.energies import Bank, Energies, resolved
 from lowbit.hardware.estimate import Estimate
-from lowbit.ledger import Product
+from lowbit.records import Product
 
 OUTPUT_BITS = 32  # a partial sum, in the output buffer and in DRAM, whatever the widths of the operands
 UNIT_BITS = 16  # the widest operand that Fusion Units are published for

@@ -17,7 +17,7 @@ from lowbit.hardware import mapping
 from lowbit.hardware.array import Array, Layer, check_bits
 from lowbit.hardware.estimate import Estimate, TrainingEstimate
 from lowbit.hardware.tiling import search
-from lowbit.ledger import Product
+from lowbit.records import Product
 
 
 @final

@@ -1,0 +1,60 @@
+"""Names of the layers in one model: by their sites, and by what a product says of its source."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from lowbit.nn import PRODUCT_LAYERS
+from lowbit.nn.layers import QuantLayer
+from lowbit.nn.site import Site
+
+
+def site_names(model: nn.Module) -> dict[object, str]:
+    """The layers' names in this model by their sites; a site of a recurrent layer is named after its weight."""
+    names: dict[object, str] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLayer):
+            for site in layer.sites():
+                suffix = site.name.rpartition(".")[2] if len(layer.sites()) > 1 else ""
+                names[site] = ".".join(filter(None, [name, suffix]))
+    return names
+
+
+def name_of_source(model: nn.Module) -> Callable[[object], str | None]:
+    """What tells the name of the layer of this model that a product came from; None for another model's, or nobody's.
+
+    Layers are told by their sites, not by their names, which another model may share. The replicas of
+    `torch.nn.DataParallel`, which no clock knows, go by the clock and the name that they share with their layer.
+    """
+    names = site_names(model)
+    replicated = {(site.clock, site.name): name for site, name in names.items() if isinstance(site, Site)}
+
+    def name_of(source: object) -> str | None:
+        known = names.get(source)
+        if known is None and isinstance(source, Site) and source not in source.clock.sites:
+            return replicated.get((source.clock, source.name))
+        return known
+
+    return name_of
+
+
+def layers_of(model: nn.Module) -> dict[tuple[object, str], str]:
+    """The converted layers' names in this model, by what a product says of its source; replicas share both."""
+    return {
+        (site.clock, site.name): plain_name(name) for site, name in site_names(model).items() if isinstance(site, Site)
+    }
+
+
+def plain_name(name: str) -> str:
+    """A module's name without the prefix of a compiled model."""
+    return name.removeprefix("_orig_mod").removeprefix(".")
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """The layers of a model that are expected to multiply, once each, attention without the modules inside it."""
+    names: list[str] = []
+    for full_name, layer in model.named_modules():
+        name = plain_name(full_name)
+        if isinstance(layer, tuple(PRODUCT_LAYERS)) and not any(name.startswith(known + ".") for known in names):
+            names.append(name)
+    return names
