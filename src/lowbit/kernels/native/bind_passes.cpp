@@ -1,0 +1,315 @@
+// The passes over memory as functions of Python.
+
+#include <algorithm>
+#include <functional>
+
+#include "call.h"
+#include "passes.h"
+
+namespace lowbit {
+namespace {
+
+using Shape = std::tuple<int64_t, int64_t, int64_t, bool>;
+using Key = std::optional<std::tuple<uint32_t, uint32_t>>;
+
+// The view of x's memory; all of it.
+View view_of(const Call& call, const Shape& s, const Memory& x) {
+    const auto& [outer, channels, inner, last] = s;
+    if (call.times(call.times(outer, channels), inner) != count_of(x))
+        call.refuse("a view of " + std::to_string(outer) + " x " + std::to_string(channels) + " x " +
+                    std::to_string(inner) + " of a tensor of " + std::to_string(count_of(x)) + " numbers");
+    return {outer, channels, inner, last};
+}
+
+// Rows of so many channels.
+int64_t rows_of(const Call& call, const Memory& m, int64_t channels) {
+    call.need(channels > 0 && count_of(m) % channels == 0, "codes are not whole rows of channels");
+    return count_of(m) / channels;
+}
+
+// Records of numbers are transposed as a whole.
+void check_taps(const Call& call, const View& view, bool one_scale, int64_t taps) {
+    call.need(taps > 0, "taps are less than 1");
+    if (taps == 1) return;
+    const bool by_outer = one_scale || (view.inner < 64 && view.outer > 1);
+    call.need(!view.channels_last && (by_outer ? view.channels * view.inner : view.inner) % taps == 0,
+              "records are not whole taps, or have their channels last");
+}
+
+Key key_or(const Key& key) { return key ? key : Key({0, 0}); }
+
+// (scale, zero, low, high, offset, key)
+using GridArgs = std::tuple<Memory, Memory, float, float, bool, Key>;
+
+Grid grid_of(Call& call, const GridArgs& args, int64_t channels) {
+    const auto& [scale, zero, low, high, offset, key] = args;
+    const int64_t scales = count_of(scale);
+    call.need(scales == 1 || scales == channels, "there are neither one scale nor one for each channel");
+    const auto [first, second] = *key_or(key);
+    return {call.reads<float>("scale", scale, scales),
+            call.may_read<float>("zero", zero, scales),
+            scales,
+            low,
+            high,
+            offset,
+            key.has_value(),
+            first,
+            second};
+}
+
+// (codes, scale, zero point)
+using CodesArgs = std::tuple<Memory, Memory, int>;
+
+CodeRows codes_of(Call& call, const char* name, const CodesArgs& args, int64_t count) {
+    const auto& [q, scale, zero] = args;
+    call.need(zero >= 0 && zero <= 255, "the zero point is not a code");
+    return {call.reads<uint8_t>(name, q, count), call.reads<float>("scale", scale, 1), zero};
+}
+
+// (total, mean, sigma, argmax, argmin, slopes)
+using StatisticsArgs = std::tuple<Memory, Memory, Memory, Memory, Memory, Memory>;
+
+template <class T>
+T* writable(const T* p) {
+    return const_cast<T*>(p);
+}
+
+Statistics statistics_of(Call& call, const StatisticsArgs& args, int64_t rows, int64_t channels) {
+    const auto& [total, mean, sigma, argmax, argmin, slopes] = args;
+    const int64_t chunks = count_of(slopes), all = call.times(chunks, channels);
+    const Statistics stats{chunks ? writable(call.reads<int64_t>("total", total, channels)) : nullptr,
+                           writable(call.reads<float>("mean", mean, channels)),
+                           writable(call.reads<float>("sigma", sigma, channels)),
+                           chunks ? writable(call.reads<int32_t>("argmax", argmax, all)) : nullptr,
+                           chunks ? writable(call.reads<int32_t>("argmin", argmin, all)) : nullptr,
+                           chunks ? call.reads<float>("slopes", slopes, chunks) : nullptr,
+                           chunks};
+    for (int64_t i = 0; i < all; i++)
+        call.need(stats.argmax[i] >= 0 && stats.argmax[i] < rows && stats.argmin[i] >= 0 && stats.argmin[i] < rows,
+                  "argmax and argmin are not rows of the codes");
+    return stats;
+}
+
+void extremes(const Memory& x, const Shape& shape, const Memory& lo, const Memory& hi) {
+    Call call("extremes");
+    const View view = view_of(call, shape, x);
+    const void* from = floats(call, "x", x, count_of(x));
+    float *to_lo = call.writes<float>("lo", lo, view.channels), *to_hi = call.writes<float>("hi", hi, view.channels);
+    call.check_apart();
+    const nb::gil_scoped_release release;
+    passes().extremes(from, type_of(x), view, to_lo, to_hi);
+}
+
+void sums(const Memory& x, const Memory& to) {
+    Call call("sums");
+    const int64_t width = count_of(to), count = count_of(x);
+    call.need(width > 0 ? count % width == 0 : count == 0, "x is not whole rows of so many sums");
+    const void* from = floats(call, "x", x, count);
+    float* sums = call.writes<float>("sums", to, width);
+    call.check_apart();
+    const nb::gil_scoped_release release;
+    passes().sums(from, type_of(x), width ? count / width : 0, width, sums);
+}
+
+// Samples that lie one after the other.
+void check_samples(const Call& call, int64_t count, int64_t samples) {
+    call.need(samples > 0 && count > 0 && count % samples == 0, "x is not whole samples, of one number or more");
+}
+
+void observe(const Memory& x, int64_t samples, const Memory& range, float momentum, bool first, bool training,
+             const Memory& lo, const Memory& hi) {
+    Call call("observe");
+    check_samples(call, count_of(x), samples);
+    const void* from = floats(call, "x", x, count_of(x));
+    const Running running{call.writes<float>("running", range, 3), momentum, first, training};
+    float *to_lo = call.writes<float>("lo", lo, 1), *to_hi = call.writes<float>("hi", hi, 1);
+    call.check_apart();
+    const nb::gil_scoped_release release;
+    passes().observe(from, type_of(x), count_of(x), samples, running, to_lo, to_hi);
+}
+
+// (symmetric, levels, floor, samples or 0, lo, hi, key)
+using RuleArgs = std::tuple<bool, float, float, int64_t, Memory, Memory, Key>;
+
+int quantize(const Memory& x, const Shape& shape, const RuleArgs& args, int64_t taps, const Memory& codes,
+             const Memory& scale) {
+    Call call("quantize");
+    const auto& [symmetric, levels, floor, samples, lo, hi, key] = args;
+    const View view = view_of(call, shape, x);
+    const int64_t scales = samples ? 1 : view.channels;
+    if (samples) check_samples(call, count_of(x), samples);
+    check_taps(call, view, scales == 1, taps);
+    const auto [first, second] = *key_or(key);
+    const void* from = floats(call, "x", x, count_of(x));
+    const Rule rule{symmetric,
+                    levels,
+                    floor,
+                    samples,
+                    call.may_read<float>("lo", lo, scales),
+                    call.may_read<float>("hi", hi, scales),
+                    key.has_value(),
+                    first,
+                    second};
+    call.need(!rule.lo == !rule.hi, "only one end of a range is given");
+    uint8_t* to = write_codes(call, codes, count_of(x));
+    float* to_scale = call.writes<float>("scale", scale, scales);
+    call.check_apart();
+    const nb::gil_scoped_release release;
+    return passes().quantize(from, type_of(x), view, rule, taps, to, to_scale);
+}
+
+void code_statistics(const CodesArgs& args, int64_t channels, const std::vector<int64_t>& starts,
+                     const StatisticsArgs& to) {
+    Call call("code_statistics");
+    const auto& [total, mean, sigma, argmax, argmin, slopes] = to;
+    const int64_t rows = rows_of(call, std::get<0>(args), channels), chunks = count_of(slopes);
+    call.need(chunks > 0 && static_cast<int64_t>(starts.size()) == chunks + 1,
+              "chunks and their slopes differ in number");
+    call.need(starts[0] == 0 && starts[chunks] == rows && rows <= std::numeric_limits<int32_t>::max() &&
+                  std::adjacent_find(starts.begin(), starts.end(), std::greater_equal<>()) == starts.end(),
+              "chunks are not all rows, in their order");
+    const int64_t all = call.times(chunks, channels);
+    const CodeRows codes = codes_of(call, "codes", args, count_of(std::get<0>(args)));
+    const Statistics found{call.writes<int64_t>("total", total, channels),
+                           call.writes<float>("mean", mean, channels),
+                           call.writes<float>("sigma", sigma, channels),
+                           call.writes<int32_t>("argmax", argmax, all),
+                           call.writes<int32_t>("argmin", argmin, all),
+                           call.reads<float>("slopes", slopes, chunks),
+                           chunks};
+    call.check_apart();
+    const nb::gil_scoped_release release;
+    passes().code_statistics(codes, channels, starts.data(), found);
+}
+
+void normalize(const CodesArgs& args, const StatisticsArgs& stats_args, float eps, bool narrowest, bool inside,
+               const Memory& gamma, const Memory& beta, bool rectify, const Memory& d, const Memory& y) {
+    Call call("normalize");
+    const int64_t channels = count_of(d), rows = rows_of(call, std::get<0>(args), channels);
+    const CodeRows codes = codes_of(call, "codes", args, rows * channels);
+    const Statistics stats = statistics_of(call, stats_args, rows, channels);
+    const float *g = call.may_read<float>("gamma", gamma, channels), *b = call.may_read<float>("beta", beta, channels);
+    float* to_d = call.writes<float>("d", d, channels);
+    void* to = write_floats(call, "y", y, rows * channels);
+    call.check_apart();
+    const nb::gil_scoped_release release;
+    passes().normalize(codes, rows, channels, stats, eps, narrowest, inside, g, b, rectify, to_d, to, type_of(y));
+}
+
+void rectify_backward(const CodesArgs& args, const StatisticsArgs& stats_args, const Memory& gamma, const Memory& beta,
+                      const Memory& d, int y_type, const Memory& g, const Memory& to) {
+    Call call("rectify_backward");
+    const int64_t channels = count_of(d), rows = rows_of(call, std::get<0>(args), channels);
+    const CodeRows codes = codes_of(call, "codes", args, rows * channels);
+    const Statistics stats = statistics_of(call, stats_args, rows, channels);
+    const float *a = call.may_read<float>("gamma", gamma, channels), *b = call.may_read<float>("beta", beta, channels);
+    const float* divisors = call.reads<float>("d", d, channels);
+    const void* from = floats(call, "g", g, rows * channels);
+    void* result = write_floats(call, "the result", to, rows * channels);
+    call.need(type_of(to) == type_of(g) && (y_type == 0 || y_type == 1), "types of g and of its result differ");
+    call.check_apart();
+    const nb::gil_scoped_release release;
+    passes().rectify_backward(codes, rows, channels, stats, a, b, divisors, static_cast<Type>(y_type), from, type_of(g),
+                              result);
+}
+
+void normalize_backward(const CodesArgs& g_args, const CodesArgs& args, const StatisticsArgs& stats_args, bool inside,
+                        const Memory& gamma, const Memory& d, const Memory& grad_gamma, const Memory& grad_beta,
+                        const Memory& dx) {
+    Call call("normalize_backward");
+    const int64_t channels = count_of(d), rows = rows_of(call, std::get<0>(args), channels);
+    const CodeRows g = codes_of(call, "g", g_args, rows * channels),
+                   codes = codes_of(call, "codes", args, rows * channels);
+    const Statistics stats = statistics_of(call, stats_args, rows, channels);
+    const float *a = call.may_read<float>("gamma", gamma, channels), *divisors = call.reads<float>("d", d, channels);
+    float* to_gamma = call.writes<float>("grad_gamma", grad_gamma, channels);
+    float* to_beta = call.writes<float>("grad_beta", grad_beta, channels);
+    void* to = write_floats(call, "dx", dx, rows * channels);
+    call.check_apart();
+    const nb::gil_scoped_release release;
+    passes().normalize_backward(g, codes, rows, channels, stats, inside, a, divisors, to_gamma, to_beta, to,
+                                type_of(dx));
+}
+
+void code_sums(const Memory& a, const Memory& b, const Memory& sum, const Memory& product) {
+    Call call("code_sums");
+    const int64_t channels = count_of(sum), rows = rows_of(call, a, channels);
+    const uint8_t *from = call.reads<uint8_t>("a", a, count_of(a)), *with = call.may_read<uint8_t>("b", b, count_of(a));
+    int64_t *to = call.writes<int64_t>("sums", sum, channels),
+            *to_product = call.writes<int64_t>("products", product, channels);
+    call.check_apart();
+    const nb::gil_scoped_release release;
+    passes().code_sums(from, with, rows, channels, to, to_product);
+}
+
+void affine(const Memory& q, const Memory& a, const Memory& b, bool relu, const Memory& y) {
+    Call call("affine");
+    const int64_t channels = count_of(a), rows = rows_of(call, q, channels);
+    const uint8_t* codes = call.reads<uint8_t>("q", q, count_of(q));
+    const float *scale = call.reads<float>("a", a, channels), *add = call.reads<float>("b", b, channels);
+    void* to = write_floats(call, "y", y, count_of(q));
+    call.check_apart();
+    const nb::gil_scoped_release release;
+    passes().affine(codes, rows, channels, scale, add, relu, to, type_of(y));
+}
+
+void encode(const Memory& x, const Shape& shape, const GridArgs& args, int64_t taps, const Memory& codes) {
+    Call call("encode");
+    const View view = view_of(call, shape, x);
+    const void* from = floats(call, "x", x, count_of(x));
+    const Grid grid = grid_of(call, args, view.channels);
+    check_taps(call, view, grid.scales == 1, taps);
+    uint8_t* to = write_codes(call, codes, count_of(x));
+    call.check_apart();
+    const nb::gil_scoped_release release;
+    passes().encode(from, type_of(x), view, grid, taps, to);
+}
+
+void fake_quantize(const Memory& x, const Shape& shape, const GridArgs& args, const Memory& y) {
+    Call call("fake_quantize");
+    const View view = view_of(call, shape, x);
+    const void* from = floats(call, "x", x, count_of(x));
+    const Grid grid = grid_of(call, args, view.channels);
+    void* to = write_floats(call, "y", y, count_of(x));
+    call.need(type_of(x) == type_of(y), "types of x and y differ");
+    call.check_apart();
+    const nb::gil_scoped_release release;
+    passes().fake_quantize(from, type_of(x), view, grid, to);
+}
+
+void round_bf16(const Memory& x, const Memory& y) {
+    Call call("round_bf16");
+    const float* from = call.reads<float>("x", x, count_of(x));
+    float* to = call.writes<float>("y", y, count_of(x));
+    call.check_apart();
+    const nb::gil_scoped_release release;
+    passes().round_bf16(from, count_of(x), to);
+}
+
+void noise(uint32_t key0, uint32_t key1, const Memory& u) {
+    Call call("noise");
+    float* to = call.writes<float>("u", u, count_of(u));
+    const nb::gil_scoped_release release;
+    passes().noise(count_of(u), key0, key1, to);
+}
+
+}  // namespace
+
+void bind_passes(nb::module_& m) {
+    m.def("extremes", &extremes);
+    m.def("sums", &sums);
+    m.def("observe", &observe);
+    m.def("quantize", &quantize);
+    m.def("code_statistics", &code_statistics);
+    m.def("normalize", &normalize);
+    m.def("rectify_backward", &rectify_backward);
+    m.def("normalize_backward", &normalize_backward);
+    m.def("code_sums", &code_sums);
+    m.def("affine", &affine);
+    m.def("encode", &encode);
+    m.def("fake_quantize", &fake_quantize);
+    m.def("round_bf16", &round_bf16);
+    m.def("noise", &noise);
+}
+
+}  // namespace lowbit

@@ -1,0 +1,117 @@
+// Products as a function of Python.
+
+#include <algorithm>
+
+#include "call.h"
+#include "cpu.h"
+
+namespace lowbit {
+namespace {
+
+#ifdef LOWBIT_X86
+using Three = std::array<int64_t, 3>;
+// (position, size, kernel, stride, padding, dilation, transposed, channels)
+using WindowArgs = std::tuple<std::array<int64_t, 4>, Three, Three, Three, Three, Three, bool, int64_t>;
+// (data, first number, rows, width, stride, fold, zero, window or None, along)
+using RowsArgs = std::tuple<Memory, int64_t, int64_t, int64_t, int64_t, int64_t, int, std::optional<WindowArgs>, bool>;
+
+// Fills `window`, and returns how many places it may reach.
+int64_t window_of(const Call& call, const WindowArgs& args, int64_t rows, int64_t width, Window& window) {
+    constexpr int64_t most = std::numeric_limits<int32_t>::max();
+    const auto& [position, size, kernel, step, padding, dilation, transposed, channels] = args;
+    int64_t positions = 1, places = position[0], taps = 1;
+    for (int i = 0; i < 4; i++) {
+        call.need(position[i] <= most, "a window has too many positions");
+        window.position[i] = position[i];
+        positions = call.times(positions, position[i]);
+    }
+    for (int i = 0; i < 3; i++) {
+        const bool whole = kernel[i] > 0 && step[i] > 0 && dilation[i] > 0 && size[i] >= 0;
+        call.need(whole && std::max({kernel[i], step[i], dilation[i], size[i], padding[i], -padding[i]}) <= most,
+                  "a window has a kernel, stride or dilation less than 1, or sizes beyond 31 bits");
+        window.size[i] = size[i];
+        window.kernel[i] = kernel[i];
+        window.stride[i] = step[i];
+        window.padding[i] = padding[i];
+        window.dilation[i] = dilation[i];
+        places = call.times(places, size[i]);
+        taps = call.times(taps, kernel[i]);
+    }
+    window.transposed = transposed;
+    window.channels = channels;
+    call.need(channels > 0 && positions == rows && positions <= std::numeric_limits<uint32_t>::max() &&
+                  call.times(taps, channels) == width,
+              "a window's positions and taps are not the rows and their width");
+    return places;
+}
+
+Rows rows_of(Call& call, const char* name, const RowsArgs& args, int types, Window& window) {
+    const auto& [data, first, rows, width, stride, fold, zero, w, along] = args;
+    call.need(first >= 0 && fold >= 0 && (fold == 0 || rows % fold == 0),
+              "rows begin before their memory, or do not fold");
+    call.need(zero >= -255 && zero <= 255, "the zero point is not a code");
+    const int64_t steps = w ? window_of(call, *w, rows, width, window) : rows, of_step = w ? window.channels : width;
+    // From the first number to the end of the last row, or place.
+    const int64_t reach = steps && of_step ? call.plus(call.times(steps - 1, stride), of_step) : 0;
+    call.need(rows >= 0 && width >= 0 && stride >= 0, "sizes are less than 0");
+    const int64_t least = reach ? call.plus(first, reach) : 0;
+    const auto* from =
+        static_cast<const uint8_t*>(call.take(name, data, types, least, std::numeric_limits<int64_t>::max(), false));
+    return {least ? from + first * kBytes[std::get<1>(data)] : from,
+            type_of(data),
+            rows,
+            width,
+            stride,
+            fold,
+            w ? &window : nullptr,
+            zero};
+}
+
+// (data, first number, stride, taps, row scales, column scales, bias)
+using ResultArgs = std::tuple<Memory, int64_t, int64_t, int64_t, Memory, Memory, Memory>;
+
+void multiply(bool codes, const RowsArgs& a_args, const RowsArgs& b_args, const ResultArgs& result) {
+    Call call("multiply");
+    Window a_window, b_window;
+    const int types = codes ? kBytesOnly : kNumbers;
+    const Rows a = rows_of(call, "the left side", a_args, types, a_window);
+    const Rows b = rows_of(call, "the right side", b_args, types, b_window);
+    const bool a_along = std::get<8>(a_args), b_along = std::get<8>(b_args);
+    const int64_t m = a_along ? a.rows : a.width, n = b_along ? b.rows : b.width, k = a_along ? a.width : a.rows;
+    call.need(k == (b_along ? b.width : b.rows), "the two sides sum over different numbers");
+    call.need(k > 0 || !m || !n, "the two sides sum over no numbers: the result is the bias alone");
+    const auto& [data, first, stride, taps, row, column, bias] = result;
+    const int64_t rows = count_of(row), columns = count_of(column);
+    call.need(rows == 1 || rows == m, "there are neither one row scale nor one for each row");
+    call.need(columns > 0 && n % columns == 0, "column scales do not repeat over the columns");
+    call.need(taps > 0 && n % taps == 0, "columns are not whole taps");
+    call.need(first >= 0 && (stride >= n || m <= 1), "rows of the result overlap, or begin before its memory");
+    const int64_t reach = m && n ? call.plus(first, call.plus(call.times(m - 1, stride), n)) : 0;
+    const auto* to = static_cast<const uint8_t*>(
+        call.take("the result", data, kFloats, reach, std::numeric_limits<int64_t>::max(), true));
+    const Product p{
+        a,
+        b,
+        a_along,
+        b_along,
+        m,
+        n,
+        k,
+        {const_cast<uint8_t*>(to) + (reach ? first * kBytes[std::get<1>(data)] : 0), type_of(data), stride, taps,
+         call.reads<float>("row scales", row, rows), rows, call.reads<float>("column scales", column, columns), columns,
+         call.may_read<float>("bias", bias, n)}};
+    call.check_apart();
+    const nb::gil_scoped_release release;
+    codes ? multiply_codes(p) : multiply_halves(p);
+}
+#endif
+
+}  // namespace
+
+void bind_products([[maybe_unused]] nb::module_& m) {
+#ifdef LOWBIT_X86
+    m.def("multiply", &multiply);
+#endif
+}
+
+}  // namespace lowbit
