@@ -31,7 +31,7 @@ import torch
 
 from lowbit import cli, machine
 from lowbit.errors import RunError
-from lowbit.ledger import Ledger
+from lowbit.evidence.ledger import Ledger
 from lowbit.train import checkpoint, trainer
 
 RUN = [

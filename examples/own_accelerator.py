@@ -11,8 +11,8 @@ from math import ceil
 import torch
 
 import lowbit
+from lowbit.evidence.records import Product
 from lowbit.hardware import Estimate, Store, as_matrix
-from lowbit.records import Product
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ from torch.nn.utils import parametrizations, prune
 
 import lowbit
 from lowbit import Recipe, UsageError, products
+from lowbit.evidence.verify import VerificationError
 from lowbit.kernels import native_instruction_sets
 from lowbit.nn import QuantLayer, QuantLinear
 from lowbit.train.models import GPT, LSTM, MobileNetV2, ResNet
-from lowbit.verify import VerificationError
 
 SBM8 = Recipe.from_name("sbm8")
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {

@@ -15,11 +15,11 @@ from torch import nn
 import lowbit
 from lowbit.cost import Cost
 from lowbit.errors import RunError, UsageError
+from lowbit.evidence.ledger import Ledger
+from lowbit.evidence.metrics import METRICS
+from lowbit.evidence.records import Product
 from lowbit.hardware import BitFusion, Estimate, Store
-from lowbit.ledger import Ledger
-from lowbit.metrics import METRICS
 from lowbit.plan import plan
-from lowbit.records import Product
 from lowbit.schedules import Piecewise
 
 

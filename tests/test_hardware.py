@@ -12,9 +12,9 @@ import pytest
 
 from conftest import ORACLES
 from lowbit.errors import UsageError
+from lowbit.evidence.records import PRODUCTS, Product
 from lowbit.hardware import ACCELERATORS, Accelerator, BitFusion, Energies, Estimate, Store, accelerator, as_matrix
 from lowbit.hardware.energies import BUFFERS, Bank
-from lowbit.records import PRODUCTS, Product
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "own_accelerator.py"
 LAYER: dict[str, Any] = {

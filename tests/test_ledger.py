@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.errors import RunError, UsageError
-from lowbit.ledger import Ledger
-from lowbit.records import Product, Program, Total
+from lowbit.evidence.ledger import Ledger
+from lowbit.evidence.records import Product, Program, Total
 
 
 def product(layer: str = "a", name: str = "output", **changes: Any) -> Product:

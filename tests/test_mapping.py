@@ -9,9 +9,9 @@ from torch import nn
 
 import lowbit
 from lowbit.errors import UsageError
+from lowbit.evidence.records import Product
 from lowbit.hardware import BitFusion, as_matrix
 from lowbit.plan import plan
-from lowbit.records import Product
 
 ARRAY = BitFusion()
 

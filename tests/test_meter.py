@@ -21,9 +21,9 @@ import lowbit
 from conftest import ORACLES
 from lowbit import integer, products
 from lowbit.errors import UsageError
+from lowbit.evidence.ledger import Ledger
+from lowbit.evidence.records import PLAIN, PRODUCTS, Product
 from lowbit.kernels import cpu
-from lowbit.ledger import Ledger
-from lowbit.records import PLAIN, PRODUCTS, Product
 from lowbit.train import models
 from lowbit.train.data import Task
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 import lowbit
 from conftest import ORACLES
-from lowbit import metrics
-from lowbit.metrics import METRICS
+from lowbit.evidence import metrics
+from lowbit.evidence.metrics import METRICS
+from lowbit.evidence.records import PRODUCTS, Product, Total
 from lowbit.plan import plan
-from lowbit.records import PRODUCTS, Product, Total
 from lowbit.schedules import Cyclic, Schedule, bit_operations
 from lowbit.train import models
 from lowbit.train.data import Task

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit import formulas, outside
-from lowbit.watch import Operation, watched_by
+from lowbit.evidence import formulas, outside
+from lowbit.evidence.watch import Operation, watched_by
 
 
 def _operators() -> dict[str, list[str]]:

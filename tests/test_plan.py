@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.errors import RunError, UsageError
-from lowbit.ledger import Ledger
+from lowbit.evidence.ledger import Ledger
 from lowbit.plan import parse_schedule, plan
 from lowbit.schedules import SUITE, Constant, Cyclic, Piecewise
 from lowbit.train import models

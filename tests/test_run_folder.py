@@ -19,7 +19,7 @@ from torch import nn
 
 from lowbit import cli, files
 from lowbit.errors import RunError, Stopped, UsageError
-from lowbit.ledger import Ledger
+from lowbit.evidence.ledger import Ledger
 from lowbit.train import checkpoint, data, models, trainer
 from lowbit.train.config import lr_factor
 from lowbit.train.lock import LOCK, locked, refuse_held

@@ -22,7 +22,7 @@ from torch import nn
 
 from helpers import script
 from lowbit.errors import RunError, UsageError
-from lowbit.ledger import Ledger
+from lowbit.evidence.ledger import Ledger
 from lowbit.schedules import Cyclic
 from lowbit.train import TrainConfig, checkpoint, models, trainer
 from lowbit.train.config import lr_factor

@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import lowbit
 from lowbit import Proof, RunError, UsageError, VerificationError, integer, products
+from lowbit.evidence.theory import angle_bound, bits_needed
+from lowbit.evidence.verify import distinct_values
 from lowbit.formats import Integer
 from lowbit.products import OperandRun
-from lowbit.theory import angle_bound, bits_needed
-from lowbit.verify import distinct_values
 
 needs_units = pytest.mark.skipif(bool(integer.missing("int8")), reason="this machine lacks 8-bit units")
 ALL = ["output", "grad_input", "grad_weight"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.watch import Operation, watched_by
+from lowbit.evidence.watch import Operation, watched_by
 
 
 class _Product(nn.Module):

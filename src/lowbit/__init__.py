@@ -12,14 +12,15 @@ from lowbit.controller import PrecisionController
 from lowbit.convert import Report, convert_, load_state_dict, restore_, state_dict
 from lowbit.cost import Cost
 from lowbit.errors import RunError, UsageError
-from lowbit.ledger import Ledger
-from lowbit.meter import Meter
+from lowbit.evidence import metrics as metrics
+from lowbit.evidence.ledger import Ledger
+from lowbit.evidence.meter import Meter
+from lowbit.evidence.proof import Proof
+from lowbit.evidence.verify import VerificationError, tripwire, verify
 from lowbit.plan import plan
 from lowbit.probe import Probe, probe
-from lowbit.proof import Proof
 from lowbit.range_test import RangeTestResult, range_test
 from lowbit.recipe import Recipe, recipes
-from lowbit.verify import VerificationError, tripwire, verify
 
 __version__ = version("lowbit")
 

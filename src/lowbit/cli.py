@@ -417,7 +417,7 @@ def _own_schedule(recipe: Any, network: Any, steps: int, steps_per_epoch: int | 
 
 def _ran(run: Path, *, drop_damaged: bool) -> tuple[Any, dict[str, str]]:
     """The ledger of a run folder, or a ledger file, and what was measured beside it."""
-    from lowbit.ledger import Ledger
+    from lowbit.evidence.ledger import Ledger
     from lowbit.train.measured import read
 
     if run.is_dir():

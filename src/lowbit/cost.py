@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lowbit import metrics, userfile
+from lowbit import userfile
 from lowbit.checks import check_fields, check_type
 from lowbit.errors import RunError, UsageError
+from lowbit.evidence import metrics
+from lowbit.evidence.ledger import Ledger
+from lowbit.evidence.metrics import METRICS, Terms
+from lowbit.evidence.records import PRODUCTS, Convention, Product, Total, per_layer
 from lowbit.hardware import Accelerator, Estimate, total
-from lowbit.ledger import Ledger
-from lowbit.metrics import METRICS, Terms
-from lowbit.records import PRODUCTS, Convention, Product, Total, per_layer
 from lowbit.tables import text_table
 
 CONVENTIONS: tuple[Convention, ...] = ("as-ran", "as-charged")

@@ -14,15 +14,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lowbit.checks import check_whole, checked
 from lowbit.errors import RunError, UsageError, shown
+from lowbit.evidence.ledger import Ledger
+from lowbit.evidence.meter import Meter
+from lowbit.evidence.names import layer_names
+from lowbit.evidence.records import Program
 from lowbit.formats import Integer, check_bits
-from lowbit.ledger import Ledger
-from lowbit.meter import Meter
-from lowbit.names import layer_names
 from lowbit.nn.gate import release
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site
 from lowbit.recipe import SLOTS, Recipe
-from lowbit.records import Program
 from lowbit.schedules import SUITE, Constant, Cyclic, Piecewise, Schedule
 
 Bits = Schedule | int | None

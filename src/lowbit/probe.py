@@ -19,16 +19,16 @@ from lowbit import products
 from lowbit.checks import checked, is_finite
 from lowbit.convert import load_state_dict, state_dict
 from lowbit.errors import UsageError, shown
+from lowbit.evidence.meter import Meter
+from lowbit.evidence.names import name_of_source
+from lowbit.evidence.proof import WANTED_COSINE, OperandProof
+from lowbit.evidence.records import OPERANDS, Total, per_layer
 from lowbit.formats import Integer, check_bits
-from lowbit.meter import Meter
-from lowbit.names import name_of_source
 from lowbit.nn.gate import release
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site
 from lowbit.products import ProductRun
-from lowbit.proof import WANTED_COSINE, OperandProof
 from lowbit.recipe import SLOTS, Recipe
-from lowbit.records import OPERANDS, Total, per_layer
 from lowbit.tables import text_table
 
 FORWARD = ("input", "weight")

@@ -2,8 +2,8 @@
 
 from typing import Protocol, runtime_checkable
 
+from lowbit.evidence.records import Product
 from lowbit.hardware.estimate import Estimate
-from lowbit.records import Product
 
 
 @runtime_checkable

@@ -9,9 +9,9 @@ Not modelled: dilation (a kernel of 3 that spans 5 pixels loads a tile of 3), an
 """
 
 from lowbit.errors import UsageError, unknown
+from lowbit.evidence.records import PRODUCTS, Product
 from lowbit.hardware.array import Layer, check_count
 from lowbit.hardware.matrix import as_matrix
-from lowbit.records import PRODUCTS, Product
 
 
 def square(

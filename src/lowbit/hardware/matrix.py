@@ -16,7 +16,7 @@ from typing import final
 
 from lowbit.checks import checked
 from lowbit.errors import UsageError
-from lowbit.records import Product
+from lowbit.evidence.records import Product
 
 
 @final

@@ -34,9 +34,9 @@ import lowbit
 from lowbit import files
 from lowbit.controller import PrecisionController, is_depthwise
 from lowbit.errors import RunError, Stopped, UsageError
-from lowbit.names import layer_names
+from lowbit.evidence.names import layer_names
+from lowbit.evidence.records import PLAIN, Total
 from lowbit.range_test import RangeTestResult
-from lowbit.records import PLAIN, Total
 from lowbit.schedules import Cyclic, RangeTest
 from lowbit.train import checkpoint, data, models
 from lowbit.train.config import CHANGEABLE, RangeTestConfig, Result, TrainConfig, lr_factor

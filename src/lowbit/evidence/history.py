@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from lowbit.checks import check_type, check_whole, checked
 from lowbit.errors import UsageError, check_choice
-from lowbit.records import PRODUCTS, Convention, Evaluation, Product, Program, Step, Total, fields_of
+from lowbit.evidence.records import PRODUCTS, Convention, Evaluation, Product, Program, Step, Total, fields_of
 
 
 class History(ABC):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from lowbit.formulas import BACKWARD, FORWARD, Arguments, Multiplication, multiplication, named
+from lowbit.evidence.formulas import BACKWARD, FORWARD, Arguments, Multiplication, multiplication, named
 from lowbit.products import Matmul
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd

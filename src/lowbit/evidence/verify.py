@@ -13,14 +13,14 @@ from lowbit import products
 from lowbit.checks import checked
 from lowbit.convert import plain_type, replaced
 from lowbit.errors import RunError, UsageError
+from lowbit.evidence.names import name_of_source, site_names
+from lowbit.evidence.proof import OperandProof, OutsideRow, Proof, ProofRow
+from lowbit.evidence.records import PRODUCTS
+from lowbit.evidence.watch import Operation, watched_by
 from lowbit.formats import Integer
-from lowbit.names import name_of_source, site_names
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site
 from lowbit.products import OperandRun, ProductRun
-from lowbit.proof import OperandProof, OutsideRow, Proof, ProofRow
-from lowbit.records import PRODUCTS
-from lowbit.watch import Operation, watched_by
 
 # The largest share of an operand's values that a healthy layer clips, see docs/limitations.md.
 MOST_CLIPPED = 0.2

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lowbit.formulas import Multiplication
-from lowbit.ledger import Ledger
-from lowbit.names import plain_name
+from lowbit.evidence.formulas import Multiplication
+from lowbit.evidence.ledger import Ledger
+from lowbit.evidence.names import plain_name
+from lowbit.evidence.records import PLAIN, Product
+from lowbit.evidence.watch import Operation
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.norm import FusedSequential
 from lowbit.products import Convolution, ProductCall
-from lowbit.records import PLAIN, Product
-from lowbit.watch import Operation
 
 
 class Forward:

@@ -87,7 +87,7 @@ class Program:
         uncounted: pairs (operator, how often it ran in forward passes) of what was not counted, outside converted
             layers; views and the creation of tensors left out.
         held_bytes: bytes that one forward pass left to its backward, at most; None where none was looked at. See
-            `lowbit.meter` for what is in it.
+            `lowbit.evidence.memory` for what is in it.
     """
 
     calls: tuple[tuple[int, int], ...]

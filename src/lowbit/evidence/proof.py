@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lowbit.records import PRODUCTS
+from lowbit.evidence.records import PRODUCTS
+from lowbit.evidence.theory import angle_bound, bits_needed
 from lowbit.tables import json_text, text_table
-from lowbit.theory import angle_bound, bits_needed
 
 # The cosine that the column "bits needed" asks for.
 WANTED_COSINE = 0.98

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowbit import outside, products
+from lowbit import products
 from lowbit.callstack import Callstack
-from lowbit.formulas import Multiplication
+from lowbit.evidence import outside
+from lowbit.evidence.formulas import Multiplication
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Operation:
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
     def multiplications(self) -> list[Multiplication] | None:
-        """What it multiplies in a forward pass, see `lowbit.outside.multiplications`."""
+        """What it multiplies in a forward pass, see `lowbit.evidence.outside.multiplications`."""
         return outside.multiplications(self.func, self.args, self.kwargs, self.result)
 
     def macs(self) -> int | None:

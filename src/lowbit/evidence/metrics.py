@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from lowbit.records import OPERANDS, PRODUCTS, Product, Total
+from lowbit.evidence.records import OPERANDS, PRODUCTS, Product, Total
 
 FULL = 32 * 32  # bit operations of a multiplication in full precision
 

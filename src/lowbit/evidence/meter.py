@@ -20,14 +20,14 @@ from torch.utils._pytree import tree_leaves
 from lowbit import products
 from lowbit.checks import check_whole, checked
 from lowbit.errors import UsageError
-from lowbit.forward import Forward, ForwardWatcher, record
-from lowbit.ledger import Ledger
-from lowbit.memory import held_for_backward
-from lowbit.names import layer_names, layers_of
+from lowbit.evidence.forward import Forward, ForwardWatcher, record
+from lowbit.evidence.ledger import Ledger
+from lowbit.evidence.memory import held_for_backward
+from lowbit.evidence.names import layer_names, layers_of
+from lowbit.evidence.records import Program
+from lowbit.evidence.watch import watched_by
 from lowbit.nn.site import Site
 from lowbit.products import ProductCall, Setting
-from lowbit.records import Program
-from lowbit.watch import watched_by
 
 
 class Meter:

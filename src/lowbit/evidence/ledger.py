@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, Self, TypeVar
 from lowbit import files
 from lowbit.checks import check_type, check_whole, checked
 from lowbit.errors import RunError, UsageError
-from lowbit.history import History
-from lowbit.records import Evaluation, Product, Program, Step
+from lowbit.evidence.history import History
+from lowbit.evidence.records import Evaluation, Product, Program, Step
 
 _T = TypeVar("_T")
 _VERSION = 1
