@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from lowbit import userfile
 from lowbit.errors import RunError, Stopped, UsageError, shown
 from lowbit.train.config import RangeTestConfig, Result, TrainConfig
 
@@ -43,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"\nlowbit: {stop or 'interrupted'}", file=sys.stderr)
         return 130
+    except Exception as error:
+        if (fault := userfile.fault(error)) is None:
+            raise
+        return _fail(error, fault, 1)
 
 
 def _fail(error: Exception, message: str, code: int) -> int:
@@ -136,7 +141,7 @@ def _parser() -> Any:
     commands.add_subcommand("range-test", range_test, help="find the lowest precision that makes progress")
 
     inspect = parser("Show which layers a recipe converts, which it skips and why, without training.")
-    inspect.add_argument("--model", type=str, help="name of the model")
+    inspect.add_argument("--model", type=str, help="name of the model, or a class of your own file: FILE.py:CLASS")
     inspect.add_argument("--recipe", type=str, default="sbm8", help="name of the recipe")
     inspect.add_argument("--data", type=str, help="data set whose input and labels the model gets")
     inspect.add_argument("--shape", type=str, help="without --data: C,H,W of an image or T of a text (3,32,32)")
@@ -151,7 +156,7 @@ def _parser() -> Any:
 
     cost = parser("Show what a run cost, from its folder, or what a planned run would cost.")
     cost.add_argument("run", type=Path, nargs="?", help="run folder or ledger; without it, plan a run of --model")
-    cost.add_argument("--model", type=str, help="plan: name of the model")
+    cost.add_argument("--model", type=str, help="plan: name of the model, or FILE.py:CLASS")
     cost.add_argument("--recipe", type=str, help="plan: name of the recipe (sbm8)")
     cost.add_argument("--schedule", type=str, help="plan: forward bits, e.g. 8, 3-8x32, RTH:3-8x8 or 4,6@80ep,8@0.9")
     cost.add_argument("--backward", type=str, help="plan: gradient bits, written likewise")

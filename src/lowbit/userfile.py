@@ -17,7 +17,14 @@ from lowbit import files
 from lowbit.errors import RunError, UsageError, shown, unknown
 
 _LIMIT = 1 << 20  # bytes of a file
+_PREFIX = "_lowbit_file_"  # of the modules that the files are
 _numbers = itertools.count()
+
+
+def split(text: str) -> tuple[Path, str] | None:
+    """The file and the class of ``FILE.py:CLASS``; None where a text is a name of another kind."""
+    path, colon, name = text.rpartition(":")
+    return (Path(path), name) if colon and path.endswith(".py") else None
 
 
 def load_class(text: str) -> type:
@@ -38,7 +45,16 @@ def load_class(text: str) -> type:
         raise UsageError(
             f"{shown(text)}: there is no Python file {shown(path)}; write FILE.py:CLASS, e.g. mine.py:Mine"
         )
-    return class_of(bytes(files.read(file, limit=_LIMIT, hint="Give a shorter file.")), file, name)
+    return class_of(read(file), file, name)
+
+
+def read(file: Path) -> bytes:
+    """The content of a user's file.
+
+    Raises:
+        RunError: it cannot be read, or is longer than 1 MiB.
+    """
+    return bytes(files.read(file, limit=_LIMIT, hint="Give a shorter file."))
 
 
 def class_of(source: bytes, file: Path, name: str) -> type:
@@ -53,7 +69,7 @@ def class_of(source: bytes, file: Path, name: str) -> type:
         UsageError: the source fails when it is executed, or has no such class.
     """
     # A module of its own, that nothing else can be imported by: dataclasses look theirs up by name.
-    module = ModuleType(f"_lowbit_file_{next(_numbers)}_{file.stem}")
+    module = ModuleType(f"{_PREFIX}{next(_numbers)}_{file.stem}")
     module.__file__ = str(file)
     sys.modules[module.__name__] = module
     try:
@@ -96,6 +112,13 @@ def file_of(made: object) -> str | None:
     """The Python file that defines the class of an object; None where there is no file."""
     module: Any = sys.modules.get(type(made).__module__)
     return getattr(module, "__file__", None)
+
+
+def fault(error: BaseException) -> str | None:
+    """What to say of an error that a user's file raised, or what it called; None where it passed no such file."""
+    files_here = {module.__file__ for name, module in sys.modules.items() if name.startswith(_PREFIX)}
+    passed = [frame.filename for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files_here]
+    return f"{passed[-1]} raises {_described(error, passed[-1])}" if passed else None
 
 
 def _described(error: BaseException, file: str | None) -> str:

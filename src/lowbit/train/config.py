@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_type_hints
 
+from lowbit import userfile
 from lowbit.checks import check_fields, is_finite, is_whole
 from lowbit.errors import UsageError, shown, unknown
 from lowbit.recipe import is_file_name
@@ -46,7 +47,8 @@ class TrainConfig:
     """The settings of one training run; `resolved` fills in what was left open.
 
     Args:
-        model: name of the model, e.g. ``resnet20``.
+        model: name of the model, e.g. ``resnet20``, or a class of your own file, ``net.py:Net``. The file is executed,
+            and the run folder keeps it.
         data: name of the data set, e.g. ``fashion-mnist``.
         recipe: name of the recipe, e.g. ``sbm8``, or a file of one, ``mine.toml``, which the run folder then keeps;
             ``fp32`` trains in full precision.
@@ -182,7 +184,9 @@ class TrainConfig:
             threads: what torch chose on this machine.
         """
         recipe = Path(self.recipe).stem if is_file_name(self.recipe) else self.recipe
-        name = f"{self.model}-{self.data}-{recipe}-{self.seed}"
+        own = userfile.split(self.model)
+        model = self.model if own is None else f"{own[0].stem}-{own[1]}"
+        name = f"{model}-{self.data}-{recipe}-{self.seed}"
         return dataclasses.replace(
             self,
             lr=_LR[self.optimizer] if self.lr is None else self.lr,
@@ -253,7 +257,7 @@ class RangeTestConfig:
     """The settings of a precision range test.
 
     Args:
-        model: name of the model, e.g. ``resnet20``.
+        model: name of the model, e.g. ``resnet20``, or a class of your own file, ``net.py:Net``.
         data: name of the data set, e.g. ``fashion-mnist``.
         recipe: the recipe whose formats are used; what it says of bits over time does not count.
         low: the first width.

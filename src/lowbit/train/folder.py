@@ -1,6 +1,7 @@
 """The files of a run folder, and the two that say what the run is: its settings with their changes, and its result."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, Self
 
 import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-from lowbit import files
+from lowbit import files, userfile
 from lowbit.checks import check_fields
 from lowbit.errors import RunError, UsageError
 from lowbit.recipe import Recipe, from_toml, is_file_name, read_file
@@ -21,6 +22,7 @@ CONFIG = "config.yaml"
 LEDGER = "ledger.jsonl"
 PROOF = "proof.txt"
 RECIPE = "recipe.toml"  # of a run whose recipe is a file: its text as the run began
+MODEL = "model.py"  # of a run whose model is a class of a file: the same
 RESULT = "result.json"
 RANGE_TEST = "range-test.txt"
 
@@ -119,11 +121,38 @@ def write_settings(settings: Settings) -> None:
     files.write_text(settings.config.out / CONFIG, yaml.safe_dump(values, sort_keys=False))
 
 
-def write_recipe(config: TrainConfig) -> None:
-    """Keep the recipe of a new run where it is a file, so that the run does not change with it."""
+def write_sources(config: TrainConfig) -> None:
+    """Keep the recipe and the model of a new run where they are files, so that the run does not change with them."""
+    assert config.out is not None
     if is_file_name(config.recipe):
-        assert config.out is not None
         files.write_text(config.out / RECIPE, read_file(Path(config.recipe)))
+    if (own := userfile.split(config.model)) is not None:
+        files.write_bytes(config.out / MODEL, userfile.read(own[0]))
+
+
+def sources(config: TrainConfig) -> dict[str, str]:
+    """The SHA-256 of the recipe and of the model in the run folder, by file name, where the run began with files."""
+    assert config.out is not None
+    kept = {RECIPE: is_file_name(config.recipe), MODEL: userfile.split(config.model) is not None}
+    return {
+        name: hashlib.sha256(files.read(config.out / name, limit=_LIMIT, hint="It is another file.")).hexdigest()
+        for name, there in kept.items()
+        if there
+    }
+
+
+def model_name(config: TrainConfig) -> str:
+    """The model of a run, in the run's own copy where it is a class of a file and the run has begun.
+
+    Raises:
+        RunError: that copy is gone.
+    """
+    own = userfile.split(config.model)
+    if own is None or config.out is None or not (config.out / CONFIG).exists():
+        return config.model
+    if not (config.out / MODEL).is_file():
+        raise RunError(f"{config.out / MODEL} cannot be read: the run began with the model in it, so bring it back.")
+    return f"{config.out / MODEL}:{own[1]}"
 
 
 def read_recipe(config: TrainConfig) -> Recipe:

@@ -4,16 +4,20 @@ Notation: B batch, C channels, H and W pixels, T positions of a text, V bytes in
 """
 
 import importlib
+import inspect
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from lowbit.errors import UsageError, unknown
+from lowbit import userfile
+from lowbit.errors import UsageError, a_or_an, unknown
 from lowbit.train.data import Task
 
 SMALL = 64
@@ -342,24 +346,59 @@ def build(name: str, task: Task) -> nn.Module:
     normalisation has more than one value in a batch of 1.
 
     Args:
-        name: one of `names()`, with a model's name in place of ``NAME``.
+        name: one of `names()`, with a model's name in place of ``NAME``, or ``FILE.py:CLASS``: the file is executed,
+            and the class is made with those of `classes` and `shape` (of one sample) that its constructor takes.
         task: what to map. Images (B, C, H, W) float32 give logits (B, classes), text (B, T) int64 gives
             logits (B, T, classes).
 
     Raises:
-        UsageError: no such model, a model for the other kind of task, a package that is not installed, or
-            more channels or fewer than a torchvision model takes.
+        UsageError: no such model, a model for the other kind of task, a package that is not installed, more channels
+            or fewer than a torchvision model takes, or a class that cannot be made or gives no such logits.
     """
+    if userfile.split(name) is not None:
+        return _channels_last(_of_file(name, task))
     family, _, rest = name.partition(":")
     key = f"{family}:NAME" if rest else name
     if key not in _MODELS or name.endswith(":NAME"):
-        raise unknown("model", name, names())
+        raise unknown("model", name, (*names(), "FILE.py:CLASS"))
     entry = _MODELS[key]
     if entry.kind != task.kind:
         fitting = ", ".join(known for known, other in _MODELS.items() if other.kind == task.kind)
         raise UsageError(f"model {name!r} takes {entry.kind} and this task is {task.kind}. Models that fit: {fitting}.")
-    model: Any = entry.build(task, rest) if rest else entry.build(task)
+    model = entry.build(task, rest) if rest else entry.build(task)
+    return _channels_last(model)
+
+
+def _channels_last(model: Any) -> nn.Module:
     return cast(nn.Module, model.to(memory_format=torch.channels_last))
+
+
+def _of_file(name: str, task: Task) -> nn.Module:
+    """A model of a user's class, which maps what the task has to logits of its shape."""
+    cls = userfile.load_class(name)
+    if not issubclass(cls, nn.Module):
+        raise UsageError(f"{name} is not a torch.nn.Module: make it one")
+    with userfile.blamed(f"the constructor of {name} raises", str(Path(name.rpartition(":")[0]))):
+        takes = inspect.signature(cls).parameters
+        given = {"classes": task.classes, "shape": task.shape}
+        model = cls(**{key: value for key, value in given.items() if key in takes})
+    if any(is_lazy(each) for each in (*model.parameters(), *model.buffers())):
+        raise UsageError(f"{name} has parameters without a shape: give its layers their sizes")
+    if not any(each.is_meta for each in model.parameters()):
+        _check_logits(name, model, task)
+    return model
+
+
+def _check_logits(name: str, model: nn.Module, task: Task) -> None:
+    """Raise a UsageError unless a model gives logits for two samples."""
+    wanted = (2, task.classes) if task.kind == "image" else (2, *task.shape, task.classes)
+    x = torch.zeros((2, *task.shape), dtype=torch.float32 if task.kind == "image" else torch.int64)
+    with userfile.blamed(f"{name} raises for an input of {tuple(x.shape)}:", userfile.file_of(model)), torch.no_grad():
+        y = model.eval()(x)
+    model.train()
+    if not isinstance(y, Tensor) or tuple(y.shape) != wanted:
+        given = f"a tensor of {tuple(y.shape)}" if isinstance(y, Tensor) else a_or_an(type(y).__name__)
+        raise UsageError(f"{name} gives {given} for an input of {tuple(x.shape)}: it must give logits of {wanted}")
 
 
 def blocks(name: str) -> str | None:

@@ -48,19 +48,23 @@ from lowbit.train.folder import (
     RANGE_TEST,
     RESULT,
     Settings,
+    model_name,
     read_recipe,
     read_result,
     read_settings,
     refuse_taken,
-    write_recipe,
+    sources,
     write_result,
     write_settings,
+    write_sources,
 )
 from lowbit.train.lock import locked, refuse_held
 from lowbit.train.measured import measured
 from lowbit.train.rows import Rows
 from lowbit.train.stop import Leave, Stop, signals
 
+# What lowbit keeps in a checkpoint, beside what Lightning does.
+_OWN = {"config", "state", "loader", "test", "controller", "cost", "data", "sources"}
 _WARM_UP = 5  # steps of each start whose time is not counted
 _LOG_EVERY = 10  # steps between two rows of metrics.csv
 
@@ -88,7 +92,7 @@ def train(config: TrainConfig) -> Result:
                 refuse_taken(out)
                 files.remove_parts(out)
                 write_settings(Settings(config=config))
-                write_recipe(config)
+                write_sources(config)
                 return _run(stop, loaded, module, report, None)
 
 
@@ -210,7 +214,7 @@ def range_test(config: RangeTestConfig) -> RangeTestResult:
         RunError: the loss is not finite.
     """
     settings = config.training().resolved(threads=torch.get_num_threads())
-    loaded, model = _build(settings)
+    loaded, model = _build(settings, config.model)
     recipe = lowbit.Recipe.find(config.recipe)
     static = recipe.replace(schedule=None, gates=None, depthwise=None)
     lowbit.convert_(model, static, seed=config.seed)
@@ -324,6 +328,7 @@ class _Module(LightningModule):
         self.controller = control(self.total_steps)
         self.gates = None if self.controller is None else self.controller.gates
         self.cost = {"macs": 0, "bit_operations": 0}
+        self.sources: dict[str, str] = {}
 
     def on_train_batch_start(self, *_: object) -> None:
         torch.manual_seed(step_seed(self.config.seed, self.global_step))
@@ -396,6 +401,7 @@ class _Module(LightningModule):
             "controller": None if self.controller is None else self.controller.state_dict(),
             "cost": self.cost,
             "data": self.fingerprint,
+            "sources": self.sources,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -624,6 +630,7 @@ def _run(
     """Take the run from the checkpoint `start`, or from step 0 without one, to its end."""
     config = module.config
     assert config.out is not None
+    module.sources = sources(config)
     timer = _StepTimer()
     began = stop.saved = 0 if start is None else start["global_step"]
     if start is None:
@@ -666,7 +673,7 @@ def _run(
 def _assemble(config: TrainConfig) -> tuple[data.Data, _Module, lowbit.Report]:
     """The data, the converted model and the report of its conversion: functions of the settings alone."""
     recipe, blocks = _recipe(config)
-    loaded, model = _build(config)
+    loaded, model = _build(config, model_name(config))
     rules: list[Any] = []
     if blocks is not None:
         if not any(re.fullmatch(blocks, name) for name, _ in model.named_modules()):
@@ -728,7 +735,7 @@ def _recipe(config: TrainConfig) -> tuple[lowbit.Recipe, str | None]:
     return recipe, blocks
 
 
-def _build(config: TrainConfig) -> tuple[data.Data, nn.Module]:
+def _build(config: TrainConfig, model: str) -> tuple[data.Data, nn.Module]:
     """The data and the plain model."""
     loaded = data.load(
         config.data,
@@ -740,7 +747,7 @@ def _build(config: TrainConfig) -> tuple[data.Data, nn.Module]:
     if config.context is not None and loaded.task.kind != "text":
         raise UsageError(f"context is a setting of text, and the data set {config.data!r} is not text.")
     torch.manual_seed(config.seed)
-    return loaded, models.build(config.model, loaded.task)
+    return loaded, models.build(model, loaded.task)
 
 
 def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -867,7 +874,7 @@ def _load_checkpoint(path: Path, settings: Settings) -> dict[str, Any]:
     """
     content: dict[str, Any] = checkpoint.load(path)
     own = content.get("lowbit")
-    if not isinstance(own, dict) or set(own) != {"config", "state", "loader", "test", "controller", "cost", "data"}:
+    if not isinstance(own, dict) or set(own) != _OWN:
         raise checkpoint.DamagedError(
             f"{path} has no state of lowbit; expected a checkpoint that `lowbit train` wrote."
         )
@@ -943,7 +950,11 @@ def _start(
 
 
 def _check_fit(path: Path, content: Mapping[str, Any], module: _Module) -> None:
-    """Raise a RunError where the tensors are not those of the model, or the step is beyond the run's end."""
+    """Raise a RunError where the recipe, the model or its tensors are others, or the step is beyond the run's end."""
+    now = sources(module.config)
+    for name, then in content["lowbit"]["sources"].items():
+        if now.get(name) != then:
+            raise RunError(f"{path.with_name(name)} is not what the run began with (SHA-256 {then}): bring that back.")
     saved, own = content["state_dict"], module.state_dict()
     for name in sorted(saved.keys() | own.keys()):
         if name not in saved or name not in own or saved[name].shape != own[name].shape:
