@@ -3,23 +3,22 @@
 #include <algorithm>
 
 #include "call.h"
-#include "cpu.h"
+#include "product.h"
 
 namespace lowbit {
 namespace {
 
-#ifdef LOWBIT_X86
 using Three = std::array<int64_t, 3>;
 // (position, size, kernel, stride, padding, dilation, transposed, channels)
 using WindowArgs = std::tuple<std::array<int64_t, 4>, Three, Three, Three, Three, Three, bool, int64_t>;
-// (data, first number, rows, width, stride, fold, zero, window or None, along)
-using RowsArgs = std::tuple<Memory, int64_t, int64_t, int64_t, int64_t, int64_t, int, std::optional<WindowArgs>, bool>;
+// (data, first number, rows, length, stride, fold, zero point, window or None, whether width-major)
+using SideArgs = std::tuple<Memory, int64_t, int64_t, int64_t, int64_t, int64_t, int, std::optional<WindowArgs>, bool>;
 
-// Fills `window`, and returns how many places it may reach.
+// Fills `window`, and returns how many pixels it may reach.
 int64_t window_of(const Call& call, const WindowArgs& args, int64_t rows, int64_t width, Window& window) {
     constexpr int64_t most = std::numeric_limits<int32_t>::max();
     const auto& [position, size, kernel, step, padding, dilation, transposed, channels] = args;
-    int64_t positions = 1, places = position[0], taps = 1;
+    int64_t positions = 1, pixels = position[0], taps = 1;
     for (int i = 0; i < 4; i++) {
         call.need(position[i] <= most, "a window has too many positions");
         window.position[i] = position[i];
@@ -34,7 +33,7 @@ int64_t window_of(const Call& call, const WindowArgs& args, int64_t rows, int64_
         window.stride[i] = step[i];
         window.padding[i] = padding[i];
         window.dilation[i] = dilation[i];
-        places = call.times(places, size[i]);
+        pixels = call.times(pixels, size[i]);
         taps = call.times(taps, kernel[i]);
     }
     window.transposed = transposed;
@@ -42,43 +41,45 @@ int64_t window_of(const Call& call, const WindowArgs& args, int64_t rows, int64_
     call.need(channels > 0 && positions == rows && positions <= std::numeric_limits<uint32_t>::max() &&
                   call.times(taps, channels) == width,
               "a window's positions and taps are not the rows and their width");
-    return places;
+    return pixels;
 }
 
-Rows rows_of(Call& call, const char* name, const RowsArgs& args, int types, Window& window) {
-    const auto& [data, first, rows, width, stride, fold, zero, w, along] = args;
+Side side_of(Call& call, const char* name, const SideArgs& args, int types, Window& window) {
+    const auto& [data, first, rows, length, stride, fold, zero, w, width_major] = args;
     call.need(first >= 0 && fold >= 0 && (fold == 0 || rows % fold == 0),
               "rows begin before their memory, or do not fold");
     call.need(zero >= -255 && zero <= 255, "the zero point is not a code");
-    const int64_t steps = w ? window_of(call, *w, rows, width, window) : rows, of_step = w ? window.channels : width;
-    // From the first number to the end of the last row, or place.
+    const int64_t steps = w ? window_of(call, *w, rows, length, window) : rows, of_step = w ? window.channels : length;
+    // From the first number to the end of the last row, or pixel.
     const int64_t reach = steps && of_step ? call.plus(call.times(steps - 1, stride), of_step) : 0;
-    call.need(rows >= 0 && width >= 0 && stride >= 0, "sizes are less than 0");
+    call.need(rows >= 0 && length >= 0 && stride >= 0, "sizes are less than 0");
     const int64_t least = reach ? call.plus(first, reach) : 0;
     const auto* from =
         static_cast<const uint8_t*>(call.take(name, data, types, least, std::numeric_limits<int64_t>::max(), false));
     return {least ? from + first * kBytes[std::get<1>(data)] : from,
             type_of(data),
             rows,
-            width,
+            length,
             stride,
             fold,
             w ? &window : nullptr,
-            zero};
+            zero,
+            width_major ? Order::width_major : Order::depth_major};
 }
 
 // (data, first number, stride, taps, row scales, column scales, bias)
 using ResultArgs = std::tuple<Memory, int64_t, int64_t, int64_t, Memory, Memory, Memory>;
 
-void multiply(bool codes, const RowsArgs& a_args, const RowsArgs& b_args, const ResultArgs& result) {
+void multiply(bool codes, const SideArgs& lhs_args, const SideArgs& rhs_args, const ResultArgs& result) {
     Call call("multiply");
-    Window a_window, b_window;
+    Window lhs_window, rhs_window;
     const int types = codes ? kBytesOnly : kNumbers;
-    const Rows a = rows_of(call, "the left side", a_args, types, a_window);
-    const Rows b = rows_of(call, "the right side", b_args, types, b_window);
-    const bool a_along = std::get<8>(a_args), b_along = std::get<8>(b_args);
-    const int64_t m = a_along ? a.rows : a.width, n = b_along ? b.rows : b.width, k = a_along ? a.width : a.rows;
-    call.need(k == (b_along ? b.width : b.rows), "the two sides sum over different numbers");
+    const Side lhs = side_of(call, "the left side", lhs_args, types, lhs_window);
+    const Side rhs = side_of(call, "the right side", rhs_args, types, rhs_window);
+    const auto width = [](const Side& s) { return s.order == Order::width_major ? s.rows : s.length; };
+    const auto depth = [](const Side& s) { return s.order == Order::width_major ? s.length : s.rows; };
+    const int64_t m = width(lhs), n = width(rhs), k = depth(lhs);
+    call.need(k == depth(rhs), "the two sides sum over different numbers");
     call.need(k > 0 || !m || !n, "the two sides sum over no numbers: the result is the bias alone");
     const auto& [data, first, stride, taps, row, column, bias] = result;
     const int64_t rows = count_of(row), columns = count_of(column);
@@ -90,10 +91,8 @@ void multiply(bool codes, const RowsArgs& a_args, const RowsArgs& b_args, const 
     const auto* to = static_cast<const uint8_t*>(
         call.take("the result", data, kFloats, reach, std::numeric_limits<int64_t>::max(), true));
     const Product p{
-        a,
-        b,
-        a_along,
-        b_along,
+        lhs,
+        rhs,
         m,
         n,
         k,
@@ -101,17 +100,16 @@ void multiply(bool codes, const RowsArgs& a_args, const RowsArgs& b_args, const 
          call.reads<float>("row scales", row, rows), rows, call.reads<float>("column scales", column, columns), columns,
          call.may_read<float>("bias", bias, n)}};
     call.check_apart();
+    const auto product = codes ? products().codes : products().bf16;
+    if (!product)
+        throw std::runtime_error(std::string("multiply: this processor lacks ") +
+                                 (codes ? "avx512vnni" : "avx512bf16") + ": multiply on the reference engine");
     const nb::gil_scoped_release release;
-    codes ? multiply_codes(p) : multiply_halves(p);
+    product(p);
 }
-#endif
 
 }  // namespace
 
-void bind_products([[maybe_unused]] nb::module_& m) {
-#ifdef LOWBIT_X86
-    m.def("multiply", &multiply);
-#endif
-}
+void bind_products(nb::module_& m) { m.def("multiply", &multiply); }
 
 }  // namespace lowbit

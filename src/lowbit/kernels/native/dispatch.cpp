@@ -1,11 +1,12 @@
 // The choice among instruction sets: a row each, in a file each.
 //
-// To add one, say NEON:
-//   1. its name in `Machine`, and how the processor is asked for it, in machine.cpp;
-//   2. neon.cpp, which includes all_passes.h and defines `neon_passes`, compiled with the flags of that instruction set
-//      by a line of CMakeLists.txt; an encoder of its own is optional;
-//   3. a row here.
-// Results are those of `plain` bit for bit: `tests/test_native.py` compares every row that a machine can run.
+// To add one, for example NEON:
+//   1. machine.h and machine.cpp: its name, and how the processor is asked for it;
+//   2. neon.cpp, compiled with its flags by a line of CMakeLists.txt: `neon_passes`, made by all_passes.h, and
+//      `neon_products`, made by all_products.h of a struct of micro-kernels and vector operations;
+//   3. a row here in each table.
+// AMX is such a file beside AVX-512's. AVX-VNNI would be a third that has micro-kernels of 256 bits. Products of codes
+// and passes give the same bits on every instruction set; `tests/test_native.py` compares all that a machine can run.
 
 #include "dispatch.h"
 
@@ -14,12 +15,17 @@
 namespace lowbit {
 namespace {
 
-// Best first. A row is taken where the machine has what it needs; null needs nothing.
-struct PassesRow {
+// Taken where the machine has what it needs; null needs nothing.
+template <class Table>
+struct Row {
     bool Machine::* needs;
-    const Passes* passes;
+    const Table* table;
+
+    bool runs() const { return !needs || machine().*needs; }
 };
-constexpr PassesRow kPasses[] = {
+
+// Best first.
+constexpr Row<Passes> kPasses[] = {
 #ifdef LOWBIT_X86
     {&Machine::avx512, &avx512_passes},
     {&Machine::avx2, &avx2_passes},
@@ -27,14 +33,41 @@ constexpr PassesRow kPasses[] = {
     {nullptr, &plain_passes},
 };
 
+constexpr Products kNone{};
+constexpr Row<Products> kProducts[] = {
+#ifdef LOWBIT_X86
+    {&Machine::amx, &amx_products},
+    {&Machine::bf16, &avx512bf16_products},
+    {&Machine::vnni, &avx512vnni_products},
+#endif
+    {nullptr, &kNone},
+};
+
+const Passes* choose_passes() {
+    for (const auto& row : kPasses)
+        if (row.runs()) return row.table;
+    return &plain_passes;
+}
+
+Products choose_products() {
+    Products chosen{};
+    for (const auto& row : kProducts) {
+        if (!row.runs()) continue;
+        if (!chosen.codes) chosen.codes = row.table->codes;
+        if (!chosen.bf16) chosen.bf16 = row.table->bf16;
+    }
+    return chosen;
+}
+
 }  // namespace
 
 const Passes& passes() {
-    static const Passes& chosen = [&]() -> const Passes& {
-        const PassesRow* row = kPasses;
-        while (row->needs && !(machine().*row->needs)) row++;
-        return *row->passes;
-    }();
+    static const Passes* const chosen = choose_passes();
+    return *chosen;
+}
+
+const Products& products() {
+    static const Products chosen = choose_products();
     return chosen;
 }
 

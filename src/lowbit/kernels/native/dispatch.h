@@ -2,10 +2,12 @@
 #pragma once
 
 #include "passes.h"
+#include "product.h"
 
 namespace lowbit {
 
 // Constants, so that no code of an instruction set runs before it is chosen.
 extern const Passes plain_passes, avx2_passes, avx512_passes;
+extern const Products avx512vnni_products, avx512bf16_products, amx_products;
 
 }  // namespace lowbit

@@ -1,0 +1,24 @@
+// Products of bfloat16 numbers for AVX-512 BF16.
+
+#include "all_products.h"
+#include "avx512_kernels.h"
+#include "dispatch.h"
+
+namespace lowbit {
+namespace {
+
+struct DotBf16 {
+    using Accumulator = float;
+    using Vector = __m512;
+    static void add(Vector& sum, __m512i lhs, __m512i rhs) {
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)lhs, (__m512bh)rhs);
+    }
+    static void load(Vector& sum, const float* c) { sum = _mm512_loadu_ps(c); }
+    static void save(float* c, Vector sum) { _mm512_storeu_ps(c, sum); }
+};
+
+}  // namespace
+
+constexpr Products avx512bf16_products{nullptr, multiply<Avx512Kernels<DotBf16>, Bf16>};
+
+}  // namespace lowbit

@@ -1,0 +1,69 @@
+// Products of matrices and of convolutions: what they take. `dispatch.cpp` chooses those of an instruction set.
+//
+// Notation, as in BLAS: C (m x n) = lhs (m x k) rhs (k x n); k is the depth, the index that is summed.
+#pragma once
+
+#include <cstdint>
+
+#include "number.h"
+
+namespace lowbit {
+
+// A convolution as a matrix, as im2col would unfold it. Row r is a position: of the output, or with `transposed` of the
+// input. Its numbers are those that the taps of the kernel reach from there on the other side, tap after tap, the
+// channels of a pixel side by side.
+struct Window {
+    int64_t position[4];  // batch, then three axes: what a row index counts
+    int64_t size[3];      // of the side that the taps reach for
+    int64_t kernel[3], stride[3], padding[3], dilation[3];
+    bool transposed;   // positions are those of the convolution's input, and taps reach for its output
+    int64_t channels;  // numbers of a pixel, of one group
+};
+
+// How one side of a product lies in memory (gemmlowp's words). Width is m of the lhs and n of the rhs.
+enum class Order {
+    width_major,  // a row of memory runs along the depth: a row-major lhs, a column-major rhs
+    depth_major,  // a row of memory is one depth: a column-major lhs, a row-major rhs
+};
+
+// One side of a product as rows of memory. Without a window row r starts at `data + step(r) * stride` where `step` is r
+// itself, or, with `fold`, (r % fold) * (rows / fold) + r / fold. With a window it is a row of the im2col matrix, and
+// `stride` lies between pixels.
+struct Side {
+    const void* data;
+    Type type;
+    int64_t rows, length, stride, fold;
+    const Window* window;
+    int zero_point;  // the code of a real zero, also of what lies outside the window
+    Order order;
+};
+
+// C in the numbers' real values, with scales, bias and layout.
+struct Result {
+    void* data;
+    Type type;       // f32 or bf16
+    int64_t stride;  // between rows
+    int64_t taps;    // 1, or columns (tap, channel) are written as (channel, tap)
+    const float* row_scale;
+    int64_t row_scales;  // 1 or m
+    const float* column_scale;
+    int64_t column_scales;  // 1, n, or n / taps: one for each channel
+    const float* bias;      // n numbers, or null
+};
+
+struct Product {
+    Side lhs, rhs;
+    int64_t m, n, k;
+    Result result;
+};
+
+// The products that an instruction set computes; null where it lacks the units.
+struct Products {
+    void (*codes)(const Product& p);  // u8 or s8 by u8 or s8, summed in int32
+    void (*bf16)(const Product& p);   // f32, bf16 or codes, rounded to bf16, summed in float32
+};
+
+// Of each kind those of the best instruction set that this process may use.
+const Products& products();
+
+}  // namespace lowbit
