@@ -50,6 +50,11 @@ class Multiplication:
 Formula = Callable[[Arguments, Any], list[Multiplication]]
 
 
+def total_macs(found: Sequence[Multiplication]) -> int:
+    """Multiply-accumulates of all of them."""
+    return sum(what.macs * what.times for what in found)
+
+
 def multiplication(
     op: Op,
     a: Tensor,
@@ -146,27 +151,31 @@ def _outer(args: Arguments, out: Tensor) -> list[Multiplication]:
 
 
 def _convolution(transposed: bool = False) -> Formula:
-    """Any operator of a convolution; its other arguments go by their names."""
+    """Any operator of a convolution."""
 
     def found(args: Arguments, out: Tensor) -> list[Multiplication]:
         x, w = next(iter(args.values())), args["weight"]
-        axes = w.dim() - 2
-
-        def each(name: str, default: int) -> tuple[int, ...]:
-            values = args.get(name) or [default]
-            return tuple(values) if len(values) == axes else tuple(values) * axes
-
-        op = Convolution(
-            stride=each("stride", 1),
-            padding=each("padding", 0),
-            dilation=each("dilation", 1),
-            groups=args.get("groups", 1),
-            transposed=args.get("transposed", transposed),
-            output_padding=each("output_padding", 0),
-        )
-        return [multiplication(op, x, w, out.shape)]
+        return [multiplication(_window(args, transposed), x, w, out.shape)]
 
     return found
+
+
+def _window(args: Arguments, transposed: bool = False) -> Convolution:
+    """The convolution that an operator's arguments mean, by their names."""
+    axes = args["weight"].dim() - 2
+
+    def each(name: str, default: int) -> tuple[int, ...]:
+        values = args.get(name) or [default]
+        return tuple(values) if len(values) == axes else tuple(values) * axes
+
+    return Convolution(
+        stride=each("stride", 1),
+        padding=each("padding", 0),
+        dilation=each("dilation", 1),
+        groups=args.get("groups", 1),
+        transposed=args.get("transposed", transposed),
+        output_padding=each("output_padding", 0),
+    )
 
 
 def _time_first(args: Arguments, out: Tensor) -> list[Multiplication]:
@@ -300,8 +309,7 @@ FORWARD: dict[str, Formula] = {
 def _backward_of_convolution(args: Arguments) -> int:
     """One product like the forward's for the input, one for the weight."""
     x, w, g = args["input"] if "input" in args else args["self"], args["weight"], args["grad_output"]
-    small = x if args.get("transposed", False) else g
-    return int(sum(args["output_mask"][:2]) * small.numel() * math.prod(w.shape[1:]))
+    return int(sum(args["output_mask"][:2])) * _window(args).macs(x.shape, w.shape, g.shape)
 
 
 def _backward_of_attention(args: Arguments) -> int:
@@ -312,14 +320,13 @@ def _backward_of_attention(args: Arguments) -> int:
 
 def _backward_of_layer(args: Arguments) -> int:
     """Twice the forward."""
-    x, w_input, w_recurrent = list(args.values())[:3]
-    return int(2 * x.shape[:-1].numel() * (w_input.numel() + w_recurrent.numel()))
+    return 2 * total_macs(_recurrent(args, None))
 
 
 def _backward_of_all(args: Arguments) -> int:
     """The forward once for the input and the states, once for the weights."""
-    rows, mask = args["input"].shape[:-1].numel(), args["output_mask"]
-    return int((any(mask[:3]) + bool(mask[3])) * rows * sum(w.numel() for w in args["weight"] if w.dim() == 2))
+    mask = args["output_mask"]
+    return (any(mask[:3]) + bool(mask[3])) * total_macs(_recurrent_of_all(args, None))
 
 
 # Operators of the backward pass, and their MACs from their arguments.

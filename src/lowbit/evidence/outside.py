@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from lowbit.evidence.formulas import BACKWARD, FORWARD, Arguments, Multiplication, multiplication, named
+from lowbit.evidence.formulas import BACKWARD, FORWARD, Arguments, Multiplication, multiplication, named, total_macs
 from lowbit.products import Matmul
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -155,7 +155,7 @@ def macs(func: Any, args: Sequence[Any], kwargs: Arguments, out: Any) -> int | N
     if name in BACKWARD:
         return BACKWARD[name](_by_name(func, args, kwargs))
     found = multiplications(func, args, kwargs, out)
-    return None if found is None else sum(m.macs * m.times for m in found)
+    return None if found is None else total_macs(found)
 
 
 def _by_name(func: Any, args: Sequence[Any], kwargs: Arguments) -> Arguments:
