@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,6 +232,16 @@ def test_json_is_the_dictionary() -> None:
     cost = Cost(scored(), BitFusion())
 
     assert json.loads(cost.to_json()) == json.loads(json.dumps(cost.to_dict()))
+
+
+def test_json_has_null_for_an_infinite_score() -> None:
+    """A run whose only score is infinite gives JSON that every reader takes."""
+    run = ledger()
+    run.add_evaluation(None, name="loss", score=math.inf, higher_is_better=False)
+
+    data = json.loads(Cost(run).to_json(), parse_constant=pytest.fail)
+
+    assert data["best"] == {"name": "loss", "score": None, "step": 4}
 
 
 def test_csv_has_a_line_for_each_product_and_pair_of_widths() -> None:

@@ -1,6 +1,7 @@
 """Ledgers: what they keep, and that a file survives what can happen to it."""
 
 import json
+import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,20 @@ def test_the_best_evaluation_has_a_direction(higher: bool, step: int) -> None:
     best = ledger.best()
     assert best is not None
     assert best.step == (6 if higher else step)
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_a_score_that_is_no_number_is_not_the_best(higher: bool) -> None:
+    """The nan of an evaluation that diverged is passed over, also where it came first; alone it is no best."""
+    ledger = Ledger()
+    ledger.add_evaluation(None, name="x", score=math.nan, higher_is_better=higher)
+    without = ledger.best()
+    ledger.add_evaluation(None, name="x", score=0.2, higher_is_better=higher)
+
+    best = ledger.best()
+    assert without is None
+    assert best is not None
+    assert best.score == 0.2
 
 
 def test_scores_of_two_kinds_have_no_best() -> None:

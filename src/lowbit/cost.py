@@ -6,7 +6,6 @@ A `Cost` is a view of a ledger as text, JSON or CSV; it computes and keeps nothi
 import csv
 import dataclasses
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from lowbit.evidence.ledger import Ledger
 from lowbit.evidence.metrics import METRICS, Terms
 from lowbit.evidence.records import PRODUCTS, Convention, Product, Total, per_layer
 from lowbit.hardware import Accelerator, Estimate, total
-from lowbit.tables import text_table
+from lowbit.tables import json_text, text_table
 
 CONVENTIONS: tuple[Convention, ...] = ("as-ran", "as-charged")
 FULL_PRECISION = (32, 32)  # bits of the operands that savings are against
@@ -307,8 +306,8 @@ class Cost:
             return None
 
     def to_json(self) -> str:
-        """`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
+        """`to_dict` as JSON; a score that is infinite is null."""
+        return json_text(self.to_dict())
 
     def to_csv(self) -> str:
         """A line for each row, with a header."""

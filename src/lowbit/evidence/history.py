@@ -1,6 +1,7 @@
 """What a run computed, in memory: records are added to it, and it is asked for sums."""
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -159,12 +160,12 @@ class History(ABC):
         return [layer for layer in self.layers if not any(r == layer or r.startswith(layer + ".") for r in ran)]
 
     def best(self) -> Evaluation | None:
-        """The first evaluation with the best score; None where there is no score.
+        """The first evaluation with the best score; None where no score is a number.
 
         Raises:
             UsageError: scores of several names or directions.
         """
-        scored = [e for e in self.evaluations if e.score is not None]
+        scored = [e for e in self.evaluations if e.score is not None and not math.isnan(e.score)]
         kinds = {(e.name, e.higher_is_better) for e in scored}
         if len(kinds) > 1:
             raise UsageError(f"scores of {sorted(str(name) for name, _ in kinds)}: the best of one kind only")
