@@ -301,7 +301,7 @@ class Proof:
             ],
             "rows": [_values(row) for row in self.rows],
             "outside": [asdict(row) for row in self.outside],
-            "notes": self.notes,
+            "notes": list(self.notes),
         }
 
     def to_json(self) -> str:
@@ -313,8 +313,8 @@ def _values(row: ProofRow) -> dict[str, Any]:
     return {
         "layer": row.layer,
         "product": row.product,
-        "engines": row.engines,
-        "kernels": row.kernels,
+        "engines": dict(row.engines),
+        "kernels": dict(row.kernels),
         "calls": row.calls,
         "macs": row.macs,
         "bits": row.bits,
