@@ -1,6 +1,5 @@
 """Proof of what ran: complete rows, honest figures, and failure where a product is not what was promised."""
 
-import json
 import math
 import re
 import threading
@@ -222,73 +221,6 @@ class TestFigures:
 
         assert weight.angle_bound == angle_bound(8, 4096)
         assert weight.angle_bound < weight.cosine < 1
-
-    def test_a_proof_prints_its_rows(self) -> None:
-        """The text has a line for each product and says that nothing ran outside."""
-        text = str(_prove(_mlp(), torch.randn(5, 6)))
-
-        assert text.count("reference") == 5
-        assert "No product ran outside them." in text
-
-
-class TestData:
-    """A proof as plain values and as JSON: what its text has."""
-
-    def test_it_has_every_cell_of_the_text(self) -> None:
-        """Each number of both tables, of the summary and of the lines between is there, unrounded."""
-        model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
-        lowbit.convert_(model, "sbm8", rules=[("1", None)], engine="reference")
-        proof = _prove(model, torch.randn(5, 6))
-
-        data = json.loads(proof.to_json())
-
-        layer, output = data["layers"][0], data["rows"][0]
-        share, outside = data["outside_share"], data["outside"][0]
-        assert [layer["layer"], *layer["bits"].values(), *layer["engines"], f"{layer['lowest_sqnr_db']:.1f}"] == [
-            "0",
-            *proof.summary().splitlines()[2].replace(" -", "").split()[1:],
-        ]
-        assert str(proof).splitlines()[2].split() == [
-            output["layer"],
-            output["product"],
-            *output["engines"],
-            *output["kernels"],
-            str(output["calls"]),
-            output["bits"],
-            f"{output['sqnr_db']:.1f}",
-            f"{output['cosine']:.5f}",
-            f"{100 * output['clipped']:.2f}",
-            f"{output['angle_bound']:.4f}",
-            f"{output['bits_needed']:.1f}",
-        ]
-        assert f"{data['macs']:,} MACs inside converted layers.\n{100 * share:.2f} % of all MACs" in str(proof)
-        assert [outside["module"], outside["op"], str(outside["calls"]), f"{outside['macs']:,}"] == (
-            str(proof).splitlines()[-2].split()[:4]
-        )
-        assert len(data["rows"]) == len(proof.rows)
-        assert len(data["outside"]) == len(proof.outside)
-        assert f"bits for cos {data['wanted_cosine']}" in str(proof)
-        assert (data["version"], data["notes"]) == (1, [])
-
-    def test_operands_have_their_own_figures(self) -> None:
-        """Format, widths and error of both operands of a product."""
-        proof = _prove(_mlp(), torch.randn(5, 6))
-
-        weight = json.loads(proof.to_json())["rows"][0]["operands"]["weight"]
-
-        own = proof.rows[0].operands["weight"]
-        assert (weight["format"], weight["bits"], weight["most_bits"], weight["elements"]) == (own.format, 8, 8, 48)
-        assert (weight["sqnr_db"], weight["cosine"], weight["exact"]) == (own.sqnr_db, own.cosine, False)
-
-    def test_an_exact_product_has_no_number_for_an_infinite_one(self) -> None:
-        """The SQNR of the fp32 recipe is null, which every reader of JSON takes, and `exact` says why."""
-        model = nn.Linear(6, 8)
-        lowbit.convert_(model, "fp32")
-
-        text = _prove(model, torch.randn(5, 6)).to_json()
-
-        rows = json.loads(text, parse_constant=pytest.fail)["rows"]
-        assert {(row["sqnr_db"], row["exact"], row["bits_needed"]) for row in rows} == {(None, True, None)}
 
 
 class TestFailures:
