@@ -25,7 +25,7 @@ import lowbit
 from lowbit import PrecisionController, RunError, UsageError
 from lowbit.nn.layers import QuantLayer
 from lowbit.recipe import Gating
-from lowbit.schedules import Constant, Cyclic, Piecewise, Progressive, RangeTest
+from lowbit.schedules import Constant, Cyclic, Piecewise, Progressive, RangeTest, RangeTested
 
 BAD: list[Any] = [
     *(None, True, -5, 0, 1000, 1.5, math.nan, math.inf, 2**70, 10**5000, "x", "", b"x", [], {}, [None], (1, 2)),
@@ -119,10 +119,11 @@ class Session:
             [
                 lambda: self.some(4, 8, None),
                 lambda: Constant(bits=self.some(3, 8)),
-                lambda: Cyclic(low=self.some(3, "range-test"), high=8, cycles=self.some(1, 2), total_steps=500),
+                lambda: Cyclic(low=self.some(3), high=8, cycles=self.some(1, 2), total_steps=500),
                 lambda: Piecewise(pieces=[(0, self.some(4)), (3, 8)], total_steps=500),
                 lambda: Progressive(bits=[3, self.some(4)], grad_bits=[6, 8], threshold=0.1, decay=self.some(0.5)),
                 lambda: RangeTest(low=2, high=self.some(4), steps_per_bit=self.some(4)),
+                lambda: RangeTested(schedule=Cyclic(low=2, high=self.some(4, 8), cycles=2, total_steps=500)),
             ]
         )()
 

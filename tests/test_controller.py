@@ -19,11 +19,22 @@ from torch.utils.checkpoint import checkpoint
 
 import lowbit
 from lowbit import PrecisionController, UsageError, products
-from lowbit.controller import is_depthwise
 from lowbit.errors import RunError
 from lowbit.nn.layers import QuantLayer
+from lowbit.precision.layers import is_depthwise
 from lowbit.recipe import SLOTS, Gating, Recipe
-from lowbit.schedules import SUITE, Constant, Cyclic, Deficit, Piecewise, Progressive, RangeTest, Schedule
+from lowbit.schedules import (
+    SUITE,
+    Constant,
+    Cyclic,
+    Deficit,
+    Piecewise,
+    Progressive,
+    RangeTest,
+    RangeTested,
+    Rule,
+    Schedule,
+)
 
 FORWARD = [i for i, (_, operand) in enumerate(SLOTS) if operand != "grad_output"]
 BACKWARD = [i for i, (_, operand) in enumerate(SLOTS) if operand == "grad_output"]
@@ -267,8 +278,8 @@ def test_gradient_accumulation_stays_at_one_step() -> None:
             "goes into `forward`",
         ),
         ({"forward": 8, "blocks": ["0"]}, "without gates"),
-        ({"forward": 8, "range_test": RangeTest()}, "range-test"),
-        ({"forward": Cyclic(low="range-test", high=8, cycles=2, total_steps=40)}, "more than half"),
+        ({"backward": RangeTest()}, "into `forward`"),
+        ({"forward": 8, "rules": [("0", (RangeTest(), 4))]}, "goes into `forward`"),
         ({"gates": Gating(choices=((3, 6), (8, 8)), targets=(3.0,)), "blocks": ["4x"]}, "unknown block '4x'"),
         (
             {"gates": Gating(choices=((3, 6), (8, 8)), targets=(3.0,)), "blocks": [re.compile("x+")]},
@@ -619,8 +630,10 @@ def schedules() -> list[Callable[[], dict[str, Any]]]:
         },
         lambda: {"forward": progressive(), "steps_per_epoch": 3},
         lambda: {
-            "forward": Cyclic(**{**cyclic, "low": "range-test"}),
-            "range_test": RangeTest(low=4, high=8, steps_per_bit=5, threshold=0.3),
+            "forward": RangeTested(
+                schedule=Cyclic(**{**cyclic, "low": 4}),
+                test=RangeTest(low=4, high=8, steps_per_bit=5, threshold=0.3),
+            ),
         },
     ]
 
@@ -713,8 +726,8 @@ def test_a_schedule_of_ones_own_works_and_resumes() -> None:
 
 
 def test_the_first_cycle_finds_the_lowest_bits() -> None:
-    """With low="range-test" losses that fall from 4 bits on make the cycles go on from 4."""
-    schedule = Cyclic(low="range-test", high=8, cycles=2, total_steps=200)
+    """After a range test in which losses fall from 4 bits on the cycles go on from 4."""
+    schedule = RangeTested(schedule=Cyclic(low=2, high=8, cycles=2, total_steps=200))
     controller = PrecisionController(converted(), forward=schedule)
     seen = []
     while controller.last_step < 200:
@@ -729,6 +742,40 @@ def test_the_first_cycle_finds_the_lowest_bits() -> None:
     assert seen[: 2 * test.steps_per_bit] == [2] * test.steps_per_bit + [3] * test.steps_per_bit
     found = Cyclic(low=4, high=8, cycles=2, total_steps=200)
     assert seen[3 * test.steps_per_bit :] == [found(t) for t in range(3 * test.steps_per_bit, 200)]
+
+
+class Follow(Rule):
+    """A rule of a user's own: one bit more after each loss below 1."""
+
+    follows, max_bits, current_bits = "step", 8, 3
+
+    def widths(self) -> list[int]:
+        """3 to 8."""
+        return list(range(3, 9))
+
+    def update(self, loss: Any) -> bool:
+        """One bit more where the loss is below 1."""
+        grows = loss < 1 and self.current_bits < 8
+        self.current_bits += grows
+        return grows
+
+    def state_dict(self) -> dict[str, Any]:
+        """The bits."""
+        return {"bits": self.current_bits}
+
+    def load_state_dict(self, state: Any) -> None:
+        """The bits."""
+        self.current_bits = state["bits"]
+
+
+def test_a_rule_of_ones_own_sees_the_losses_and_resumes() -> None:
+    """The controller feeds any rule in `forward` as it feeds its own, and leaves gradients to `backward`."""
+    controller, again = (PrecisionController(converted(), forward=Follow(), backward=6) for _ in range(2))
+    for loss in (2.0, 0.5, torch.tensor(0.5), 1.5):
+        controller.step(loss)
+    again.load_state_dict(controller.state_dict())
+
+    assert (again.forward_bits, again.backward_bits, again.last_step) == (5, 6, 4)
 
 
 RANKS = """

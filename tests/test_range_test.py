@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit import RunError, UsageError
-from lowbit.range_test import plot
+from lowbit.precision.range_test import plot
 from lowbit.schedules import RangeTest
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from conftest import ORACLES, Vectors
 from lowbit.errors import RunError, UsageError
 from lowbit.schedules import (
+    KINDS,
     SUITE,
     Constant,
     Cyclic,
@@ -20,13 +21,17 @@ from lowbit.schedules import (
     PlateauRule,
     Profile,
     Progressive,
+    RangeTest,
+    RangeTested,
     Schedule,
     Shape,
+    Source,
     Template,
     bit_operations,
     parse_steps,
     saving,
 )
+from lowbit.signatures import settings_of
 
 VECTORS = "dynamic/cpt_bits.npz"
 
@@ -417,6 +422,14 @@ def _plateau(**changes: Any) -> Progressive:
         (lambda: _cycle(final="hi"), "unknown final 'hi'. Did you mean 'high'"),
         (lambda: _cycle(shape="triangular-vertical", cycles=3), "cycles=3 with shape='triangular-vertical': .* even"),
         (lambda: _cycle(shape="triangular-horizontal", cycles=1), "cycles=1 with .* even"),
+        (
+            lambda: RangeTested(schedule=_cycle(low=2, total_steps=40)),
+            "up to 60 steps in a run of 40 .* than half",
+        ),
+        (
+            lambda: RangeTested(schedule=_cycle(low=2), test=RangeTest(low=3, high=8)),
+            "range test from 3 to 8 bits in cycles from 2 to 8: give both the same",
+        ),
         (_pieces, "give at least one"),
         (lambda: _pieces((0, 8), (50, 4), (20, 6)), r"\[0, 50, 20\]: give them in order of time"),
         (lambda: _pieces((0, 8), ("0.0", 4)), r"\[0, 0\]: .* each start once"),
@@ -673,13 +686,81 @@ def test_each_build_of_a_rule_is_new() -> None:
     assert (first.stage, second.stage) == (1, 0)
 
 
-def test_low_from_a_range_test_has_no_bits_yet() -> None:
-    """A cycle whose lowest bits are to be found says who finds them; its highest are known."""
-    schedule = Cyclic(low="range-test", high=8, cycles=2, total_steps=10)
+def test_low_from_a_range_test_is_not_known_yet() -> None:
+    """Cycles whose lowest bits are to be found begin with the first width of the test; their highest are known."""
+    schedule = RangeTested(schedule=Cyclic(low=2, high=8, cycles=2, total_steps=240))
 
-    assert schedule.max_bits == 8
-    with pytest.raises(UsageError, match=r"PrecisionController.*range_test"):
-        schedule(0)
+    assert (schedule.max_bits, schedule.total_steps) == (8, 240)
+    assert [schedule.at(step) for step in (0, 60, 239)] == [2, 2, 2]
+    with pytest.raises(UsageError, match="low='range-test': bits are whole numbers"):
+        Cyclic(low="range-test", high=8, cycles=2, total_steps=240)
+
+
+def test_cycles_go_on_from_the_bits_that_the_test_found() -> None:
+    """Once a width has made progress every step has the bits of cycles from there, and no loss is needed."""
+    test = RangeTest(low=2, high=8, steps_per_bit=4)
+    schedule = RangeTested(schedule=Cyclic(low=2, high=8, cycles=2, total_steps=100), test=test)
+    seen = [schedule.follows]
+    for loss in (2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0):
+        schedule.update(loss)
+    seen.append(schedule.follows)
+    found = Cyclic(low=3, high=8, cycles=2, total_steps=100)
+
+    assert [schedule.at(step) for step in range(100)] == _sequence(found)
+    assert schedule.max_bits == found.max_bits
+    assert seen == ["step", None]
+    assert schedule.state_dict() == test.state_dict()
+
+
+def test_a_template_finds_low_where_it_is_a_word() -> None:
+    """``low = "range-test"`` builds cycles behind a range test with its settings; a number builds plain cycles."""
+    template = Template(kind="cyclic", settings=(("low", "range-test"), ("high", 8), ("cycles", 2)))
+
+    built = template.replace(range_test_steps=7, profile="rex").build(total_steps=200)
+    plain = template.replace(low=4).build(total_steps=200)
+
+    assert isinstance(built, RangeTested)
+    assert (built.test.low, built.test.steps_per_bit, built.test.threshold) == (2, 7, 0.01)
+    assert built.schedule == Cyclic(low=2, high=8, cycles=2, total_steps=200, profile="rex")
+    assert plain == Cyclic(low=4, high=8, cycles=2, total_steps=200)
+
+
+def test_a_setting_of_the_range_test_goes_with_low_from_it() -> None:
+    """The message names both settings and what was given."""
+    template = Template(kind="cyclic", settings=(("low", 3), ("high", 8), ("cycles", 2)))
+
+    with pytest.raises(UsageError, match="range_test_steps=7 goes with low='range-test', and low is 3"):
+        template.replace(range_test_steps=7)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        Constant(bits=8),
+        Piecewise(pieces=[(0, 8)], total_steps=9),
+        Cyclic(low=3, high=8, cycles=2, total_steps=9),
+        Deficit(schedule=Constant(bits=8), bits=3, start=0, length=4),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_a_pure_schedule_sees_no_loss(source: Source) -> None:
+    """`update` changes nothing, no state is remembered, and bits are those of a call."""
+    before = [source.at(step) for step in range(9)]
+
+    assert (source.follows, source.update(0.5), source.state_dict()) == (None, False, {})
+    source.load_state_dict({})
+    assert [source.at(step) for step in range(9)] == before == [source(step) for step in range(9)]
+    with pytest.raises(UsageError, match="unknown entry"):
+        source.load_state_dict({"stage": 1})
+
+
+@pytest.mark.parametrize("makers", KINDS.values(), ids=KINDS)
+def test_every_setting_says_what_it_is(makers: tuple[Callable[..., Source], ...]) -> None:
+    """Each argument of what makes the schedules of a kind has a type and a text, which the command line shows."""
+    settings = [setting for make in makers for setting in settings_of(make).values()]
+
+    assert [s.name for s in settings if not s.text or s.hint is Any] == []
+    assert settings
 
 
 @pytest.mark.parametrize(("stages", "message"), [(0, "stages=0"), (True, "stages=True")])

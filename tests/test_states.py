@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit import PrecisionController, UsageError
 from lowbit.recipe import Recipe
-from lowbit.schedules import Constant, Cyclic, Piecewise, PlateauRule, Progressive, RangeTest
+from lowbit.schedules import Constant, Cyclic, Piecewise, PlateauRule, Progressive, RangeTest, RangeTested, Rule
 
 NAN, INF = math.nan, math.inf
 HUGE = 10**5000  # Python refuses to print it
@@ -180,8 +180,10 @@ CONTROLLERS: dict[str, dict[str, Any]] = {
     "piecewise": {"forward": Piecewise(pieces=[(0, 4), (2, 8)], total_steps=9)},
     "constant": {"forward": Constant(bits=6)},
     "range test in flight": {
-        "forward": Cyclic(low="range-test", high=4, cycles=1, total_steps=40),
-        "range_test": RangeTest(low=2, high=4, steps_per_bit=4, threshold=10.0),
+        "forward": RangeTested(
+            schedule=Cyclic(low=2, high=4, cycles=1, total_steps=40),
+            test=RangeTest(low=2, high=4, steps_per_bit=4, threshold=10.0),
+        ),
     },
 }
 
@@ -242,10 +244,13 @@ def test_a_damaged_state_of_a_rule_is_refused_whole(make: str) -> None:
 def test_a_later_rule_that_refuses_leaves_the_earlier_ones() -> None:
     """A controller with a rule of a user's own, which raises what it likes, is a UsageError and changes nothing."""
 
-    class Own:
+    class Own(Rule):
         """A rule that loads nothing."""
 
-        current_bits, current_grad_bits, max_bits, bits = 4, None, 8, (4, 8)
+        current_bits, max_bits, follows = 4, 8, None
+
+        def widths(self) -> list[int]:
+            return [4, 8]
 
         def update(self, value: float, /) -> bool:  # noqa: ARG002 - the protocol's
             return False

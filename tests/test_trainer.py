@@ -417,8 +417,11 @@ def test_the_range_test_in_the_run_has_its_settings(tmp_path: Path) -> None:
         ({"recipe": "cpt", "bits": [3, 8]}, "'cpt' has no setting 'bits': it has low, high"),
         ({"recipe": "sbm8", "cycles": 2}, "'sbm8' has no setting 'cycles': its bits are constant"),
         ({"recipe": "sbm8", "eval_bits": 8}, "eval_bits goes with"),
-        ({"recipe": "cpt", "cycles": 2, "range_test_steps": 8}, "go with low='range-test', and low of 'cpt' is 3"),
-        ({"recipe": "sbm8", "range_test_threshold": 0.1}, "go with low='range-test', and low of 'sbm8' is None"),
+        (
+            {"recipe": "cpt", "cycles": 2, "range_test_steps": 8},
+            "range_test_steps=8 goes with low='range-test', and low is 3",
+        ),
+        ({"recipe": "sbm8", "range_test_threshold": 0.1}, "'sbm8' has no setting 'range_test_threshold'"),
         (
             {"recipe": "cpt", "cycles": 2, "low": "range-test", "high": 3, "range_test_steps": 3},
             "steps_per_bit=3.*4 steps",

@@ -8,7 +8,6 @@ from importlib.metadata import version
 
 from lowbit import hardware as hardware
 from lowbit import schedules as schedules
-from lowbit.controller import PrecisionController
 from lowbit.convert import Report, convert_, load_state_dict, restore_, state_dict
 from lowbit.cost import Cost
 from lowbit.errors import RunError, UsageError
@@ -18,8 +17,9 @@ from lowbit.evidence.meter import Meter
 from lowbit.evidence.proof import Proof
 from lowbit.evidence.verify import VerificationError, tripwire, verify
 from lowbit.plan import plan
+from lowbit.precision.controller import PrecisionController
+from lowbit.precision.range_test import RangeTestResult, range_test
 from lowbit.probe import Probe, probe
-from lowbit.range_test import RangeTestResult, range_test
 from lowbit.recipe import Recipe, recipes
 
 __version__ = version("lowbit")

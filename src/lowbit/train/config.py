@@ -30,6 +30,7 @@ Measure = Literal["accuracy", "loss"]
 _TUNED = (
     *("cycles", "low", "high", "profile", "shape", "final"),
     *("bits", "grad_bits", "threshold", "decay", "targets", "choices", "mixing"),
+    *("range_test_steps", "range_test_threshold"),
 )
 
 CHANGEABLE = ("lr", "weight_decay", "epochs", "threads", "checkpoint_every", "checkpoint_minutes", "keep")
@@ -167,11 +168,6 @@ class TrainConfig:
             if name not in CHANGEABLE:
                 raise unknown("setting of a run that goes on", name, CHANGEABLE)
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]  # __post_init__ checks each value
-
-    def range_test(self) -> dict[str, float]:
-        """The settings of the range test that are not left open, by the names of `lowbit.schedules.RangeTest`."""
-        given = {"steps_per_bit": self.range_test_steps, "threshold": self.range_test_threshold}
-        return {name: value for name, value in given.items() if value is not None}
 
     def tuned(self) -> dict[str, object]:
         """The settings that change the recipe's schedule or gates."""

@@ -32,12 +32,12 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit import files
-from lowbit.controller import PrecisionController, is_depthwise
 from lowbit.errors import RunError, Stopped, UsageError
 from lowbit.evidence.names import layer_names
 from lowbit.evidence.records import PLAIN, Total
-from lowbit.range_test import RangeTestResult
-from lowbit.schedules import Cyclic, RangeTest
+from lowbit.precision.controller import PrecisionController
+from lowbit.precision.layers import is_depthwise
+from lowbit.precision.range_test import RangeTestResult
 from lowbit.train import checkpoint, data, models
 from lowbit.train.config import CHANGEABLE, RangeTestConfig, Result, TrainConfig, lr_factor
 from lowbit.train.folder import (
@@ -684,13 +684,6 @@ def _assemble(config: TrainConfig) -> tuple[data.Data, _Module, lowbit.Report]:
         rules = [(re.compile(rf"(?:{blocks})(\..*)?"), recipe)]
     report = lowbit.convert_(model, recipe, rules=rules, engine=config.engine, seed=config.seed)
 
-    def range_test_of(total_steps: int) -> RangeTest | None:
-        if not config.range_test() or recipe.schedule is None:
-            return None
-        schedule = recipe.schedule.forward.build(total_steps=total_steps)
-        assert isinstance(schedule, Cyclic)  # alone has `low`
-        return RangeTest.of_first_cycle(schedule, **config.range_test())
-
     def control(total_steps: int) -> PrecisionController | None:
         if not recipe.is_dynamic:
             return None
@@ -700,7 +693,6 @@ def _assemble(config: TrainConfig) -> tuple[data.Data, _Module, lowbit.Report]:
             steps_per_epoch=config.plateau_every or len(loaded.train),
             blocks=() if blocks is None else [re.compile(blocks)],
             eval_bits=config.eval_bits or "highest",
-            range_test=range_test_of(total_steps),
         )
 
     return loaded, _Module(config, loaded, model, control), report
@@ -711,11 +703,6 @@ def _recipe(config: TrainConfig) -> tuple[lowbit.Recipe, str | None]:
     recipe = read_recipe(config).tuned(**config.tuned())
     if config.eval_bits is not None and recipe.schedule is None:
         raise UsageError(f"eval_bits goes with a recipe whose bits follow a schedule, and {recipe.name!r} has none.")
-    if config.range_test() and recipe.settings().get("low") != "range-test":
-        raise UsageError(
-            f"range_test_steps and range_test_threshold go with low='range-test', and low of {recipe.name!r} is "
-            f"{recipe.settings().get('low')!r}."
-        )
     if config.plateau_every is not None and "threshold" not in recipe.settings():
         raise UsageError(f"plateau_every goes with a recipe that follows the loss, and {recipe.name!r} does not.")
     if recipe.gates is None:

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowbit.checks import checked
-from lowbit.controller import LayerRule, PrecisionController
 from lowbit.errors import UsageError
+from lowbit.precision.controller import PrecisionController
+from lowbit.precision.layers import LayerRule
 from lowbit.schedules import Better, RangeTest, Schedule, Tried
 from lowbit.tables import text_table
 

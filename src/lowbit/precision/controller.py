@@ -1,0 +1,396 @@
+"""The precision controller: what writes the bits of a converted model while it trains.
+
+Notation: t step (the batch counted from 0); forward bits are those of `input` and `weight`, backward bits those of
+`grad_output`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.checks import check_keys, check_type, check_whole, checked, is_finite, is_whole
+from lowbit.errors import UsageError, shown
+from lowbit.nn.gate import Gates, release
+from lowbit.nn.site import Site
+from lowbit.precision.blocks import gated_block, named_blocks
+from lowbit.precision.layers import (
+    Bits,
+    EvalBits,
+    LayerRule,
+    Widths,
+    as_source,
+    bits_at,
+    checked_sources,
+    controlled_layers,
+    is_depthwise,
+    quantized_layers,
+    recipe_of,
+    sources_of,
+    table,
+)
+from lowbit.precision.losses import Losses
+from lowbit.recipe import Gating, Recipe, recipes
+from lowbit.schedules import Follower, PlateauRule, Progressive, RangeTest, RangeTested, Rule
+
+_MOST_STEPS = 2**63 - 1
+
+
+class PrecisionController:
+    """Sets the bits of a converted model's layers over a run, like a learning-rate scheduler sets rates.
+
+    Call `step(loss)` after each step. Batch t trains at the bits of step t, which are set when the controller is made
+    and by each `step`; a forward in evaluation mode runs at `eval_bits`. Bits are written in place into tensors, so a
+    change neither recompiles nor allocates.
+
+    Args:
+        model: a converted model.
+        forward: bits of `input` and `weight`, a schedule, a rule such as `schedules.Progressive`, or a number; None
+            leaves them. A rule such as `schedules.RangeTested`, whose first cycle is a range test, needs the loss.
+        backward: bits of `grad_output` in `grad_input`, and in `grad_weight` where the recipe has the same format in
+            both (it does not bifurcate). None: what the rule in `forward` says, else the recipe's own.
+        rules: pairs (which layers, (forward, backward)) for layers with bits of their own; which: an exact name, a
+            compiled pattern of a whole name, an exact type, or a function of the layer. The first match decides; None
+            in place of the pair leaves a layer to its recipe.
+        gates: what chooses bits for each sample in `blocks`.
+        blocks: names or patterns of names of the blocks that `gates` are for.
+        eval_bits: forward bits in evaluation: ``"highest"`` that each layer ever takes, ``"current"``, or a number for
+            all layers without a rule.
+        steps_per_epoch: steps whose mean loss a plateau rule takes; needed iff there is one.
+
+    Attributes:
+        gates: the gates, whose parameters train with the model's; None without.
+
+    Raises:
+        UsageError: schedules of different lengths, bits that a format cannot have, a rule or block that matches
+            nothing, a model that is not converted, has no bits to set, or has a controller already.
+    """
+
+    gates: Gates | None
+
+    @checked
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        forward: Bits | None = None,
+        backward: Bits | None = None,
+        rules: Sequence[LayerRule] = (),
+        gates: Gating | None = None,
+        blocks: Sequence[str | re.Pattern[str]] = (),
+        eval_bits: EvalBits = "highest",
+        steps_per_epoch: int | None = None,
+    ) -> None:
+        self._forward, self._backward = as_source("forward", forward), as_source("backward", backward)
+        if self._forward is None and self._backward is None and gates is None and not rules:
+            raise UsageError("a controller with nothing to set: give forward, backward, gates or rules")
+        if self._forward is not None and self._forward.grad_widths() and self._backward is not None:
+            raise UsageError(
+                f"forward={self._forward!r} sets the bits of gradients too: leave `backward` out, or "
+                "give grad_bits=[...]"
+            )
+        if isinstance(self._backward, Rule):
+            raise UsageError(f"backward={self._backward!r}: give a schedule or a number; a rule goes into `forward`")
+        if eval_bits not in get_args(get_args(EvalBits)[1]) and not _is_count(eval_bits):
+            raise UsageError(f"eval_bits={eval_bits!r}: give a number of bits, 'highest' or 'current'")
+        self._eval_bits = eval_bits
+        self._layers = controlled_layers(model, self._forward, self._backward, rules)
+        chosen = named_blocks(model, blocks) if gates is not None else []
+        if blocks and gates is None:
+            raise UsageError(f"blocks={list(blocks)} without gates: gates choose their bits; leave blocks out")
+        pinned = {site for layer in self._layers if layer.has_rule for site in layer.sites}
+        self.gates = None if gates is None else Gates([gated_block(*b, pinned) for b in chosen], gates)
+        self._targets = () if gates is None else gates.targets
+        self._plateau = None if gates is None else gates.rule()
+        self.total_steps = self._common_length()
+        self._losses = Losses(steps_per_epoch=self._check_epochs(steps_per_epoch))
+        self._step = 0
+        self._fingerprint = self._identify()
+        self._attach(model)
+
+    @classmethod
+    @checked
+    def from_recipe(
+        cls,
+        model: nn.Module,
+        *,
+        total_steps: int,
+        steps_per_epoch: int | None = None,
+        blocks: Sequence[str | re.Pattern[str]] = (),
+        rules: Sequence[LayerRule] = (),
+        eval_bits: EvalBits = "highest",
+    ) -> "PrecisionController":
+        """The controller that the recipe of a converted model asks for: its schedule or its gates.
+
+        Args:
+            model: a model converted with a recipe such as ``"cpt"``, ``"pfq"``, ``"dfq"``, ``"fractrain"``.
+            total_steps: length of the run.
+            steps_per_epoch: needed for plateau rules and for times in epochs.
+            blocks: needed for gates: the names of the blocks that they choose bits for.
+            rules: as for the class; they come before the recipe's own for depthwise convolutions.
+            eval_bits: as for the class.
+
+        Raises:
+            UsageError: the model has no recipe whose bits change, or several; or as for the class.
+        """
+        layers = quantized_layers(model)
+        found = list(dict.fromkeys(s.recipe for _, layer in layers for s in layer.sites() if s.recipe.is_dynamic))
+        if len(found) != 1:
+            names = [recipe.name for recipe in found]
+            dynamic = [name for name in recipes()[:-1] if Recipe.from_name(name).is_dynamic]
+            raise UsageError(
+                f"from_recipe: {len(names)} recipes of this model have bits that change {names or ''}: convert it with "
+                f"one of {', '.join(dynamic)}, or make a PrecisionController with a schedule of your own"
+            )
+        recipe = found[0]
+        own: list[LayerRule] = []
+        if recipe.depthwise and any(is_depthwise(layer) for _, layer in layers if recipe_of(layer) == recipe):
+            own.append((lambda layer: recipe_of(layer) == recipe and is_depthwise(layer), recipe.depthwise))
+        if any(recipe_of(layer) != recipe for _, layer in layers):
+            own.append((lambda layer: recipe_of(layer) != recipe, None))
+        if recipe.gates is not None and not blocks:
+            raise UsageError(
+                f"recipe {recipe.name!r} gates blocks: give their names or patterns, e.g. "
+                r"blocks=[re.compile(r'groups\.\d\.\d')]"
+            )
+        forward, backward = (
+            None if template is None else template.build(total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+            for template in ((recipe.schedule.forward, recipe.schedule.backward) if recipe.schedule else (None, None))
+        )
+        by_epoch = recipe.gates.rule() if recipe.gates else forward
+        controller = cls(
+            model,
+            forward=forward,
+            backward=backward,
+            rules=[*rules, *own],
+            gates=recipe.gates,
+            blocks=blocks,
+            eval_bits=eval_bits,
+            steps_per_epoch=steps_per_epoch if by_epoch is not None and by_epoch.follows == "epoch" else None,
+        )
+        controller.total_steps = total_steps
+        return controller
+
+    @property
+    def last_step(self) -> int:
+        """How often `step` was called: the number of the batch that trains next."""
+        return self._step
+
+    @property
+    def forward_bits(self) -> int | None:
+        """Forward bits of the next batch in layers without a rule; None where the recipe or a gate decides."""
+        return bits_at(self._forward, self._step)
+
+    @property
+    def backward_bits(self) -> int | None:
+        """Backward bits of the next batch in layers without a rule; None where the recipe or a gate decides."""
+        if self._backward is None and self._forward is not None:
+            return self._forward.grad_at(self._step)
+        return bits_at(self._backward, self._step)
+
+    @property
+    def stage(self) -> int | None:
+        """The stage of the plateau rule, from 0; None without one."""
+        rule = self._plateau or self._forward
+        return rule.stage if isinstance(rule, PlateauRule | Progressive) else None
+
+    @property
+    def range_test(self) -> RangeTest | None:
+        """The range test of the first cycle, done or not; None without one."""
+        test = self._forward.test if isinstance(self._forward, RangeTested) else self._forward
+        return test if isinstance(test, RangeTest) else None
+
+    def bits(self) -> dict[str, Widths]:
+        """The (forward, backward) bits of each controlled layer in the next training forward, by its name.
+
+        Of each the first that can be set: a recipe may have bits that differ between products. None where none can,
+        and where a gate chooses.
+        """
+        return {layer.name: layer.first(layer.training(self._step)) for layer in self._layers}
+
+    def sites(self) -> list[Site]:
+        """Every site that it writes."""
+        return [site for layer in self._layers for site in layer.sites]
+
+    def step(self, loss: Tensor | float | None = None) -> None:
+        """Go on to the next batch, after the optimizer's step of the present one.
+
+        Args:
+            loss: of the batch, one number; needed by plateau rules and range tests, and by them alone.
+
+        Raises:
+            UsageError: past the end of the schedule, or a loss is needed and missing.
+            RunError: a rule met a loss that is not finite.
+        """
+        if self.total_steps is not None and self._step >= self.total_steps:
+            raise UsageError(
+                f"step() number {self._step + 1} of a run of total_steps={self.total_steps}: give the schedule as many "
+                "total_steps as the run has"
+            )
+        self._losses.feed(loss, self._followers())
+        self._step += 1
+        self._follow_plateau()
+        self.write()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the controller remembers, the weights of its gates included: plain values and tensors."""
+        return {
+            "version": 1,
+            "fingerprint": self._fingerprint,
+            "step": self._step,
+            "losses": float(self._losses.sum),
+            "counted": self._losses.count,
+            "rules": [rule.state_dict() for rule in self._followers()],
+            "gates": None if self.gates is None else self.gates.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave, for the same model and schedules; else nothing changes.
+
+        Raises:
+            UsageError: the state is of another version or of other schedules, or damaged.
+        """
+        own = self.state_dict()
+        if not isinstance(state, Mapping) or not is_whole(state.get("version")) or state["version"] != 1:
+            raise UsageError("load_state_dict: this is not a state of a PrecisionController, version 1")
+        check_keys("load_state_dict: the state", state, own)
+        self._check_fingerprint(state["fingerprint"])
+        if not is_whole(state["step"]) or not 0 <= state["step"] <= (
+            _MOST_STEPS if (n := self.total_steps) is None else n
+        ):
+            raise UsageError(f"load_state_dict: the state is at step {shown(state['step'])} of {self.total_steps}")
+        counted = check_whole("load_state_dict: counted", state["counted"], 0, (self._losses.steps_per_epoch or 1) - 1)
+        if not is_finite(state["losses"]) or (not counted and state["losses"]):
+            raise UsageError(
+                f"load_state_dict: losses={shown(state['losses'])} of {counted} steps: expected the finite sum of the "
+                "losses of so many steps, 0 of none"
+            )
+        rules = self._followers()
+        if not isinstance(state["rules"], list) or len(state["rules"]) != len(rules):
+            raise UsageError(f"load_state_dict: rules={shown(state['rules'])}: expected a list of {len(rules)} states")
+        if self.gates is None and state["gates"] is not None:
+            raise UsageError("load_state_dict: the state is of a controller with gates, and this one has none")
+        before = [rule.state_dict() for rule in rules]
+        try:
+            for rule, saved in zip(rules, state["rules"], strict=True):
+                rule.load_state_dict(saved)
+            if self.gates is not None:
+                self.gates.load_state_dict(state["gates"])
+        except Exception as error:  # a rule of a user's own raises what it likes
+            for rule, saved in zip(rules, before, strict=True):
+                rule.load_state_dict(saved)
+            raise UsageError(f"load_state_dict: {error}") from error
+        self._step = state["step"]
+        self._losses.sum = torch.tensor(state["losses"], dtype=torch.float64, device="cpu")
+        self._losses.count = counted
+        self._follow_plateau()
+        self.write()
+
+    def _check_fingerprint(self, saved: object) -> None:
+        """Raise where a state is of other schedules, layers or gates."""
+        check_type("load_state_dict: fingerprint", saved, dict[str, str])
+        assert isinstance(saved, dict)
+        different = [
+            key for key in dict.fromkeys([*self._fingerprint, *saved]) if self._fingerprint.get(key) != saved.get(key)
+        ]
+        if different:
+            raise UsageError(
+                f"load_state_dict: the state is of a controller with other {', '.join(different)}: make "
+                "this one with the arguments, for the model, that it was saved with"
+            )
+
+    def remove(self) -> None:
+        """Let go of the model: hooks and gates go, and every layer has its recipe's bits again."""
+        if self.gates is not None:
+            self.gates.detach()
+        for site in self.sites():
+            site.follow_recipe()
+        self._layers = []
+
+    def __str__(self) -> str:
+        """A table of the controlled layers and their bits now."""
+        length = "without end" if self.total_steps is None else f"of {self.total_steps}"
+        return f"step {self._step} {length}\n\n{table(self._layers, self._step)}"
+
+    def _followers(self) -> list[Follower]:
+        """What has a state and may need the loss: the rule in `forward`, and the plateau rule of the gates."""
+        forward = [self._forward] if isinstance(self._forward, Rule) else []
+        return [*forward, *([] if self._plateau is None else [self._plateau])]
+
+    def _common_length(self) -> int | None:
+        lengths = {source.total_steps for source in sources_of(self._layers)} - {None}
+        if len(lengths) > 1:
+            raise UsageError(f"schedules of {sorted(map(str, lengths))} steps: give all of them the same total_steps")
+        return next(iter(lengths), None)
+
+    def _check_epochs(self, steps_per_epoch: int | None) -> int | None:
+        needed = any(follower.follows == "epoch" for follower in self._followers())
+        if needed and not _is_count(steps_per_epoch):
+            raise UsageError(
+                f"steps_per_epoch={steps_per_epoch!r}: a plateau rule takes the mean loss of so many steps; give a "
+                "whole number, 1 or more"
+            )
+        if not needed and steps_per_epoch is not None:
+            raise UsageError(f"steps_per_epoch={steps_per_epoch} without a plateau rule: leave it out")
+        return steps_per_epoch
+
+    def _identify(self) -> dict[str, str]:
+        """What identifies the schedules, layers and gates of a state."""
+        kinds = checked_sources(self._layers, self._eval_bits)
+        main = {"forward": self._forward, "backward": self._backward}
+        return {
+            **{name: "none" if source is None else kinds.get(id(source), "unused") for name, source in main.items()},
+            "layers": "; ".join(
+                f"{layer.name}: {kinds.get(id(layer.forward), '-')}, {kinds.get(id(layer.backward), '-')}"
+                for layer in self._layers
+            ),
+            "gates": "none" if self.gates is None else repr((self.gates.blocks, self.gates.gating)),
+        }
+
+    def _attach(self, model: nn.Module) -> None:
+        release(model)  # of what a copy has left of another controller
+        self._take()
+        if self.gates is not None:
+            parameter = next(model.parameters(), None)
+            self.gates.to("cpu" if parameter is None else parameter.device)
+            self.gates.attach(model)
+        self._follow_plateau()
+        self.write()
+
+    def _take(self) -> None:
+        """Be the controller of its sites."""
+        for site in self.sites():
+            site.controller, site.lost_controller = self, False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of model and controller together is of both: the copied sites have the copied controller."""
+        self.__dict__.update(state)
+        self._take()
+
+    def check_forward(self) -> None:
+        """Raise where no training forward may begin: the schedule is over."""
+        if self.total_steps is not None and self._step >= self.total_steps:
+            raise UsageError(
+                f"a training forward after the last of total_steps={self.total_steps} steps: give the schedule as many "
+                "total_steps as the run has, or call model.eval() to evaluate"
+            )
+
+    def write(self) -> None:
+        """Set the bits of the step that comes next and of an evaluation before it, whatever wrote them since."""
+        now: dict[tuple[int, int, bool], tuple[Widths, Widths]] = {}
+        for layer in self._layers:
+            key = (id(layer.forward), id(layer.backward), layer.has_rule)
+            if key not in now:
+                now[key] = layer.training(self._step), layer.evaluation(self._step, self._eval_bits)
+            layer.write(*now[key])
+
+    def _follow_plateau(self) -> None:
+        """Take over the target that the plateau rule is at."""
+        if self.gates is not None:
+            self.gates.target = self._targets[0 if self._plateau is None else self._plateau.stage]
+
+
+def _is_count(given: object) -> bool:
+    return is_whole(given) and given >= 1

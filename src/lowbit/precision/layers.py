@@ -1,0 +1,246 @@
+"""The layers that a controller writes: what the bits of each follow, and where they stand in its sites.
+
+Notation: t step (the batch counted from 0); forward bits are those of `input` and `weight`, backward bits those of
+`grad_output`.
+"""
+
+import re
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from torch import nn
+
+from lowbit.checks import is_whole
+from lowbit.convert import Matcher, matches
+from lowbit.errors import UsageError, shown
+from lowbit.formats import check_bits
+from lowbit.nn.layers import QuantLayer
+from lowbit.nn.site import Site
+from lowbit.recipe import Recipe
+from lowbit.schedules import Called, Constant, Rule, Schedule, Source
+from lowbit.tables import text_table
+
+Bits = Schedule | Rule | int
+EvalBits = int | Literal["highest", "current"]
+# Which layers, and their (forward, backward) bits; None for either leaves the recipe's own.
+LayerRule = tuple[Matcher | Callable[[nn.Module], bool], tuple[Bits | None, Bits | None] | None]
+# (forward, backward) bits; None leaves the recipe's own.
+Widths = tuple[int | None, int | None]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ControlledLayer:
+    """One controlled layer: where its bits come from and which numbers of its sites they are.
+
+    Args:
+        name: in the model.
+        sites: all of it; they have the same formats.
+        forward: what its forward bits follow; None: the recipe's own.
+        backward: what its backward bits follow; None: what `forward` says, else the recipe's own.
+        has_rule: whether a rule decided, so that bits that are given for all layers do not count here.
+    """
+
+    name: str
+    sites: tuple[Site, ...]
+    forward: Source | None
+    backward: Source | None
+    has_rule: bool = False
+
+    @cached_property
+    def own(self) -> tuple[int, ...]:
+        """The recipe's bits of a site; all sites of a layer have the same."""
+        return tuple(fmt.bits for _, _, fmt in self.sites[0].formats())
+
+    @cached_property
+    def places(self) -> tuple[frozenset[int], frozenset[int]]:
+        """The places in a site's bits that forward and backward bits stand at."""
+        return frozenset(self.sites[0].slots("input", "weight")), frozenset(self.sites[0].slots("grad_output"))
+
+    @property
+    def gated(self) -> bool:
+        """Whether a gate chooses the bits for each sample."""
+        return self.sites[0].gated
+
+    def training(self, step: int) -> Widths:
+        """The bits of a training forward at a step; those of the last step beyond the end of a schedule."""
+        backward = bits_at(self.backward, step)
+        if self.backward is None and self.forward is not None:
+            backward = self.forward.grad_at(step)
+        return bits_at(self.forward, step), backward
+
+    def evaluation(self, step: int, eval_bits: EvalBits) -> Widths:
+        """The bits of an evaluation at a step."""
+        forward, backward = self.training(step)
+        if self.forward is None or eval_bits == "current":
+            return forward, backward
+        own = isinstance(eval_bits, str) or self.has_rule
+        return self.forward.max_bits if own else int(eval_bits), backward
+
+    def values(self, widths: Widths) -> list[int]:
+        """All bits of a site: the recipe's own where None is given."""
+        wide, back = self.places
+        given = [widths[0] if i in wide else widths[1] if i in back else None for i in range(len(self.own))]
+        return [own if bits is None else bits for own, bits in zip(self.own, given, strict=True)]
+
+    def first(self, widths: Widths) -> Widths:
+        """Of forward and backward each the first that can be set; None where none can, and where a gate chooses."""
+        values = self.values(widths)
+        places = [None if self.gated else min(places, default=None) for places in self.places]
+        forward, backward = (None if place is None else values[place] for place in places)
+        return forward, backward
+
+    def write(self, training: Widths, evaluation: Widths) -> None:
+        """Write the bits of both modes into the sites, in place: nothing else writes bits in a run."""
+        for site in self.sites:
+            site.set_bits(self.values(training), self.values(evaluation))
+
+
+def bits_at(source: Source | None, step: int) -> int | None:
+    """The forward bits of a source at a step, those of its last step beyond its end; None without a source."""
+    if source is None:
+        return None
+    return source.at(step if source.total_steps is None else min(step, source.total_steps - 1))
+
+
+def as_source(what: str, given: Any) -> Source | None:
+    """A number as a constant schedule, a callable as a source; a UsageError unless it is something with bits."""
+    if given is None or isinstance(given, Source):
+        return given
+    if isinstance(given, Schedule):
+        return Called(schedule=given)
+    if is_whole(given):
+        return Constant(bits=given)
+    raise UsageError(
+        f"{what}={shown(given)}: give a number of bits, a schedule, or a rule such as schedules.Progressive"
+    )
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution with several groups of one input channel each."""
+    return isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1 and layer.groups == layer.in_channels
+
+
+def quantized_layers(model: nn.Module) -> list[tuple[str, QuantLayer]]:
+    """The converted layers of a model with their names, in order."""
+    found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantLayer)]
+    if not found:
+        raise UsageError("nothing in this model is converted: call lowbit.convert_(model, recipe) first")
+    return found
+
+
+def recipe_of(layer: nn.Module) -> Recipe:
+    """The recipe of a converted layer."""
+    assert isinstance(layer, QuantLayer)
+    return layer.sites()[0].recipe
+
+
+def controlled_layers(
+    model: nn.Module, forward: Source | None, backward: Source | None, rules: Sequence[LayerRule]
+) -> list[ControlledLayer]:
+    """What each converted layer of a model follows: the first rule that matches it, else `forward` and `backward`.
+
+    Raises:
+        UsageError: a layer has a controller, a rule decides nothing, or follows the loss.
+    """
+    planned, used = [], set()
+    for name, layer in quantized_layers(model):
+        sites = tuple(layer.sites())
+        if taken := [site for site in sites if site.controller is not None]:
+            raise UsageError(
+                f"{taken[0].name or 'the model'} has a PrecisionController already: a model has one; call remove() "
+                "on the first, or set its layers apart by rules"
+            )
+        index = next((i for i, (which, _) in enumerate(rules) if _matches(which, name, layer)), None)
+        used.add(index)
+        own = (forward, backward) if index is None else _sources_of_rule(index, rules[index][1])
+        planned.append(
+            ControlledLayer(name=name, sites=sites, forward=own[0], backward=own[1], has_rule=index is not None)
+        )
+    for index, (which, _) in enumerate(rules):
+        if index not in used:
+            called = which.pattern if isinstance(which, re.Pattern) else getattr(which, "__name__", which)
+            raise UsageError(f"rule {index + 1}, {called!r}, decided no converted layer that an earlier rule did not")
+    return planned
+
+
+def _sources_of_rule(index: int, pair: tuple[Bits | None, Bits | None] | None) -> tuple[Source | None, Source | None]:
+    """The sources of a rule's pair; a UsageError where one follows the loss."""
+    forward, backward = (as_source(f"rule {index + 1}", bits) for bits in pair or (None, None))
+    if isinstance(forward, Rule) or isinstance(backward, Rule):
+        raise UsageError(
+            f"rule {index + 1}: what follows the loss goes into `forward`; a rule takes schedules and numbers"
+        )
+    return forward, backward
+
+
+def _matches(which: Matcher | Callable[[nn.Module], bool], name: str, layer: nn.Module) -> bool:
+    if callable(which) and not isinstance(which, type):
+        return bool(which(layer))
+    return matches(which, name, layer)
+
+
+def sources_of(layers: Iterable[ControlledLayer]) -> list[Source]:
+    """What the layers follow, each once."""
+    every = [source for layer in layers for source in (layer.forward, layer.backward) if source is not None]
+    return list({id(source): source for source in every}.values())
+
+
+def checked_sources(layers: Sequence[ControlledLayer], eval_bits: EvalBits) -> dict[int, str]:
+    """What identifies each source of the layers in a saved state, by the id of the source.
+
+    Raises:
+        UsageError: a format cannot have the bits that it would get, or no layer has bits to set.
+    """
+    widths = {id(source): source.widths() for source in sources_of(layers)}
+    everywhere = () if isinstance(eval_bits, str) else (eval_bits,)
+    found = False
+    for layer in layers:
+        follows_forward = layer.backward is None and layer.forward is not None
+        grads = layer.forward.grad_widths() if follows_forward and layer.forward is not None else ()
+        for source, operands, more in (
+            (layer.forward, ("input", "weight"), () if layer.has_rule else everywhere),
+            (layer.backward, ("grad_output",), grads),
+        ):
+            for site in layer.sites:
+                for fmt in site.slots(*operands).values():
+                    found = True
+                    for bits in {*widths.get(id(source), ()), *more}:
+                        _check_width(site, bits, fmt.zero)
+    if not found:
+        raise UsageError(
+            "no layer here has an integer format, so there are no bits to set: convert the model with a recipe of "
+            "integer formats, e.g. sbm8-cpt"
+        )
+    return {
+        id(source): f"{source.title} {zlib.crc32(repr(widths[id(source)]).encode()):08x}"
+        for source in sources_of(layers)
+    }
+
+
+def _check_width(site: Site, bits: int, zero: Any) -> None:
+    try:
+        check_bits(bits, zero)
+    except UsageError as error:
+        raise UsageError(f"{site.name or 'the model'} of recipe {site.recipe.name!r}: {error}") from error
+
+
+def table(layers: Iterable[ControlledLayer], step: int) -> str:
+    """The layers with their bits at a step and where they come from, as text."""
+    rows = [
+        [
+            layer.name or "(model)",
+            *("-" if b is None else str(b) for b in layer.first(layer.training(step))),
+            "a gate" if layer.gated else _shown(layer.forward),
+        ]
+        for layer in layers
+    ]
+    return text_table(["layer", "forward", "backward", "from"], rows)
+
+
+def _shown(source: Source | None) -> str:
+    if source is None:
+        return "the recipe"
+    return f"{source.bits} bits" if isinstance(source, Constant) else source.title

@@ -1,0 +1,131 @@
+"""Schedules before the length of the run is known, as recipes hold them, and the table of their kinds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lowbit.checks import check_type, checked, fits, in_words
+from lowbit.errors import UsageError, shown, unknown
+from lowbit.schedules.constant import Constant
+from lowbit.schedules.cyclic import Cyclic
+from lowbit.schedules.piecewise import Piecewise
+from lowbit.schedules.progressive import Progressive
+from lowbit.schedules.range_tested import range_tested
+from lowbit.schedules.source import PureSchedule, Rule
+from lowbit.signatures import Setting, settings_of
+
+KINDS: dict[str, tuple[Callable[..., PureSchedule | Rule], ...]] = {
+    "constant": (Constant,),
+    "piecewise": (Piecewise,),
+    "cyclic": (Cyclic, range_tested),
+    "progressive": (Progressive,),
+}
+"""What makes the schedules of each kind. The command line and recipes read their settings off these.
+
+A kind has a class, and may have a function that takes its place where a setting is a word in place of a number: the
+first whose annotations the settings fit is called. A function takes the settings of the class too.
+"""
+
+OF_THE_RUN = ("total_steps", "steps_per_epoch")
+"""The arguments that are the run's and not settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A schedule before the length of the run is known, as recipes hold it.
+
+    Args:
+        kind: one of `KINDS`, e.g. ``"cyclic"``.
+        settings: the arguments of that kind, without `total_steps` and `steps_per_epoch`.
+
+    Raises:
+        UsageError: no such kind or argument, or a value that no run could have.
+    """
+
+    kind: str
+    settings: tuple[tuple[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        kind_settings(self.kind)
+        check_type("settings", self.settings, tuple[tuple[str, Any], ...])
+        taken = self._taken
+        for name in dict(self.settings):
+            if name not in self.allowed:
+                raise unknown(f"setting of a {self.kind} schedule", name, self.allowed)
+            if name not in taken:
+                raise self._misplaced(name)
+        needed = [s.name for s in taken.values() if s.is_needed and s.name not in OF_THE_RUN]
+        if absent := [name for name in needed if name not in dict(self.settings)]:
+            raise UsageError(f"a {self.kind} schedule lacks {', '.join(absent)}")
+        # A run long enough for any setting: what fails here fails in every run.
+        self.build(total_steps=10**9, steps_per_epoch=10**6)
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The names of the settings that this kind may have."""
+        return tuple(kind_settings(self.kind))
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Every setting that this kind may have with its value, the defaults included."""
+        given = dict(self.settings)
+        return {s.name: given.get(s.name, s.default) for s in kind_settings(self.kind).values()}
+
+    @property
+    def _make(self) -> Callable[..., PureSchedule | Rule]:
+        """What makes a schedule of these settings: the first of the kind whose annotations they fit."""
+        first, *others = KINDS[self.kind]
+        return next((make for make in (first, *others) if not _unfit(make, dict(self.settings))), first)
+
+    @property
+    def _taken(self) -> dict[str, Setting]:
+        """The arguments of what makes the schedule, those of the run included."""
+        return settings_of(KINDS[self.kind][0]) | settings_of(self._make)
+
+    def _misplaced(self, name: str) -> UsageError:
+        """The error of a setting that goes with another value of some other setting."""
+        given = dict(self.settings)
+        other = next(make for make in KINDS[self.kind] if name in settings_of(make))
+        cause = _unfit(other, given)[0]
+        return UsageError(
+            f"{name}={shown(given[name])} goes with {cause.name}={in_words(cause.hint)}, and {cause.name} is "
+            f"{shown(given[cause.name])}"
+        )
+
+    def replace(self, **settings: Any) -> "Template":
+        """The same with some settings changed, e.g. ``template.replace(cycles=8)``."""
+        return replace(self, settings=tuple({**dict(self.settings), **settings}.items()))
+
+    @checked
+    def build(self, *, total_steps: int, steps_per_epoch: int | None = None) -> PureSchedule | Rule:
+        """The schedule of a run of that length.
+
+        Raises:
+            UsageError: the settings do not fit the run, e.g. more cycles than steps.
+        """
+        run = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
+        of_the_run = {name: value for name, value in run.items() if name in self._taken}
+        return self._make(**dict(self.settings), **of_the_run)
+
+    def __str__(self) -> str:
+        return f"{self.kind}({', '.join(f'{name}={value}' for name, value in self.settings)})"
+
+
+def kind_settings(kind: str) -> dict[str, Setting]:
+    """The settings that schedules of a kind may have, without what is the run's.
+
+    Raises:
+        UsageError: no such kind.
+    """
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise unknown("kind of schedule", kind, KINDS)
+    every: dict[str, Setting] = {}
+    for make in KINDS[kind]:
+        for name, setting in settings_of(make).items():
+            every[name] = every[name].merged(setting) if name in every else setting
+    return {name: setting for name, setting in every.items() if name not in OF_THE_RUN}
+
+
+def _unfit(make: Callable[..., PureSchedule | Rule], given: dict[str, Any]) -> list[Setting]:
+    """The settings whose given values are not what the annotations say."""
+    return [s for s in settings_of(make).values() if s.name in given and not fits(given[s.name], s.hint)]
