@@ -6,7 +6,8 @@ batch takes moments and no memory. One step runs for each pair of widths that th
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,12 +19,12 @@ from lowbit.evidence.ledger import Ledger
 from lowbit.evidence.meter import Meter
 from lowbit.evidence.names import layer_names
 from lowbit.evidence.records import Program
-from lowbit.formats import Integer, check_bits
 from lowbit.nn.gate import release
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site
-from lowbit.recipe import SLOTS, Recipe
-from lowbit.schedules import SUITE, Constant, Cyclic, Piecewise, Schedule
+from lowbit.precision.controller import PrecisionController
+from lowbit.precision.layers import LayerRule, Widths, as_source, bits_at
+from lowbit.schedules import SUITE, Constant, Cyclic, Piecewise, Schedule, Source
 
 Bits = Schedule | int | None
 
@@ -63,92 +64,48 @@ def plan(
         RunError: the model needs values to run, e.g. a size that depends on its input.
     """
     check_whole("steps", steps, 1, _MOST_STEPS)
-    schedules = [_schedule(what, bits, steps) for what, bits in (("forward", forward), ("backward", backward))]
+    sources = [_source(what, bits, steps) for what, bits in (("forward", forward), ("backward", backward))]
     model = copy.deepcopy(model).to("meta").train()
-    _take_over(model)
-    if any(schedules) and not any(True for _ in _integer_slots(model)):
+    release(model)
+    has_bits = any(site.slots("input", "weight", "grad_output") for site in _sites(model))
+    if any(source is not None for source in sources) and not has_bits:
         raise UsageError(
             "a schedule was given and nothing in this model has bits to set: convert it to integer formats"
         )
     batch = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, inputs)
     ledger = Ledger(model=name or type(model).__name__, layers=layer_names(model))
-    programs: dict[tuple[int | None, ...], tuple[int, int]] = {}
+    programs: dict[Widths, tuple[int, int]] = {}
     for step in range(steps):
-        widths = tuple(None if schedule is None else schedule(step) for schedule in schedules)
+        widths: Widths = (bits_at(sources[0], step), bits_at(sources[1], step))
         if widths not in programs:
-            _set_bits(model, *widths)
-            programs[widths] = _one_step(model, batch, loss, ledger)
+            with _at_bits(model, *widths) if has_bits else nullcontext():
+                programs[widths] = _one_step(model, batch, loss, ledger)
         program, samples = programs[widths]
         ledger.add_step(program, samples=samples)
     return ledger
 
 
-def _schedule(what: str, bits: Bits, steps: int) -> Schedule | None:
-    schedule = Constant(bits=bits) if isinstance(bits, int) else bits
+def _source(what: str, bits: Bits, steps: int) -> Source | None:
+    schedule = as_source(what, bits)
     if schedule is not None and schedule.total_steps not in (None, steps):
         raise UsageError(f"the {what} schedule has total_steps={schedule.total_steps} and the run {steps} steps")
     return schedule
 
 
-def _integer_slots(model: nn.Module) -> "list[tuple[Site, int, str, str, Integer]]":
-    """Every operand of every product in a model that has bits to set: site, index, product, operand, format."""
-    sites = [site for layer in model.modules() if isinstance(layer, QuantLayer) for site in layer.sites()]
-    return [
-        (site, i, product, operand, fmt)
-        for site in sites
-        if len(site.bits) == len(SLOTS)  # else a normalisation, which has no product
-        for i, (product, operand) in enumerate(SLOTS)
-        if isinstance(fmt := getattr(getattr(site.recipe, product), operand), Integer)
-    ]
+def _sites(model: nn.Module) -> list[Site]:
+    """Every place of a model where a recipe is applied."""
+    return [site for layer in model.modules() if isinstance(layer, QuantLayer) for site in layer.sites()]
 
 
-class _Planned:
-    """What writes the bits of a model that is planned."""
-
-    def __init__(self, sites: list[Site]) -> None:
-        self._sites = sites
-
-    def sites(self) -> list[Site]:
-        """Every site of the model."""
-        return self._sites
-
-    def check_forward(self) -> None:
-        """Any forward may begin."""
-
-    def write(self) -> None:
-        """Nothing: the plan writes bits between its steps."""
-
-    def remove(self) -> None:
-        """Let go of all of them."""
-        for site in self._sites:
-            site.controller = None
-
-
-def _take_over(model: nn.Module) -> None:
-    """Put the plan in the place of a model's controllers, gates included: it writes the bits of each step."""
-    release(model)
-    sites = [site for layer in model.modules() if isinstance(layer, QuantLayer) for site in layer.sites()]
-    planned = _Planned(sites)
-    for site in sites:
-        site.controller = planned
-
-
-def _set_bits(model: nn.Module, forward: int | None, backward: int | None) -> None:
-    """Give every integer operand its width; a float operand, and a gradient's second format, keep theirs."""
-    for site, i, product, operand, fmt in _integer_slots(model):
-        if operand != "grad_output":
-            width = forward
-        else:
-            bifurcated = product == "grad_weight" and is_bifurcated(site.recipe)
-            width = None if bifurcated else backward
-        if width is not None:
-            check_bits(width, fmt.zero)
-            site.bits[i] = width
-
-
-def is_bifurcated(recipe: Recipe) -> bool:
-    """Whether `grad_output` has one format in `grad_input` and another in `grad_weight`."""
-    return recipe.grad_input.grad_output != recipe.grad_weight.grad_output
+@contextmanager
+def _at_bits(model: nn.Module, forward: int | None, backward: int | None) -> Iterator[None]:
+    """The model at these bits, also where its recipe has a schedule of its own; None leaves the recipe's."""
+    everywhere: LayerRule = (lambda _: True, (forward, backward))
+    controller = PrecisionController(model, rules=[everywhere])
+    try:
+        yield
+    finally:
+        controller.remove()
 
 
 def _one_step(model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None, ledger: Ledger) -> tuple[int, int]:

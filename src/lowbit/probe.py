@@ -8,7 +8,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +26,8 @@ from lowbit.formats import Integer, check_bits
 from lowbit.nn.gate import release
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site
+from lowbit.precision.controller import PrecisionController
+from lowbit.precision.layers import LayerRule
 from lowbit.products import ProductRun
 from lowbit.recipe import SLOTS, Recipe
 from lowbit.tables import text_table
@@ -270,15 +271,21 @@ def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, *, bits: Sequenc
     start = copy.deepcopy((trial.state_dict(), state_dict(trial)))
     errors, totals = _errors(trial, batches, loss)
 
-    def mean_loss(change: Callable[[], None] | None) -> float:
+    def mean_loss() -> float:
         trial.load_state_dict(start[0])
         load_state_dict(trial, start[1])
-        if change is not None:
-            change()
         with torch.random.fork_rng(), torch.no_grad():
             return sum(float(loss(trial, batch)) for batch in batches) / len(batches)
 
-    base = mean_loss(None)
+    def mean_loss_at(name: str, width: int) -> float:
+        alone: LayerRule = (name, (width, None))
+        controller = PrecisionController(trial, rules=[alone])
+        try:
+            return mean_loss()
+        finally:
+            controller.remove()
+
+    base = mean_loss()
     found: list[Sensitivity] = []
     recipes: dict[str, Recipe] = {}
     present: dict[str, int] = {}
@@ -293,7 +300,7 @@ def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, *, bits: Sequenc
         present[name] = int(sites[0].bits[SLOTS.index(("output", "weight"))])
         for width in sorted({*bits, present[name]}):
             same = width == present[name]
-            after = base if same else mean_loss(partial(_set_forward, sites, width))
+            after = base if same else mean_loss_at(name, width)
             operations = sum(_bit_operations(total, sites[0].recipe, width) for total in own)
             found.append(Sensitivity(layer=name, bits=width, loss_change=after - base, bit_operations=operations))
     if not found:
@@ -329,13 +336,6 @@ def _probed_layers(model: nn.Module) -> dict[str, QuantLayer]:
         and (sites := _product_sites(layer))
         and all(isinstance(getattr(sites[0].recipe.output, operand), Integer) for operand in FORWARD)
     }
-
-
-def _set_forward(sites: Sequence[Site], bits: int) -> None:
-    for site in sites:
-        for i, (product, operand) in enumerate(SLOTS):
-            if operand in FORWARD and isinstance(getattr(getattr(site.recipe, product), operand), Integer):
-                site.bits[i] = bits
 
 
 def _bit_operations(total: Total, recipe: Recipe, bits: int) -> int:
