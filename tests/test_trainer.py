@@ -443,6 +443,24 @@ def test_precision_settings_that_do_not_fit_leave_no_folder(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_is_older_than_a_setting_goes_on(tmp_path: Path) -> None:
+    """Without a setting of a schedule in folder and checkpoint, as before it existed, a run resumes to the same end."""
+    whole, older = tmp_path / "whole", tmp_path / "older"
+    trainer.train(config(whole, recipe="cpt", cycles=3, checkpoint_every=4, keep=9))
+    shutil.copytree(whole, older)
+    (older / "result.json").unlink()
+    settings = yaml.safe_load((older / "config.yaml").read_text())
+    content = torch.load(older / "last-1.ckpt", weights_only=True)
+    for values in (settings, content["lowbit"]["config"]):
+        del values["strength"]
+    (older / "config.yaml").write_text(yaml.safe_dump(settings))
+    torch.save(content, older / "last.ckpt")
+    trainer.resume(older)
+
+    assert content["global_step"] == 12
+    assert same(last(older)["state_dict"], last(whole)["state_dict"])
+
+
 def test_changed_schedule_on_resume_is_refused(tmp_path: Path) -> None:
     """Editing the schedule in config.yaml of a stopped run is an error, not another run from its middle."""
     out = tmp_path / "run"

@@ -1,6 +1,6 @@
 """The settings and the result of a training run, as plain values.
 
-This file needs only the standard library, so that the command line can build its flags at once.
+The settings of schedules and gates among them are read off their classes, see `lowbit.train.tuning`.
 """
 
 import dataclasses
@@ -14,24 +14,13 @@ from lowbit import userfile
 from lowbit.checks import check_fields, is_finite, is_whole
 from lowbit.errors import UsageError, shown, unknown
 from lowbit.recipe import is_file_name
+from lowbit.train.tuning import tunable, with_tunable
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["one-cycle", "cosine", "step", "constant"]
 Amp = Literal["none", "bf16"]
-Low = int | Literal["range-test"]
 EvalBits = int | Literal["highest", "current"]
-Profile = Literal["cosine", "linear", "rex", "exponential"]
-Shape = Literal["repeated", "triangular-vertical", "triangular-horizontal"]
-Final = Literal["high"]
-Mixing = Literal["input", "output"]
 Measure = Literal["accuracy", "loss"]
-
-# The settings that change a recipe's schedule or gates, by their names there.
-_TUNED = (
-    *("cycles", "low", "high", "profile", "shape", "final"),
-    *("bits", "grad_bits", "threshold", "decay", "targets", "choices", "mixing"),
-    *("range_test_steps", "range_test_threshold"),
-)
 
 CHANGEABLE = ("lr", "weight_decay", "epochs", "threads", "checkpoint_every", "checkpoint_minutes", "keep")
 """The settings that may change when a run goes on. `lr` stays the peak of the schedule, which `epochs` stretches."""
@@ -44,6 +33,7 @@ _WEIGHT_DECAY: dict[Optimizer, float] = {"sgd": 1e-4, "adamw": 0.01}
 
 
 @dataclass(frozen=True, kw_only=True)
+@with_tunable
 class TrainConfig:
     """The settings of one training run; `resolved` fills in what was left open.
 
@@ -72,27 +62,10 @@ class TrainConfig:
         engine: how converted layers execute: ``auto``, ``int8`` or ``reference``, see `lowbit.convert_`.
         amp: ``bf16`` runs the operations that no recipe covers under bfloat16 autocast.
         max_steps: stop after this many steps, even within an epoch.
-        cycles: of recipes whose bits swing, e.g. ``cpt``: how many cycles. This setting and the following ones, left
-            open, are what the recipe says.
-        low: of such recipes: the lowest bits; ``range-test`` finds them in the first cycle.
-        high: of such recipes: the highest bits.
-        profile: of such recipes: how bits grow in a cycle.
-        shape: of such recipes: whether every cycle grows, or cycles fall and grow by turns.
-        final: of such recipes: ``high`` keeps the steps after the last whole cycle at the highest bits.
-        bits: of recipes of stages, e.g. ``pfq``: bits of each stage, ``[3,4,6,8]``.
-        grad_bits: of such recipes: bits of gradients in each stage.
-        threshold: of such recipes and ``fractrain``: how flat the loss is at a plateau.
-        decay: of such recipes and ``fractrain``: factor of the threshold at each stage.
-        plateau_every: of such recipes and ``fractrain``: steps whose mean loss the plateau rule takes as one epoch's.
-            Left open: an epoch.
-        targets: of recipes with gates, ``dfq`` and ``fractrain``: cost of each stage in percent of full precision.
-        choices: of such recipes: pairs of bits of inputs and gradients to choose from, ``[[3,6],[8,8]]``.
-        mixing: of such recipes: ``input`` runs each sample at its choice, ``output`` runs all choices in training.
-        blocks: of such recipes: a regular expression that matches the names of the blocks. Left open: the
-            repeated blocks of this library's own models.
-        range_test_steps: with low ``range-test``: steps at each width, 4 or more. Left open: the widths share the first
-            cycle, 10 steps or more each.
-        range_test_threshold: with low ``range-test``: the relative fall of the loss that is progress. Left open: 0.01.
+        plateau_every: of recipes that follow the loss, e.g. ``pfq`` and ``fractrain``: steps whose mean loss the
+            plateau rule takes as one epoch's. Left open: an epoch.
+        blocks: of recipes with gates, ``dfq`` and ``fractrain``: a regular expression that matches the names of the
+            blocks. Left open: the repeated blocks of this library's own models.
         eval_bits: bits of inputs and weights in evaluation where a schedule sets them. Left open: the highest.
 
     Raises:
@@ -119,23 +92,8 @@ class TrainConfig:
     engine: Literal["auto", "int8", "reference"] = "auto"
     amp: Amp = "none"
     max_steps: int | None = None
-    cycles: int | None = None
-    low: Low | None = None
-    high: int | None = None
-    profile: Profile | None = None
-    shape: Shape | None = None
-    final: Final | None = None
-    bits: list[int] | None = None
-    grad_bits: list[int] | None = None
-    threshold: float | None = None
-    decay: float | None = None
     plateau_every: int | None = None
-    targets: list[float] | None = None
-    choices: list[list[int]] | None = None
-    mixing: Mixing | None = None
     blocks: str | None = None
-    range_test_steps: int | None = None
-    range_test_threshold: float | None = None
     eval_bits: EvalBits | None = None
 
     def __post_init__(self) -> None:
@@ -171,7 +129,7 @@ class TrainConfig:
 
     def tuned(self) -> dict[str, object]:
         """The settings that change the recipe's schedule or gates."""
-        return {name: getattr(self, name) for name in _TUNED if getattr(self, name) is not None}
+        return {name: value for name in tunable() if (value := getattr(self, name, None)) is not None}
 
     def resolved(self, *, threads: int) -> Self:
         """The same run with nothing left open but what only some runs have (subset, steps, context).
@@ -198,7 +156,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object], *, out: Path) -> Self:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`; a setting of schedules or gates that the run is older than is left open.
 
         Raises:
             UsageError: a setting is missing, unknown, or has an impossible value.
@@ -207,7 +165,7 @@ class TrainConfig:
         for name in values:
             if name not in known:
                 raise unknown("setting", name, known)
-        if absent := known - set(values):
+        if absent := known - set(values) - set(tunable()):
             raise UsageError(f"the settings {', '.join(sorted(absent))} are missing.")
         return cls(**values, out=out)  # type: ignore[arg-type]  # __post_init__ checks each value
 
@@ -300,6 +258,14 @@ class RangeTestConfig:
         """The same as settings of a training run, which checks them."""
         names = ("model", "data", "recipe", "batch_size", "optimizer", "lr", "seed", "subset", "context", "threads")
         return TrainConfig(**{name: getattr(self, name) for name in names}, schedule="constant")
+
+
+def settled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as `TrainConfig.to_dict` gives them, without those of schedules and gates that are left open.
+
+    Runs of two versions of this library are the same run where these are equal: a later one may have more settings.
+    """
+    return {name: value for name, value in values.items() if value is not None or name not in tunable()}
 
 
 def lr_factor(schedule: Schedule, step: int, total: int) -> float:

@@ -39,7 +39,7 @@ from lowbit.precision.controller import PrecisionController
 from lowbit.precision.layers import is_depthwise
 from lowbit.precision.range_test import RangeTestResult
 from lowbit.train import checkpoint, data, models
-from lowbit.train.config import CHANGEABLE, RangeTestConfig, Result, TrainConfig, lr_factor
+from lowbit.train.config import CHANGEABLE, RangeTestConfig, Result, TrainConfig, lr_factor, settled
 from lowbit.train.folder import (
     CHECKPOINT,
     CONFIG,
@@ -865,7 +865,7 @@ def _load_checkpoint(path: Path, settings: Settings) -> dict[str, Any]:
         raise checkpoint.DamagedError(
             f"{path} has no state of lowbit; expected a checkpoint that `lowbit train` wrote."
         )
-    if own["config"] not in settings.versions():
+    if settled(own["config"]) not in map(settled, settings.versions()):
         now = settings.config.to_dict()
         name = next(name for name in {**now, **own["config"]} if own["config"].get(name) != now.get(name))
         raise RunError(
