@@ -1,15 +1,20 @@
 """What several test files share."""
 
 import importlib.util
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import pytest
 import torch
 
+from conftest import ORACLES
 from lowbit.formats import Format
 from lowbit.recipe import SLOTS, GradInput, GradWeight, Output, Recipe
+from lowbit.schedules import Schedule
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -49,3 +54,17 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def recorded(name: str) -> Any:
+    """One file of the dynamic methods' reference data; the test is skipped, saying so, where the folder is absent."""
+    path = ORACLES / "dynamic" / name
+    if not path.exists():
+        pytest.skip(f"the reference vectors {path} are not here")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def sequence(schedule: Schedule) -> list[int]:
+    """The bits of every step of a schedule with an end."""
+    assert schedule.total_steps is not None
+    return [schedule(step) for step in range(schedule.total_steps)]

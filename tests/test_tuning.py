@@ -9,7 +9,7 @@ import pytest
 
 from lowbit.checks import fits
 from lowbit.recipe import Gating
-from lowbit.schedules import KINDS, Constant, Template, kind_settings
+from lowbit.schedules import KINDS, kind_settings
 from lowbit.train.config import TrainConfig, settled
 from lowbit.train.tuning import tunable, with_tunable
 
