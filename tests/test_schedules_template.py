@@ -101,6 +101,28 @@ def test_a_setting_of_the_range_test_goes_with_low_from_it() -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"low": "range"}, "low='range': give a whole number or 'range-test'"),
+        ({"low": "range-test", "range_test_steps": 7.5}, "range_test_steps=7.5: give a whole number or None"),
+        ({"low": "range-test", "high": "8"}, "high='8': give a whole number"),
+    ],
+)
+def test_a_setting_of_another_type_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    """The types tell what makes the schedule, so a wrong one is named before anything is made."""
+    template = Template(kind="cyclic", settings=(("low", 3), ("high", 8), ("cycles", 2)))
+
+    with pytest.raises(UsageError, match=message):
+        template.replace(**settings)
+
+
+def test_a_setting_given_twice_is_refused() -> None:
+    """Neither of two values of one setting wins in silence."""
+    with pytest.raises(UsageError, match="give bits twice"):
+        Template(kind="constant", settings=(("bits", 4), ("bits", 8)))
+
+
+@pytest.mark.parametrize(
     "source",
     [
         Constant(bits=8),

@@ -46,24 +46,24 @@ class Template:
     settings: tuple[tuple[str, Any], ...]
 
     def __post_init__(self) -> None:
-        kind_settings(self.kind)
+        known = kind_settings(self.kind)
         check_type("settings", self.settings, tuple[tuple[str, Any], ...])
+        names = [name for name, _ in self.settings]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UsageError(f"settings of a {self.kind} schedule give {twice[0]} twice: give each once")
+        for name, value in self.settings:
+            if name not in known:
+                raise unknown(f"setting of a {self.kind} schedule", name, known)
+            if len(KINDS[self.kind]) > 1:  # the types choose what makes the schedule
+                check_type(name, value, known[name].hint)
         taken = self._taken
-        for name in dict(self.settings):
-            if name not in self.allowed:
-                raise unknown(f"setting of a {self.kind} schedule", name, self.allowed)
-            if name not in taken:
-                raise self._misplaced(name)
+        if misplaced := [name for name in names if name not in taken]:
+            raise self._misplaced(misplaced[0])
         needed = [s.name for s in taken.values() if s.is_needed and s.name not in OF_THE_RUN]
         if absent := [name for name in needed if name not in dict(self.settings)]:
             raise UsageError(f"a {self.kind} schedule lacks {', '.join(absent)}")
         # A run long enough for any setting: what fails here fails in every run.
         self.build(total_steps=10**9, steps_per_epoch=10**6)
-
-    @property
-    def allowed(self) -> tuple[str, ...]:
-        """The names of the settings that this kind may have."""
-        return tuple(kind_settings(self.kind))
 
     @property
     def values(self) -> dict[str, Any]:
