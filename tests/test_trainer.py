@@ -301,6 +301,7 @@ def test_warning_of_a_model_is_not_hidden(tmp_path: Path, monkeypatch: pytest.Mo
 
 # A stage ends after 5 epochs of any loss, so these 7 epochs have two.
 SHORT_EPOCHS = {"subset": 128, "epochs": 7, "threshold": 9.0}
+TESTED = {"recipe": "cpt", "cycles": 2, "low": "range-test", "high": 3, "epochs": 4}
 GATED = {"recipe": "fractrain", "blocks": r"0\.hidden\.\d", "targets": [1.9, 3.0], "decay": 0.3}
 
 
@@ -311,7 +312,8 @@ GATED = {"recipe": "fractrain", "blocks": r"0\.hidden\.\d", "targets": [1.9, 3.0
         {"max_steps": 12},
         {"optimizer": "adamw", "amp": "bf16"},
         {"recipe": "cpt", "cycles": 4},
-        {"recipe": "cpt", "cycles": 2, "low": "range-test", "high": 3, "epochs": 4},
+        TESTED,
+        {**TESTED, "range_test_steps": 6, "range_test_threshold": 0.02},
         {"recipe": "pfq", **SHORT_EPOCHS},
         {**GATED, **SHORT_EPOCHS},
     ],
@@ -441,24 +443,6 @@ def test_precision_settings_that_do_not_fit_leave_no_folder(
         trainer.train(config(tmp_path / "run", **changes))
 
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_that_is_older_than_a_setting_goes_on(tmp_path: Path) -> None:
-    """Without a setting of a schedule in folder and checkpoint, as before it existed, a run resumes to the same end."""
-    whole, older = tmp_path / "whole", tmp_path / "older"
-    trainer.train(config(whole, recipe="cpt", cycles=3, checkpoint_every=4, keep=9))
-    shutil.copytree(whole, older)
-    (older / "result.json").unlink()
-    settings = yaml.safe_load((older / "config.yaml").read_text())
-    content = torch.load(older / "last-1.ckpt", weights_only=True)
-    for values in (settings, content["lowbit"]["config"]):
-        del values["strength"]
-    (older / "config.yaml").write_text(yaml.safe_dump(settings))
-    torch.save(content, older / "last.ckpt")
-    trainer.resume(older)
-
-    assert content["global_step"] == 12
-    assert same(last(older)["state_dict"], last(whole)["state_dict"])
 
 
 def test_changed_schedule_on_resume_is_refused(tmp_path: Path) -> None:

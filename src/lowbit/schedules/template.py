@@ -66,6 +66,11 @@ class Template:
         self.build(total_steps=10**9, steps_per_epoch=10**6)
 
     @property
+    def of_the_class(self) -> tuple[tuple[str, Any], ...]:
+        """The settings that the class of the kind has: those of a function in its place are left out."""
+        return tuple(pair for pair in self.settings if pair[0] in settings_of(KINDS[self.kind][0]))
+
+    @property
     def values(self) -> dict[str, Any]:
         """Every setting that this kind may have with its value, the defaults included."""
         given = dict(self.settings)
