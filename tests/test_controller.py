@@ -778,6 +778,21 @@ def test_a_rule_of_ones_own_sees_the_losses_and_resumes() -> None:
     assert (again.forward_bits, again.backward_bits, again.last_step) == (5, 6, 4)
 
 
+class FollowBoth(Follow):
+    """The same with 6 bits for gradients."""
+
+    current_grad_bits = 6
+
+
+def test_a_rule_that_sets_gradients_leaves_no_place_for_backward() -> None:
+    """The bits of gradients come from the rule, and others beside them are refused."""
+    controller = PrecisionController(converted(), forward=FollowBoth())
+
+    assert controller.backward_bits == 6
+    with pytest.raises(UsageError, match="sets the bits of gradients too"):
+        PrecisionController(converted(), forward=FollowBoth(), backward=8)
+
+
 RANKS = """
 import sys
 import torch, torch.distributed as dist

@@ -175,3 +175,7 @@ class Rule(Source):
     def grad_at(self, step: int) -> int | None:  # noqa: ARG002
         """The present bits of gradients, whatever the step."""
         return self.current_grad_bits
+
+    def grad_widths(self) -> list[int]:
+        """The present bits of gradients: a rule that changes them gives all of theirs."""
+        return [] if self.current_grad_bits is None else [self.current_grad_bits]
