@@ -75,7 +75,7 @@ def _tidy_union(match: re.Match[str]) -> str:
     """What a setting of several types allows, and what it got."""
     errors, _, given = match[0].rpartition("Given value: ")
     kinds = re.findall(r"- Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", errors)
-    allowed = [name or f"one of {choices}" for name, choices in kinds if name != "NoneType"]
+    allowed = dict.fromkeys(name or f"one of {choices}" for name, choices in kinds if name != "NoneType")
     return f"expected {' or '.join(allowed)}, got {given}"
 
 

@@ -133,8 +133,8 @@ class Gating:
     `input` and `grad_output`, averaged over the MACs of the gated blocks.
 
     Args:
-        choices: pairs (bits of `input`, bits of `grad_output`) to choose from; bits of `input` 0 skip the block, and
-            then those of `grad_output` are 0 too.
+        choices: pairs (bits of `input`, bits of `grad_output`) to choose from, e.g. ``[[3, 6], [8, 8]]``; bits of
+            `input` 0 skip the block, and then those of `grad_output` are 0 too.
         targets: the cost to train towards, in percent; several: one for each stage of PFQ's plateau rule.
         strength: beta, weight of the cost in the loss.
         band: the cost term counts in full only where the cost is farther than this from its target.

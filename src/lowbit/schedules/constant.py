@@ -11,7 +11,7 @@ class Constant(PureSchedule):
     """The same bits at every step, without end.
 
     Args:
-        bits: 1 to 32.
+        bits: of every step, 1 to 32.
     """
 
     bits: int

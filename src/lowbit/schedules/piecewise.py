@@ -17,8 +17,8 @@ class Piecewise(PureSchedule):
     """Constant bits on each of several pieces: b(t) is that of the last piece that starts at or before t.
 
     Args:
-        pieces: pairs (start, bits) in order of time; the first starts at 0. A start is a step, ``"10ep"`` or
-            ``"0.9"`` of `total_steps` (see `parse_steps`).
+        pieces: pairs (start, bits) in order of time; the first starts at 0. A start is a step, ``"10ep"``, or
+            ``"0.9"`` of the run (see `parse_steps`), e.g. ``[[0, 4], ["0.9", 8]]``.
         total_steps: length of the run in steps; every piece starts before it.
         steps_per_epoch: needed where a start is in epochs.
 

@@ -19,7 +19,7 @@ class Progressive(Rule):
     """A list of bits, and the next one whenever the loss of the epochs has settled (see `PlateauRule`).
 
     Args:
-        bits: bits of `input` and `weight` in each stage, never falling.
+        bits: bits of `input` and `weight` in each stage, never falling, e.g. ``[3, 4, 6, 8]``.
         grad_bits: bits of `grad_output` in each stage, never falling, as many as `bits`.
         threshold: how flat the loss is at a plateau, epsilon of the paper, 0 or more.
         decay: factor of the threshold at the first two switches, alpha of the paper, 0 to 1.

@@ -1,5 +1,6 @@
 """The settings of schedules and gates as settings of a run, read off their classes: flags, YAML and checkpoints."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
@@ -7,6 +8,7 @@ from operator import or_
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
+from lowbit.checks import fits
 from lowbit.recipe import Gating
 from lowbit.schedules import KINDS, kind_settings
 from lowbit.signatures import Setting, settings_of
@@ -21,6 +23,8 @@ def tunable() -> dict[str, Setting]:
     for owner, settings in owners.items():
         for name, setting in settings.items():
             hint, text = _written(setting.hint), f"of {owner}: {setting.text}"
+            if fits(None, setting.hint):
+                text += " None cannot be set here."
             if name in found:
                 hint, text = found[name].hint | hint, f"{found[name].text} O{text[1:]}"
             found[name] = replace(setting, hint=hint, text=text)
@@ -39,9 +43,9 @@ def with_tunable(cls: type[T]) -> type[T]:
     cls.__annotations__ |= {name: setting.hint | None for name, setting in settings.items()}
     for name in settings:
         setattr(cls, name, None)
-    lines = [f"        {name}: {s.text} Left open: the recipe's." for name, s in settings.items()]
-    head, rest = (cls.__doc__ or "").split("\n\n    Raises:")
-    cls.__doc__ = "\n".join([head, *lines]) + f"\n\n    Raises:{rest}"
+    lines = [f"    {name}: {s.text} Left open, or null: the recipe's." for name, s in settings.items()]
+    arguments, raises, errors = (inspect.getdoc(cls) or "").partition("\n\nRaises:")
+    cls.__doc__ = "\n".join([arguments, *lines]) + raises + errors
     return cls
 
 
