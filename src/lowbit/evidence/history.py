@@ -21,6 +21,7 @@ class History(ABC):
         first_step: number of the first step, where earlier ones are not in it.
     """
 
+    @checked
     def __init__(self, *, model: str = "", layers: Iterable[str] = (), first_step: int = 0) -> None:
         check_whole("first_step", first_step, 0)
         self.model = model

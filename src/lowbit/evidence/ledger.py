@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 
 from lowbit import files
-from lowbit.checks import check_type, check_whole, checked
+from lowbit.checks import check_type, check_whole
 from lowbit.errors import RunError, UsageError
 from lowbit.evidence.history import History
 from lowbit.evidence.records import Evaluation, Product, Program, Step
@@ -39,11 +39,8 @@ class Ledger(History):
         first_step: number of the first step, where earlier ones are not in this ledger.
     """
 
-    @checked
-    def __init__(self, *, model: str = "", layers: Iterable[str] = (), first_step: int = 0) -> None:
-        super().__init__(model=model, layers=layers, first_step=first_step)
-        self._lost: set[tuple[str, int]] | None = None  # definitions in lines that were dropped; None: none may be
-        self._file: BinaryIO | None = None
+    _lost: set[tuple[str, int]] | None = None  # definitions in lines that were dropped; None: none may be
+    _file: BinaryIO | None = None
 
     # Reading and writing files.
 
