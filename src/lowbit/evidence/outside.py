@@ -34,6 +34,7 @@ UNCOUNTED = frozenset(
         *named("_sparse_addmm _sparse_mm_reduce_impl _sparse_mm_reduce_impl_backward _sparse_sparse_matmul hspmm"),
         *named("_sparse_semi_structured_addmm _sparse_semi_structured_linear _sparse_semi_structured_mm"),
         *named("_cslt_sparse_mm _cslt_sparse_mm_search sparse_sampled_addmm sspaddmm"),
+        *named("_triton_bsr_dense_mm_out _triton_bsr_dense_addmm_out", "triton"),
         # Packed or opaque weights.
         *named("_mixed_dtypes_linear mkldnn_linear mkldnn_linear_backward mkldnn_linear_backward_input"),
         *named("mkldnn_linear_backward_weights quantized_gru quantized_lstm"),
@@ -42,6 +43,7 @@ UNCOUNTED = frozenset(
         *named("_convolution_pointwise _convolution_transpose_pointwise _linear_pointwise", "mkldnn"),
         *named("_mkl_linear", "mkl"),
         *named("conv2d_run", "mkldnn_prepacked"),
+        *named("conv2d_clamp_run conv2d_transpose_clamp_run linear_clamp_run", "prepacked"),
         *named("_mm_plus_mm", "inductor"),
         *named("qconv_pointwise qconv1d_pointwise qconv2d_pointwise qconv3d_pointwise qlinear_pointwise", "onednn"),
         *named("linear_dynamic_fp16 linear_relu_dynamic_fp16", "onednn"),
