@@ -682,7 +682,7 @@ def _assemble(config: TrainConfig) -> tuple[data.Data, _Module, lowbit.Report]:
             raise UsageError(f"blocks={blocks!r} matches the name of no module of {config.model!r}{hint}.")
         # What has a gate is converted, whatever the recipe says of the first layer.
         rules = [(re.compile(rf"(?:{blocks})(\..*)?"), recipe)]
-    report = lowbit.convert_(model, recipe, rules=rules, engine=config.engine, seed=config.seed)
+    report = lowbit.convert_(model, recipe, rules=rules, engine=_engine(config), seed=config.seed)
 
     def control(total_steps: int) -> PrecisionController | None:
         if not recipe.is_dynamic:
@@ -720,6 +720,16 @@ def _recipe(config: TrainConfig) -> tuple[lowbit.Recipe, str | None]:
     except re.error as error:
         raise UsageError(f"blocks={blocks!r} is no regular expression: {error}.") from error
     return recipe, blocks
+
+
+def _accelerator() -> str:
+    """Where training runs: on a GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _engine(config: TrainConfig) -> str:
+    """The engine to convert for: on a GPU, where the model moves after it, ``"auto"`` is the reference engine."""
+    return "reference" if config.engine == "auto" and _accelerator() == "cuda" else config.engine
 
 
 def _build(config: TrainConfig, model: str) -> tuple[data.Data, nn.Module]:
@@ -799,7 +809,7 @@ def _make_trainer(
         callbacks.append(_Bar(config))
     never_finite = {"state_dict": module.state_dict(), "lowbit": {"state": lowbit.state_dict(module.model)}}
     return Trainer(
-        accelerator="cuda" if torch.cuda.is_available() else "cpu",
+        accelerator=_accelerator(),
         devices=1,
         precision="bf16-mixed" if config.amp == "bf16" else "32-true",
         max_epochs=config.epochs,
