@@ -124,6 +124,22 @@ class TestSteps:
         with pytest.raises(UsageError, match=message):
             next(bench.steps(works, variants, rounds))
 
+    def test_a_device_that_is_not_here_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An unknown device, or a GPU where torch finds none, is an error at once."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+        with pytest.raises(UsageError, match=r"unknown device 'tpu'.*cpu, cuda"):
+            next(bench.steps(["tiny"], ["fp32"], 1, "tpu"))
+        with pytest.raises(UsageError, match="torch finds no GPU here"):
+            next(bench.steps(["tiny"], ["fp32"], 1, "cuda"))
+
+    def test_engines_are_counted_by_product(self) -> None:
+        """On a GPU a note says how many products each engine ran; plain networks have none."""
+        recipe, plain = (bench.stepper("tiny", name)[0] for name in ("int8:reference", "fp32"))
+
+        assert bench._on_gpu(recipe) == "5 of 5 products on reference"
+        assert bench._on_gpu(plain) == ""
+
     @needs_units
     def test_a_recipe_that_int8_cannot_run_is_refused(self) -> None:
         """Nothing runs quietly on another engine than the one that is timed."""
@@ -370,6 +386,10 @@ class TestCommand:
         ("flags", "message"),
         [
             (["--kernels", "--calibrate"], "give either"),
+            (
+                ["--kernels", "--device", "cuda"],
+                "--device choose what training steps to time",
+            ),
             (["--kernels", "--works", "tiny"], "--works choose what training steps to time, and --kernels times none"),
             (["--calibrate", "--variants", "fp32", "--compile"], "--variants, --compile choose"),
             (["--threads", "0"], "--threads must be 1 to 1024, got 0"),

@@ -207,6 +207,7 @@ def _add_bench(bench: Any) -> None:
     bench.add_argument("--compile", action="store_true", help="also fp32 and bf16 through torch.compile")
     bench.add_argument("--kernels", action="store_true", help="time passes over memory in place of steps")
     bench.add_argument("--calibrate", action="store_true", help="measure and keep what engine=auto chooses by")
+    bench.add_argument("--device", type=str, help="where steps run: cpu or cuda (cpu)")
     bench.add_argument("--rounds", type=int, help="rounds that count (9; 5 with --calibrate)")
     bench.add_argument("--threads", type=int, help="threads of torch (as many as it takes)")
 
@@ -441,12 +442,13 @@ def _bench(
     compile: bool,  # noqa: A002 - the flag
     kernels: bool,
     calibrate: bool,
+    device: str | None,
     rounds: int | None,
     threads: int | None,
 ) -> None:
     from lowbit.train import bench
 
-    given = {"--works": works, "--variants": variants, "--compile": compile}
+    given = {"--works": works, "--variants": variants, "--compile": compile, "--device": device}
     of_steps = [flag for flag, value in given.items() if value]
     if rounds is not None and rounds > _MOST_ROUNDS:
         raise UsageError(f"--rounds must be at most {_MOST_ROUNDS:,}, got {shown(rounds)}.")
@@ -462,7 +464,8 @@ def _bench(
             lines = bench.kernels(9 if rounds is None else rounds)
         else:
             names = [*(variants or bench.VARIANTS), *(bench.COMPILED if compile else ())]
-            lines = bench.steps(works or list(bench.WORKS), list(dict.fromkeys(names)), 9 if rounds is None else rounds)
+            names, rounds = list(dict.fromkeys(names)), 9 if rounds is None else rounds
+            lines = bench.steps(works or list(bench.WORKS), names, rounds, device or "cpu")
         for line in lines:
             print(line, flush=True)
 
