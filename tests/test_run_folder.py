@@ -231,7 +231,7 @@ def send_before(send: Callable[..., None], module: Any) -> Callable[..., None]:
     return both
 
 
-@pytest.mark.parametrize("moment", ["_assemble", "_prove", "_make_trainer"])
+@pytest.mark.parametrize("moment", ["_assemble", "write_sources", "_prove", "_make_trainer"])
 def test_a_signal_before_the_first_step_ends_at_once(moment: str, tmp_path: Path, monkeypatch: Any) -> None:
     """During set-up there is nothing to finish; the run begins at step 0 when it is given again or resumed."""
     out, original = tmp_path / "run", getattr(trainer, moment)

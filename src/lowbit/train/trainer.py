@@ -92,6 +92,7 @@ def train(config: TrainConfig) -> Result:
                 refuse_taken(out)
                 files.remove_parts(out)
                 write_settings(Settings(config=config))
+                stop.saved = 0  # there is a run to resume
                 write_sources(config)
                 return _run(stop, loaded, module, report, None)
 
