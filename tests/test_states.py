@@ -32,7 +32,7 @@ INSTEAD: dict[type, list[Any]] = {
 def of_tensor(t: Tensor) -> Iterator[Any]:
     """What replaces a tensor."""
     yield from (None, "x", 3, [], t.tolist(), t[:-1], t[None], torch.stack([t, t]), t.to(torch.float16), t.bool())
-    yield t.to("meta")
+    yield from (t.to("meta"), t.to_sparse())
     for wrong in (-3, 1000, 2**40) if t.dtype == torch.int64 else (NAN, INF, -INF):
         for place in range(min(t.numel(), 6)):
             changed = t.clone()
@@ -65,7 +65,7 @@ def changed(state: Any, path: tuple[Any, ...], value: Any) -> Any:
 def plain(state: Any) -> Any:
     """A nested state in which tensors can be compared."""
     if isinstance(state, Tensor):
-        return str(state.dtype), tuple(state.shape), None if state.is_meta else state.tolist()
+        return str(state.dtype), tuple(state.shape), None if state.is_meta or state.is_sparse else state.tolist()
     if isinstance(state, dict):
         return {key: plain(value) for key, value in state.items()}
     return [plain(value) for value in state] if isinstance(state, list | tuple) else state

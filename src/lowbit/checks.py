@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
 from lowbit.errors import UsageError, a_or_an, shown, unknown
@@ -41,6 +42,13 @@ def is_whole(value: object) -> TypeGuard[int]:
 def is_finite(value: Any) -> TypeGuard[float]:
     """Whether a value is a number that is neither nan nor inf, nor too large to be one of a computation."""
     return fits(value, float) and math.isfinite(value)
+
+
+def is_like(value: object, other: Tensor) -> TypeGuard[Tensor]:
+    """Whether a value is an ordinary tensor with values, of the shape and type of `other`."""
+    if not isinstance(value, Tensor) or (value.shape, value.dtype) != (other.shape, other.dtype):
+        return False
+    return value.layout is torch.strided and not value.is_meta
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lowbit import calibration, integer
 from lowbit.calibration import Shape, Table, Timing
-from lowbit.checks import check_keys, check_type, check_whole, checked, is_whole
+from lowbit.checks import check_keys, check_type, check_whole, checked, is_like, is_whole
 from lowbit.errors import UsageError, shown, unknown
 from lowbit.formats import Format, Integer, check_width
 from lowbit.kernels import native_instruction_sets
@@ -962,7 +962,7 @@ def _check_site(site: Site, entry: dict[str, Any]) -> None:
     widths = [name for name in ("bits", _CONTROLLED) if name in entry]
     for name in (*widths, "running_range"):
         own, saved = getattr(site, name), entry[name]
-        if not isinstance(saved, Tensor) or (saved.shape, saved.dtype) != (own.shape, own.dtype) or saved.is_meta:
+        if not is_like(saved, own):
             raise UsageError(f"{what}: {name} is {shown(saved)}: expected {own.dtype} of shape {tuple(own.shape)}")
     for bits, (product, operand, fmt) in (
         pair for name in widths for pair in zip(entry[name].tolist(), site.formats(), strict=True)

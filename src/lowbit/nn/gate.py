@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit.checks import check_keys
+from lowbit.checks import check_keys, is_like
 from lowbit.errors import UsageError, shown
 from lowbit.formats import Zero, check_bits
 from lowbit.nn.layers import QuantLayer
@@ -200,7 +200,7 @@ class Gates(nn.Module):
         check_keys("state of the gates", state_dict, own)
         for name, saved in state_dict.items():
             like = own[name]
-            if not isinstance(saved, Tensor) or (saved.shape, saved.dtype) != (like.shape, like.dtype) or saved.is_meta:
+            if not is_like(saved, like):
                 raise UsageError(
                     f"state of the gates: {name} is {shown(saved)}: expected {like.dtype} of shape {tuple(like.shape)}"
                 )
