@@ -554,12 +554,24 @@ class TestSums:
         assert all(torch.equal(y, alone) for y in seen)
 
 
-_FINGERPRINT = """
+_LIMITED = """
 import sys
 sys.path.insert(0, {folder!r})
-from test_native import fingerprint
-print(*fingerprint())
+import test_native
+print(*test_native.{function}())
 """
+
+
+def limited(limit: str, function: str) -> list[str]:
+    """The words that a function of this file returns in a process that may use less of the processor."""
+    done = subprocess.run(
+        [sys.executable, "-c", _LIMITED.format(folder=os.path.dirname(__file__), function=function)],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": limit},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()
 
 
 def fingerprint() -> tuple[str, str]:
@@ -599,18 +611,70 @@ def test_bfloat16_values(last: bool) -> None:
 @pytest.mark.parametrize("limit", ["SSE41", "AVX2", "AVX512_CORE"])
 def test_every_instruction_set_gives_the_same(limit: str) -> None:
     """A process that may use less of the processor makes the same codes, values and extremes."""
-    code = _FINGERPRINT.format(folder=os.path.dirname(__file__))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "ONEDNN_MAX_CPU_ISA": limit},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    sets, hashed = done.stdout.split()
+    sets, hashed = limited(limit, "fingerprint")
 
     assert sets in {"SSE41": ("none",), "AVX2": ("none", "avx2"), "AVX512_CORE": ("none", "avx2", "avx512")}[limit]
     assert hashed == fingerprint()[1]
+
+
+def of_codes(a: Tensor, b: Tensor, *, along: bool, zeros: tuple[int, int]) -> Tensor:
+    """The product of two matrices of codes (m, k) and (n, k), or with `along` False of (k, m) and (k, n)."""
+    lhs, rhs = (
+        cpu.Rows(data=q, rows=q.shape[0], width=q.shape[1], stride=q.shape[1], along=along, zero=zero)
+        for q, zero in zip((a, b), zeros, strict=True)
+    )
+    m, n = (q.shape[0 if along else 1] for q in (a, b))
+    out, one = torch.empty(m, n), torch.ones(1)
+    cpu.multiply(lhs, rhs, out, first=0, stride=n, taps=1, scales=(one, one), bias=None, codes=True)
+    return out
+
+
+def product_fingerprint() -> tuple[str, str]:
+    """The widest instruction set in use, and a hash of products of codes around the sizes of panels and steps."""
+    digest, generator = hashlib.sha256(), torch.Generator().manual_seed(0)
+    for m, n, k, along in itertools.product((1, 33), (16, 17, 40), (3, 64, 1025), (False, True)):
+        shapes = ((m, k), (n, k)) if along else ((k, m), (k, n))
+        a, b = (torch.randint(0, 256, shape, generator=generator).to(torch.uint8) for shape in shapes)
+        for left, right, zeros in (
+            (a, b.view(torch.int8), (0, 0)),
+            (a, b, (7, 100)),
+            (*(q.view(torch.int8) for q in (a, b)), (0, 0)),
+        ):
+            digest.update(of_codes(left, right, along=along, zeros=zeros).numpy().tobytes())
+    return (cpu.instruction_sets() or ["none"])[-1], digest.hexdigest()
+
+
+def product_without_units() -> list[str]:
+    """What a product of codes says."""
+    q = torch.ones(2, 3, dtype=torch.uint8)
+    try:
+        of_codes(q, q, along=True, zeros=(0, 0))
+    except RuntimeError as error:
+        return [str(error)]
+    return []
+
+
+needs_units = pytest.mark.skipif(
+    "avx512vnni" not in (cpu.instruction_sets() or []), reason="this processor lacks 8-bit units"
+)
+
+
+@needs_units
+@pytest.mark.parametrize("limit", ["AVX512_CORE_VNNI", "AVX512_CORE_BF16"])
+def test_every_instruction_set_gives_the_same_products_of_codes(limit: str) -> None:
+    """A process that may use fewer units makes the same results; both ways round, with and without zero points."""
+    sets, hashed = limited(limit, "product_fingerprint")
+
+    assert sets in {"avx512vnni", limit.lower().replace("_core_", "")}
+    assert hashed == product_fingerprint()[1]
+
+
+@pytest.mark.parametrize("limit", ["SSE41", "AVX512_CORE"])
+def test_a_product_without_its_units_is_refused(limit: str) -> None:
+    """The error names the instruction set that a product needs; nothing else ends the process."""
+    words = limited(limit, "product_without_units")
+
+    assert "avx512vnni" in " ".join(words)
 
 
 # Raises the limit of memory until a product fits; its threads exist before memory is short.
@@ -645,7 +709,7 @@ for extra in range(0, 400 << 20, 5 << 20):
 """
 
 
-@pytest.mark.skipif("avx512vnni" not in (cpu.instruction_sets() or []), reason="this processor has no 8-bit units")
+@needs_units
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say how much memory is used")
 def test_a_lack_of_memory_in_any_thread_is_an_error_and_not_the_end_of_the_process() -> None:
     """Under rising limits each product raises MemoryError or is right; several limits are too low."""

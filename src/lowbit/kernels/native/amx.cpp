@@ -101,6 +101,6 @@ void multiply_codes(const Product& p) {
 
 }  // namespace
 
-constexpr Products amx_products{multiply_codes, multiply<Amx, Bf16>};
+constexpr Products amx_products = Products().with_codes(multiply_codes).with_bf16(multiply<Amx, Bf16>);
 
 }  // namespace lowbit

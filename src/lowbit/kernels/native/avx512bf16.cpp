@@ -19,6 +19,6 @@ struct DotBf16 {
 
 }  // namespace
 
-constexpr Products avx512bf16_products{nullptr, multiply<Avx512Kernels<DotBf16>, Bf16>};
+constexpr Products avx512bf16_products = Products().with_bf16(multiply<Avx512Kernels<DotBf16>, Bf16>);
 
 }  // namespace lowbit

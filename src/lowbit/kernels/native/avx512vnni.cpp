@@ -17,6 +17,6 @@ struct Vnni {
 
 }  // namespace
 
-constexpr Products avx512vnni_products{multiply<Avx512Kernels<Vnni>, U8S8>, nullptr};
+constexpr Products avx512vnni_products = Products().with_codes(multiply<Avx512Kernels<Vnni>, U8S8>);
 
 }  // namespace lowbit

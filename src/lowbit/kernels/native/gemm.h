@@ -35,6 +35,22 @@ const Strides& lhs_strides(const Product& p) {
     return p.lhs.order == Order::width_major || Isa::kTiles ? kBlocked : kDepthMajor;
 }
 
+// Add the codes of all rows of the packed lhs, or of all columns of the packed rhs, by all threads of the enclosing
+// team, which wait for each other at the end.
+template <class Isa>
+void sum_lhs_panels(const Product& p, const uint8_t* lhs, int64_t panels, int64_t panel_bytes, int64_t steps,
+                    int32_t* sums) {
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < panels; m++)
+        Isa::add_lhs_sums(lhs + m * panel_bytes, steps * 4, lhs_strides<Isa>(p), sums + m * kMr);
+}
+template <class Isa>
+void sum_rhs_panels(const uint8_t* rhs, int64_t panels, int64_t panel_bytes, int64_t steps, int32_t* sums) {
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < panels; n++)
+        Isa::add_rhs_sums(rhs + n * panel_bytes, steps * 4, kNr, kBlocked, sums + n * kNr);
+}
+
 // The micro-kernel for packed panels.
 template <class Isa, class Kind>
 MicroKernel<typename Kind::Accumulator> packed_kernel(const Product& p, int64_t columns) {
@@ -56,32 +72,62 @@ void multiply_panels(const Product& p, const uint8_t* lhs, const uint8_t* rhs, i
     }
 }
 
+// How C is cut into tasks: a block of `mc` lhs panels by a run of rhs panels.
+struct Tasks {
+    int64_t lhs_panels, rhs_panels, mc, row_blocks, column_blocks;
+
+    // At least so many tasks, where there are panels for them.
+    Tasks(const Product& p, int64_t block, int64_t least)
+        : lhs_panels(ceil_div(p.m, kMr)),
+          rhs_panels(ceil_div(p.n, kNr)),
+          mc(block),
+          row_blocks(ceil_div(lhs_panels, mc)),
+          column_blocks(std::min(rhs_panels, std::max<int64_t>(1, ceil_div(least, row_blocks)))) {}
+    int64_t count() const { return row_blocks * column_blocks; }
+
+    // Panels [top, bottom) of the lhs, [left, right) of the rhs.
+    struct Block {
+        int64_t top, bottom, left, right;
+    };
+    Block operator[](int64_t task) const {
+        const int64_t row = task / column_blocks, column = task % column_blocks;
+        return {row * mc, std::min((row + 1) * mc, lhs_panels), column * rhs_panels / column_blocks,
+                (column + 1) * rhs_panels / column_blocks};
+    }
+};
+
+// A block of C whose sides are packed over the whole depth: `lhs` and `lhs_sums` are those of its first lhs panel, `c`
+// has room for its panels of sums by one rhs panel.
+template <class Isa, class Kind>
+void multiply_block(const Product& p, const Tasks::Block& block, const uint8_t* lhs, const uint8_t* rhs, int64_t steps,
+                    ZeroPoints zero, const int32_t* lhs_sums, const int32_t* rhs_sums, typename Kind::Accumulator* c) {
+    const int64_t panel_bytes = steps * kPanelStep, panels = block.bottom - block.top;
+    for (int64_t n = block.left; n < block.right; n++) {
+        multiply_panels<Isa, Kind>(p, lhs, rhs + n * panel_bytes, steps, panels, panel_bytes, p.n - n * kNr, c);
+        for (int64_t m = 0; m < panels; m++)
+            finish_panel<Isa>(p, c + m * kMr * kNr, kNr, zero, block.top + m, n, lhs_sums + m * kMr,
+                              rhs_sums + n * kNr);
+    }
+}
+
 // Many rows: the rhs is packed whole, and each thread packs the rows it works on.
 template <class Isa, class Kind>
 void multiply_tall(const Product& p) {
     using Accumulator = typename Kind::Accumulator;
     const Kind lhs_kind(p.lhs, true), rhs_kind(p.rhs, false);
-    const int64_t steps = steps_of<Kind>(p.k);
-    const int64_t lhs_panels = ceil_div(p.m, kMr), rhs_panels = ceil_div(p.n, kNr);
-    const int64_t panel_bytes = steps * kPanelStep;
-    const int64_t threads = omp_get_max_threads();
+    const int64_t steps = steps_of<Kind>(p.k), panel_bytes = steps * kPanelStep, threads = omp_get_max_threads();
     const int64_t fitting = std::max<int64_t>(1, kCache / panel_bytes);
-    const int64_t mc = std::max<int64_t>(1, std::min({fitting, int64_t{16}, ceil_div(lhs_panels, threads)}));
-    const int64_t row_blocks = ceil_div(lhs_panels, mc);
-    const int64_t column_blocks = std::min(rhs_panels, std::max<int64_t>(1, ceil_div(4 * threads, row_blocks)));
+    const int64_t mc = std::max<int64_t>(1, std::min({fitting, int64_t{16}, ceil_div(ceil_div(p.m, kMr), threads)}));
+    const Tasks tasks(p, mc, 4 * threads);
     const ZeroPoints zero = zero_points(p, lhs_kind, rhs_kind);
-    auto* rhs = workspace<uint8_t>(Slot::packed_rhs, rhs_panels * panel_bytes);
-    auto* rhs_sums = workspace<int32_t>(Slot::rhs_sums, rhs_panels * kNr);
-    std::fill_n(rhs_sums, rhs_panels * kNr, 0);
+    auto* rhs = workspace<uint8_t>(Slot::packed_rhs, tasks.rhs_panels * panel_bytes);
+    auto* rhs_sums = workspace<int32_t>(Slot::rhs_sums, tasks.rhs_panels * kNr);
+    std::fill_n(rhs_sums, tasks.rhs_panels * kNr, 0);
     Guard guard;
 #pragma omp parallel if (worth_threads(p))
     {
         pack_rhs<Isa>(guard, rhs_kind, p, 0, steps, rhs, panel_bytes);
-        if (zero.lhs) {
-#pragma omp for schedule(static)
-            for (int64_t n = 0; n < rhs_panels; n++)
-                Isa::add_rhs_sums(rhs + n * panel_bytes, steps * 4, kNr, kBlocked, rhs_sums + n * kNr);
-        }
+        if (zero.lhs) sum_rhs_panels<Isa>(rhs, tasks.rhs_panels, panel_bytes, steps, rhs_sums);
         [[maybe_unused]] const typename Isa::Session session{};
         uint8_t* lhs = nullptr;
         int32_t* lhs_sums = nullptr;
@@ -92,44 +138,33 @@ void multiply_tall(const Product& p) {
             c = workspace<Accumulator>(Slot::panel, mc * kMr * kNr);
         });
         const auto work = [&](int64_t task) {
-            const int64_t first = task / column_blocks * mc, last = std::min(first + mc, lhs_panels);
-            const int64_t begin = task % column_blocks * rhs_panels / column_blocks;
-            const int64_t end = (task % column_blocks + 1) * rhs_panels / column_blocks;
+            const Tasks::Block block = tasks[task];
             std::fill_n(lhs_sums, mc * kMr, 0);
-            for (int64_t m = first; m < last; m++) {
-                uint8_t* panel = lhs + (m - first) * panel_bytes;
+            for (int64_t m = block.top; m < block.bottom; m++) {
+                uint8_t* panel = lhs + (m - block.top) * panel_bytes;
                 pack_lhs_panel(lhs_kind, p, m, 0, steps, panel);
-                if (zero.rhs) Isa::add_lhs_sums(panel, steps * 4, kBlocked, lhs_sums + (m - first) * kMr);
+                if (zero.rhs) Isa::add_lhs_sums(panel, steps * 4, kBlocked, lhs_sums + (m - block.top) * kMr);
             }
-            for (int64_t n = begin; n < end; n++) {
-                multiply_panels<Isa, Kind>(p, lhs, rhs + n * panel_bytes, steps, last - first, panel_bytes,
-                                           p.n - n * kNr, c);
-                for (int64_t m = first; m < last; m++)
-                    finish_panel<Isa>(p, c + (m - first) * kMr * kNr, kNr, zero, m, n, lhs_sums + (m - first) * kMr,
-                                      rhs_sums + n * kNr);
-            }
+            multiply_block<Isa, Kind>(p, block, lhs, rhs, steps, zero, lhs_sums, rhs_sums, c);
         };
 #pragma omp for schedule(dynamic) nowait
-        for (int64_t task = 0; task < row_blocks * column_blocks; task++) guard([&] { work(task); });
+        for (int64_t task = 0; task < tasks.count(); task++) guard([&] { work(task); });
     }
     guard.rethrow();
 }
 
-// A long sum: chunks of the depth are packed by all threads together, and added to sums kept in memory.
+// A long sum: kc steps of the depth at a time are packed by all threads together, and added to sums kept in memory.
 template <class Isa, class Kind>
 void multiply_deep(const Product& p) {
     using Accumulator = typename Kind::Accumulator;
     const Kind lhs_kind(p.lhs, true), rhs_kind(p.rhs, false);
-    const int64_t steps = steps_of<Kind>(p.k);
-    const int64_t lhs_panels = ceil_div(p.m, kMr), rhs_panels = ceil_div(p.n, kNr);
-    const int64_t kc =
-        std::min(steps, std::max<int64_t>(16, 32 * kCache / ((lhs_panels * kMr + rhs_panels * kNr) * kStep)));
+    const int64_t steps = steps_of<Kind>(p.k), threads = omp_get_max_threads();
+    const int64_t packed_rows = round_up(p.m, kMr) + round_up(p.n, kNr);
+    const int64_t kc = std::min(steps, std::max<int64_t>(16, 32 * kCache / (packed_rows * kStep)));
     const bool once = kc == steps;  // sums need not be kept in memory
-    const int64_t panel_bytes = kc * kPanelStep;
-    const int64_t mc = std::max<int64_t>(1, kCache / panel_bytes);
-    const int64_t row_blocks = ceil_div(lhs_panels, mc), width = rhs_panels * kNr;
-    const int64_t threads = omp_get_max_threads();
-    const int64_t column_blocks = std::min(rhs_panels, std::max<int64_t>(1, ceil_div(8 * threads, row_blocks)));
+    const int64_t panel_bytes = kc * kPanelStep, mc = std::max<int64_t>(1, kCache / panel_bytes);
+    const Tasks tasks(p, mc, 8 * threads);
+    const int64_t lhs_panels = tasks.lhs_panels, rhs_panels = tasks.rhs_panels, width = rhs_panels * kNr;
     const ZeroPoints zero = zero_points(p, lhs_kind, rhs_kind);
     auto* lhs = workspace<uint8_t>(Slot::packed_lhs, lhs_panels * panel_bytes);
     auto* rhs = workspace<uint8_t>(Slot::packed_rhs, rhs_panels * panel_bytes);
@@ -148,39 +183,24 @@ void multiply_deep(const Product& p) {
             const int64_t last = std::min(first + kc, steps);
             pack_lhs<Isa>(guard, lhs_kind, p, first, last, lhs, panel_bytes);
             pack_rhs<Isa>(guard, rhs_kind, p, first, last, rhs, panel_bytes);
-            if (zero.rhs) {
-#pragma omp for schedule(static)
-                for (int64_t m = 0; m < lhs_panels; m++)
-                    Isa::add_lhs_sums(lhs + m * panel_bytes, (last - first) * 4, lhs_strides<Isa>(p),
-                                      lhs_sums + m * kMr);
-            }
-            if (zero.lhs) {
-#pragma omp for schedule(static)
-                for (int64_t n = 0; n < rhs_panels; n++)
-                    Isa::add_rhs_sums(rhs + n * panel_bytes, (last - first) * 4, kNr, kBlocked, rhs_sums + n * kNr);
-            }
+            if (zero.rhs) sum_lhs_panels<Isa>(p, lhs, lhs_panels, panel_bytes, last - first, lhs_sums);
+            if (zero.lhs) sum_rhs_panels<Isa>(rhs, rhs_panels, panel_bytes, last - first, rhs_sums);
             const auto work = [&](int64_t task) {
-                const int64_t top = task / column_blocks * mc, bottom = std::min(top + mc, lhs_panels);
-                const int64_t begin = task % column_blocks * rhs_panels / column_blocks;
-                const int64_t end = (task % column_blocks + 1) * rhs_panels / column_blocks;
-                for (int64_t n = begin; n < end; n++) {
-                    const uint8_t* right = rhs + n * panel_bytes;
-                    if (once) {
-                        multiply_panels<Isa, Kind>(p, lhs + top * panel_bytes, right, steps, bottom - top, panel_bytes,
-                                                   p.n - n * kNr, local);
-                        for (int64_t m = top; m < bottom; m++)
-                            finish_panel<Isa>(p, local + (m - top) * kMr * kNr, kNr, zero, m, n, lhs_sums + m * kMr,
-                                              rhs_sums + n * kNr);
-                        continue;
-                    }
+                const Tasks::Block block = tasks[task];
+                if (once) {
+                    multiply_block<Isa, Kind>(p, block, lhs + block.top * panel_bytes, rhs, steps, zero,
+                                              lhs_sums + block.top * kMr, rhs_sums, local);
+                    return;
+                }
+                for (int64_t n = block.left; n < block.right; n++) {
                     const auto kernel = packed_kernel<Isa, Kind>(p, p.n - n * kNr);
-                    for (int64_t m = top; m < bottom; m++)
-                        kernel(lhs + m * panel_bytes, {last - first}, right, c + m * kMr * width + n * kNr, width,
-                               first > 0);
+                    for (int64_t m = block.top; m < block.bottom; m++)
+                        kernel(lhs + m * panel_bytes, {last - first}, rhs + n * panel_bytes,
+                               c + m * kMr * width + n * kNr, width, first > 0);
                 }
             };
 #pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < row_blocks * column_blocks; task++) guard([&] { work(task); });
+            for (int64_t task = 0; task < tasks.count(); task++) guard([&] { work(task); });
         }
         if (!once) {
 #pragma omp for schedule(static) nowait

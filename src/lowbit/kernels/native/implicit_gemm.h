@@ -177,11 +177,7 @@ void multiply_implicit(const Product& p, const ImplicitGemm& d) {
                     pack_rhs_step_of_all<Isa>(rhs_kind, p, row_of, s, rhs + s * kPanelStep, panel_bytes, *buffers);
                 });
         }
-        if (zero.lhs) {
-#pragma omp for schedule(static)
-            for (int64_t n = 0; n < rhs_panels; n++)
-                Isa::add_rhs_sums(rhs + n * panel_bytes, steps * 4, kNr, kBlocked, rhs_sums + n * kNr);
-        }
+        if (zero.lhs) sum_rhs_panels<Isa>(rhs, rhs_panels, panel_bytes, steps, rhs_sums);
         [[maybe_unused]] const typename Isa::Session session{};
         Number* image = nullptr;
         guard([&] { image = workspace<Number>(Slot::image, image_numbers + slack); });

@@ -157,6 +157,19 @@ void pad_phase(const Kind& kind, const Product& p, const ImplicitWeightGemm& d, 
         }
 }
 
+// An image of so many pixels in groups of depth, once from each of its first `in_group` pixels, `grouped` groups each.
+// Channels are whole blocks: a constant width leaves the vectors without a tail.
+template <class Isa, class Kind>
+void group_image(const typename Kind::Number* image, int64_t pixels, int64_t channels, int64_t grouped,
+                 uint32_t* groups) {
+    constexpr int64_t in_group = Kind::in_group;
+    for (int64_t pixel = 0; pixel < in_group; pixel++)
+        for (int64_t i = 0; i < (pixels - pixel) / in_group; i++)
+            for (int64_t c = 0; c < channels; c += 16)
+                Isa::interleave(image + (in_group * i + pixel) * channels + c, channels, 16,
+                                groups + pixel * grouped + i * channels + c);
+}
+
 // Sums of the taps of one phase and task, `lines` lines of depth: `lhs` packed, `image` in groups from each of the
 // first pixels, `grouped` groups each.
 template <class Isa, class Kind>
@@ -283,10 +296,7 @@ bool multiply_implicit_weight(const Product& p, const ImplicitWeightGemm& d) {
                     const int64_t held = (count + d.halo) * d.pixels;  // zeros after it
                     pad_phase(rhs_kind, p, d, phase, sample, first, count + d.halo, image);
                     std::fill(image + held * d.channels, image + image_pixels * d.channels, Number{0});
-                    for (int64_t pixel = 0; pixel < in_group; pixel++)
-                        for (int64_t i = 0; i < (image_pixels - pixel) / in_group; i++)
-                            Isa::interleave(image + (in_group * i + pixel) * d.channels, d.channels, d.channels,
-                                            all_groups + pixel * grouped + i * d.channels);
+                    group_image<Isa, Kind>(image, image_pixels, d.channels, grouped, all_groups);
                     multiply_phase<Isa, Kind>(p, d, phase, lhs, now, panel_bytes, all_groups, grouped, zero,
                                               task > from * blocks, c, rhs_sums);
                 }

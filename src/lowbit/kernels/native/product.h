@@ -59,8 +59,12 @@ struct Product {
 
 // The products that an instruction set computes; null where it lacks the units.
 struct Products {
-    void (*codes)(const Product& p);  // u8 or s8 by u8 or s8, summed in int32
-    void (*bf16)(const Product& p);   // f32, bf16 or codes, rounded to bf16, summed in float32
+    using Multiply = void (*)(const Product& p);
+    Multiply codes = nullptr;  // u8 or s8 by u8 or s8, summed in int32
+    Multiply bf16 = nullptr;   // f32, bf16 or codes, rounded to bf16, summed in float32
+
+    constexpr Products with_codes(Multiply multiply) const { return {multiply, bf16}; }
+    constexpr Products with_bf16(Multiply multiply) const { return {codes, multiply}; }
 };
 
 // Of each kind those of the best instruction set that this process may use.
