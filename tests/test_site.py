@@ -322,3 +322,26 @@ def test_restored_models_have_no_hooks_left() -> None:
         assert not model._forward_pre_hooks
         assert not model._forward_hooks
         assert not model._forward_hooks_always_called
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "torch.jit.trace": torch.jit.trace,
+    "torch.func": lambda model, x: torch.func.vmap(model)(x[None]),
+    "torch.func.grad": lambda model, x: torch.func.grad(lambda x: model(x).sum())(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_what_looks_into_layers_is_refused_by_name(transform: str) -> None:
+    """The error names the layer and says what to do, no step is counted, and the restored model is looked into."""
+    model = mlp()
+    clock = converted(model, NOISY)
+    model.eval()
+
+    with pytest.raises(RuntimeError, match=r"0: .*torch\.(jit\.trace|func) cannot look .* lowbit\.restore_"):
+        TRANSFORMS[transform](model, X)
+
+    assert int(clock.step) == 0
+    lowbit.restore_(model)
+    TRANSFORMS[transform](model, X)

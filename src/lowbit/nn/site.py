@@ -250,6 +250,7 @@ class Site(nn.Module):
 
     def noise(self) -> CounterNoise:
         """The noise of this use of the layer; a recomputed forward draws what the first one drew."""
+        self._check_runs()
         if is_recomputing():
             self._check_recomputed()
             return CounterNoise(key=self.clock.key, layer=self.name)
@@ -260,6 +261,19 @@ class Site(nn.Module):
             self.clock.next_step(of_parts=True)
         self.uses += 1
         return CounterNoise(key=self.clock.key, layer=self.name, use=self.uses - 1)
+
+    def _check_runs(self) -> None:
+        """Raise where torch runs the layer to see what it does, and would not see that it keeps state."""
+        if torch._C._get_tracing_state() is not None:
+            transform = "torch.jit.trace"
+        elif torch._C._are_functorch_transforms_active():
+            transform = "a transform of torch.func"
+        else:
+            return
+        raise RuntimeError(
+            f"{self.name}: {transform} cannot look into a converted layer, which counts its steps and keeps ranges: "
+            "give it the plain model, before convert_ or after lowbit.restore_"
+        )
 
     def _check_recomputed(self) -> None:
         """Raise where the forward is stochastic and which of several runs is run again cannot be known."""
