@@ -20,7 +20,7 @@ from torch import nn
 
 import lowbit
 from lowbit import PrecisionController, Recipe, machine
-from lowbit.products import ProductCall, counted_by
+from lowbit.products.watch import ProductCall, counted_by
 from lowbit.tables import text_table
 from lowbit.train.models import ResNet
 

@@ -16,7 +16,8 @@ import lowbit
 from lowbit import hardware, schedules
 from lowbit.checks import fits
 from lowbit.errors import RunError, UsageError, shown
-from lowbit.formats import BF16, FP32, Float, Integer
+from lowbit.formats import BF16, FP32, integer
+from lowbit.numerics.elements import Integer
 from lowbit.plan import parse_schedule
 from lowbit.recipe import Gating, GradInput, GradWeight, Output, RangeNorm, Recipe, Scheduling
 from lowbit.schedules import Constant, Cyclic, RangeTest, Template
@@ -88,7 +89,7 @@ class Subject(NamedTuple):
 LAYER = {"kernel": 3, "output_size": 4, "stride": 1, "in_channels": 4, "out_channels": 4, "batch": 1}
 SBM = Recipe.from_name("sbm8")
 CPT = Recipe.from_name("cpt")
-U8 = Integer(bits=8, zero="integer")
+U8 = integer(bits=8, zero="integer")
 
 # What is called, and what a good call gives it. The signature says which other arguments there are.
 SUBJECTS: dict[str, Subject] = {
@@ -140,7 +141,6 @@ SUBJECTS: dict[str, Subject] = {
     "RangeNorm": Subject(RangeNorm, lambda: {"input": U8, "grad_output": U8}),
     "Scheduling": Subject(Scheduling, lambda: {"forward": Template(kind="constant", settings=(("bits", 4),))}),
     "Gating": Subject(Gating, lambda: {"choices": ((3, 6), (4, 8)), "targets": (3.0,)}),
-    "Float": Subject(Float, lambda: {"name": "bf16"}),
     "Integer": Subject(Integer, lambda: {"bits": 8, "zero": "symmetric"}),
     "Constant": Subject(Constant, lambda: {"bits": 4}),
     "Constant()": Subject(Constant(bits=4), lambda: {"step": 1}),

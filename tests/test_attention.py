@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit import products
+from lowbit.products import watch
 
 B, L, S, E, H = 3, 5, 7, 8, 2
 
@@ -153,7 +153,7 @@ def test_an_encoder_calls_every_projection(training: bool) -> None:
     lowbit.convert_(encoder, "sbm8")
     seen: list[str] = []
 
-    with products.observed_by(lambda run: seen.append(run.layer)), torch.set_grad_enabled(training):
+    with watch.observed_by(lambda run: seen.append(run.layer)), torch.set_grad_enabled(training):
         encoder(torch.randn(B, S, E), src_key_padding_mask=_padding())
 
     names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "linear1", "linear2"]

@@ -13,14 +13,16 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit import calibration, cli, integer, products
+from lowbit import calibration, cli
 from lowbit.calibration import STANDINS, Shape, Table, Timing
+from lowbit.engines import int8
 from lowbit.errors import UsageError
 from lowbit.kernels import cpu, native_instruction_sets
+from lowbit.products import watch
 from lowbit.train import bench
 
 needs_units = pytest.mark.skipif(
-    bool(integer.missing("int8") or integer.missing("bf16")), reason="this machine has no choice of engines"
+    bool(int8.missing("int8") or int8.missing("bf16")), reason="this machine has no choice of engines"
 )
 
 WORKS = dict(bench.WORKS)
@@ -82,7 +84,7 @@ class TestSteps:
         before = work.model[3].weight.clone()
         work.model.register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
 
-        with products.counted_by(called.append):
+        with watch.counted_by(called.append):
             step()
 
         assert {call.engine for call in called} == engines
@@ -374,7 +376,7 @@ class TestCommand:
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A machine with one engine has nothing to measure: exit code 1, no file."""
-        monkeypatch.setattr(integer, "missing", lambda unit: f"no {unit} units")
+        monkeypatch.setattr(int8, "missing", lambda unit: f"no {unit} units")
 
         code = cli.main(["bench", "--calibrate"])
 

@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit import calibration, integer, products
+from lowbit import calibration
 from lowbit.calibration import STANDINS, Shape, Table, Timing
+from lowbit.engines.int8 import missing
 from lowbit.errors import UsageError
 from lowbit.machine import here
+from lowbit.products import watch
 from lowbit.train import TrainConfig, trainer
 
 needs_units = pytest.mark.skipif(
-    bool(integer.missing("int8") or integer.missing("bf16")), reason="this machine has no choice of engines"
+    bool(missing("int8") or missing("bf16")), reason="this machine has no choice of engines"
 )
 
 SMALL, LARGE = Shape(kind="linear", inputs=4, outputs=4), Shape(kind="linear", inputs=64, outputs=64)
@@ -244,8 +246,8 @@ class TestMeasuring:
         calibration.measure(((SMALL, 1), (CONV, 4)), rounds=1)
         engines = {}
         for name, step in seen[0].items():
-            called: list[products.ProductCall] = []
-            with products.counted_by(called.append):
+            called: list[watch.ProductCall] = []
+            with watch.counted_by(called.append):
                 step()
             engines[name] = [call.engine for call in called]
 
@@ -339,7 +341,7 @@ class TestAuto:
         report = lowbit.convert_(two_layers(), recipe)
 
         assert [row.speed for row in report.rows] == [0.5, 1 / 3]
-        assert "a float offset is no integer code" in str(report)
+        assert "a float offset is not an integer code" in str(report)
 
     @pytest.mark.parametrize("engine", ["int8", "reference"])
     def test_an_engine_that_was_asked_for_is_taken(self, engine: str) -> None:
@@ -437,7 +439,7 @@ class TestLoadedEngines:
         """A state of the int8 engine does not load on a machine without its units, and the reason is said."""
         saved, model = two_layers(), two_layers()
         lowbit.convert_(saved, "int8")
-        monkeypatch.setattr(integer, "missing", lambda unit: f"no {unit} units")
+        monkeypatch.setattr("lowbit.engines.int8.missing", lambda unit: f"no {unit} units")
         lowbit.convert_(model, "int8")
 
         with pytest.raises(UsageError, match=r"'0' was saved on the int8 engine, .*no int8 units"):

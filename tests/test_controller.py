@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lowbit
-from lowbit import PrecisionController, UsageError, products
+from lowbit import PrecisionController, UsageError
 from lowbit.errors import RunError
 from lowbit.nn.layers import QuantLayer
 from lowbit.precision.layers import is_depthwise
+from lowbit.products import watch
 from lowbit.recipe import SLOTS, Gating, Recipe
 from lowbit.schedules import (
     SUITE,
@@ -69,7 +70,7 @@ def bits_of(model: nn.Module) -> list[list[int]]:
 def bits_run(model: nn.Module, x: Tensor | None = None) -> list[int]:
     """The bits of the input of each product of a forward."""
     seen: list[int] = []
-    with products.counted_by(lambda call: seen.append(call.bits[0])):
+    with watch.counted_by(lambda call: seen.append(call.bits[0])):
         model(next(batches(1))[0] if x is None else x)
     return seen
 
@@ -105,10 +106,10 @@ def test_bits_follow_the_schedule_from_the_first_batch() -> None:
     controller = PrecisionController(model, forward=schedule, backward=6)
     seen = []
 
-    def note(call: products.ProductCall) -> None:
+    def note(call: watch.ProductCall) -> None:
         seen.append((call.product, call.bits))
 
-    with products.counted_by(note):
+    with watch.counted_by(note):
         train(model, controller, 10)
 
     per_step = len(seen) // 10

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import lowbit
-from lowbit import Recipe, UsageError, products
+from lowbit import Recipe, UsageError, functional
 from lowbit.evidence.verify import VerificationError
 from lowbit.kernels import native_instruction_sets
 from lowbit.nn import QuantLayer, QuantLinear
@@ -471,13 +471,13 @@ class TestTransformer:
     def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         """The names of the linear layers that ran, in order."""
         names: list[str] = []
-        linear = products.linear
+        linear = functional.linear
 
         def spy(*args: Any, **kwargs: Any) -> Tensor:
             names.append(kwargs["setting"].layer)
             return linear(*args, **kwargs)
 
-        monkeypatch.setattr(products, "linear", spy)
+        monkeypatch.setattr(functional, "linear", spy)
         return names
 
     @pytest.mark.parametrize("kind", ["layer", "encoder"])

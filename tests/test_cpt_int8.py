@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import lowbit
-from lowbit import PrecisionController, integer, products
-from lowbit.formats import Integer
+from lowbit import PrecisionController
+from lowbit.engines import int8
 from lowbit.nn.layers import QuantLayer
-from lowbit.products import ProductCall, ProductRun
+from lowbit.products import watch
+from lowbit.products.watch import ProductCall, ProductRun
 from lowbit.recipe import Recipe
 
 WIDTHS = range(3, 9)
 
-needs_units = pytest.mark.skipif(bool(integer.missing("int8")), reason=f"int8 engine: {integer.missing('int8')}")
+needs_units = pytest.mark.skipif(bool(int8.missing("int8")), reason=f"int8 engine: {int8.missing('int8')}")
 
 
 def network() -> nn.Sequential:
@@ -60,7 +61,7 @@ def test_schedule_and_policies_are_those_of_cpt() -> None:
     formats = {
         (product, operand): (fmt.bits, fmt.zero, fmt.granularity, fmt.rounding)
         for product, operand, fmt in recipe.operands()
-        if isinstance(fmt, Integer)
+        if fmt.has_width
     }
     others = ("schedule", "normalization", "first", "last", "depthwise", "bias")
 
@@ -106,7 +107,7 @@ def test_a_width_uses_its_codes_and_no_more(bits: int) -> None:
             levels.append(len(run.operands["input"].quantized.unique()))
 
     x = torch.linspace(0, 1, 4096).view(64, 64)
-    with products.observed_by(note):
+    with watch.observed_by(note):
         layer(x)
 
     assert levels == [2**bits]
@@ -124,7 +125,7 @@ def test_bits_change_in_a_run_without_new_memory_for_them() -> None:
         if call.product == "output":
             seen[call.engine, call.bits[0]] += 1
 
-    with products.counted_by(note):
+    with watch.counted_by(note):
         train(model, controller, range(24))
 
     assert set(seen) == {("int8", bits) for bits in WIDTHS}

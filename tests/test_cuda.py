@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lowbit
-from lowbit import products
-from lowbit.formats import Integer
-from lowbit.kernels import cuda
-from lowbit.products import Convolution, Linear, ProductCall, ProductRun, Setting
+from lowbit import functional
+from lowbit.engines import choice, int_mm
+from lowbit.products import watch
+from lowbit.products.operators import Convolution, Linear, Op
+from lowbit.products.setting import Setting
+from lowbit.products.watch import ProductCall, ProductRun
 from lowbit.recipe import Recipe
 from lowbit.rounding import CounterNoise, RecordedNoise, step_key
 
@@ -28,10 +30,14 @@ NAMES = ["int8", "cpt-int8"]
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """CPU tensors go the way of CUDA tensors."""
-    monkeypatch.setattr(cuda, "runs", lambda x: x.device.type in ("cpu", "cuda"))
-    products._warn_once_on_cuda.cache_clear()
+    monkeypatch.setattr(choice.Int8, "devices", ())
+    monkeypatch.setattr(choice.IntMM, "devices", ("cpu", "cuda"))
+    caches = (choice._why, choice._warn_once, choice.route)
+    for cache in caches:
+        cache.cache_clear()
     yield
-    products._warn_once_on_cuda.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -57,7 +63,7 @@ def test_sums_are_exact(shape: tuple[int, int, int], types: tuple[torch.dtype, t
     zeros = tuple(3 if dtype == torch.uint8 else 0 for dtype in types)
     one = torch.ones(1, device=device)
 
-    found = cuda.multiply(a.to(device), b.to(device), (zeros[0], zeros[1]), (one, one), None, torch.float32)
+    found = int_mm.multiply_codes(a.to(device), b.to(device), (zeros[0], zeros[1]), (one, one), None, torch.float32)
 
     assert torch.equal(found.cpu(), ((a.long() - zeros[0]) @ (b.long() - zeros[1])).float())
 
@@ -69,7 +75,7 @@ def test_sums_beyond_32_bits_are_cut(device: str) -> None:
     a, b = torch.full((2, k), 255, dtype=torch.uint8, device=device), torch.full((k, 3), 255, dtype=torch.uint8)
     one = torch.ones(1, device=device)
 
-    found = cuda.multiply(a, b.to(device), (0, 0), (one, one), None, torch.float32)
+    found = int_mm.multiply_codes(a, b.to(device), (0, 0), (one, one), None, torch.float32)
 
     assert k * 255**2 > 2**31
     torch.testing.assert_close(found.cpu(), torch.full((2, 3), k * 255.0**2), rtol=1e-6, atol=0)
@@ -87,7 +93,9 @@ def test_the_operator_gets_only_shapes_that_cuda_takes(m: int, k: int, n: int, m
 
     monkeypatch.setattr(torch, "_int_mm", note)
     one = torch.ones(1)
-    cuda.multiply(codes(m, k, torch.int8, 1), codes(k, n, torch.int8, 2), (0, 0), (one, one), None, torch.float32)
+    int_mm.multiply_codes(
+        codes(m, k, torch.int8, 1), codes(k, n, torch.int8, 2), (0, 0), (one, one), None, torch.float32
+    )
 
     assert seen == [(max(m, 17), -(-k // 8) * 8, -(-n // 8) * 8, True, True)]
 
@@ -97,9 +105,9 @@ def test_what_is_no_code_is_refused() -> None:
     one, q = torch.ones(1), codes(4, 5, torch.int8, 1)
 
     with pytest.raises(TypeError, match="float32: give int8 or uint8"):
-        cuda.multiply(q.float(), q.t(), (0, 0), (one, one), None, torch.float32)
+        int_mm.multiply_codes(q.float(), q.t(), (0, 0), (one, one), None, torch.float32)
     with pytest.raises(ValueError, match=re.escape("(4, 5) and (4, 5): give (m, k) and (k, n)")):
-        cuda.multiply(q, q, (0, 0), (one, one), None, torch.float32)
+        int_mm.multiply_codes(q, q, (0, 0), (one, one), None, torch.float32)
 
 
 def steps(
@@ -109,9 +117,9 @@ def steps(
     runs: list[ProductRun] = []
     calls: list[ProductCall] = []
     leaves = [t.detach().requires_grad_() for t in (x, w, b) if t is not None]
-    with products.observed_by(runs.append), products.counted_by(calls.append):
+    with watch.observed_by(runs.append), watch.counted_by(calls.append):
         with torch.autocast(x.device.type, dtype=torch.bfloat16) if autocast else nullcontext():
-            y = products.linear(*leaves, setting=setting)
+            y = functional.linear(*leaves, setting=setting)
         grads = torch.autograd.grad(y, leaves, randn(*y.shape, seed=9).to(y))
     return [y.detach(), *grads], runs, calls
 
@@ -158,7 +166,7 @@ def test_a_linear_layer_gives_what_the_reference_gives(data: st.DataObject) -> N
     setting = Setting(
         recipe=Recipe.from_name(data.draw(st.sampled_from(NAMES), "recipe")),
         noise=CounterNoise(key=step_key(1, torch.tensor(2)), layer="layer"),
-        bits=None if bits is None else torch.tensor(bits),
+        bits=None if bits is None else tuple(bits),
     )
     bias = randn(n, seed=3).to(dtype) if data.draw(st.booleans(), "bias") else None
 
@@ -201,36 +209,32 @@ def test_recorded_noise_replays() -> None:
         (Linear(), "int8", ""),
         (Linear(), "cpt-int8", ""),
         (Linear(), "sbm8", "grad_weight: a bf16 operand has no int8 engine on cuda"),
-        (Linear(), "sbm8-cpt", "output: a float offset is no integer code"),
+        (Linear(), "sbm8-cpt", "output: a float offset is not an integer code"),
         (
             Convolution(stride=(1,), padding=(0,), dilation=(1,)),
             "int8",
-            "a convolution has no int8 engine on cuda, only linear layers have",
+            "output: a convolution has no int8 engine on cuda, only linear layers have",
         ),
     ],
 )
-def test_what_cuda_cannot_run_is_said(op: products.Op, name: str, message: str) -> None:
+def test_what_cuda_cannot_run_is_said(op: Op, name: str, message: str) -> None:
     """Integers in linear layers run, whatever the host's processor; all else has its reason."""
-    assert products.refusal(op, Recipe.from_name(name), on_cuda=True) == message
+    assert choice.refusal(op, Recipe.from_name(name), device="cuda") == message
 
 
-@pytest.mark.usefixtures("on_cpu")
 def test_other_layers_that_moved_there_run_on_the_reference_and_say_so_once() -> None:
-    """A convolution warns at its first forward and not again, and gives the reference's numbers."""
-    x, w = randn(2, 3, 6, 6), randn(4, 3, 3, 3)
-    geometry = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
-    noise = CounterNoise(key=step_key(1, torch.tensor(2)), layer="layer")
-    setting = Setting(recipe=Recipe.from_name("int8"), noise=noise, engine="int8")
+    """A convolution on a GPU warns at its first forward and not again, and gets the reference engine."""
+    op = Convolution(stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+    arguments = ("int8", op, Recipe.from_name("int8"), None, 4, (torch.float32,) * 3, "cuda")
+    choice._warn_once.cache_clear()
 
-    with pytest.warns(RuntimeWarning, match="reference engine on cuda: a convolution has no int8 engine"):
-        first = products.conv(x, w, **geometry, setting=setting)
+    with pytest.warns(RuntimeWarning, match="reference engine on cuda: output: a convolution has no int8 engine"):
+        first = choice.choose(*arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again = products.conv(x, w, **geometry, setting=setting)
-    reference = products.conv(x, w, **geometry, setting=dataclasses.replace(setting, engine="reference"))
+        again = choice.choose(*arguments)
 
-    assert torch.equal(first, again)
-    assert torch.equal(first, reference)
+    assert first is again is choice.REFERENCE
 
 
 @needs_gpu
@@ -258,16 +262,15 @@ def test_a_converted_model_trains_on_a_gpu() -> None:
     assert losses["int8"] == pytest.approx(losses["fp32"], rel=0.05)
 
 
-def test_bits_of_more_than_a_byte_run_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("on_cpu")
+def test_bits_of_more_than_a_byte_run_on_the_reference() -> None:
     """As on the CPU: a step at 9 bits is simulated, one at 8 is not."""
-    monkeypatch.setattr(cuda, "runs", lambda x: x.device.type == "cpu")
     setting = Setting(recipe=Recipe.from_name("int8"), engine="int8")
-    x, w = randn(3, 8), randn(5, 8)
+    x = randn(3, 8)
 
     engines = [
-        products.runs_integer(x, w, x.dtype, Linear(), dataclasses.replace(setting, bits=torch.tensor([bits] * 6)))
-        for bits in (8, 9)
+        choice.choose("int8", Linear(), setting.recipe, (bits,) * 6, 2, (x.dtype,) * 3, "cpu").name for bits in (8, 9)
     ]
 
-    assert engines == [True, False]
-    assert isinstance(setting.recipe.output.input, Integer)
+    assert engines == ["int8", "reference"]
+    assert setting.recipe.output.input.has_width

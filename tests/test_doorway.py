@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.formats import Integer
 from lowbit.kernels import cpu
 from lowbit.kernels.cpu import Codes, Grid, Rows, Statistics, Window
 
@@ -103,7 +102,8 @@ CALLS: dict[str, list[tuple[Callable[[], dict[str, Any]], dict[Place, list[Any]]
             lambda: {
                 "x": floats(2, 3, 4),
                 "view": (2, 3, 4, False),
-                "fmt": Integer(bits=8, zero="symmetric"),
+                "symmetric": True,
+                "floor": 0.0,
                 "levels": 127.0,
                 "samples": None,
                 "key": (1, 2),
@@ -120,7 +120,8 @@ CALLS: dict[str, list[tuple[Callable[[], dict[str, Any]], dict[Place, list[Any]]
             lambda: {
                 "x": floats(2, 3, 4),
                 "view": (2, 12, 1, False),
-                "fmt": Integer(bits=8, zero="integer"),
+                "symmetric": False,
+                "floor": 0.0,
                 "levels": 255.0,
                 "samples": 2,
                 "observed": (torch.zeros(1), torch.ones(1)),

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit import integer
+from lowbit.engines import int8
 from lowbit.nn.norm import FusedSequential
 
 needs_units = pytest.mark.skipif(
-    bool(integer.missing("int8") or integer.missing("bf16")),
-    reason=f"int8 engine: {integer.missing('int8') or integer.missing('bf16')}",
+    bool(int8.missing("int8") or int8.missing("bf16")),
+    reason=f"int8 engine: {int8.missing('int8') or int8.missing('bf16')}",
 )
 
 

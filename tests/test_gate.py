@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lowbit
-from lowbit import PrecisionController, UsageError, products
+from lowbit import PrecisionController, UsageError, functional
+from lowbit.formats import largest_code
 from lowbit.nn.gate import Gates, direction, pooled, products_cost
 from lowbit.nn.layers import QuantLayer
-from lowbit.products import Samples, Setting
-from lowbit.quantizer import levels_of, quantize
+from lowbit.products import watch
+from lowbit.products.setting import Samples, Setting
+from lowbit.quantizer import quantize
 from lowbit.recipe import Gating, Recipe
 
 CHOICES = ((3, 6), (4, 8), (8, 8))
@@ -79,10 +81,10 @@ def batches(steps: int) -> Iterator[tuple[Tensor, Tensor]]:
 X = next(batches(1))[0]
 
 
-def calls_of(run: Any) -> list[products.ProductCall]:
+def calls_of(run: Any) -> list[watch.ProductCall]:
     """Every product of a converted layer that runs."""
-    seen: list[products.ProductCall] = []
-    with products.counted_by(seen.append):
+    seen: list[watch.ProductCall] = []
+    with watch.counted_by(seen.append):
         run()
     return seen
 
@@ -140,7 +142,7 @@ def mixed(mask: Tensor, x: Tensor, w: Tensor, recipe: Recipe, widths: list[int])
     fmt = recipe.output.input
     z = torch.zeros_like(x)
     for k, width in enumerate(widths):
-        x_hat = quantize(x.detach(), fmt, levels=levels_of(fmt, torch.tensor(width))).values
+        x_hat = quantize(x.detach(), fmt, levels=largest_code(fmt, width)).values
         straight = x + (x_hat - x).detach()
         z = z + mask[:, k, None] * straight
     w_hat = w + (quantize(w.detach(), recipe.output.weight, dims=(1,)).values - w).detach()
@@ -153,7 +155,7 @@ def test_running_by_choice_equals_one_product_of_the_mixed_input() -> None:
     x, w = torch.randn(5, 7), torch.randn(3, 7)
     choice = torch.tensor([0, 2, 1, 0, 2])
     widths = [3, 4, 6]
-    bits = tuple(torch.tensor([b, 4, 32, 4, 32, b]) for b in widths)
+    bits = tuple((b, 4, 32, 4, 32, b) for b in widths)
     results = []
     for by_choice in (True, False):
         a, mask = x.clone().requires_grad_(), F.one_hot(choice, 3).float().requires_grad_()
@@ -165,7 +167,7 @@ def test_running_by_choice_equals_one_product_of_the_mixed_input() -> None:
                 input_range=(x.amin().reshape(1), x.amax().reshape(1)),
                 noise=lowbit.rounding.CounterNoise(key=torch.tensor(1), layer="x"),
             )
-            y = products.linear(a, w, setting=setting)
+            y = functional.linear(a, w, setting=setting)
         else:
             y = mixed(mask, a, w, recipe, widths)
         y.square().sum().backward()

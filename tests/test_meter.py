@@ -19,11 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lowbit
 from conftest import ORACLES
-from lowbit import integer, products
+from lowbit import functional
+from lowbit.engines import int8
 from lowbit.errors import UsageError
 from lowbit.evidence.ledger import Ledger
 from lowbit.evidence.records import PLAIN, PRODUCTS, Product
 from lowbit.kernels import cpu
+from lowbit.products import watch
+from lowbit.products.setting import Setting
 from lowbit.train import models
 from lowbit.train.data import Task
 
@@ -657,7 +660,7 @@ class TestTheRunIsLeftAlone:
 
         assert by_product(meter.ledger) == [180, 60, 180]
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-        assert not products._counters
+        assert not watch.counters
 
     def test_what_raised_is_no_step(self) -> None:
         """An exception out of the context drops the step that it interrupted."""
@@ -780,7 +783,7 @@ def test_a_product_is_a_plain_record() -> None:
 
 def test_a_function_counts_in_the_model_that_calls_it() -> None:
     """A product of `lowbit.products` counts with its gradients where the model's forward ran it, and only there."""
-    setting = products.Setting(recipe=lowbit.Recipe.from_name("bf16"), layer="free")
+    setting = Setting(recipe=lowbit.Recipe.from_name("bf16"), layer="free")
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -788,18 +791,18 @@ def test_a_function_counts_in_the_model_that_calls_it() -> None:
             self.weight = nn.Parameter(torch.randn(3, 4))
 
         def forward(self, x: Tensor) -> Tensor:
-            return products.linear(x, self.weight, setting=setting)
+            return functional.linear(x, self.weight, setting=setting)
 
     model, apart = Model(), torch.randn(6, 4)
     with lowbit.Meter(model) as meter:
-        products.linear(apart, apart, setting=setting)
+        functional.linear(apart, apart, setting=setting)
         model(torch.randn(5, 4)).sum().backward()
         meter.step()
 
     assert counts(meter.ledger) == {("free", "output"): 60, ("free", "grad_weight"): 60}
 
 
-@pytest.mark.skipif(bool(integer.missing("int8")), reason="this machine lacks 8-bit units")
+@pytest.mark.skipif(bool(int8.missing("int8")), reason="this machine lacks 8-bit units")
 def test_watching_leaves_a_fused_pass_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The watched forward runs a Range BN and its ReLU in one pass, like every other, and lists nothing of it."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())

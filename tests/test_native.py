@@ -1,6 +1,5 @@
 """The native passes over memory against their torch twins, bit for bit."""
 
-import dataclasses
 import hashlib
 import itertools
 import math
@@ -8,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import threads
-from lowbit.formats import Integer
-from lowbit.kernels import cpu, reference
+from lowbit.formats import Format, integer
+from lowbit.kernels import cpu
 from lowbit.kernels.cpu import Codes, Grid, View
-from lowbit.quantizer import grid_of
+from lowbit.numerics.elements import Integer, Steps
+from lowbit.numerics.scales import Scale
 from lowbit.rounding import uniform_noise
 
 pytestmark = pytest.mark.skipif(cpu.instruction_sets() is None, reason="lowbit has no native kernels in this install")
@@ -45,15 +46,14 @@ def grid_for(x: Tensor, zero: str, bits: int, per_channel: bool, key: tuple[int,
     """A grid over the range of (outer, channels, inner), one for each channel or one for all."""
     dims = (0, 2) if per_channel else (0, 1, 2)
     lo, hi = x.float().amin(dims).reshape(-1), x.float().amax(dims).reshape(-1)
-    if zero == "symmetric":
-        top = float(2 ** (bits - 1) - 1)
-        return Grid(scale=reference.scale_of(torch.maximum(-lo, hi), top, 0.0), zero=None, low=-top, high=top, key=key)
-    top = float(2**bits - 1)
-    if zero == "integer":
-        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-    scale = reference.scale_of(hi - lo, top, 0.0)
-    offset = reference.zero_point(lo, scale, top) if zero == "integer" else lo
-    return Grid(scale=scale, zero=offset, low=0.0, high=top, offset=zero == "offset", key=key)
+    element = Integer(bits=bits, zero=zero)
+    return Grid.of(element.steps(lo, hi, float(element.code_range[1]), Scale().step), key)
+
+
+def rule_of(fmt: Format) -> dict[str, Any]:
+    """What the native pass takes of a format."""
+    assert fmt.scale is not None
+    return {"symmetric": fmt.zero == "symmetric", "floor": fmt.scale.floor}
 
 
 def twin_codes(x: Tensor, grid: Grid) -> Tensor:
@@ -61,10 +61,11 @@ def twin_codes(x: Tensor, grid: Grid) -> Tensor:
     x = x.float()
     noise = None if grid.key is None else uniform_noise(torch.tensor(grid.key), x.shape)
     scale = grid.scale.view(1, -1, 1)
-    if grid.zero is None:
-        return reference.codes_symmetric(x, scale, grid.high, noise)
-    make = reference.codes_offset if grid.offset else reference.codes_affine
-    return make(x, scale, grid.zero.view(1, -1, 1), grid.high, noise)
+    zero = None if grid.zero is None else grid.zero.view(1, -1, 1)
+    name = "symmetric" if zero is None else "offset" if grid.offset else "integer"
+    places = {"offset" if grid.offset else "zero": zero}
+    steps = Steps(scale=scale, low=grid.low, high=grid.high, **places)
+    return Integer(bits=8, zero=name).codes(x, steps, noise)
 
 
 def twin_values(x: Tensor, grid: Grid) -> Tensor:
@@ -337,12 +338,12 @@ class TestCodesAndValues:
         assert not torch.equal(y, x)
 
 
-def formats() -> dict[str, Integer]:
+def formats() -> dict[str, Format]:
     """Formats whose codes `quantize` makes, nearest: the views here say what shares a scale."""
     return {
-        "symmetric": Integer(bits=8, zero="symmetric"),
-        "integer": Integer(bits=8, zero="integer"),
-        "floor": Integer(bits=8, zero="integer", floor=0.5),
+        "symmetric": integer(bits=8, zero="symmetric"),
+        "integer": integer(bits=8, zero="integer"),
+        "floor": integer(bits=8, zero="integer", floor=0.5),
     }
 
 
@@ -353,7 +354,7 @@ class TestQuantize:
         self,
         x: Tensor,
         view: View,
-        fmt: Integer,
+        fmt: Format,
         *,
         samples: int | None,
         bits: int = 8,
@@ -364,7 +365,15 @@ class TestQuantize:
         levels = float(2 ** (bits - (fmt.zero == "symmetric")) - 1)
         memory = in_memory(x, view)
 
-        q, scale, zero = cpu.quantize(memory, view, fmt, levels=levels, samples=samples, observed=observed, key=key)
+        q, scale, zero = cpu.quantize(
+            memory,
+            view,
+            **rule_of(fmt),
+            levels=levels,
+            samples=samples,
+            observed=observed,
+            key=key,
+        )
 
         if observed is not None:
             lo, hi = observed
@@ -373,8 +382,8 @@ class TestQuantize:
         else:
             parts = memory.float().view(samples, -1)
             lo, hi = (v.double().mean().float() for v in (parts.amin(1), parts.amax(1)))
-        expected, point, low, high = grid_of(lo.reshape(-1), hi.reshape(-1), fmt, levels)
-        grid = Grid(scale=expected, zero=point, low=low, high=high, key=key)
+        steps = fmt.element.steps(lo.reshape(-1), hi.reshape(-1), levels, fmt.scale.step)
+        expected, point, grid = steps.scale, steps.zero, Grid.of(steps, key)
         assert q.dtype == (torch.int8 if fmt.zero == "symmetric" else torch.uint8)
         torch.testing.assert_close(scale, expected, rtol=0, atol=0, equal_nan=True)
         assert zero == (0 if point is None or not point.isfinite().all() else int(point))
@@ -392,7 +401,7 @@ class TestQuantize:
         key = data.draw(st.none() | st.just(KEY))
         x = randn(outer, channels, inner, seed=data.draw(st.integers(0, 99)))
         x = (x + data.draw(st.sampled_from([0.0, 3.0, -9.0]))) * 2.0 ** data.draw(st.integers(-146, 120))
-        fmt = dataclasses.replace(fmt, rounding="stochastic" if key else "nearest")
+        fmt = fmt.replace(rounding="stochastic" if key else "nearest")
         view = (outer, channels, inner, data.draw(st.booleans()))
 
         x = x.to(data.draw(st.sampled_from(DTYPES)))
@@ -405,7 +414,15 @@ class TestQuantize:
         for lo, hi in ((-1.0, 0.5), (-9.0, 9.0), (0.5, 2.0), (-2.0, -0.5), (0.0, 0.0), (math.nan, 1.0)):
             self.check(x, view, formats()[zero], samples=1, observed=(torch.tensor([lo]), torch.tensor([hi])))
         with pytest.raises(ValueError, match="3 grids"):
-            cpu.quantize(x, view, formats()[zero], levels=127, samples=None, observed=(torch.ones(1), torch.ones(1)))
+            cpu.quantize(
+                x,
+                view,
+                symmetric=zero == "symmetric",
+                floor=0.0,
+                levels=127,
+                samples=None,
+                observed=(torch.ones(1), torch.ones(1)),
+            )
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     def test_a_range_that_is_not_finite(self, bad: float) -> None:
@@ -413,8 +430,8 @@ class TestQuantize:
         x = randn(1, 4, 70)
         x[0, 2, 5] = bad
 
-        _, scale, _ = cpu.quantize(x, (1, 4, 70, False), formats()["symmetric"], levels=127, samples=None)
-        _, one, zero = cpu.quantize(x, (1, 4, 70, False), formats()["integer"], levels=255, samples=1)
+        _, scale, _ = cpu.quantize(x, (1, 4, 70, False), **rule_of(formats()["symmetric"]), levels=127, samples=None)
+        _, one, zero = cpu.quantize(x, (1, 4, 70, False), **rule_of(formats()["integer"]), levels=255, samples=1)
 
         assert scale.isfinite().tolist() == [True, True, False, True]
         assert (one.isfinite().tolist(), zero) == ([False], 0)
@@ -427,7 +444,9 @@ class TestQuantize:
         seen = []
         for count in (1, 2):
             with threads(count):
-                seen.append(cpu.quantize(x, (1, 300, 1500, False), fmt, levels=127, samples=samples, key=key))
+                seen.append(
+                    cpu.quantize(x, (1, 300, 1500, False), **rule_of(fmt), levels=127, samples=samples, key=key)
+                )
 
         assert torch.equal(seen[0][0], seen[1][0])
         assert torch.equal(seen[0][1], seen[1][1])
@@ -438,8 +457,8 @@ class TestQuantize:
         x, fmt = randn(5, 40 * taps), formats()["symmetric"]
         view = (1, 5, 40 * taps, False)
 
-        plain, scale, _ = cpu.quantize(x, view, fmt, levels=127, samples=None)
-        turned, again, _ = cpu.quantize(x, view, fmt, levels=127, samples=None, taps=taps)
+        plain, scale, _ = cpu.quantize(x, view, **rule_of(fmt), levels=127, samples=None)
+        turned, again, _ = cpu.quantize(x, view, **rule_of(fmt), levels=127, samples=None, taps=taps)
 
         assert torch.equal(turned.view(5, taps, 40), plain.view(5, 40, taps).transpose(1, 2))
         assert torch.equal(scale, again)
@@ -587,7 +606,7 @@ def fingerprint() -> tuple[str, str]:
             codes = cpu.encode(memory, view, grid, signed=zero == "symmetric")
             fmt = formats()["symmetric" if per_channel else "integer"]
             samples = None if per_channel else 3
-            made, scale, _ = cpu.quantize(memory, view, fmt, levels=127, samples=samples, key=key)
+            made, scale, _ = cpu.quantize(memory, view, **rule_of(fmt), levels=127, samples=samples, key=key)
             for t in (lo, hi, values, codes, made, scale):
                 digest.update(t.numpy().tobytes())
     return (cpu.instruction_sets() or ["none"])[-1], digest.hexdigest()

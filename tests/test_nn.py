@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lowbit
-from lowbit import products
 from lowbit.nn import PRODUCT_LAYERS, QuantLayer, QuantLinear
+from lowbit.products import watch
 from lowbit.recipe import Recipe
 
 SBM8 = Recipe.from_name("sbm8")
@@ -360,7 +360,7 @@ def test_products_run_in_converted_layers_only_once() -> None:
     lowbit.convert_(model, "sbm8")
     seen: list[tuple[str, str]] = []
 
-    with products.observed_by(lambda run: seen.append((run.layer, run.product))):
+    with watch.observed_by(lambda run: seen.append((run.layer, run.product))):
         model(torch.randn(6, 8)).sum().backward()
 
     assert seen == [

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit import PrecisionController, Recipe, integer, products
+from lowbit import PrecisionController, Recipe
+from lowbit.engines import int8
+from lowbit.engines.choice import refusal
 from lowbit.nn.gate import Gates
 from lowbit.nn.layers import QuantLayer
+from lowbit.products import watch
+from lowbit.products.operators import Linear
 
 Observer = Callable[[nn.Module], AbstractContextManager[Any]]
 
@@ -139,7 +143,7 @@ OBSERVERS: dict[str, Observer] = {
     "module hooks": _module_hooks,
 }
 NAMES = [name if name != "wXaYgZ" else "w4a6g8" for name in lowbit.recipes()]
-ON_UNITS = [name for name in NAMES if not products.refusal(products.Linear(), Recipe.from_name(name))]
+ON_UNITS = [name for name in NAMES if not refusal(Linear(), Recipe.from_name(name))]
 RUNS = [(name, "reference") for name in NAMES] + [(name, "int8") for name in ON_UNITS]
 
 
@@ -171,10 +175,10 @@ def test_a_step_is_the_same_under_observation(run: tuple[str, str, dict[str, Ten
 
     assert watched.keys() == alone.keys()
     assert [name for name in alone if not torch.equal(alone[name], watched[name])] == []
-    assert not products.is_observed()
+    assert not watch.is_observed()
 
 
-@pytest.mark.skipif(bool(integer.missing("int8") or integer.missing("bf16")), reason="this machine lacks the units")
+@pytest.mark.skipif(bool(int8.missing("int8") or int8.missing("bf16")), reason="this machine lacks the units")
 def test_the_int8_engine_is_among_what_is_observed() -> None:
     """The recipes that run on 8-bit and 16-bit units are tested there."""
     assert ON_UNITS == ["bf16", "cpt-int8", "int8", "sbm8"]

@@ -7,11 +7,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import lowbit
-from lowbit import integer
-from lowbit.kernels.cpu import Rows
+from lowbit.engines import int8
+from lowbit.kernels.cpu import Rows, _numbers
 
 pytestmark = pytest.mark.skipif(
-    bool(integer.missing("int8") or integer.missing("bf16")), reason="this machine lacks the units"
+    bool(int8.missing("int8") or int8.missing("bf16")), reason="this machine lacks the units"
 )
 
 
@@ -21,7 +21,7 @@ def test_the_operator_passes_the_checks_of_torch(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     lhs = torch.randint(-127, 128, (5, 12), dtype=torch.int8, generator=generator)
     rhs = torch.randint(-127, 128, (7, 12), dtype=torch.int8, generator=generator)
-    rows = [Rows(data=x, rows=len(x), width=12, stride=12, along=True).numbers() for x in (lhs, rhs)]
+    rows = _numbers(*(Rows(data=x, rows=len(x), width=12, stride=12, along=True) for x in (lhs, rhs)))
     one = torch.ones(1)
 
     torch.library.opcheck(

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 import lowbit
 from conftest import Vectors
-from lowbit import products
-from lowbit.formats import Integer
-from lowbit.products import Setting
+from lowbit import functional
+from lowbit.products.setting import Setting
 from lowbit.quantizer import quantize
 from lowbit.recipe import Recipe
 from lowbit.rounding import RecordedNoise
@@ -23,8 +22,8 @@ CASES = [(3, 6), (4, 8), (8, 8), (6, 6), (2, 16)]
 def _nearest(recipe: Recipe) -> Recipe:
     """The recipe with nearest rounding of gradients, as the deterministic vectors have it."""
     gradient = recipe.grad_input.grad_output
-    assert isinstance(gradient, Integer)
-    gradient = dataclasses.replace(gradient, rounding="nearest")
+    assert gradient.has_width
+    gradient = gradient.replace(rounding="nearest")
     return recipe.replace(
         grad_input=dataclasses.replace(recipe.grad_input, grad_output=gradient),
         grad_weight=dataclasses.replace(recipe.grad_weight, grad_output=gradient),
@@ -40,7 +39,7 @@ def test_quantizers_equal_bit_for_bit(vectors: Vectors, bits: int, tensor: str) 
         values, expected = quantize(vectors["w"], recipe.output.weight, dims=(1, 2, 3)).values, f"w_q{bits}"
     else:
         rule = "minmax" if tensor == "x_extreme" else "sample-mean"
-        fmt = dataclasses.replace(recipe.output.input, range=rule)
+        fmt = recipe.output.input.replace(range=rule)
         values, expected = quantize(vectors["x"], fmt).values, f"x_q{bits}_{tensor[2:]}"
 
     assert torch.equal(values, vectors[expected])
@@ -50,7 +49,7 @@ def test_quantizers_equal_bit_for_bit(vectors: Vectors, bits: int, tensor: str) 
 def test_a_constant_stays_constant(vectors: Vectors) -> None:
     """A constant tensor comes back as the authors' code gives it."""
     x = torch.full((2, 2, 2, 2), float(vectors["const_q4"].flatten()[0]))
-    fmt = dataclasses.replace(CPT.output.input, bits=4)
+    fmt = CPT.output.input.replace(bits=4)
 
     assert torch.equal(quantize(x, fmt).values, vectors["const_q4"])
 
@@ -63,7 +62,9 @@ def _convolve(vectors: Vectors, prefix: str, bits: int, grad_bits: int) -> tuple
     else:
         recipe = _nearest(recipe)
     x, w = vectors["x"].requires_grad_(), vectors["w"].requires_grad_()
-    y = products.conv(x, w, stride=(1, 1), padding=(1, 1), dilation=(1, 1), setting=Setting(recipe=recipe, noise=noise))
+    y = functional.conv(
+        x, w, stride=(1, 1), padding=(1, 1), dilation=(1, 1), setting=Setting(recipe=recipe, noise=noise)
+    )
     y.backward(vectors[f"{prefix}_gout"])
     assert x.grad is not None
     assert w.grad is not None

@@ -1,6 +1,5 @@
 """Range BN against vectors from the SBM authors' two codes."""
 
-import dataclasses
 import math
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from conftest import Vectors
-from lowbit.formats import Integer
+from lowbit.formats import Format, integer
 from lowbit.nn.norm import KAPPA, NormSetting, range_batch_norm, range_statistics
 from lowbit.quantizer import quantize
 from lowbit.ranges import new_running_range, observed_extremes
@@ -106,7 +105,7 @@ def test_first_code_of_the_authors_is_made_of_the_same_pieces(vectors: Vectors, 
     """The first code, which also quantises 1/sigma, gamma and beta, follows from our statistics and quantizers."""
     dtype = torch.float64 if kind == "core" else torch.float32
     x, gamma, beta = (vectors[k].to(dtype).requires_grad_() for k in (f"x{i}", "gamma", "beta"))
-    channel_fmt = Integer(bits=8, zero="offset", floor=1e-8)
+    channel_fmt = integer(bits=8, zero="offset", floor=1e-8)
     values: Tensor = x
     if kind == "full":
         fmt = _stochastic(HOFFER.output.input)
@@ -131,7 +130,7 @@ def test_evaluation_with_quantizers(vectors: Vectors) -> None:
     """With the authors' running statistics and input range after two steps, evaluation equals their second code."""
     assert HOFFER.normalization is not None
     fmt = HOFFER.normalization.input
-    assert isinstance(fmt, Integer)
+    assert fmt.has_width
     setting = NormSetting(
         norm=HOFFER.normalization, eps=1e-5, input_range=_running_extremes([vectors["x0"], vectors["x1"]], fmt)
     )
@@ -151,7 +150,7 @@ def test_evaluation_with_quantizers(vectors: Vectors) -> None:
 def test_running_statistics_and_evaluation_of_the_first_code(vectors: Vectors, kind: str) -> None:
     """The authors' first code averages mu and 1 / (sigma + eps); its evaluation follows from our quantizers."""
     dtype = torch.float64 if kind == "core" else torch.float32
-    channel_fmt = Integer(bits=8, zero="offset", floor=1e-8)
+    channel_fmt = integer(bits=8, zero="offset", floor=1e-8)
     fmt = _stochastic(HOFFER.output.input)
     mean, inverse = torch.zeros(4, dtype=dtype), torch.zeros(4, dtype=dtype)
     for i in range(2):
@@ -173,7 +172,7 @@ def test_running_statistics_and_evaluation_of_the_first_code(vectors: Vectors, k
     torch.testing.assert_close(y, vectors[f"v1_{kind}_eval_y2"], **tight)
 
 
-def _running_extremes(batches: list[Tensor], fmt: Integer) -> tuple[Tensor, Tensor]:
+def _running_extremes(batches: list[Tensor], fmt: Format) -> tuple[Tensor, Tensor]:
     """The running range of a format after these batches, shaped to broadcast against a batch."""
     running = new_running_range()
     for x in batches:
@@ -185,7 +184,7 @@ def _straight_through(x: Tensor, values: Tensor) -> Tensor:
     return x + (values - x).detach()
 
 
-def _rounded(x: Tensor, fmt: Integer) -> Tensor:
+def _rounded(x: Tensor, fmt: Format) -> Tensor:
     return _straight_through(x, quantize(x.detach(), fmt).values)
 
 
@@ -202,6 +201,6 @@ def _differentiable_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return rows.mean(1), 1 / (KAPPA["authors"] * spread / math.sqrt(2 * math.log(length)) + 1e-5)
 
 
-def _stochastic(fmt: object) -> Integer:
-    assert isinstance(fmt, Integer)
-    return dataclasses.replace(fmt, rounding="stochastic")
+def _stochastic(fmt: object) -> Format:
+    assert fmt.has_width
+    return fmt.replace(rounding="stochastic")

@@ -1,13 +1,12 @@
 """The quantizers against vectors from the SBM authors' two codes."""
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
 from conftest import Vectors
-from lowbit.formats import Integer
+from lowbit.formats import Format
 from lowbit.quantizer import encode, quantize
 from lowbit.ranges import extremes
 from lowbit.recipe import Recipe
@@ -17,9 +16,9 @@ HOFFER = Recipe.from_name("sbm8-hoffer")
 BITS = (2, 3, 4, 6, 8, 16)
 
 
-def _with_bits(fmt: object, bits: int, **changes: Any) -> Integer:
-    assert isinstance(fmt, Integer)
-    return dataclasses.replace(fmt, bits=bits, **changes)
+def _with_bits(fmt: object, bits: int, **changes: Any) -> Format:
+    assert fmt.has_width
+    return fmt.replace(bits=bits, **changes)
 
 
 @pytest.mark.parametrize("rule", ["mean", "extreme"])
@@ -41,7 +40,7 @@ def test_activation_codes_and_ranges_equal_the_authors(vectors: Vectors, rule: s
     x = vectors["act_x"]
 
     codes = encode(x, fmt)
-    lo, hi = extremes(x, rule=fmt.range, dims=(0, 1, 2, 3))
+    lo, hi = extremes(x, rule=fmt.scale.range, dims=(0, 1, 2, 3))
 
     assert torch.equal(codes.q, vectors[f"act_{rule}_codes"])
     torch.testing.assert_close(lo.flatten(), vectors[f"act_{rule}_zp"].flatten(), rtol=1e-6, atol=0)

@@ -1,7 +1,6 @@
 """The three products against torch's own and against dense products of operands that the test quantises itself."""
 
 import copy
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
@@ -14,15 +13,18 @@ from torch import Tensor, nn
 
 import lowbit
 from helpers import recipe_of, threads
-from lowbit import UsageError, products
-from lowbit.formats import BF16, FP32, Integer
-from lowbit.products import ProductRun, Setting, slot_of
+from lowbit import UsageError, functional
+from lowbit.formats import BF16, FP32, integer
+from lowbit.products import watch
+from lowbit.products.operators import Convolution, Linear, Matmul, Op
+from lowbit.products.setting import Setting, slot_of
+from lowbit.products.watch import ProductRun
 from lowbit.recipe import SLOTS, GradWeight, Recipe
 from lowbit.rounding import CounterNoise, RecordedNoise, step_key
 
 PLAIN = Setting(recipe=Recipe.from_name("fp32"))
-SYMMETRIC = Integer(bits=4, zero="symmetric")
-STOCHASTIC = Integer(bits=4, zero="symmetric", rounding="stochastic")
+SYMMETRIC = integer(bits=4, zero="symmetric")
+STOCHASTIC = integer(bits=4, zero="symmetric", rounding="stochastic")
 # A weight has no samples.
 PER_TENSOR_WEIGHT = {"output__weight": SYMMETRIC, "grad_input__weight": SYMMETRIC}
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -60,7 +62,7 @@ def _randn(*shape: int) -> Tensor:
 def runs() -> Iterator[list[ProductRun]]:
     """Every product that runs during the test."""
     seen: list[ProductRun] = []
-    with products.observed_by(seen.append):
+    with watch.observed_by(seen.append):
         yield seen
 
 
@@ -74,7 +76,7 @@ class TestPlain:
         tensors = [_randn(*leading, 7), _randn(3, 7), *([_randn(3)] if has_bias else [])]
         g = _randn(*leading, 3)
 
-        actual = _gradients(lambda *t: products.linear(*t, setting=PLAIN), g, *tensors)
+        actual = _gradients(lambda *t: functional.linear(*t, setting=PLAIN), g, *tensors)
 
         _assert_same(actual, _gradients(F.linear, g, *tensors))
 
@@ -83,7 +85,7 @@ class TestPlain:
         x, w = _randn(7, 4, 5).transpose(0, 2), _randn(3, 7)
         g = _randn(1, 1, 3).expand(5, 4, 3)
 
-        actual = _gradients(lambda *t: products.linear(*t, setting=PLAIN), g, x, w)
+        actual = _gradients(lambda *t: functional.linear(*t, setting=PLAIN), g, x, w)
 
         _assert_same(actual, _gradients(F.linear, g, x, w))
 
@@ -104,14 +106,14 @@ class TestPlain:
         x, w = _randn(*left), _randn(*right)
         g = _randn(*torch.matmul(x, w).shape)
 
-        actual = _gradients(lambda *t: products.matmul(*t, setting=PLAIN), g, x, w)
+        actual = _gradients(lambda *t: functional.matmul(*t, setting=PLAIN), g, x, w)
 
         _assert_same(actual, _gradients(torch.matmul, g, x, w))
 
     def test_matmul_refuses_vectors(self) -> None:
         """A vector has no rows to quantise and is refused with both shapes."""
         with pytest.raises(UsageError, match=r"\(4,\) and \(4, 5\)"):
-            products.matmul(_randn(4), _randn(4, 5), setting=PLAIN)
+            functional.matmul(_randn(4), _randn(4, 5), setting=PLAIN)
 
     @settings(max_examples=60, deadline=None)
     @given(data=st.data())
@@ -142,7 +144,7 @@ class TestPlain:
             return function(F.pad(t[0], pad), *t[1:], stride, 0, dilation, groups)
 
         def our_conv(*t: Tensor) -> Tensor:
-            return products.conv(*t, stride=stride, padding=padding, dilation=dilation, groups=groups, setting=PLAIN)
+            return functional.conv(*t, stride=stride, padding=padding, dilation=dilation, groups=groups, setting=PLAIN)
 
         g = _randn(*torch_conv(x, w, b).shape)
 
@@ -173,7 +175,7 @@ class TestPlain:
             assume(False)
         g = _randn(*y.shape)
 
-        actual = _gradients(lambda *t: products.conv_transpose(*t, **geometry, setting=PLAIN), g, x, w, b)
+        actual = _gradients(lambda *t: functional.conv_transpose(*t, **geometry, setting=PLAIN), g, x, w, b)
 
         _assert_same(actual, _gradients(lambda *t: function(*t, **geometry), g, x, w, b))
 
@@ -182,14 +184,14 @@ class TestPlain:
         """Numerical differentiation confirms the gradients of each kind of product."""
         geometry = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "groups": 2}
         call, shapes = {
-            "linear": (lambda *t: products.linear(*t, setting=PLAIN), [(2, 3, 4), (5, 4), (5,)]),
-            "matmul": (lambda *t: products.matmul(*t, setting=PLAIN), [(2, 3, 4), (4, 5)]),
+            "linear": (lambda *t: functional.linear(*t, setting=PLAIN), [(2, 3, 4), (5, 4), (5,)]),
+            "matmul": (lambda *t: functional.matmul(*t, setting=PLAIN), [(2, 3, 4), (4, 5)]),
             "conv": (
-                lambda *t: products.conv(*t, **geometry, padding_mode="circular", setting=PLAIN),
+                lambda *t: functional.conv(*t, **geometry, padding_mode="circular", setting=PLAIN),
                 [(1, 4, 4, 3), (2, 2, 3, 2), (2,)],
             ),
             "conv_transpose": (
-                lambda *t: products.conv_transpose(*t, **geometry, output_padding=(1, 0), setting=PLAIN),
+                lambda *t: functional.conv_transpose(*t, **geometry, output_padding=(1, 0), setting=PLAIN),
                 [(1, 4, 2, 2), (4, 1, 3, 2), (2,)],
             ),
         }[kind]
@@ -273,11 +275,11 @@ class TestQuantized:
     @pytest.mark.parametrize("granularity", sorted(SHARED_BY_LINEAR))
     def test_linear(self, granularity: str) -> None:
         """The three products of a linear layer are those of the operands on their grids, for each granularity."""
-        fmt = dataclasses.replace(SYMMETRIC, granularity=granularity, block=2 if granularity == "block" else None)
+        fmt = SYMMETRIC.replace(granularity=granularity, block=2 if granularity == "block" else None)
         x, w, g = _randn(2, 3, 8), _randn(6, 8), _randn(2, 3, 6)
         setting = Setting(recipe=recipe_of(fmt, **(PER_TENSOR_WEIGHT if granularity == "sample" else {})))
 
-        actual = _gradients(lambda *t: products.linear(*t, setting=setting), g, x, w)
+        actual = _gradients(lambda *t: functional.linear(*t, setting=setting), g, x, w)
 
         self._assert_quantized(
             actual, self._dense(F.linear, SHARED_BY_LINEAR[granularity], x, w, g), _gradients(F.linear, g, x, w)
@@ -287,18 +289,18 @@ class TestQuantized:
     def test_grouped_convolution(self, granularity: str) -> None:
         """So are those of a grouped convolution, where kept channels of the weight are (group, channel in group)."""
         block = {"block": 3 if granularity == "block" else None}
-        formats = dict.fromkeys(SLOTS, dataclasses.replace(SYMMETRIC, granularity=granularity, **block))
+        formats = dict.fromkeys(SLOTS, SYMMETRIC.replace(granularity=granularity, **block))
         if granularity == "sample":
             formats |= {slot: SYMMETRIC for slot in SLOTS if slot[1] == "weight"}
         if granularity == "block":
             for slot, table in SHARED_BY_CONVOLUTION["block"].items():
                 assert table[0] is not None
-                formats[slot] = dataclasses.replace(formats[slot], block=table[0][table[1][0]])
+                formats[slot] = formats[slot].replace(block=table[0][table[1][0]])
         recipe = recipe_of(SYMMETRIC, **{"__".join(slot): fmt for slot, fmt in formats.items()})
         x, w, g = _randn(2, 4, 5, 5), _randn(6, 2, 3, 3), _randn(2, 6, 3, 3)
         geometry = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 2}
 
-        actual = _gradients(lambda *t: products.conv(*t, **geometry, setting=Setting(recipe=recipe)), g, x, w)
+        actual = _gradients(lambda *t: functional.conv(*t, **geometry, setting=Setting(recipe=recipe)), g, x, w)
 
         def dense(*t: Tensor) -> Tensor:
             return F.conv2d(*t, groups=2)
@@ -310,13 +312,13 @@ class TestQuantized:
     @pytest.mark.parametrize("transposed", [False, True])
     def test_output_channels_of_a_grouped_weight(self, transposed: bool) -> None:
         """Granularity "output-channel" keeps the same output channels of the weight in both of its products."""
-        fmt = dataclasses.replace(SYMMETRIC, granularity="output-channel")
+        fmt = SYMMETRIC.replace(granularity="output-channel")
         recipe = recipe_of(FP32, output__weight=fmt, grad_input__weight=fmt)
         geometry = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 2}
         x, w = _randn(2, 4, 5, 5), _randn(4, 3, 3, 3) if transposed else _randn(6, 2, 3, 3)
         # (group, inputs, outputs) of a transposed weight, (group, outputs, inputs) of a plain one.
         w_hat = _grid(w, view=(2, 2, 3, 3, 3), dims=(1, 3, 4)) if transposed else _grid(w, dims=(1, 2, 3))
-        ours, dense = (products.conv_transpose, F.conv_transpose2d) if transposed else (products.conv, F.conv2d)
+        ours, dense = (functional.conv_transpose, F.conv_transpose2d) if transposed else (functional.conv, F.conv2d)
         extra = {"output_padding": (0, 0)} if transposed else {}
         g = _randn(*dense(x, w, groups=2).shape)
 
@@ -329,7 +331,7 @@ class TestQuantized:
 
     def test_kept_channels_of_a_grouped_transposed_weight(self) -> None:
         """In `grad_input` a transposed convolution keeps its input channels, the weight's first axis."""
-        fmt = dataclasses.replace(SYMMETRIC, granularity="kept-channel")
+        fmt = SYMMETRIC.replace(granularity="kept-channel")
         recipe = recipe_of(FP32, output__weight=fmt, grad_input__weight=fmt)
         geometry = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1), "groups": 2}
         x, w = _randn(2, 4, 3, 3), _randn(4, 3, 3, 3)
@@ -337,7 +339,7 @@ class TestQuantized:
         g = _randn(*F.conv_transpose2d(x, w, **dense).shape)
 
         y, grad_input, _ = _gradients(
-            lambda *t: products.conv_transpose(*t, **geometry, output_padding=(0, 0), setting=Setting(recipe=recipe)),
+            lambda *t: functional.conv_transpose(*t, **geometry, output_padding=(0, 0), setting=Setting(recipe=recipe)),
             g,
             x,
             w,
@@ -352,7 +354,7 @@ class TestQuantized:
 
     def test_matmul_keeps_channels_of_each_matrix(self) -> None:
         """A batch of matrices has a scale per kept channel of each matrix."""
-        fmt = dataclasses.replace(SYMMETRIC, granularity="kept-channel")
+        fmt = SYMMETRIC.replace(granularity="kept-channel")
         x, w, g = _randn(2, 3, 8), _randn(2, 8, 6), _randn(2, 3, 6)
         table = {
             ("output", "input"): (None, (2,)),
@@ -364,20 +366,20 @@ class TestQuantized:
         }
         setting = Setting(recipe=recipe_of(fmt))
 
-        actual = _gradients(lambda *t: products.matmul(*t, setting=setting), g, x, w)
+        actual = _gradients(lambda *t: functional.matmul(*t, setting=setting), g, x, w)
 
         self._assert_quantized(actual, self._dense(torch.matmul, table, x, w, g), _gradients(torch.matmul, g, x, w))
 
     def test_bits_of_the_setting_replace_those_of_the_recipe(self) -> None:
-        """Widths given as a tensor decide, not the format's own."""
-        bits = torch.tensor([3, 5, 8, 8, 8, 8])
+        """Widths of the call decide, not the format's own."""
+        bits = (3, 5, 8, 8, 8, 8)
         x, w = _randn(4, 8), _randn(6, 8)
 
-        y = products.linear(x, w, setting=Setting(recipe=recipe_of(SYMMETRIC), bits=bits))
+        y = functional.linear(x, w, setting=Setting(recipe=recipe_of(SYMMETRIC), bits=bits))
 
         expected = F.linear(_grid(x, dims=(0, 1), bits=3), _grid(w, dims=(0, 1), bits=5))
         torch.testing.assert_close(y, expected, **TIGHT)
-        assert not torch.allclose(y, products.linear(x, w, setting=Setting(recipe=recipe_of(SYMMETRIC))))
+        assert not torch.allclose(y, functional.linear(x, w, setting=Setting(recipe=recipe_of(SYMMETRIC))))
 
     def test_operands_of_one_format_have_one_width(self) -> None:
         """`sbm8` has one format for each of input and weight, and two of grad_output: four widths count."""
@@ -394,11 +396,11 @@ class TestQuantized:
 
     def test_padding_stays_zero_where_zero_is_off_the_grid(self) -> None:
         """The zeros around an offset-quantised input are added after quantisation."""
-        fmt = Integer(bits=4, zero="offset")
+        fmt = integer(bits=4, zero="offset")
         x, w = torch.rand(1, 1, 4, dtype=torch.float64) + 1, torch.ones(1, 1, 3, dtype=torch.float64)
         setting = Setting(recipe=recipe_of(FP32, output__input=fmt))
 
-        y = products.conv(x, w, stride=(1,), padding=(1,), dilation=(1,), setting=setting)
+        y = functional.conv(x, w, stride=(1,), padding=(1,), dilation=(1,), setting=setting)
 
         step = (x.max() - x.min()) / 15
         x_hat = ((x - x.min()) / step).round() * step + x.min()
@@ -412,7 +414,7 @@ class TestQuantized:
         setting = Setting(recipe=recipe_of(SYMMETRIC))
 
         y, grad_input, _ = _gradients(
-            lambda *t: products.conv(
+            lambda *t: functional.conv(
                 *t, stride=(1, 1), padding=(1, 1), dilation=(1, 1), padding_mode=mode, setting=setting
             ),
             g,
@@ -431,10 +433,10 @@ class TestQuantized:
 
     def test_bias_is_quantised_in_its_own_format(self) -> None:
         """The bias that is added lies on the grid of the recipe's bias format."""
-        recipe = recipe_of(FP32).replace(bias=Integer(bits=2, zero="symmetric"))
+        recipe = recipe_of(FP32).replace(bias=integer(bits=2, zero="symmetric"))
         x, w, b = _randn(4, 8), _randn(6, 8), _randn(6)
 
-        y = products.linear(x, w, b, setting=Setting(recipe=recipe))
+        y = functional.linear(x, w, b, setting=Setting(recipe=recipe))
 
         torch.testing.assert_close(y, F.linear(x, w, _grid(b, dims=(0,), bits=2)), **TIGHT)
         assert not torch.allclose(y, F.linear(x, w, b))
@@ -447,9 +449,9 @@ class TestGradients:
     def test_bifurcation_changes_one_product_only(self, changed: str) -> None:
         """A coarser format of grad_output in one product changes that product and not the other."""
         x, w, g = _randn(4, 8), _randn(6, 8), _randn(4, 6)
-        coarse = dataclasses.replace(SYMMETRIC, bits=2)
+        coarse = SYMMETRIC.replace(bits=2)
         results = [
-            _gradients(lambda *t, r=recipe: products.linear(*t, setting=Setting(recipe=r)), g, x, w)
+            _gradients(lambda *t, r=recipe: functional.linear(*t, setting=Setting(recipe=r)), g, x, w)
             for recipe in (recipe_of(SYMMETRIC), recipe_of(SYMMETRIC, **{f"{changed}__grad_output": coarse}))
         ]
 
@@ -464,7 +466,7 @@ class TestGradients:
         noise = RecordedNoise(draws={("grad_input", "grad_output"): u})
 
         _, grad_input, grad_weight = _gradients(
-            lambda *t: products.linear(*t, setting=Setting(recipe=recipe, noise=noise)), g, x, w
+            lambda *t: functional.linear(*t, setting=Setting(recipe=recipe, noise=noise)), g, x, w
         )
 
         g_hat = _grid(g, dims=(0, 1), u=u)
@@ -476,12 +478,12 @@ class TestGradients:
         """Two different stochastic formats of grad_output draw two noise fields, each for its product."""
         x, w, g = _randn(4, 8), _randn(6, 8), _randn(4, 6)
         u, v = torch.rand(4, 6), torch.rand(4, 6)
-        fine = dataclasses.replace(STOCHASTIC, bits=6)
+        fine = STOCHASTIC.replace(bits=6)
         recipe = recipe_of(FP32, grad_input__grad_output=STOCHASTIC, grad_weight__grad_output=fine)
         noise = RecordedNoise(draws={("grad_input", "grad_output"): u, ("grad_weight", "grad_output"): v})
 
         _, grad_input, grad_weight = _gradients(
-            lambda *t: products.linear(*t, setting=Setting(recipe=recipe, noise=noise)), g, x, w
+            lambda *t: functional.linear(*t, setting=Setting(recipe=recipe, noise=noise)), g, x, w
         )
 
         torch.testing.assert_close(grad_input, _grid(g, dims=(0, 1), u=u) @ w, **TIGHT)
@@ -492,19 +494,19 @@ class TestGradients:
         x, w, b, g = _randn(4, 8), _randn(6, 8), _randn(6), _randn(4, 6)
         setting = Setting(recipe=recipe_of(SYMMETRIC))
 
-        grads = _gradients(lambda *t: products.linear(*t, setting=setting), g, x, w, b)
+        grads = _gradients(lambda *t: functional.linear(*t, setting=setting), g, x, w, b)
 
         torch.testing.assert_close(grads[3], g.sum(0), **TIGHT)
         assert not torch.allclose(grads[2], g.t() @ x)
 
     def test_clipped_values_receive_their_gradient(self) -> None:
         """The estimator is straight through: a value outside the range gets the gradient of its clipped self."""
-        fmt = Integer(bits=4, zero="integer", running=0.9)
+        fmt = integer(bits=4, zero="integer", running=0.9)
         x, w, g = torch.tensor([[0.5, 9.0]]), torch.tensor([[2.0, 3.0]]), torch.ones(1, 1)
         extremes = (torch.tensor(0.0), torch.tensor(1.5))
         setting = Setting(recipe=recipe_of(FP32, output__input=fmt, grad_weight__input=fmt), input_range=extremes)
 
-        y, grad_input, grad_weight = _gradients(lambda *t: products.linear(*t, setting=setting), g, x, w)
+        y, grad_input, grad_weight = _gradients(lambda *t: functional.linear(*t, setting=setting), g, x, w)
 
         assert y.item() == pytest.approx(2 * 0.5 + 3 * 1.5)
         assert grad_input.tolist() == [[2.0, 3.0]]
@@ -513,7 +515,7 @@ class TestGradients:
     def test_a_second_derivative_is_refused(self) -> None:
         """create_graph=True raises, naming what to do, and does not return a wrong second derivative."""
         x = _randn(4, 8).requires_grad_()
-        y = products.linear(x, _randn(6, 8), setting=PLAIN).sum()
+        y = functional.linear(x, _randn(6, 8), setting=PLAIN).sum()
 
         with pytest.raises(RuntimeError, match="create_graph"):
             torch.autograd.grad(y, x, create_graph=True)
@@ -522,7 +524,7 @@ class TestGradients:
         """A retained graph draws the same noise the second time."""
         noise = CounterNoise(key=step_key(0, torch.tensor(1)), layer="a")
         x, w, g = _randn(4, 8).requires_grad_(), _randn(6, 8).requires_grad_(), _randn(4, 6)
-        y = products.linear(x, w, setting=Setting(recipe=recipe_of(STOCHASTIC), noise=noise))
+        y = functional.linear(x, w, setting=Setting(recipe=recipe_of(STOCHASTIC), noise=noise))
 
         first = torch.autograd.grad(y, [x, w], g, retain_graph=True)
         second = torch.autograd.grad(y, [x, w], g)
@@ -533,9 +535,9 @@ class TestGradients:
     @pytest.mark.parametrize("granularity", ["kept-channel", "tensor"])
     def test_a_weight_changed_between_forward_and_backward_never_enters_the_gradient(self, granularity: str) -> None:
         """Autograd's version check raises, or grad_input is that of the weight of the forward."""
-        fmt = dataclasses.replace(SYMMETRIC, granularity=granularity)
+        fmt = SYMMETRIC.replace(granularity=granularity)
         x, w, g = _randn(4, 8).requires_grad_(), _randn(6, 8).requires_grad_(), _randn(4, 6)
-        y = products.linear(x, w, setting=Setting(recipe=recipe_of(FP32, output__weight=fmt, grad_input__weight=fmt)))
+        y = functional.linear(x, w, setting=Setting(recipe=recipe_of(FP32, output__weight=fmt, grad_input__weight=fmt)))
         w_hat = _grid(w.detach(), dims=(0, 1))
         with torch.no_grad():
             w.mul_(2)
@@ -552,12 +554,12 @@ class TestGradients:
     def test_a_frozen_operand_costs_no_product(self, runs: list[ProductRun], frozen: str, left: list[str]) -> None:
         """The gradient that nobody needs is not computed, and the other one is what it was."""
         x, w, g = _randn(4, 8), _randn(6, 8), _randn(4, 6)
-        both = _gradients(lambda *t: products.linear(*t, setting=Setting(recipe=recipe_of(SYMMETRIC))), g, x, w)
+        both = _gradients(lambda *t: functional.linear(*t, setting=Setting(recipe=recipe_of(SYMMETRIC))), g, x, w)
         runs.clear()
         x.requires_grad_(frozen != "input")
         w.requires_grad_(frozen != "weight")
 
-        products.linear(x, w, setting=Setting(recipe=recipe_of(SYMMETRIC))).backward(g)
+        functional.linear(x, w, setting=Setting(recipe=recipe_of(SYMMETRIC))).backward(g)
 
         assert [run.product for run in runs] == left
         needed = x.grad if frozen == "weight" else w.grad
@@ -577,10 +579,10 @@ class TestGradients:
                 """None."""
 
         recipe = recipe_of(FP32, grad_input__grad_output=STOCHASTIC)
-        recipe = recipe.replace(grad_weight=GradWeight(grad_output=dataclasses.replace(STOCHASTIC, bits=6), input=FP32))
+        recipe = recipe.replace(grad_weight=GradWeight(grad_output=STOCHASTIC.replace(bits=6), input=FP32))
         x, w = _randn(4, 8).requires_grad_(frozen != "input"), _randn(6, 8).requires_grad_(frozen != "weight")
 
-        products.linear(x, w, setting=Setting(recipe=recipe, noise=Spy())).sum().backward()
+        functional.linear(x, w, setting=Setting(recipe=recipe, noise=Spy())).sum().backward()
 
         assert drawn == [f"{'grad_input' if frozen == 'weight' else 'grad_weight'}.grad_output"]
 
@@ -591,7 +593,7 @@ class TestValues:
     def test_an_integer_tensor_is_refused(self) -> None:
         """An int64 input raises a TypeError that names it."""
         with pytest.raises(TypeError, match=r"input is torch\.int64"):
-            products.linear(torch.ones(2, 8, dtype=torch.int64), torch.ones(6, 8), setting=PLAIN)
+            functional.linear(torch.ones(2, 8, dtype=torch.int64), torch.ones(6, 8), setting=PLAIN)
 
     @pytest.mark.parametrize("which", ["weight", "bias"])
     def test_two_dtypes_are_refused_outside_autocast(self, which: str) -> None:
@@ -600,7 +602,7 @@ class TestValues:
         w, b = (w.half(), b) if which == "weight" else (w, b.half())
 
         with pytest.raises(TypeError, match=rf"torch\.float32 and {which} is torch\.float16"):
-            products.linear(torch.ones(2, 8), w, b, setting=PLAIN)
+            functional.linear(torch.ones(2, 8), w, b, setting=PLAIN)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
     def test_result_and_gradients_keep_the_dtype(self, dtype: torch.dtype) -> None:
@@ -608,7 +610,7 @@ class TestValues:
         x, w, g = torch.randn(4, 8).to(dtype), torch.randn(6, 8).to(dtype), torch.randn(4, 6).to(dtype)
         setting = Setting(recipe=recipe_of(SYMMETRIC))
 
-        y, grad_input, grad_weight = _gradients(lambda *t: products.linear(*t, setting=setting), g, x, w)
+        y, grad_input, grad_weight = _gradients(lambda *t: functional.linear(*t, setting=setting), g, x, w)
 
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         x_hat, w_hat, g_hat = (_grid(t.to(wide), dims=(0, 1)) for t in (x, w, g))
@@ -618,11 +620,11 @@ class TestValues:
 
     def test_autocast_gives_its_dtype_and_leaves_operands_on_their_grids(self, runs: list[ProductRun]) -> None:
         """Under autocast the output is bfloat16, of products of float32 codes that no bfloat16 rounding moved."""
-        fmt = Integer(bits=12, zero="symmetric")
+        fmt = integer(bits=12, zero="symmetric")
         x, w = torch.randn(4, 8).requires_grad_(), torch.randn(6, 8).requires_grad_()
 
         with torch.autocast("cpu", torch.bfloat16):
-            y = products.linear(x, w, setting=Setting(recipe=recipe_of(fmt)))
+            y = functional.linear(x, w, setting=Setting(recipe=recipe_of(fmt)))
         y.sum().backward()
 
         x_hat, w_hat = _grid(x.detach(), dims=(0, 1), bits=12), _grid(w.detach(), dims=(0, 1), bits=12)
@@ -640,10 +642,10 @@ class TestValues:
         """One bad value in an operand makes every value of each product with it nan."""
         tensors = {"input": torch.randn(4, 8), "weight": torch.randn(6, 8), "grad_output": torch.randn(4, 6)}
         tensors[operand][0, 0] = bad
-        setting = Setting(recipe=recipe_of(Integer(bits=8, zero=zero)))
+        setting = Setting(recipe=recipe_of(integer(bits=8, zero=zero)))
 
         results = _gradients(
-            lambda *t: products.linear(*t, setting=setting),
+            lambda *t: functional.linear(*t, setting=setting),
             tensors["grad_output"],
             tensors["input"],
             tensors["weight"],
@@ -657,13 +659,13 @@ class TestValues:
         setting = Setting(recipe=recipe_of(STOCHASTIC), layer="head")
 
         with pytest.raises(ValueError, match="head: input in output rounds stochastically"):
-            products.linear(torch.ones(2, 8), torch.ones(6, 8), setting=setting)
+            functional.linear(torch.ones(2, 8), torch.ones(6, 8), setting=setting)
 
     def test_bf16_operands_are_rounded_to_bf16(self) -> None:
         """With the bf16 format a product is that of operands rounded to bfloat16, summed in float32."""
         x, w = torch.randn(4, 8), torch.randn(6, 8)
 
-        y = products.linear(x, w, setting=Setting(recipe=recipe_of(BF16)))
+        y = functional.linear(x, w, setting=Setting(recipe=recipe_of(BF16)))
 
         assert torch.equal(y, F.linear(x.bfloat16().float(), w.bfloat16().float()))
         assert not torch.equal(y, F.linear(x, w))
@@ -677,7 +679,7 @@ class TestValues:
         g = _randn(2, 4, 5, 5)
 
         def call(*t: Tensor) -> Tensor:
-            return products.conv(*t, **geometry, setting=setting)
+            return functional.conv(*t, **geometry, setting=setting)
 
         plain = _gradients(call, g, x, w)
         moved = _gradients(call, *(t.to(memory_format=torch.channels_last) for t in (g, x, w)))
@@ -692,24 +694,24 @@ class TestObservation:
     @pytest.mark.parametrize(
         ("op", "x", "w", "y", "macs"),
         [
-            (products.Linear(), (2, 3, 8), (6, 8), (2, 3, 6), 6 * 8 * 6),
-            (products.Matmul(), (2, 3, 8), (8, 6), (2, 3, 6), 6 * 8 * 6),
+            (Linear(), (2, 3, 8), (6, 8), (2, 3, 6), 6 * 8 * 6),
+            (Matmul(), (2, 3, 8), (8, 6), (2, 3, 6), 6 * 8 * 6),
             (
-                products.Convolution(stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=2),
+                Convolution(stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=2),
                 (2, 4, 8, 8),
                 (6, 2, 3, 3),
                 (2, 6, 4, 4),
                 2 * 6 * 16 * 2 * 9,
             ),
             (
-                products.Convolution(stride=(1,), padding=(1,), dilation=(1,), groups=4),
+                Convolution(stride=(1,), padding=(1,), dilation=(1,), groups=4),
                 (2, 4, 8),
                 (4, 1, 3),
                 (2, 4, 8),
                 2 * 4 * 8 * 3,
             ),
             (
-                products.Convolution(stride=(2, 2), padding=(0, 0), dilation=(1, 1), groups=2, transposed=True),
+                Convolution(stride=(2, 2), padding=(0, 0), dilation=(1, 1), groups=2, transposed=True),
                 (2, 4, 3, 3),
                 (4, 3, 2, 2),
                 (2, 6, 6, 6),
@@ -718,7 +720,7 @@ class TestObservation:
         ],
     )
     def test_macs_equal_a_count_by_hand(
-        self, op: products.Op, x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...], macs: int
+        self, op: Op, x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...], macs: int
     ) -> None:
         """Multiply-accumulates of linear, grouped, depthwise and transposed products equal a count by hand."""
         assert op.macs(torch.Size(x), torch.Size(w), torch.Size(y)) == macs
@@ -727,7 +729,7 @@ class TestObservation:
         """A convolution's backward products cost what its forward costs."""
         x, w = _randn(2, 4, 5, 5).requires_grad_(), _randn(6, 2, 3, 3).requires_grad_()
 
-        products.conv(x, w, stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=2, setting=PLAIN).sum().backward()
+        functional.conv(x, w, stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=2, setting=PLAIN).sum().backward()
 
         assert [(run.product, run.macs) for run in runs] == [
             (product, 2 * 6 * 9 * 2 * 9) for product in ("output", "grad_input", "grad_weight")
@@ -739,19 +741,19 @@ class TestObservation:
         setting = Setting(recipe=recipe_of(STOCHASTIC), noise=noise)
         x, w, g = _randn(4, 8), _randn(6, 8), _randn(4, 6)
 
-        alone = _gradients(lambda *t: products.linear(*t, setting=setting), g, x, w)
-        with products.observed_by(lambda _: None):
-            watched = _gradients(lambda *t: products.linear(*t, setting=setting), g, x, w)
+        alone = _gradients(lambda *t: functional.linear(*t, setting=setting), g, x, w)
+        with watch.observed_by(lambda _: None):
+            watched = _gradients(lambda *t: functional.linear(*t, setting=setting), g, x, w)
 
         assert all(torch.equal(a, b) for a, b in zip(alone, watched, strict=True))
 
     def test_a_failing_observer_is_removed(self) -> None:
         """After an exception in the context nobody watches and no product counts as running."""
-        with pytest.raises(KeyError), products.observed_by(lambda _: None):
+        with pytest.raises(KeyError), watch.observed_by(lambda _: None):
             raise KeyError
 
-        assert not products.is_observed()
-        assert not products.is_inside()
+        assert not watch.is_observed()
+        assert not watch.is_inside()
 
 
 # torch refuses a transposed result without places for fewer than 16 samples on one thread.

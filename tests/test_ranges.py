@@ -1,4 +1,3 @@
-import dataclasses
 import math
 from unittest import mock
 
@@ -7,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit.formats import Integer
+from lowbit.formats import Format, integer
 from lowbit.kernels import cpu
+from lowbit.numerics.scales import MinMax, RangeRule, SampleMean
 from lowbit.quantizer import quantize
 from lowbit.ranges import extremes, new_running_range, observed_extremes, record_range
 
@@ -17,12 +17,12 @@ def _randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-KEEPS = Integer(bits=8, zero="integer", running=0.75)
+KEEPS = integer(bits=8, zero="integer", running=0.75)
 _FEWEST = {"range": "sample-mean", "fewest": 61}  # one more than samples of (3, 4, 5) have
 _ENOUGH = {"range": "sample-mean", "fewest": 60}
 
 
-def clipped_share(x: torch.Tensor, fmt: Integer) -> float:
+def clipped_share(x: torch.Tensor, fmt: Format) -> float:
     """The share of `x` that its grid clips."""
     grid = quantize(x, fmt).grid
     assert grid is not None
@@ -38,7 +38,7 @@ class TestExtremes:
         x = _randn(3, 4, 5)
         numpy_x = x.numpy()
 
-        lo, hi = extremes(x, rule="minmax", dims=dims)
+        lo, hi = extremes(x, rule=MinMax(), dims=dims)
 
         assert (lo.numpy() == numpy_x.min(dims, keepdims=True)).all()
         assert (hi.numpy() == numpy_x.max(dims, keepdims=True)).all()
@@ -48,7 +48,7 @@ class TestExtremes:
         """Without dims each element is its own range."""
         x = _randn(3, 4)
 
-        lo, hi = extremes(x, rule="minmax", dims=())
+        lo, hi = extremes(x, rule=MinMax(), dims=())
 
         assert torch.equal(lo, x)
         assert torch.equal(hi, x)
@@ -57,7 +57,7 @@ class TestExtremes:
         """sample-mean gives the mean of each sample's extremes, which an outlier moves by its share only."""
         x = torch.tensor([[-1.0, 2.0, 0.0], [-3.0, 100.0, 1.0]])
 
-        lo, hi = extremes(x, rule="sample-mean", dims=(0, 1))
+        lo, hi = extremes(x, rule=SampleMean(), dims=(0, 1))
 
         assert lo.tolist() == [[-2.0]]
         assert hi.tolist() == [[51.0]]
@@ -66,7 +66,7 @@ class TestExtremes:
         """Samples of images are taken over channels and positions."""
         x = _randn(4, 3, 5, 6)
 
-        lo, hi = extremes(x, rule="sample-mean", dims=(0, 1, 2, 3))
+        lo, hi = extremes(x, rule=SampleMean(), dims=(0, 1, 2, 3))
 
         assert lo.shape == (1, 1, 1, 1)
         torch.testing.assert_close(lo.item(), sum(s.min().item() for s in x) / 4, rtol=1e-6, atol=0)
@@ -75,7 +75,7 @@ class TestExtremes:
     @pytest.mark.parametrize(("fewest", "expected"), [(None, (-2, 3)), (2, (-2, 3)), (3, (-3, 4))])
     def test_samples_of_too_few_values_have_the_extremes_of_all(self, fewest: int, expected: tuple[int, int]) -> None:
         """Samples of 2 values are averaged where 2 suffice, and from 3 on the batch's extremes are taken."""
-        lo, hi = extremes(torch.tensor([[-1.0, 2.0], [-3.0, 4.0]]), rule="sample-mean", dims=(0, 1), fewest=fewest)
+        lo, hi = extremes(torch.tensor([[-1.0, 2.0], [-3.0, 4.0]]), rule=SampleMean(fewest=fewest), dims=(0, 1))
 
         assert (lo.item(), hi.item()) == expected
 
@@ -83,35 +83,35 @@ class TestExtremes:
     def test_share_that_the_mean_of_extremes_clips(self, values: int, low: float, high: float) -> None:
         """Of normal samples of n values about 1.1 / n is clipped: the reason for 256 (n = 32,768; alarm < 1e-4)."""
         x = _randn(32_768 // values, values)
-        fmt = Integer(bits=8, zero="integer", range="sample-mean")
+        fmt = integer(bits=8, zero="integer", range="sample-mean")
 
         assert low < clipped_share(x, fmt) < high
-        assert clipped_share(x, dataclasses.replace(fmt, fewest=values + 1)) < 1e-4
+        assert clipped_share(x, fmt.replace(fewest=values + 1)) < 1e-4
 
     def test_a_vector_is_one_sample(self) -> None:
         """In one axis nothing can be averaged: the extremes are those of the vector."""
-        lo, hi = extremes(torch.tensor([3.0, -1.0, 7.0]), rule="sample-mean", dims=(0,))
+        lo, hi = extremes(torch.tensor([3.0, -1.0, 7.0]), rule=SampleMean(), dims=(0,))
 
         assert (lo.tolist(), hi.tolist()) == ([-1.0], [7.0])
 
-    @pytest.mark.parametrize("rule", ["minmax", "sample-mean"])
-    def test_a_number_is_its_own_range(self, rule: str) -> None:
+    @pytest.mark.parametrize("rule", [MinMax(), SampleMean()])
+    def test_a_number_is_its_own_range(self, rule: RangeRule) -> None:
         """A tensor without axes has lo = hi = its value."""
         lo, hi = extremes(torch.tensor(-2.5), rule=rule, dims=())
 
         assert (lo.shape, lo.item(), hi.item()) == ((), -2.5, -2.5)
 
-    @pytest.mark.parametrize("rule", ["minmax", "sample-mean"])
+    @pytest.mark.parametrize("rule", [MinMax(), SampleMean()])
     @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 4)])
-    def test_an_empty_tensor_has_a_zero_range(self, rule: str, shape: tuple[int, ...]) -> None:
+    def test_an_empty_tensor_has_a_zero_range(self, rule: RangeRule, shape: tuple[int, ...]) -> None:
         """Zeros, with all dims kept as 1."""
         lo, hi = extremes(torch.empty(shape), rule=rule, dims=tuple(range(len(shape))))
 
         assert lo.shape == (1,) * len(shape)
         assert lo.sum() == hi.sum() == 0
 
-    @pytest.mark.parametrize("rule", ["minmax", "sample-mean"])
-    def test_a_nan_shows_in_both(self, rule: str) -> None:
+    @pytest.mark.parametrize("rule", [MinMax(), SampleMean()])
+    def test_a_nan_shows_in_both(self, rule: RangeRule) -> None:
         """One nan makes lo and hi of its slice nan."""
         x = _randn(3, 4)
         x[1, 2] = math.nan
@@ -126,7 +126,7 @@ class TestExtremes:
         x = _randn(2, 4)
         x[1, 2] = math.inf
 
-        _, hi = extremes(x, rule="minmax", dims=(1,))
+        _, hi = extremes(x, rule=MinMax(), dims=(1,))
 
         assert hi.isinf().tolist() == [[False], [True]]
 
@@ -134,14 +134,14 @@ class TestExtremes:
         """channels_last gives what contiguous gives."""
         x = _randn(4, 3, 5, 6)
 
-        for rule in ("minmax", "sample-mean"):
+        for rule in (MinMax(), SampleMean()):
             lo, hi = extremes(x, rule=rule, dims=(0, 1, 2, 3))
             other = extremes(x.to(memory_format=torch.channels_last), rule=rule, dims=(0, 1, 2, 3))
             torch.testing.assert_close((lo, hi), other, rtol=1e-6, atol=0)
 
     def test_float64_stays_float64(self) -> None:
         """The extremes have the dtype of the tensor."""
-        assert extremes(_randn(3).double(), rule="minmax", dims=(0,))[0].dtype == torch.float64
+        assert extremes(_randn(3).double(), rule=MinMax(), dims=(0,))[0].dtype == torch.float64
 
 
 class TestRunning:
@@ -244,7 +244,7 @@ class TestRunning:
     def test_the_rule_of_the_format_is_recorded(self) -> None:
         """A sample-mean format records means over samples."""
         running = new_running_range()
-        fmt = Integer(bits=8, zero="integer", range="sample-mean", running=0.9)
+        fmt = integer(bits=8, zero="integer", range="sample-mean", running=0.9)
 
         observed_extremes(torch.tensor([[-1.0, 2.0], [-3.0, 4.0]]), fmt, running, training=True)
 
@@ -254,7 +254,7 @@ class TestRunning:
     def test_a_format_without_running_range_has_none(self, training: bool) -> None:
         """None says that the quantizer measures for itself."""
         running = new_running_range()
-        fmt = Integer(bits=8, zero="integer")
+        fmt = integer(bits=8, zero="integer")
 
         assert observed_extremes(torch.ones(2, 2), fmt, running, training=training) is None
         assert running.tolist() == [0, 0, 0]
@@ -278,7 +278,7 @@ class TestRunning:
 
 def test_a_batch_that_is_not_finite_is_not_recorded() -> None:
     """One nan batch does not decide every later evaluation."""
-    fmt = Integer(bits=8, zero="integer", running=0.9)
+    fmt = integer(bits=8, zero="integer", running=0.9)
     running = new_running_range()
     observed_extremes(torch.tensor([-1.0, 2.0]), fmt, running, training=True)
 
@@ -291,7 +291,7 @@ def test_a_batch_that_is_not_finite_is_not_recorded() -> None:
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_evaluation_of_a_batch_that_is_not_finite_gives_nan(bad: float) -> None:
     """An inf does not become the largest number of the running range."""
-    fmt = Integer(bits=8, zero="integer", running=0.9)
+    fmt = integer(bits=8, zero="integer", running=0.9)
     running = new_running_range()
     observed_extremes(torch.tensor([-1.0, 2.0]), fmt, running, training=True)
     x = torch.tensor([0.5, bad])
@@ -306,7 +306,7 @@ def test_evaluation_of_a_batch_that_is_not_finite_gives_nan(bad: float) -> None:
 @settings(deadline=None, max_examples=100)
 def test_the_native_pass_records_what_torch_records(data: st.DataObject) -> None:
     """Ranges used and kept are the same numbers to the bit, batches that are not finite included."""
-    fmt = Integer(
+    fmt = integer(
         bits=8,
         zero="integer",
         **data.draw(st.sampled_from([{"range": "minmax"}, {"range": "sample-mean"}, _FEWEST, _ENOUGH])),

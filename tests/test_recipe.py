@@ -4,7 +4,8 @@ import pytest
 
 import lowbit
 from lowbit.errors import UsageError
-from lowbit.formats import BF16, FP32, Float, Integer
+from lowbit.formats import BF16, FP32, integer
+from lowbit.numerics.scales import SampleMean
 from lowbit.recipe import SLOTS, GradInput, GradWeight, Output, RangeNorm, Recipe, from_toml, recipes
 
 STORED = [name for name in recipes() if name != "wXaYgZ"]
@@ -20,7 +21,7 @@ grad_weight = { grad_output = "bf16", input = "x" }
 bits = 8
 zero = "symmetric"
 """
-X = Integer(bits=8, zero="symmetric")
+X = integer(bits=8, zero="symmetric")
 
 
 def _sbm8() -> Recipe:
@@ -63,9 +64,9 @@ class TestStored:
 
     def test_sbm8_is_what_the_design_says(self) -> None:
         """The whole table of `sbm8`, operand by operand."""
-        x = Integer(bits=8, zero="integer", range="sample-mean", fewest=256, running=0.9)
-        w = Integer(bits=8, zero="symmetric", granularity="kept-channel")
-        g = Integer(bits=8, zero="integer", rounding="stochastic")
+        x = integer(bits=8, zero="integer", range="sample-mean", fewest=256, running=0.9)
+        w = integer(bits=8, zero="symmetric", granularity="kept-channel")
+        g = integer(bits=8, zero="integer", rounding="stochastic")
         recipe = _sbm8()
 
         assert recipe == Recipe(
@@ -85,7 +86,7 @@ class TestStored:
 
     def test_sbm8_has_no_floor(self) -> None:
         """Gradients are often smaller than the authors' floor of 1e-8."""
-        floors = {fmt.floor for _, _, fmt in _sbm8().operands() if isinstance(fmt, Integer)}
+        floors = {fmt.scale.floor for _, _, fmt in _sbm8().operands() if fmt.has_width}
 
         assert floors == {0.0}
 
@@ -93,19 +94,19 @@ class TestStored:
         """`sbm8-hoffer` averages over samples of any size and cuts chunks of 2 values, as its authors do."""
         recipe = Recipe.from_name("sbm8-hoffer")
 
-        assert isinstance(recipe.output.input, Integer)
+        assert recipe.output.input.has_width
         assert recipe.normalization is not None
-        assert (recipe.output.input.range, recipe.output.input.fewest) == ("sample-mean", None)
+        assert recipe.output.input.scale.range == SampleMean()
         assert recipe.normalization.fewest_per_chunk == 2
 
     @pytest.mark.parametrize("name", ["sbm8-hoffer", "sbm8-cpt"])
     def test_the_authors_variants_have_their_floor_and_offset(self, name: str) -> None:
         """All their integers have a float offset, a floor of 1e-8 and weights per output channel."""
         recipe = Recipe.from_name(name)
-        integers = [fmt for _, _, fmt in recipe.operands() if isinstance(fmt, Integer)]
+        integers = [fmt for _, _, fmt in recipe.operands() if fmt.has_width]
 
-        assert {(fmt.zero, fmt.floor) for fmt in integers} == {("offset", 1e-8)}
-        assert isinstance(recipe.output.weight, Integer)
+        assert {(fmt.zero, fmt.scale.floor) for fmt in integers} == {("offset", 1e-8)}
+        assert recipe.output.weight.has_width
         assert recipe.output.weight.granularity == "output-channel"
 
     @pytest.mark.parametrize("name", STORED)
@@ -125,7 +126,7 @@ class TestStored:
     @pytest.mark.parametrize("name", ["fp32", "bf16"])
     def test_float_recipes_have_one_format(self, name: str) -> None:
         """All six operands are of the format that names the recipe."""
-        assert {fmt for _, _, fmt in Recipe.from_name(name).operands()} == {Float(name=name)}
+        assert {fmt for _, _, fmt in Recipe.from_name(name).operands()} == {{"fp32": FP32, "bf16": BF16}[name]}
 
     def test_the_last_layer_of_the_cpt_variant_is_left(self) -> None:
         """Their classifier is in float, their first layer is not."""
@@ -187,8 +188,8 @@ class TestWithBits:
         changed = plain.with_bits(weight=3, input=4, grad_output=5)
 
         for (_, operand, before), (_, _, after) in zip(plain.operands(), changed.operands(), strict=True):
-            assert isinstance(before, Integer)
-            assert after == dataclasses.replace(before, bits={"weight": 3, "input": 4, "grad_output": 5}[operand])
+            assert before.has_width
+            assert after == before.replace(bits={"weight": 3, "input": 4, "grad_output": 5}[operand])
 
     @pytest.mark.parametrize(
         ("name", "operand"), [("fp32", "input, weight"), ("bf16", "input"), ("sbm8", "grad_output")]
@@ -239,15 +240,15 @@ class TestValue:
         [
             ({"first": "skip"}, "unknown first 'skip'"),
             ({"last": "leav"}, "Did you mean 'leave'"),
-            ({"bias": Integer(bits=8, zero="offset", rounding="stochastic")}, "bias rounds to nearest"),
-            ({"bias": Integer(bits=8, zero="offset", running=0.5)}, "no running range"),
-            ({"bias": Integer(bits=8, zero="offset", granularity="row")}, "bias shares one scale"),
+            ({"bias": integer(bits=8, zero="offset", rounding="stochastic")}, "bias rounds to nearest"),
+            ({"bias": integer(bits=8, zero="offset", running=0.5)}, "no running range"),
+            ({"bias": integer(bits=8, zero="offset", granularity="row")}, "bias shares one scale"),
             (
-                {"output": Output(input=X, weight=Integer(bits=8, zero="offset", running=0.5))},
+                {"output": Output(input=X, weight=integer(bits=8, zero="offset", running=0.5))},
                 "output.weight: only `input` keeps a running range",
             ),
             (
-                {"grad_weight": GradWeight(input=X, grad_output=Integer(bits=8, zero="offset", running=0.5))},
+                {"grad_weight": GradWeight(input=X, grad_output=integer(bits=8, zero="offset", running=0.5))},
                 "grad_weight.grad_output: only `input` keeps",
             ),
         ],
@@ -361,7 +362,7 @@ def test_width_errors_name_the_recipe() -> None:
 @pytest.mark.parametrize("granularity", ["sample", "row", "kept-channel"])
 def test_range_norm_takes_formats_per_tensor_only(granularity: str) -> None:
     """A granularity that Range BN would ignore is refused."""
-    fmt = Integer(bits=8, zero="integer", granularity=granularity)
+    fmt = integer(bits=8, zero="integer", granularity=granularity)
 
     with pytest.raises(UsageError, match="per tensor"):
         RangeNorm(input=fmt, grad_output=fmt)
@@ -432,7 +433,7 @@ def test_dynamic_recipes_are_based_on_the_authors_formats(name: str) -> None:
     """The formats of the dynamic recipes are those of sbm8-cpt but for the width of weights behind gates."""
     recipe, base = Recipe.from_name(name), Recipe.from_name("sbm8-cpt")
     same = [
-        dataclasses.replace(fmt, bits=8) == known if isinstance(fmt, Integer) else fmt == known
+        fmt.replace(bits=8) == known if fmt.has_width else fmt == known
         for (_, _, fmt), (_, _, known) in zip(recipe.operands(), base.operands(), strict=True)
     ]
 

@@ -12,12 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 import lowbit
 from helpers import recipe_of
-from lowbit.formats import Integer
+from lowbit.formats import integer
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Clock
 
 # Rounds input, weight and gradient stochastically.
-NOISY = recipe_of(Integer(bits=4, zero="offset", rounding="stochastic"))
+NOISY = recipe_of(integer(bits=4, zero="offset", rounding="stochastic"))
 
 
 class Whole(nn.Module):

@@ -15,13 +15,18 @@ from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import lowbit
-from lowbit import Proof, RunError, UsageError, VerificationError, integer, products
+from lowbit import Proof, RunError, UsageError, VerificationError, functional
+from lowbit.engines import int8
+from lowbit.engines.reference import Reference, Rounded
 from lowbit.evidence.theory import angle_bound, bits_needed
 from lowbit.evidence.verify import distinct_values
-from lowbit.formats import Integer
-from lowbit.products import OperandRun
+from lowbit.formats import integer
+from lowbit.products import watch
+from lowbit.products.operators import Linear
+from lowbit.products.setting import Setting
+from lowbit.products.watch import OperandRun
 
-needs_units = pytest.mark.skipif(bool(integer.missing("int8")), reason="this machine lacks 8-bit units")
+needs_units = pytest.mark.skipif(bool(int8.missing("int8")), reason="this machine lacks 8-bit units")
 ALL = ["output", "grad_input", "grad_weight"]
 
 
@@ -257,13 +262,13 @@ class TestFailures:
     @pytest.mark.parametrize("product", ["grad_input", "grad_weight"])
     def test_a_gradient_that_did_not_run(self, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """A backward that skips one product of a layer is caught by name."""
-        original = products.gradients
+        original = functional.gradients
 
-        def skipping(g: Tensor, x: Any, w: Any, kept: Any, needs: tuple[bool, bool, bool]) -> Any:
+        def skipping(g: Tensor, saved: Any, kept: Any, needs: tuple[bool, bool, bool]) -> Any:
             needs = (needs[0] and product != "grad_input", needs[1] and product != "grad_weight", needs[2])
-            return original(g, x, w, kept, needs)
+            return original(g, saved, kept, needs)
 
-        monkeypatch.setattr(products, "gradients", skipping)
+        monkeypatch.setattr(functional, "gradients", skipping)
         model = nn.Sequential(nn.Linear(6, 4))
         lowbit.convert_(model, "sbm8", engine="reference")
 
@@ -274,18 +279,18 @@ class TestFailures:
     def test_a_product_of_unquantised_operands(self, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """A product that equals the full-precision one although its operands were off the grid is caught."""
         exact: dict[int, Tensor] = {}
-        quantize = products.quantize_operand
+        encode = Reference.encode
 
-        def remember(x: Tensor, *args: Any) -> Any:
-            result = quantize(x, *args)
-            exact[id(result.values)] = x
+        def remember(self: Reference, x: Tensor, *args: Any) -> Any:
+            result = encode(self, x, *args)
+            exact[id(result.numbers)] = x
             return result
 
         def full_precision(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return lambda self, a, b, *rest: original(self, exact.get(id(a), a), exact.get(id(b), b), *rest)
 
-        monkeypatch.setattr(products, "quantize_operand", remember)
-        monkeypatch.setattr(products.Linear, product, full_precision(getattr(products.Linear, product)))
+        monkeypatch.setattr(Reference, "encode", remember)
+        monkeypatch.setattr(Linear, product, full_precision(getattr(Linear, product)))
         model = nn.Sequential(nn.Linear(6, 4))
         lowbit.convert_(model, "sbm8-hoffer" if product == "output" else "sbm8", engine="reference")
 
@@ -304,8 +309,8 @@ class TestFailures:
         with pytest.raises(RuntimeError, match="shapes"), lowbit.verify(model):
             model(torch.randn(5, 7))
 
-        assert not products.is_observed()
-        assert not products.is_inside()
+        assert not watch.observers
+        assert not watch.is_inside()
         assert _get_current_dispatch_mode() is None
         assert not torch_module._global_forward_hooks
         assert not torch_module._global_forward_pre_hooks
@@ -378,8 +383,8 @@ class TestOneModel:
 
         with lowbit.verify(model) as proof:
             model(torch.randn(5, 6)).sum().backward()
-            setting = products.Setting(recipe=model[0].site.recipe, layer="0")
-            products.linear(torch.randn(5, 6), torch.randn(8, 6), setting=setting)
+            setting = Setting(recipe=model[0].site.recipe, layer="0")
+            functional.linear(torch.randn(5, 6), torch.randn(8, 6), setting=setting)
 
         assert {row.calls for row in proof.rows} == {1}
 
@@ -411,7 +416,7 @@ class TestOneModel:
         entered, leave = threading.Event(), threading.Event()
 
         def wait() -> None:
-            with products.inside():
+            with watch.inside():
                 entered.set()
                 leave.wait(60)
 
@@ -763,7 +768,7 @@ class TestTripwire:
         with lowbit.tripwire():
             model(torch.randn(5, 6)).sum().backward()
 
-        assert not products.is_observed()
+        assert not watch.observers
 
 
 class TestQuantisersThatDoNothing:
@@ -773,7 +778,7 @@ class TestQuantisersThatDoNothing:
         """More distinct values under one scale than the bits can tell apart were not quantised."""
         model = nn.Sequential(nn.Linear(64, 32))
         lowbit.convert_(model, "sbm8", engine="reference")
-        monkeypatch.setattr(products, "quantize_operand", lambda x, *_: products.Quantized(x))
+        monkeypatch.setattr(Reference, "encode", lambda _, x, *__: Rounded(numbers=x, grid=None))
 
         with pytest.raises(VerificationError, match="distinct values under one scale, more than 8 bits"):
             _prove(model, torch.randn(64, 64))
@@ -783,7 +788,7 @@ class TestQuantisersThatDoNothing:
         """A sample of a large operand tells values off the grid from codes, whichever axis shares a scale."""
         monkeypatch.setitem(distinct_values.__globals__, "_MOST_COUNTED", 2**10)
         x = torch.randn(2_000, 2_000, generator=torch.Generator().manual_seed(0))
-        fmt = Integer(bits=4, zero="symmetric")
+        fmt = integer(bits=4, zero="symmetric")
 
         counts = [
             distinct_values(OperandRun(format=fmt, bits=4, exact=x, quantized=values, view=tuple(x.shape), dims=dims))

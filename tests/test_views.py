@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowbit
-from lowbit import products
+from lowbit import functional
 from lowbit.kernels import cpu
+from lowbit.products.setting import Setting
 from lowbit.recipe import Recipe
 
 ENGINES = ["reference"] + ["int8"] * (cpu.instruction_sets() is not None)
@@ -157,9 +158,9 @@ def test_running_statistics_of_another_length_are_refused(engine: str) -> None:
 def test_weights_of_another_shape_are_refused_where_torch_refuses(w: tuple[int, ...], groups: int, engine: str) -> None:
     """Channels that the groups do not divide, missing axes, empty kernels and kernels larger than the picture."""
     x, weight = torch.randn(3, 4, 5, 5), torch.randn(w)
-    setting = products.Setting(recipe=Recipe.from_name("int8"), engine=engine)
+    setting = Setting(recipe=Recipe.from_name("int8"), engine=engine)
 
     with pytest.raises(RuntimeError, match=r"conv2d.* cannot multiply shapes"):
-        products.conv(x, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=groups, setting=setting)
+        functional.conv(x, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=groups, setting=setting)
     with pytest.raises(RuntimeError):
         F.conv2d(x, weight, groups=groups)

@@ -19,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import files, integer, products
+from lowbit import files, functional
+from lowbit.engines.choice import ENGINES
 from lowbit.errors import RunError, check_choice
-from lowbit.formats import Float
+from lowbit.formats import FP32
 from lowbit.machine import here, paired
+from lowbit.products.setting import Setting
 from lowbit.recipe import Recipe
 from lowbit.rounding import CounterNoise, step_key
 from lowbit.tables import text_table
@@ -148,21 +150,21 @@ class Table:
                 str(t.shape),
                 t.recipe,
                 *(f"{ms:.2f}" for ms in (t.fp32, t.reference, t.int8)),
-                *(f"{t.speed(engine):.2f}" for engine in products.ENGINES),
+                *(f"{t.speed(engine):.2f}" for engine in ENGINES),
             ]
             for t in self.timings
         ]
-        speeds = [f"speed of {engine} to fp32" for engine in products.ENGINES]
+        speeds = [f"speed of {engine} to fp32" for engine in ENGINES]
         return text_table(["layer", "recipe", "fp32 ms", "reference ms", "int8 ms", *speeds], rows)
 
 
 def standin(recipe: Recipe) -> str | None:
     """The recipe in the table that multiplies on the same units; None where a product is in full precision."""
     formats = [fmt for _, _, fmt in recipe.operands()]
-    if any(isinstance(fmt, Float) and fmt.name == "fp32" for fmt in formats):
+    if FP32 in formats:
         return None
     pairs = zip(formats[::2], formats[1::2], strict=True)
-    count = sum(integer.unit_of(pair) == "int8" for pair in pairs)
+    count = sum(all(fmt.has_width for fmt in pair) for pair in pairs)
     return STANDINS[min(STANDINS, key=lambda known: abs(known - count))]
 
 
@@ -232,19 +234,19 @@ def measure(grid: Sequence[tuple[Shape, int]] = GRID, rounds: int = ROUNDS) -> T
         variants = {
             (name, engine): _step(shape, x, w, _setting(name, engine))
             for name in STANDINS.values()
-            for engine in products.ENGINES
+            for engine in ENGINES
         }
         steps = {f"{name} {engine}": step for (name, engine), step in variants.items()}
         seconds = paired({"fp32": _step(shape, x, w, None), **steps}, rounds, warm_up=1)
         ms = {name: round(1e3 * min(taken), 4) for name, taken in seconds.items()}
         for name in STANDINS.values():
-            engines = {engine: ms[f"{name} {engine}"] for engine in products.ENGINES}
+            engines = {engine: ms[f"{name} {engine}"] for engine in ENGINES}
             timings.append(Timing(shape=shape, recipe=name, fp32=ms["fp32"], **engines))
     return Table(tuple(timings))
 
 
-def _setting(recipe: str, engine: str) -> products.Setting:
-    return products.Setting(recipe=Recipe.from_name(recipe), noise=_noise(), engine=engine)
+def _setting(recipe: str, engine: str) -> Setting:
+    return Setting(recipe=Recipe.from_name(recipe), noise=_noise(), engine=engine)
 
 
 def _noise() -> CounterNoise:
@@ -268,7 +270,7 @@ def _tensors(shape: Shape, size: int) -> tuple[Tensor, Tensor]:
     return x.requires_grad_(), w.requires_grad_()
 
 
-def _step(shape: Shape, x: Tensor, w: Tensor, setting: products.Setting | None) -> Callable[[], None]:
+def _step(shape: Shape, x: Tensor, w: Tensor, setting: Setting | None) -> Callable[[], None]:
     """Forward and backward of one layer on fixed numbers; without a setting in full precision."""
     side = math.isqrt(shape.taps) // 2
     geometry: dict[str, Any] = {"stride": (1, 1), "padding": (side, side), "dilation": (1, 1), "groups": shape.groups}
@@ -280,8 +282,8 @@ def _step(shape: Shape, x: Tensor, w: Tensor, setting: products.Setting | None) 
 
     def forward() -> Tensor:
         if shape.kind == "linear":
-            return F.linear(x, w) if setting is None else products.linear(x, w, setting=setting)
-        return F.conv2d(x, w, **geometry) if setting is None else products.conv(x, w, **geometry, setting=setting)
+            return F.linear(x, w) if setting is None else functional.linear(x, w, setting=setting)
+        return F.conv2d(x, w, **geometry) if setting is None else functional.conv(x, w, **geometry, setting=setting)
 
     def step() -> None:
         torch.autograd.grad(forward(), (x, w), gradient)

@@ -471,10 +471,11 @@ def _bench(
 
 
 def _calibrate(rounds: int | None) -> Iterator[str]:
-    from lowbit import calibration, integer
+    from lowbit import calibration
+    from lowbit.engines.int8 import missing
     from lowbit.machine import here
 
-    if why := integer.missing("int8") or integer.missing("bf16"):
+    if why := missing("int8") or missing("bf16"):
         raise RunError(f"there is no choice of engines on this machine: {why}.")
     yield f"{here()}\nmeasuring, 10 to 60 seconds ..."
     table = calibration.measure(rounds=calibration.ROUNDS if rounds is None else rounds)

@@ -18,18 +18,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowbit import calibration, integer
+from lowbit import calibration
 from lowbit.calibration import Shape, Table, Timing
 from lowbit.checks import check_keys, check_type, check_whole, checked, is_like, is_whole
+from lowbit.engines.choice import ENGINES, refusal
+from lowbit.engines.int8 import missing
 from lowbit.errors import UsageError, shown, unknown
-from lowbit.formats import Format, Integer, check_width
+from lowbit.formats import BF16, Format
 from lowbit.kernels import native_instruction_sets
 from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS
 from lowbit.nn.gate import release
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.norm import FusedSequential, has_fused_pair
 from lowbit.nn.site import Clock, Site
-from lowbit.products import ENGINES, Convolution, Linear, Op, refusal
+from lowbit.products.operators import Convolution, Linear, Op
 from lowbit.recipe import Recipe, recipes
 from lowbit.strides import suggests_channels_last
 from lowbit.tables import json_text, text_table
@@ -250,7 +252,7 @@ def convert_(
             recipe's policy for first and last layers; None leaves the layer alone.
         strict: True raises where a layer should be converted and cannot, or is converted already, as a shared encoder
             is; False leaves it and says so in the report.
-        engine: ``"auto"`` or one of `lowbit.products.ENGINES`.
+        engine: ``"auto"`` or one of `lowbit.engines.choice.ENGINES`.
         seed: of all noise in stochastic rounding, 0 to ``2**64 - 1``. Parts of one model that are converted apart need
             a seed each.
 
@@ -390,9 +392,9 @@ def _why_refused(layer: nn.Module, recipe: Recipe) -> str:
     if isinstance(layer, tuple(NORM_LAYERS)):
         norm = recipe.normalization
         formats = () if norm is None else (norm.input, norm.grad_output)
-        if not all(isinstance(f, Integer) and f.zero == "integer" and f.bits <= 8 for f in formats):
+        if not all(f.zero == "integer" and f.bits <= 8 for f in formats):
             return "range normalisation runs on codes of up to 8 bits with an integer zero point"
-        return integer.missing("int8")
+        return missing("int8")
     if isinstance(layer, nn.modules.conv._ConvNd):
         op: Op = Convolution(stride=(1,), padding=(0,), dilation=(1,), groups=layer.groups)
         return refusal(op, recipe, dim=layer.weight.dim())
@@ -679,13 +681,13 @@ def _unit(engine: str, formats: tuple[Format, ...]) -> str:
     """The units that a product runs on: int8, bf16 where one of its operands is bf16, or the reference engine."""
     if engine == "reference" or len(formats) != 2:
         return engine
-    return integer.unit_of((formats[0], formats[1]))
+    return "bf16" if BF16 in formats else "int8"
 
 
 def _notes(clock: Clock) -> tuple[str, ...]:
     """What holds for many layers at once."""
     notes = []
-    kept = sum(isinstance(site.input_format, Integer) and site.input_format.running is not None for site in clock.sites)
+    kept = sum(site.input_format.running is not None for site in clock.sites)
     if kept:
         notes.append(
             f"evaluation takes the running input range of {kept} layers; until training recorded one, that of its batch"
@@ -968,7 +970,7 @@ def _check_site(site: Site, entry: dict[str, Any]) -> None:
         pair for name in widths for pair in zip(entry[name].tolist(), site.formats(), strict=True)
     ):
         try:
-            check_width(bits, fmt)
+            fmt.with_bits(bits)
         except UsageError as error:
             raise UsageError(f"{what}: {operand} of {product}: {error}") from error
     low, high, count = entry["running_range"].tolist()

@@ -1,128 +1,93 @@
-"""Number formats as frozen values: which grid a tensor is put on, and what shares a scale.
+"""Number formats as frozen values: an element, a scale and a transform, each a part of its own.
 
-Notation: x real value, q integer code, S scale, z integer zero point, b bits. A format says nothing about
-how it is executed.
+A format says which grid a tensor is put on and what shares a scale; it says nothing about how it is executed.
 """
 
 import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal
+from functools import cached_property, lru_cache
+from typing import Any, Literal
 
-from lowbit.checks import check_fields, is_finite, is_whole
-from lowbit.errors import UsageError, shown
+from lowbit.checks import check_fields, is_whole
+from lowbit.errors import UsageError, shown, unknown
+from lowbit.numerics.elements import ELEMENTS, Element, Integer, Minifloat, Real, Zero
+from lowbit.numerics.parts import by_kind, check_again, check_part, construct
+from lowbit.numerics.scales import (
+    FLOAT32,
+    MINMAX,
+    RANGE_RULES,
+    SCALE_FORMATS,
+    Granularity,
+    RangeRule,
+    RunningStart,
+    SampleMean,
+    Scale,
+    ScaleFormat,
+)
+from lowbit.numerics.transforms import NO_TRANSFORM, TRANSFORMS, Transform
 
-Zero = Literal["symmetric", "integer", "offset"]
-Granularity = Literal["tensor", "sample", "row", "kept-channel", "output-channel", "block"]
-RangeRule = Literal["minmax", "sample-mean"]
-RunningStart = Literal["first", "zero"]
 Rounding = Literal["nearest", "stochastic"]
-FloatName = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Float:
-    """A floating-point grid without a scale of its own.
+class Format:
+    """What an operand is rounded to: ``value = T^-1(S element(T(x) / S))``.
 
     Args:
-        name: ``"fp32"`` leaves values as they are given (float64 input stays float64); ``"bf16"`` rounds to
-            8 significant bits, ties to even (float64 input through float32).
-    """
-
-    name: FloatName
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    @property
-    def bits(self) -> int:
-        """Width of one value in bits."""
-        return {"fp32": 32, "bf16": 16}[self.name]
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether rounding needs noise: never."""
-        return False
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True, kw_only=True)
-class Integer:
-    """Integer codes with a scale.
-
-    The grid, by `zero`:
-
-    - ``"symmetric"``: ``x = q S``, q in ``-(2**(b-1)-1) .. 2**(b-1)-1``, ``S = max|x| / (2**(b-1)-1)``;
-    - ``"integer"``: ``x = (q - z) S``, q and z in ``0 .. 2**b-1``: real zero is on the grid (a "true zero").
-      ``S = (hi-lo)/(2**b-1)`` with lo and hi widened to contain 0, ``z = round(-lo/S)``;
-    - ``"offset"``: ``x = q S + lo``, q in ``0 .. 2**b-1``: lo is a float and zero is in general not on the grid.
-
-    Rounding to nearest takes halves to even. Stochastic rounding has the mean of its input inside the grid; with
-    ``"integer"`` the rounded z can put the grid's end up to S/2 inside lo or hi, where values are clipped. Ranges
-    wider than the largest float give nan, and tensors so small that S is denormal lose precision.
-
-    Args:
-        bits: width of a code, sign included: 2 to 16, for ``"offset"`` 1 to 32.
-        zero: where real zero lies, as above.
-        granularity: what shares a scale. ``"tensor"``: everything. ``"sample"``: one index of the first axis.
-            ``"row"``: one row of a linear layer's operand (all axes but the last); a convolution has no
-            rows and shares one scale. ``"kept-channel"``: one channel that the product does not sum over.
-            ``"output-channel"``: one output channel of a weight, in every product. ``"block"``: `block`
-            neighbours along the axis that the product sums over.
-        block: length of a block, only with granularity ``"block"``; the last one may be shorter.
-        range: lo and hi: ``"minmax"`` of what shares the scale, or ``"sample-mean"``: the mean over samples of
-            each sample's extremes, so that the largest outliers are clipped (per tensor only).
-        fewest: only with ``"sample-mean"``: a sample of fewer values has no extremes worth a mean, and lo and hi are
-            those of the whole tensor; None: samples of any size, as in the authors' codes.
-        running: weight of the old value in the running range that evaluation uses, in [0, 1); None:
-            evaluation takes the range of its own batch. Per tensor only.
-        running_start: ``"first"``: the running range starts as the first batch's; ``"zero"``: it starts at 0
-            and is not corrected for that, as in the authors' codes.
-        rounding: ``"nearest"`` or ``"stochastic"``.
-        floor: the smallest scale. 0 replaces only a zero scale (by 1); the authors' codes use 1e-8.
+        element: what one code is.
+        scale: what shares a scale, and how it is made; None where the element has none.
+        transform: what is done before the grid.
+        rounding: ``"nearest"``, halves to even, or ``"stochastic"``, which has the mean of its input inside the grid.
 
     Raises:
         UsageError: a value or combination outside the above.
     """
 
-    bits: int
-    zero: Zero
-    granularity: Granularity = "tensor"
-    block: int | None = None
-    range: RangeRule = "minmax"
-    fewest: int | None = None
-    running: float | None = None
-    running_start: RunningStart = "first"
+    element: Element
+    scale: Scale | None = None
+    transform: Transform = NO_TRANSFORM
     rounding: Rounding = "nearest"
-    floor: float = 0.0
 
     def __post_init__(self) -> None:
-        check_bits(self.bits, self.zero)
         check_fields(self)
-        if (self.block is None) == (self.granularity == "block"):
+        check_part("element", self.element)
+        check_part("transform", self.transform)
+        if (self.scale is None) != (self.element.scaled == "never") and self.element.scaled != "either":
             raise UsageError(
-                f"block={self.block} with granularity={self.granularity!r}: a block length goes with granularity "
-                "'block', and only with it"
+                f"{self.element} {'needs a scale' if self.scale is None else 'has no scale'}: "
+                f"{'give one' if self.scale is None else 'leave it out'}"
             )
-        if self.block is not None and self.block < 1:
-            raise UsageError(f"block={self.block}: a block has at least one element")
-        if self.fewest is not None and (self.range != "sample-mean" or self.fewest < 1):
-            raise UsageError(
-                f"fewest={self.fewest} with range={self.range!r}: the fewest values of a sample, 1 or more, go with "
-                "range 'sample-mean', and only with it"
-            )
-        if self.granularity != "tensor" and (self.range == "sample-mean" or self.running is not None):
-            raise UsageError(
-                f"range={self.range!r}, running={self.running} with granularity={self.granularity!r}: the mean of "
-                "per-sample extremes and running ranges exist per tensor only"
-            )
-        if self.running is not None and not 0 <= self.running < 1:
-            raise UsageError(f"running={self.running}: the weight of the old range is in [0, 1)")
-        if not 0 <= self.floor < float("inf"):
-            raise UsageError(f"floor={self.floor}: the smallest scale is finite and not negative")
+        if self.stochastic and isinstance(self.element, Real):
+            raise UsageError("values that stay as they are do not round: leave the rounding out")
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.element, self.scale, self.transform, self.rounding))
+
+    def __hash__(self) -> int:
+        """That of the parts, found once: a format is looked up at every product."""
+        return self._hash
+
+    @property
+    def bits(self) -> int:
+        """Width of one code in bits."""
+        return self.element.bits
+
+    @property
+    def code_range(self) -> tuple[float, float]:
+        """The smallest and the largest code."""
+        return self.element.code_range
+
+    @property
+    def zero(self) -> Zero:
+        """Where real zero lies; ``"symmetric"`` where it is the code 0."""
+        return self.element.zero
+
+    @property
+    def has_width(self) -> bool:
+        """Whether its bits can be set apart from it, by a schedule or a gate; a float format has its own alone."""
+        return self.element.has_width
 
     @property
     def stochastic(self) -> bool:
@@ -130,115 +95,187 @@ class Integer:
         return self.rounding == "stochastic"
 
     @property
-    def code_range(self) -> tuple[int, int]:
-        """The smallest and the largest code."""
-        if self.zero == "symmetric":
-            return 1 - 2 ** (self.bits - 1), 2 ** (self.bits - 1) - 1
-        return 0, 2**self.bits - 1
+    def granularity(self) -> Granularity:
+        """What shares a scale; of a format without scales the tensor."""
+        return "tensor" if self.scale is None else self.scale.granularity
 
-    def of_samples(self, size: int) -> "Integer":
-        """The same format as it works on samples of so many values: fewer than `fewest` have the batch's extremes."""
-        small = self.fewest is not None and size < self.fewest
-        return dataclasses.replace(self, range="minmax", fewest=None) if small else self
+    @property
+    def running(self) -> float | None:
+        """Weight of the old value in its running range; None where it keeps none."""
+        return None if self.scale is None else self.scale.running
+
+    def with_bits(self, bits: int) -> "Format":
+        """The same format with codes of another width.
+
+        Raises:
+            UsageError: codes cannot have this width; a format without a width to set has its own alone.
+        """
+        if self.has_width:
+            return self if bits == self.bits else self.replace(bits=bits)
+        if bits != self.bits or not is_whole(bits):
+            raise UsageError(f"bits={shown(bits)} of {self}: it has {self.bits}")
+        return self
+
+    def applied(self, size: int) -> "Format":
+        """The same format as it works on samples of so many values."""
+        if self.scale is None:
+            return self
+        rule = self.scale.range.applied(size)
+        return self if rule is self.scale.range else self.replace(range=rule)
+
+    def replace(self, **changes: Any) -> "Format":
+        """The same format with other parts, or with other fields of its parts, e.g. ``fmt.replace(bits=4)``.
+
+        Args:
+            changes: parts by their names (element, scale, transform, rounding), or fields of the element or of the
+                scale it has. `range` and `format` may be kinds; `fewest` belongs to the range ``"sample-mean"``.
+
+        Raises:
+            UsageError: a field that none of its parts has, or values that do not fit together.
+        """
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        parts.update({name: changes.pop(name) for name in list(changes) if name in parts})
+        for name in ("element", "scale"):
+            own = {f.name for f in dataclasses.fields(parts[name])} if parts[name] is not None else set()
+            own |= {"fewest"} & changes.keys() if name == "scale" and own else set()
+            if new := {key: changes.pop(key) for key in list(changes) if key in own}:
+                if name == "scale":
+                    new = _scale_fields(new, parts[name].range)
+                parts[name] = dataclasses.replace(parts[name], **new)
+        if changes:
+            known = {
+                f.name for part in parts.values() if dataclasses.is_dataclass(part) for f in dataclasses.fields(part)
+            }
+            raise unknown(f"field of {self}", next(iter(changes)), known | set(parts))
+        return Format(**parts)
 
     def __str__(self) -> str:
-        shared = f"block {self.block}" if self.block else self.granularity
-        parts = [f"{self.bits}-bit {self.zero}", shared]
-        if self.range == "sample-mean":
-            parts.append("sample-mean" if self.fewest is None else f"sample-mean from {self.fewest} values")
-        parts += ["stochastic"] * self.stochastic
-        return ", ".join(parts)
+        parts = [self.element, self.scale or "", self.transform, "stochastic" if self.stochastic else ""]
+        return ", ".join(filter(None, map(str, parts)))
 
 
-Format = Float | Integer
+@lru_cache(maxsize=4096)
+def largest_code(fmt: Format, bits: int) -> float:
+    """The largest code of a format at another width."""
+    return float(fmt.with_bits(bits).element.code_range[1])
 
 
-class _Numbers(Container[object]):
-    """Every finite number."""
-
-    def __contains__(self, value: object) -> bool:
-        return is_finite(value)
+FP32 = Format(element=Real())
+BF16 = Format(element=Minifloat(exponent=8, mantissa=7, overflow="infinite"))
+NAMED = {"fp32": FP32, "bf16": BF16}
 
 
-class _NumbersOrNone(_Numbers):
-    """Every finite number, and None."""
+def integer(
+    *,
+    bits: int,
+    zero: Zero,
+    granularity: Granularity = "tensor",
+    block: int | None = None,
+    range: RangeRule | str = MINMAX,  # noqa: A002 - the part's name
+    fewest: int | None = None,
+    running: float | None = None,
+    running_start: RunningStart = "first",
+    format: ScaleFormat | str = FLOAT32,  # noqa: A002 - the part's name
+    floor: float = 0.0,
+    transform: Transform | str = NO_TRANSFORM,
+    rounding: Rounding = "nearest",
+) -> Format:
+    """A format of integer codes from the fields of its parts, see `Integer` and `Scale`.
 
-    def __contains__(self, value: object) -> bool:
-        return value is None or super().__contains__(value)
-
-
-NUMBERS, NUMBERS_OR_NONE = _Numbers(), _NumbersOrNone()
-
-# Which formats something executes: the classes by their exact types, and of each class the fields with their values.
-# Whatever executes formats writes its own list out, however alike they are: with a shared one, what one of them learns
-# to compute would be taken by all.
-Listed = Mapping[type, Mapping[str, Container[object]]]
-
-
-def unlisted(fmt: object, listed: Listed) -> str:
-    """What of a format is not listed, in words; empty where all of it is.
-
-    A list is closed: a class that it does not name is not listed, also a subclass of one that it names. A field that it
-    does not name has its default and no other value, since a field that is added later has a default that changes
-    nothing.
-
-    Args:
-        fmt: a format.
-        listed: what is taken.
+    `range`, `format` and `transform` may be kinds whose fields have defaults; `fewest` belongs to the range
+    ``"sample-mean"``.
     """
-    known = listed.get(type(fmt))
-    if known is None:
-        return f"{fmt} is a {type(fmt).__name__}, which is not listed"
-    for field in dataclasses.fields(fmt):  # type: ignore[arg-type]  # every listed class is a dataclass
-        value = getattr(fmt, field.name)
-        allowed: Container[object] = known.get(field.name, (field.default,))
-        if value not in allowed:
-            return f"{field.name}={shown(value)} is not listed"
-    return ""
+    fields: dict[str, Any] = {
+        "granularity": granularity,
+        "block": block,
+        "range": range,
+        "fewest": fewest,
+        "running": running,
+    }
+    fields |= {"running_start": running_start, "format": format, "floor": floor}
+    return Format(
+        element=Integer(bits=bits, zero=zero),
+        scale=Scale(**_scale_fields(fields, MINMAX)),
+        transform=by_kind("transform", TRANSFORMS, transform, "a format"),
+        rounding=rounding,
+    )
 
 
-# The definition, in `lowbit.quantizer` and `lowbit.ranges`.
-_DEFINED: Listed = {
-    Float: {"name": ("fp32", "bf16")},
-    Integer: {
-        "bits": range(1, 33),
-        "zero": ("symmetric", "integer", "offset"),
-        "granularity": ("tensor", "sample", "row", "kept-channel", "output-channel", "block"),
-        "block": NUMBERS_OR_NONE,
-        "range": ("minmax", "sample-mean"),
-        "fewest": NUMBERS_OR_NONE,
-        "running": NUMBERS_OR_NONE,
-        "running_start": ("first", "zero"),
-        "rounding": ("nearest", "stochastic"),
-        "floor": NUMBERS,
-    },
-}
+def _scale_fields(fields: Mapping[str, Any], now: RangeRule, where: str = "a format") -> dict[str, Any]:
+    """Fields of a scale whose range and format may be kinds, with `fewest` beside them."""
+    fields = dict(fields)
+    fewest = fields.pop("fewest", None)
+    rule = by_kind("range", RANGE_RULES, fields.pop("range", now), where)
+    if fewest is not None:
+        if not isinstance(rule, SampleMean):
+            raise UsageError(
+                f"fewest={fewest} with range={rule.kind!r}: the fewest values of a sample, 1 or more, go with range "
+                "'sample-mean', and only with it"
+            )
+        rule = SampleMean(fewest=fewest)
+    if "format" in fields:
+        fields["format"] = by_kind("format of a scale", SCALE_FORMATS, fields["format"], where)
+    return {**fields, "range": rule}
+
+
+def from_table(where: str, fields: Mapping[str, Any]) -> Format:
+    """The format that a table of TOML describes.
+
+    It has `element`, `scale`, `transform` and `rounding`, each part a kind or a table with `kind` and its fields; or it
+    has the fields of `integer`.
+
+    Raises:
+        UsageError: a kind or field that does not exist, or values that do not fit together.
+    """
+    if "element" not in fields:
+        fields = dict(fields)
+        parts = {"range": RANGE_RULES, "format": SCALE_FORMATS, "transform": TRANSFORMS}
+        parsed = {key: by_kind(key, kinds, fields.pop(key), where) for key, kinds in parts.items() if key in fields}
+        allowed = set(integer.__kwdefaults__ or ()) | {"bits", "zero"}
+        for key in fields:
+            if key not in allowed:
+                raise unknown(f"field of {where}", key, allowed | {"element", "scale"})
+        if missing := {"bits", "zero"} - set(fields):
+            raise UsageError(f"{where} lacks {', '.join(sorted(missing))}")
+        try:
+            return integer(**fields, **parsed)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from error
+    parts_of: dict[str, Any] = dict(fields)
+    parts_of["element"] = by_kind("element", ELEMENTS, fields["element"], where)
+    if "scale" in fields:
+        given = fields["scale"]
+        if not isinstance(given, Mapping):
+            raise UsageError(f"{where}: scale={shown(given)}: give a table of its fields")
+        parts_of["scale"] = construct(Scale, f"{where}: scale", _scale_fields(given, MINMAX, where))
+    if "transform" in fields:
+        parts_of["transform"] = by_kind("transform", TRANSFORMS, fields["transform"], where)
+    made: Format = construct(Format, where, parts_of)
+    return made
+
+
+# Parts that are formats of the reference engine: each of these classes says itself what it computes.
+_DEFINED: dict[str, tuple[type[Any], ...]] = {"element": ELEMENTS, "transform": TRANSFORMS}
+_DEFINED_IN_SCALES: dict[str, tuple[type[Any], ...]] = {"range": RANGE_RULES, "format": SCALE_FORMATS}
 
 
 @lru_cache(maxsize=4096)
 def check_defined(fmt: Format) -> None:
     """Raise a UsageError for a format whose values are defined nowhere."""
-    if why := unlisted(fmt, _DEFINED):
-        raise UsageError(
-            f"a format that the reference engine does not define: {why}. Use one of lowbit.formats as it is, or define "
-            "the new part in lowbit.quantizer and list it in lowbit.formats"
-        )
-
-
-FP32 = Float(name="fp32")
-BF16 = Float(name="bf16")
+    parts = [(name, getattr(fmt, name, None), known) for name, known in _DEFINED.items()]
+    scale = getattr(fmt, "scale", None)
+    if scale is not None:
+        parts += [(name, getattr(scale, name, None), known) for name, known in _DEFINED_IN_SCALES.items()]
+    own = [("format", fmt, (Format,)), ("scale", scale, (Scale, type(None)))]
+    for name, part, known in [*own, *parts]:
+        if type(part) not in known:
+            raise UsageError(
+                f"a format that the reference engine does not define: its {name} is a {type(part).__name__}. Use the "
+                "parts of lowbit.numerics as they are, or define the new one beside them and list it there"
+            )
+    check_again(fmt)
 
 
 def check_bits(bits: int, zero: Zero) -> None:
     """Raise a UsageError unless integer codes of this width exist: 2 to 16 bits, with a float offset 1 to 32."""
-    low, high = (1, 32) if zero == "offset" else (2, 16)
-    if not is_whole(bits) or not low <= bits <= high:
-        raise UsageError(f"bits={shown(bits)} for zero={zero!r}: allowed are whole numbers from {low} to {high}")
-
-
-def check_width(bits: int, fmt: Format) -> None:
-    """Raise a UsageError unless codes of a format can have this width; a float format has its own alone."""
-    if isinstance(fmt, Integer):
-        check_bits(bits, fmt.zero)
-    elif bits != fmt.bits:
-        raise UsageError(f"bits={bits!r} of {fmt}: it has {fmt.bits}")
+    Integer(bits=bits, zero=zero)

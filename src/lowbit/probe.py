@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit import products
 from lowbit.checks import checked, is_finite
 from lowbit.convert import load_state_dict, state_dict
 from lowbit.errors import UsageError, shown
@@ -22,13 +21,14 @@ from lowbit.evidence.meter import Meter
 from lowbit.evidence.names import name_of_source
 from lowbit.evidence.proof import WANTED_COSINE, OperandProof
 from lowbit.evidence.records import OPERANDS, Total, per_layer
-from lowbit.formats import Integer, check_bits
+from lowbit.formats import Format
 from lowbit.nn.gate import release
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site
 from lowbit.precision.controller import PrecisionController
 from lowbit.precision.layers import LayerRule
-from lowbit.products import ProductRun
+from lowbit.products import watch
+from lowbit.products.watch import ProductRun
 from lowbit.recipe import SLOTS, Recipe
 from lowbit.tables import text_table
 
@@ -227,7 +227,7 @@ def with_forward_bits(recipe: Recipe, bits: int) -> Recipe:
         formats = {operand: getattr(product, operand) for operand in FORWARD if hasattr(product, operand)}
         return dataclasses.replace(
             product,
-            **{o: dataclasses.replace(fmt, bits=bits) for o, fmt in formats.items() if isinstance(fmt, Integer)},
+            **{o: fmt.with_bits(bits) for o, fmt in formats.items() if fmt.has_width},
         )
 
     return recipe.replace(
@@ -266,7 +266,7 @@ def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, *, bits: Sequenc
         for site in _product_sites(layer):
             for operand in FORWARD:
                 for width in bits:
-                    check_bits(width, _zero(site, operand))
+                    _check_width(site, operand, width)
     trial = _static(copy.deepcopy(model).train())
     start = copy.deepcopy((trial.state_dict(), state_dict(trial)))
     errors, totals = _errors(trial, batches, loss)
@@ -322,9 +322,11 @@ def _product_sites(layer: QuantLayer) -> list[Site]:
     return [site for site in layer.sites() if len(site.bits) == len(SLOTS)]
 
 
-def _zero(site: Site, operand: str) -> Any:
-    fmt = getattr(site.recipe.output, operand)
-    return fmt.zero if isinstance(fmt, Integer) else "offset"
+def _check_width(site: Site, operand: str, width: int) -> None:
+    """Raise a UsageError where an operand has bits to set and cannot have so many."""
+    fmt: Format = getattr(site.recipe.output, operand)
+    if fmt.has_width:
+        fmt.with_bits(width)
 
 
 def _probed_layers(model: nn.Module) -> dict[str, QuantLayer]:
@@ -334,7 +336,7 @@ def _probed_layers(model: nn.Module) -> dict[str, QuantLayer]:
         for name, layer in model.named_modules()
         if isinstance(layer, QuantLayer)
         and (sites := _product_sites(layer))
-        and all(isinstance(getattr(sites[0].recipe.output, operand), Integer) for operand in FORWARD)
+        and all(getattr(sites[0].recipe.output, operand).has_width for operand in FORWARD)
     }
 
 
@@ -342,7 +344,7 @@ def _bit_operations(total: Total, recipe: Recipe, bits: int) -> int:
     """Bit operations of a product with its integer `input` and `weight` at these bits."""
     product = total.product
     first, second = (
-        bits if o in FORWARD and isinstance(getattr(getattr(recipe, product.product), o), Integer) else own
+        bits if o in FORWARD and getattr(getattr(recipe, product.product), o).has_width else own
         for o, own in zip(OPERANDS[product.product], product.bits, strict=True)
     )
     return total._replace(product=dataclasses.replace(product, bits=(first, second))).bit_operations
@@ -368,7 +370,7 @@ def _errors(model: nn.Module, batches: Sequence[Any], loss: Loss) -> tuple[list[
                     format=str(ran.format),
                     bits=ran.bits,
                     elements=ran.exact.numel(),
-                    integer=isinstance(ran.format, Integer),
+                    integer=ran.format.has_width,
                 ),
             )
             row.calls += 1
@@ -378,7 +380,7 @@ def _errors(model: nn.Module, batches: Sequence[Any], loss: Loss) -> tuple[list[
             lost = ((ran.quantized == 0) & (ran.exact != 0)).sum() / (ran.exact != 0).sum().clamp(min=1)
             row.underflowed += (float(lost) - row.underflowed) / row.calls
 
-    with torch.random.fork_rng(), torch.enable_grad(), Meter(model) as meter, products.observed_by(observe):
+    with torch.random.fork_rng(), torch.enable_grad(), Meter(model) as meter, watch.observed_by(observe):
         for batch in batches:
             loss(model, batch).backward()
     model.zero_grad()

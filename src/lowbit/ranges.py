@@ -3,69 +3,51 @@
 Notation: r running extreme, m weight of its old value.
 """
 
-import math
-from typing import get_args
-
 import torch
 from torch import Tensor
 
-from lowbit.errors import unknown
-from lowbit.formats import Integer, RangeRule, RunningStart, check_defined
+from lowbit.errors import UsageError, shown
+from lowbit.formats import Format, check_defined
 from lowbit.kernels import cpu
+from lowbit.numerics.scales import RANGE_RULES, MinMax, RangeRule, RunningStart, SampleMean, mean
 
-_RULES = get_args(RangeRule)
+# The rules that native passes compute: the mean of so many samples' extremes.
+_NATIVE = (MinMax, SampleMean)
 
 
-def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...], fewest: int | None = None) -> tuple[Tensor, Tensor]:
+def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The lo and hi of what shares a scale.
 
     Args:
         x: float, any shape.
-        rule: ``"minmax"``: smallest and largest over `dims`. ``"sample-mean"``: the mean over the first axis of
-            each sample's smallest and largest (then `dims` must be all dims).
+        rule: how they are measured.
         dims: the dims that share one scale.
-        fewest: as of `lowbit.formats.Integer`.
 
     Returns:
         lo and hi with `dims` kept as 1, in the dtype of `x`; a mean, which float64 sums, in float32 for 16-bit types.
         Zeros for an empty tensor; nan where a nan is.
 
     Raises:
-        ValueError: the sample mean of less than the whole tensor.
-
-    Source: the mean over samples is Banner et al. 2018's protection against outliers, as in the authors' code.
+        UsageError: a rule that is defined nowhere.
+        ValueError: a rule for the whole tensor, of less than that.
     """
     dims = tuple(d % x.dim() for d in dims)
-    if rule not in _RULES:
-        raise unknown("range rule", rule, _RULES)
-    if rule == "sample-mean" and len(dims) < x.dim():
-        raise ValueError(f"the mean of per-sample extremes is over all dims of {tuple(x.shape)}, not over {dims}")
+    if type(rule) not in RANGE_RULES:
+        raise UsageError(f"the range rule {shown(rule)} is not one of lowbit.numerics.scales: list it there")
+    if rule.per_tensor and len(dims) < x.dim():
+        raise ValueError(f"range {rule.kind!r} is over all dims of {tuple(x.shape)}, not over {dims}")
     shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
     if x.numel() == 0:
         zeros = x.new_zeros(shape)
         return zeros, zeros
-    if not dims:
-        return x, x
-    samples = samples_of(x.shape, rule, fewest)
-    if cpu.runs(x) and len(dims) == x.dim() and _is_dense(x):
-        lo, hi = cpu.extremes(x, (1, samples, x.numel() // samples, False))
-    elif samples > 1:
-        lo, hi = x.flatten(1).amin(1), x.flatten(1).amax(1)
-    else:
-        return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
-    return _mean(lo).reshape(shape), _mean(hi).reshape(shape)
-
-
-def samples_of(shape: torch.Size, rule: RangeRule, fewest: int | None) -> int:
-    """Of how many samples the extremes are averaged: 1 where they are those of the whole tensor."""
-    averaged = rule == "sample-mean" and len(shape) > 1 and math.prod(shape[1:]) >= (fewest or 1)
-    return shape[0] if averaged else 1
-
-
-def _mean(v: Tensor) -> Tensor:
-    """The mean in float64, so that the order of the sum does not show, rounded to float32 where it is not float64."""
-    wide = torch.float32 if v.device.type == "mps" else torch.float64  # mps has no float64
-    return v.mean(dtype=wide).to(torch.promote_types(v.dtype, torch.float32))
+    if type(rule) in _NATIVE:
+        if not dims:
+            return x, x
+        if cpu.runs(x) and len(dims) == x.dim() and _is_dense(x):
+            samples = rule.samples(x.shape) or 1
+            lo, hi = cpu.extremes(x, (1, samples, x.numel() // samples, False))
+            return mean(lo).reshape(shape), mean(hi).reshape(shape)
+    return rule.extremes(x, dims)
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -99,7 +81,7 @@ def record_range(running: Tensor, lo: Tensor, hi: Tensor, *, momentum: float, st
     running[2] += finite
 
 
-def observed_extremes(x: Tensor, fmt: Integer, running: Tensor, *, training: bool) -> tuple[Tensor, Tensor] | None:
+def observed_extremes(x: Tensor, fmt: Format, running: Tensor, *, training: bool) -> tuple[Tensor, Tensor] | None:
     """The extremes to use for a whole tensor, recording them in training.
 
     Args:
@@ -114,22 +96,23 @@ def observed_extremes(x: Tensor, fmt: Integer, running: Tensor, *, training: boo
         where `x` has a nan or inf, which would else be clipped to a number.
     """
     check_defined(fmt)
-    if fmt.running is None or x.numel() == 0:
+    if fmt.scale is None or fmt.scale.running is None or x.numel() == 0:
         return None
-    x = x.detach()
-    if cpu.runs(x) and x.dim() and _is_dense(x) and running.dtype == torch.float32 and running.device == x.device:
+    x, scale, rule, momentum = x.detach(), fmt.scale, fmt.scale.range, fmt.scale.running
+    native = cpu.runs(x) and x.dim() and _is_dense(x) and type(rule) in _NATIVE
+    if native and running.dtype == torch.float32 and running.device == x.device:
         return cpu.observe(
             x,
-            samples_of(x.shape, fmt.range, fmt.fewest),
+            rule.samples(x.shape) or 1,
             running,
-            momentum=fmt.running,
-            first=fmt.running_start == "first",
+            momentum=momentum,
+            first=scale.running_start == "first",
             training=training,
         )
     wide = torch.promote_types(x.dtype, torch.float32)
-    lo, hi = (v.to(wide) for v in extremes(x, rule=fmt.range, dims=tuple(range(x.dim())), fewest=fmt.fewest))
+    lo, hi = (v.to(wide) for v in extremes(x, rule=rule, dims=tuple(range(x.dim()))))
     if training:
-        record_range(running, lo, hi, momentum=fmt.running, start=fmt.running_start)
+        record_range(running, lo, hi, momentum=momentum, start=scale.running_start)
         return lo, hi
     kept = running.to(lo)
     own = (kept[2] == 0) | ~(lo.isfinite() & hi.isfinite())

@@ -17,7 +17,8 @@ from typing import Any, Literal
 from lowbit import files
 from lowbit.checks import check_fields, check_type, check_whole, checked, is_whole
 from lowbit.errors import RunError, UsageError, shown, unknown
-from lowbit.formats import BF16, FP32, Float, Format, Integer
+from lowbit.formats import FP32, NAMED, Format, from_table
+from lowbit.numerics.parts import construct
 from lowbit.schedules import PlateauRule, Template
 
 Policy = Literal["convert", "leave"]
@@ -99,11 +100,11 @@ class RangeNorm:
             raise UsageError(f"fewest_per_chunk={self.fewest_per_chunk!r}: a whole number of at least two values")
         for operand in ("input", "grad_output"):
             fmt = getattr(self, operand)
-            if isinstance(fmt, Integer) and fmt.granularity != "tensor":
+            if fmt.granularity != "tensor":
                 raise UsageError(
                     f"normalization.{operand} is per {fmt.granularity}: Range BN has formats per tensor only"
                 )
-        if isinstance(self.grad_output, Integer) and self.grad_output.running is not None:
+        if self.grad_output.running is not None:
             raise UsageError("normalization.grad_output: only `input` keeps a running range")
         if self.momentum is not None and not 0 < self.momentum <= 1:
             raise UsageError(f"momentum={self.momentum}: the weight of the new batch is in (0, 1]")
@@ -254,13 +255,12 @@ class Recipe:
                 raise UsageError(f"depthwise={self.depthwise!r}: give a pair of bits (forward, backward), e.g. [8, 16]")
         if self.bias.stochastic:
             raise UsageError("the bias rounds to nearest: no noise is drawn for it")
-        if isinstance(self.bias, Integer) and (self.bias.granularity != "tensor" or self.bias.running is not None):
+        if self.bias.granularity != "tensor" or self.bias.running is not None:
             raise UsageError("the bias shares one scale and keeps no running range")
         for product, operand, fmt in self.operands():
-            if isinstance(fmt, Integer):
-                _check_operand(f"{product}.{operand}", operand, fmt)
+            _check_operand(f"{product}.{operand}", operand, fmt)
         kept, used = self.output.input, self.grad_weight.input
-        if isinstance(used, Integer) and used.running is not None and _range_of(kept) != _range_of(used):
+        if used.running is not None and _range_of(kept) != _range_of(used):
             raise UsageError(
                 "grad_weight.input keeps another running range than output.input: a layer has one running input range"
             )
@@ -320,14 +320,14 @@ class Recipe:
 
         def changed(product: Any) -> Any:
             operands = {f.name: getattr(product, f.name) for f in dataclasses.fields(product)}
-            floats = [operand for operand, fmt in operands.items() if isinstance(fmt, Float)]
+            floats = [operand for operand, fmt in operands.items() if not fmt.has_width]
             if floats:
                 raise UsageError(
                     f"recipe {self.name!r} has no bits to set in {', '.join(floats)}: it is a float format"
                 )
             return dataclasses.replace(
                 product,
-                **{operand: dataclasses.replace(fmt, bits=bits[operand]) for operand, fmt in operands.items()},
+                **{operand: fmt.with_bits(bits[operand]) for operand, fmt in operands.items()},
             )
 
         return self.replace(
@@ -414,19 +414,19 @@ def read_file(path: Path) -> str:
         raise RunError(f"{path} cannot be read: it is not UTF-8.") from error
 
 
-def _check_operand(where: str, operand: str, fmt: Integer) -> None:
+def _check_operand(where: str, operand: str, fmt: Format) -> None:
     if operand != "input" and fmt.running is not None:
         raise UsageError(f"{where}: only `input` keeps a running range")
     if operand != "weight" and fmt.granularity == "output-channel":
         raise UsageError(f"{where}: only a weight has output channels; 'kept-channel' goes for every operand")
-    if operand == "weight" and (fmt.granularity == "sample" or fmt.range == "sample-mean"):
+    per_sample = fmt.granularity == "sample" or (fmt.scale is not None and fmt.scale.range.kind == "sample-mean")
+    if operand == "weight" and per_sample:
         raise UsageError(f"{where}: a weight has no samples")
 
 
 def _range_of(fmt: Format) -> tuple[object, ...] | None:
-    return (
-        (fmt.range, fmt.fewest, fmt.running, fmt.running_start, fmt.granularity) if isinstance(fmt, Integer) else None
-    )
+    s = fmt.scale
+    return None if s is None else (s.range, s.running, s.running_start, s.granularity)
 
 
 SLOTS = tuple(
@@ -470,13 +470,13 @@ def from_toml(name: str, text: str) -> Recipe:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"recipe {name}: no TOML: {error}") from error
-    formats: dict[str, Format] = {"fp32": FP32, "bf16": BF16}
+    formats: dict[str, Format] = dict(NAMED)
     own = _table(f"recipe {name}: formats", data.pop("formats", {}))
     if taken := sorted(own.keys() & formats.keys()):
         raise UsageError(f"recipe {name}: the format {taken[0]!r} exists already: choose another name")
     if "name" in data:
         raise UsageError(f"recipe {name}: its name is that of its file; leave `name` out")
-    formats.update({key: _construct(Integer, f"formats.{key}", fields) for key, fields in own.items()})
+    formats.update({key: from_table(f"formats.{key}", _table(f"formats.{key}", fields)) for key, fields in own.items()})
     unused = set(own)
 
     def resolved(table: type[Any], where: str, fields: dict[str, Any]) -> Any:
@@ -541,7 +541,7 @@ def _table(where: str, value: object) -> dict[str, Any]:
 
 
 def _named(formats: dict[str, Format], where: str, name: object) -> Format:
-    if isinstance(name, Float | Integer):  # of the recipe that this one is based on
+    if isinstance(name, Format):  # of the recipe that this one is based on
         return name
     if not isinstance(name, str):
         raise UsageError(
@@ -553,19 +553,4 @@ def _named(formats: dict[str, Format], where: str, name: object) -> Format:
 
 
 def _construct(cls: type[Any], where: str, fields: object) -> Any:
-    fields = _table(where, fields)
-    known = {f.name for f in dataclasses.fields(cls)}
-    for key in fields:
-        if key not in known:
-            raise unknown(f"field of {where}", key, known)
-    missing = {
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    } - set(fields)
-    if missing:
-        raise UsageError(f"{where} lacks {', '.join(sorted(missing))}")
-    try:
-        return cls(**fields)
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from error
+    return construct(cls, where, _table(where, fields))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.products import Convolution, Linear, Matmul, Op
+from lowbit.products.operators import Convolution, Linear, Matmul, Op
 
 Arguments = Mapping[str, Any]
 

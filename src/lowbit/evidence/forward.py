@@ -15,7 +15,8 @@ from lowbit.evidence.records import PLAIN, Product
 from lowbit.evidence.watch import Operation
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.norm import FusedSequential
-from lowbit.products import Convolution, ProductCall
+from lowbit.products.operators import Convolution
+from lowbit.products.watch import ProductCall
 
 
 class Forward:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lowbit import products
 from lowbit.checks import check_whole, checked
 from lowbit.errors import UsageError
 from lowbit.evidence.forward import Forward, ForwardWatcher, record
@@ -26,8 +25,11 @@ from lowbit.evidence.memory import held_for_backward
 from lowbit.evidence.names import layer_names, layers_of
 from lowbit.evidence.records import Program
 from lowbit.evidence.watch import watched_by
+from lowbit.functional import autocast_device
 from lowbit.nn.site import Site
-from lowbit.products import ProductCall, Setting
+from lowbit.products import watch
+from lowbit.products.setting import Setting
+from lowbit.products.watch import ProductCall
 
 
 class Meter:
@@ -75,7 +77,7 @@ class Meter:
             raise UsageError("this meter is attached already: close it first, or make another")
         self._is_attached = True
         self._names = layers_of(self._model)
-        self._attached.enter_context(products.counted_by(self._count))
+        self._attached.enter_context(watch.counted_by(self._count))
         before = self._model.register_forward_pre_hook(self._before, with_kwargs=True)
         # First of all hooks, so that two meters leave their modes in the opposite order of entering them.
         after = self._model.register_forward_hook(self._after, prepend=True, with_kwargs=True, always_call=True)
@@ -227,7 +229,7 @@ class Meter:
             tuple(map(_signature, given)),
             module.training,
             torch.is_grad_enabled(),
-            torch.is_autocast_enabled(products.autocast_device(leaves[0])) if leaves else None,
+            torch.is_autocast_enabled(autocast_device(leaves[0])) if leaves else None,
             tuple(p.requires_grad for p in module.parameters()),
             tuple(map(type, self._modules)),
         )
@@ -321,8 +323,8 @@ def _signature(argument: Any) -> object:
 
 def _widths_of_grad_input(site: Site) -> tuple[int, int]:
     """The widths that the gradient of a layer's input has now, whether it runs or not."""
-    setting = Setting(recipe=site.recipe, bits=site.widths())
+    setting = Setting(recipe=site.recipe, bits=site.widths_now())
     return (
-        products.bits_of(setting, "grad_input", "grad_output"),
-        products.bits_of(setting, "grad_input", "weight"),
+        setting.width("grad_input", "grad_output"),
+        setting.width("grad_input", "weight"),
     )

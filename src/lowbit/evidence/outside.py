@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from lowbit.evidence.formulas import BACKWARD, FORWARD, Arguments, Multiplication, multiplication, named, total_macs
-from lowbit.products import Matmul
+from lowbit.products.operators import Matmul
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lowbit import products
 from lowbit.checks import checked
 from lowbit.convert import plain_type, replaced
 from lowbit.errors import RunError, UsageError
@@ -17,10 +16,10 @@ from lowbit.evidence.names import name_of_source, site_names
 from lowbit.evidence.proof import OperandProof, OutsideRow, Proof, ProofRow
 from lowbit.evidence.records import PRODUCTS
 from lowbit.evidence.watch import Operation, watched_by
-from lowbit.formats import Integer
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site
-from lowbit.products import OperandRun, ProductRun
+from lowbit.products import watch
+from lowbit.products.watch import OperandRun, ProductRun
 
 # The largest share of an operand's values that a healthy layer clips, see docs/limitations.md.
 MOST_CLIPPED = 0.2
@@ -68,7 +67,7 @@ class _Collector:
                     format=str(operand.applied),
                     bits=operand.bits,
                     elements=operand.exact.numel(),
-                    integer=isinstance(operand.format, Integer),
+                    integer=operand.format.has_width,
                 ),
             )
             proof.saw(operand.bits)
@@ -80,7 +79,7 @@ class _Collector:
                 self.not_finite[layer, run.product] = name
                 continue
             values = distinct_values(operand)
-            if isinstance(operand.format, Integer) and values > 2**operand.bits:
+            if operand.format.has_width and values > 2**operand.bits:
                 self.failures.append(
                     f"{layer}: {name} of {run.product} has {values:,} distinct values under one scale, more than "
                     f"{operand.bits} bits can tell apart"
@@ -308,7 +307,7 @@ def verify(model: nn.Module) -> Iterator[Proof]:
     if not any(isinstance(m, QuantLayer) for m in model.modules()):
         raise UsageError("verify: nothing in this model is converted; call lowbit.convert_ first")
     proof, collector, plain = Proof(), _Collector(model), _Outside(model)
-    with watched_by(plain, model), products.observed_by(collector):
+    with watched_by(plain, model), watch.observed_by(collector):
         yield proof
     proof.rows.extend(_by_layer(collector.rows))
     total = proof.macs + sum(row.macs or 0 for row in plain.rows.values())
@@ -350,5 +349,5 @@ def tripwire(model: nn.Module | None = None) -> Iterator[None]:
             if not bool(operand.exact.isfinite().all()):
                 raise RunError(f"{layer or 'the model'}: {name} of {run.product} has a nan or inf")
 
-    with products.observed_by(check):
+    with watch.observed_by(check):
         yield

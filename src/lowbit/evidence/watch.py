@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowbit import products
 from lowbit.callstack import Callstack
 from lowbit.evidence import outside
 from lowbit.evidence.formulas import Multiplication
+from lowbit.products import watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class _Mode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if products.is_inside():
+        if watch.is_inside():
             return func(*args, **kwargs)
         if outside.arrives_whole(func):
             with self:

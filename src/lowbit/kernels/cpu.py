@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lowbit.formats import Integer
+from lowbit.numerics.elements import Steps
 
 # Types of numbers as native code counts them.
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int8: 3, torch.int32: 4, torch.int64: 5}
@@ -71,6 +71,28 @@ def _memory(x: Tensor | None, name: str) -> Memory:
 def in_memory(x: Tensor) -> Tensor:
     """`x` with its numbers in memory as they count: not a negative view, nor a zero tensor, which has no memory."""
     return x.clone() if x._is_zerotensor() else x.resolve_neg()
+
+
+def all_in_memory(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`in_memory` of three tensors."""
+    if x.is_neg() or w.is_neg() or x._is_zerotensor() or w._is_zerotensor():
+        x, w = in_memory(x), in_memory(w)
+    if bias is not None and (bias.is_neg() or bias._is_zerotensor()):
+        bias = in_memory(bias)
+    return x, w, bias
+
+
+def _memories(*tensors: Tensor | None, names: tuple[str, ...]) -> list[Memory]:
+    """`_memory` of several, which dense tensors on the CPU are told apart from in one place."""
+    found = []
+    for x, name in zip(tensors, names, strict=True):
+        if x is None:
+            found.append((0, -1, 0))
+        elif x.is_cpu and x.is_contiguous() and not x.is_neg() and x.dtype in _TYPES:
+            found.append((x.data_ptr(), _TYPES[x.dtype], x.numel()))
+        else:
+            found.append(_memory(x, name))
+    return found
 
 
 def _floats(*shape: int) -> Tensor:
@@ -136,8 +158,9 @@ def observe(
 def quantize(
     x: Tensor,
     view: View,
-    fmt: Integer,
     *,
+    symmetric: bool,
+    floor: float,
     levels: float,
     samples: int | None,
     observed: tuple[Tensor, Tensor] | None = None,
@@ -149,7 +172,8 @@ def quantize(
     Args:
         x: as for `extremes`.
         view: see the top of this file.
-        fmt: zero point and floor of the scale; codes must fit in a byte, int8 where it is symmetric, else uint8.
+        symmetric: int8 codes without a zero point; else uint8 codes with one.
+        floor: the smallest scale; 0 replaces only a zero scale, by 1.
         levels: the largest code.
         samples: one grid, whose range is the mean of so many samples' extremes; None: one for each channel.
         observed: float lo and hi in place of those of `x`, one each where there is one grid.
@@ -163,19 +187,17 @@ def quantize(
     Raises:
         ValueError: an observed range is not one number, or there is a grid for each channel.
     """
-    symmetric = fmt.zero == "symmetric"
     codes = torch.empty(x.numel(), dtype=torch.int8 if symmetric else torch.uint8, device="cpu")
-    scale = _floats(view[1] if samples is None else 1)
+    scale = torch.empty(view[1] if samples is None else 1, dtype=torch.float32, device="cpu")
     lo, hi = (None, None) if observed is None else (observed[0].float(), observed[1].float())
     if lo is not None and hi is not None and not (lo.numel() == hi.numel() == scale.numel() == 1):
         raise ValueError(f"an observed range of {lo.numel()} numbers for {scale.numel()} grids: give one for one")
-    rule = (
-        symmetric, levels, fmt.floor, samples or 0, _memory(lo, "quantize: lo"), _memory(hi, "quantize: hi"), key,
-    )  # fmt: skip
-    zero: int = _cpu.quantize(
-        _memory(x, "quantize: x"), view, rule, taps, _memory(codes, "codes"), _memory(scale, "scale")
-    )
+    m = _memories(x, lo, hi, codes, scale, names=_QUANTIZE)
+    zero: int = _cpu.quantize(m[0], view, (symmetric, levels, floor, samples or 0, m[1], m[2], key), taps, m[3], m[4])
     return codes, scale, zero
+
+
+_QUANTIZE = ("quantize: x", "quantize: lo", "quantize: hi", "codes", "scale")
 
 
 def sums(x: Tensor, width: int) -> Tensor:
@@ -379,6 +401,16 @@ class Grid:
     offset: bool = False
     key: tuple[int, int] | None = None
 
+    @staticmethod
+    def of(steps: Steps, key: tuple[int, int] | None) -> "Grid":
+        """The grid of these steps; `zero` is a tensor there, or None."""
+        zero = steps.zero if isinstance(steps.zero, Tensor) else None
+        offset = steps.offset is not None
+        low, high = float(steps.low), float(steps.high)
+        return Grid(
+            scale=steps.scale, zero=steps.offset if offset else zero, low=low, high=high, offset=offset, key=key
+        )
+
     def arguments(self) -> tuple[Any, ...]:
         """As the native functions take it."""
         low, high = float(self.low), float(self.high)
@@ -480,21 +512,29 @@ class Rows:
     zero: int = 0
     window: Window | None = None
 
-    def numbers(self) -> list[int]:
-        """All but the data, as the operators take it; `_place` reads it."""
-        w = self.window
-        own = [self.first, self.rows, self.width, self.stride, self.fold, self.zero, self.along]
-        if w is None:
-            return own
-        places = (*w.position, *w.size, *w.kernel, *w.stride, *w.padding, *w.dilation)
-        return [*own, *places, w.transposed, w.channels]
+
+def _numbers(*sides: Rows) -> list[list[int]]:
+    """All of sides but their data, as the operators take it; `_places` reads it."""
+    found = []
+    for side in sides:
+        w = side.window
+        numbers = [side.first, side.rows, side.width, side.stride, side.fold, side.zero, side.along]
+        if w is not None:
+            places = (*w.position, *w.size, *w.kernel, *w.stride, *w.padding, *w.dilation)
+            numbers += [*places, w.transposed, w.channels]
+        found.append(numbers)
+    return found
 
 
-def _place(numbers: list[int]) -> tuple[Any, ...]:
-    """Where one side of a product lies, as the native function takes it, from the numbers of `Rows`."""
-    first, rows, width, stride, fold, zero, along, *w = numbers
-    window = (tuple(w[:4]), *(tuple(w[i : i + 3]) for i in range(4, 19, 3)), bool(w[19]), w[20]) if w else None
-    return first, rows, width, stride, fold, zero, window, bool(along)
+def _places(*sides: list[int]) -> list[tuple[Any, ...]]:
+    """Where sides of a product lie, as the native function takes it, from their `_numbers`."""
+    found = []
+    for first, rows, width, stride, fold, zero, along, *w in sides:
+        window = None
+        if w:
+            window = (w[:4], w[4:7], w[7:10], w[10:13], w[13:16], w[16:19], bool(w[19]), w[20])
+        found.append((first, rows, width, stride, fold, zero, window, bool(along)))
+    return found
 
 
 def multiply(
@@ -527,7 +567,12 @@ def multiply(
         if x is not None and (not x.is_cpu or x.is_neg()):  # of these the dispatcher would make something else
             _memory(x, "multiply: a tensor")
     operator = _OPERATORS[codes]
-    operator(a.data, a.numbers(), b.data, b.numbers(), out, [first, stride, taps], scales[0], scales[1], bias)
+    lhs, rhs = _numbers(a, b)
+    operator(a.data, lhs, b.data, rhs, out, [first, stride, taps], scales[0], scales[1], bias)
+
+
+_SIDE = "a side of a product"
+_MULTIPLY = ("multiply: out", _SIDE, _SIDE, "multiply: row scales", "multiply: column scales", "multiply: bias")
 
 
 def _multiply(codes: bool) -> Callable[..., None]:
@@ -544,13 +589,9 @@ def _multiply(codes: bool) -> Callable[..., None]:
         column_scale: Tensor,
         bias: Tensor | None,
     ) -> None:
-        result = (
-            _memory(out, "multiply: out"), *place, _memory(row_scale, "multiply: row scales"),
-            _memory(column_scale, "multiply: column scales"), _memory(bias, "multiply: bias"),
-        )  # fmt: skip
-        a = _memory(lhs, "a side of a product"), *_place(lhs_rows)
-        b = _memory(rhs, "a side of a product"), *_place(rhs_rows)
-        _cpu.multiply(codes, a, b, result)
+        to, a, b, rows, columns, added = _memories(out, lhs, rhs, row_scale, column_scale, bias, names=_MULTIPLY)
+        left, right = _places(lhs_rows, rhs_rows)
+        _cpu.multiply(codes, (a, *left), (b, *right), (to, *place, rows, columns, added))
 
     return kernel
 
@@ -561,8 +602,7 @@ def _fake(*_: object) -> None:
 
 def _flops(_lhs: object, lhs_rows: list[int], _rhs: object, rhs_rows: list[int], *_: object, **__: object) -> int:
     """Two for each multiply-accumulate: ``2 m n k``, as `torch.utils.flop_counter` counts."""
-    _, rows, width, _, _, _, window, _ = _place(lhs_rows)
-    _, other_rows, other_width, _, _, _, _, along = _place(rhs_rows)
+    (_, rows, width, _, _, _, window, _), (_, other_rows, other_width, _, _, _, _, along) = _places(lhs_rows, rhs_rows)
     if window is not None:
         (batch, *_), size, *_, transposed, _ = window
         if transposed:  # most taps of the larger side reach for nothing

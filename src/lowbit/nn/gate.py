@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from lowbit.checks import check_keys, is_like
 from lowbit.errors import UsageError, shown
-from lowbit.formats import Zero, check_bits
+from lowbit.formats import check_bits
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site, is_recomputing, runs_eagerly
-from lowbit.products import ProductCall, Samples, counted_by
+from lowbit.numerics.elements import Zero
+from lowbit.products.setting import Samples
+from lowbit.products.watch import ProductCall, counted_by
 from lowbit.recipe import Gating
 
 # A full-precision multiplication counts as one of 32 by 32 bits.
@@ -358,7 +360,7 @@ class Gates(nn.Module):
         def past(x: Tensor) -> Tensor:
             for site in block.gated:
                 site.samples = Samples(
-                    choice=torch.zeros(len(x), dtype=torch.int64, device=x.device), bits=(site.widths().clone(),)
+                    choice=torch.zeros(len(x), dtype=torch.int64, device=x.device), bits=(site.widths_now(),)
                 )
             try:
                 y: Tensor = path(x)
@@ -372,7 +374,7 @@ class Gates(nn.Module):
     def _execute(self, block: Block, choice: Tensor, mask: Tensor | None, run: Callable[[], Any]) -> Any:
         """Run the block with these choices at its gated sites."""
         for site in block.gated:
-            bits = tuple(_bits_at(site, pair) for pair in self.choices)
+            bits = tuple(None if b is None else tuple(b.tolist()) for b in (_bits_at(site, p) for p in self.choices))
             site.samples = Samples(choice=choice, bits=bits, mask=mask)
         try:
             return run()

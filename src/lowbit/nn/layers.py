@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowbit import products
+from lowbit import functional
 from lowbit.nn.site import Clock, Site, product_site, runs_eagerly
 from lowbit.recipe import Recipe
 
@@ -66,8 +66,8 @@ class SeveralProducts(QuantLayer):
         return [self._site(part) for part in self.site]
 
     def product(self, part: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`lowbit.products.linear` at the site of that name."""
-        return products.linear(x, weight, bias, setting=self._site(part).setting(x))
+        """`lowbit.functional.linear` at the site of that name."""
+        return functional.linear(x, weight, bias, setting=self._site(part).setting(x))
 
     def _site(self, part: str) -> Site:
         site = self.site[part]
@@ -80,8 +80,8 @@ class QuantLinear(QuantLayer, nn.Linear):
 
     @runs_eagerly
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
-        """See `lowbit.products.linear`."""
-        return products.linear(input, self.weight, self.bias, setting=self.site.setting(input))
+        """See `lowbit.functional.linear`."""
+        return functional.linear(input, self.weight, self.bias, setting=self.site.setting(input))
 
 
 class _QuantConv(QuantLayer, nn.modules.conv._ConvNd):
@@ -89,9 +89,9 @@ class _QuantConv(QuantLayer, nn.modules.conv._ConvNd):
 
     @runs_eagerly
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
-        """See `lowbit.products.conv`."""
+        """See `lowbit.functional.conv`."""
         batch = self._as_batch(input)
-        return products.conv(
+        return functional.conv(
             input,
             self.weight,
             self.bias,
@@ -131,14 +131,14 @@ class _QuantConvTranspose(_QuantConv, nn.modules.conv._ConvTransposeNd):
 
     @runs_eagerly
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002 - the plain layer's
-        """See `lowbit.products.conv_transpose`; `output_size` chooses among the sizes that the stride leaves open."""
+        """See `lowbit.functional.conv_transpose`; `output_size` chooses among the sizes that the stride leaves open."""
         batch = self._as_batch(input)
         axes = len(self.kernel_size)
         stride, padding, kernel, dilation = (
             [int(v) for v in values] for values in (self.stride, self.padding, self.kernel_size, self.dilation)
         )
         output_padding = self._output_padding(input, output_size, stride, padding, kernel, axes, dilation)
-        return products.conv_transpose(
+        return functional.conv_transpose(
             input,
             self.weight,
             self.bias,

@@ -15,14 +15,17 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from lowbit import integer, products, strides
+from lowbit import strides
 from lowbit.callstack import others_look_on
-from lowbit.formats import Format, Integer
+from lowbit.engines.int8 import takes
+from lowbit.formats import Format, largest_code
+from lowbit.functional import autocast_device
 from lowbit.kernels import cpu
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Clock, Site, is_recomputing, runs_eagerly
-from lowbit.quantizer import Grid, Quantized, levels_of, quantize
-from lowbit.ranges import samples_of
+from lowbit.numerics.elements import Steps
+from lowbit.products import watch
+from lowbit.quantizer import Grid, Quantized, quantize, sharing_of
 from lowbit.recipe import Constant, EpsilonPlace, Narrowest, RangeNorm, Recipe
 from lowbit.rounding import Noise, field_of
 
@@ -115,7 +118,7 @@ def _bounded(stats: Statistics, grid: Grid | None, narrowest: Narrowest) -> Tens
     """
     if grid is None or narrowest == "zero":
         return stats.sigma
-    return torch.where(stats.sigma == 0, stats.slope.sum() * grid.scale.reshape(()), stats.sigma)
+    return torch.where(stats.sigma == 0, stats.slope.sum() * grid.steps.scale.reshape(()), stats.sigma)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,22 +152,20 @@ class NormSetting:
         fmt: Format = getattr(self.norm, operand)
         if x.is_meta:  # shapes without values, as when a run is planned
             return Quantized(torch.empty_like(x))
-        noise, levels = None, None
-        if isinstance(fmt, Integer):
-            if fmt.stochastic and self.noise is not None:
-                noise = field_of(self.noise, "normalization", operand, x)
-            if self.bits is not None:
-                levels = levels_of(fmt, self.bits[0 if operand == "input" else 1])
+        noise = None
+        if fmt.stochastic and self.noise is not None:
+            noise = field_of(self.noise, "normalization", operand, x)
+        levels = largest_code(fmt, self.width(operand)) if fmt.has_width else None
         observed = self.input_range if operand == "input" else None
         hat = quantize(x, fmt, levels=levels, noise=noise, observed=observed)
-        if products.is_observed():
+        if watch.observers:
             self.show(operand, x, hat, "reference", "range_batch_norm", expected)
         return hat
 
     def width(self, operand: str) -> int:
         """The bits of an operand's codes in this call."""
         fmt: Format = getattr(self.norm, operand)
-        if self.bits is None or not isinstance(fmt, Integer):
+        if self.bits is None or not fmt.has_width:
             return fmt.bits
         return int(self.bits[0 if operand == "input" else 1])
 
@@ -174,9 +175,9 @@ class NormSetting:
         """Show observers what became of `x` and what ran on it."""
         if operand == "input" and 0 < x.numel() // x.shape[1] < 2 * self.norm.fewest_per_chunk and self.norm.chunks > 1:
             kernel += " (one chunk)"
-        with products.inside():
-            products.notify(
-                products.ProductRun(
+        with watch.inside():
+            watch.notify(
+                watch.ProductRun(
                     source=self.source,
                     layer=self.layer,
                     product="output" if operand == "input" else "grad_input",
@@ -185,7 +186,7 @@ class NormSetting:
                     kernel=kernel,
                     macs=0,
                     operands={
-                        operand: products.OperandRun(
+                        operand: watch.OperandRun(
                             format=getattr(self.norm, operand),
                             bits=self.width(operand),
                             exact=x,
@@ -296,10 +297,10 @@ def _flat_index(index: Tensor, shape: torch.Size) -> Tensor:
 def _codes(x: Tensor, setting: NormSetting, operand: str) -> cpu.Codes | None:
     """Codes of x as rows by channels; None where the native passes do not take it."""
     fmt: Format = getattr(setting.norm, operand)
-    if setting.engine != "int8" or not cpu.runs(x) or not isinstance(fmt, Integer) or fmt.zero != "integer":
+    if setting.engine != "int8" or not cpu.runs(x) or fmt.zero != "integer" or not takes(fmt):
         return None
-    bits = setting.width(operand)
-    if bits > 8 or x.numel() == 0 or not cpu.is_channels_last(x) or not integer.takes(fmt):
+    bits, scale_of = setting.width(operand), fmt.scale
+    if bits > 8 or x.numel() == 0 or not cpu.is_channels_last(x) or scale_of is None:
         return None
     key = None
     if fmt.stochastic:
@@ -309,9 +310,10 @@ def _codes(x: Tensor, setting: NormSetting, operand: str) -> cpu.Codes | None:
     q, scale, zero = cpu.quantize(
         x,
         (x.shape[0], x.shape[1], math.prod(x.shape[2:]), True),
-        fmt,
-        levels=float(2**bits - 1),
-        samples=samples_of(x.shape, fmt.range, fmt.fewest),
+        symmetric=False,
+        floor=scale_of.floor,
+        levels=largest_code(fmt, bits),
+        samples=scale_of.range.samples(x.shape),
         observed=setting.input_range if operand == "input" else None,
         key=key,
     )
@@ -322,20 +324,13 @@ def _show_codes(
     codes: cpu.Codes, x: Tensor, setting: NormSetting, operand: str, kernel: str, expected: tuple[str, ...] = ()
 ) -> None:
     """Show observers the codes of `x` that a native pass works on."""
-    if not products.is_observed():
+    if not watch.observers:
         return
-    with products.inside():
-        fmt: Integer = getattr(setting.norm, operand)
-        one = (1,) * x.dim()
-        grid = Grid(
-            view=tuple(x.shape),
-            scale=codes.scale.view(one),
-            zero=codes.zero,
-            offset=None,
-            low=0.0,
-            high=float(2 ** setting.width(operand) - 1),
-            floor=fmt.floor,
-        )
+    with watch.inside():
+        fmt: Format = getattr(setting.norm, operand)
+        high = largest_code(fmt, setting.width(operand))
+        steps = Steps(scale=codes.scale.view((1,) * x.dim()), zero=codes.zero, low=0.0, high=high)
+        grid = Grid(format=fmt, sharing=sharing_of(fmt, x.shape), steps=steps)
         hat = Quantized(_values(codes, x.shape), grid)
         setting.show(operand, x.detach().float(), hat, "int8", kernel, expected)
 
@@ -521,7 +516,7 @@ def range_batch_norm(
             y, mean, sigma = _RangeBatchNormOfCodes.apply(x, weight, bias, setting, fixed, codes, expected)
         return strides.laid_out(y, wanted), mean, sigma
     x = x.float() if dtype in (torch.bfloat16, torch.float16) else x
-    with torch.autocast(products.autocast_device(x), enabled=False):
+    with torch.autocast(autocast_device(x), enabled=False):
         y, mean, sigma = _RangeBatchNorm.apply(x, weight, bias, setting, fixed, expected)
     y = strides.laid_out(y.to(dtype), wanted)
     return y.relu() if setting.rectify else y, mean, sigma

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from lowbit.errors import UsageError
-from lowbit.formats import Format, Integer
-from lowbit.products import Samples, Setting
+from lowbit.formats import Format
+from lowbit.products.setting import Samples, Setting
 from lowbit.ranges import new_running_range, observed_extremes
 from lowbit.recipe import SLOTS, Recipe
 from lowbit.rounding import CounterNoise, step_key
@@ -199,6 +199,7 @@ class Site(nn.Module):
         self.recipe = recipe
         self.clock = clock
         self.input_format = input_format
+        self.keeps_range = input_format.running is not None
         self.engine = engine
         self.leads = leads
         self.uses = 0
@@ -236,6 +237,10 @@ class Site(nn.Module):
     def widths(self) -> Tensor:
         """The bits of a forward in the mode that the layer is in; not to be changed."""
         return self.bits if self.training else self.evaluation_bits
+
+    def widths_now(self) -> tuple[int, ...]:
+        """`widths` as numbers."""
+        return tuple(self.widths().tolist())
 
     def set_bits(self, bits: list[int], evaluation_bits: list[int]) -> None:
         """Write both in place, so that nothing is compiled again."""
@@ -289,7 +294,7 @@ class Site(nn.Module):
 
     def input_range(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The extremes to use for `x`: recorded in training, the running ones in evaluation, None for its own."""
-        if not isinstance(self.input_format, Integer) or not x.is_floating_point() or x.is_meta:
+        if not self.keeps_range or not x.is_floating_point() or x.is_meta:
             return None
         if is_recomputing() and self.training:
             return None  # that of its own batch, as in the first run, which recorded it
@@ -298,7 +303,7 @@ class Site(nn.Module):
 
     def setting(self, x: Tensor) -> Setting:
         """How the products of this call are computed for input `x`."""
-        if self.gated and self.samples is None:
+        if self.gated and self.here.samples is None:
             raise RuntimeError(
                 f"{self.name}: this layer runs in a gated block and was called outside of the block's forward. "
                 "Gradient checkpointing inside gated blocks and sharing their layers with other blocks do not work: "
@@ -307,12 +312,12 @@ class Site(nn.Module):
         return Setting(
             recipe=self.recipe,
             noise=self.noise(),
-            bits=self.widths().clone(),  # a backward keeps the bits of its forward
-            input_range=self.input_range(x),
+            bits=tuple((self.bits if self.training else self.evaluation_bits).tolist()),
+            input_range=self.input_range(x) if self.keeps_range else None,
             layer=self.name,
             engine=self.engine,
             source=self,
-            samples=self.samples,
+            samples=self.here.samples,
         )
 
     def formats(self) -> list[tuple[str, str, Format]]:
@@ -322,7 +327,7 @@ class Site(nn.Module):
             return self.recipe.operands()
         return [("output", "input", norm.input), ("grad_input", "grad_output", norm.grad_output)]
 
-    def slots(self, *operands: str) -> dict[int, Integer]:
+    def slots(self, *operands: str) -> dict[int, Format]:
         """Where the widths of these operands stand in `bits`, and their formats; floats have no width to set.
 
         A bifurcated gradient keeps its width in `grad_weight`: its formats were chosen apart.
@@ -333,7 +338,7 @@ class Site(nn.Module):
         return {
             i: fmt
             for i, ((product, operand), fmt) in enumerate(table.items())
-            if operand in operands and isinstance(fmt, Integer) and (product, operand) != bifurcated
+            if operand in operands and fmt.has_width and (product, operand) != bifurcated
         }
 
     def extra_repr(self) -> str:

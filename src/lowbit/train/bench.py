@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.engines.choice import ENGINES
 from lowbit.errors import UsageError, shown, unknown
-from lowbit.formats import Integer
 from lowbit.kernels import cpu, native_instruction_sets
 from lowbit.machine import here, paired, ratio
-from lowbit.products import ENGINES, ProductCall, counted_by
+from lowbit.products.watch import ProductCall, counted_by
 from lowbit.ranges import new_running_range
 from lowbit.recipe import is_family, is_file_name, recipes
 from lowbit.tables import text_table
@@ -355,11 +355,10 @@ def _native_passes(x: Tensor) -> dict[str, Step]:
     found["observe (extremes, running range)"] = partial(
         cpu.observe, x, rows_of, running, momentum=0.9, first=True, training=True
     )
-    fmt = Integer(bits=8, zero="symmetric")
     for per, samples in (("tensor", 1), ("row", None)):
         for how, key in rounding.items():
             found[f"quantize s8 {per} {how} (extremes, encode)"] = partial(
-                cpu.quantize, x, views[per], fmt, levels=127.0, samples=samples, key=key
+                cpu.quantize, x, views[per], symmetric=True, floor=0.0, levels=127.0, samples=samples, key=key
             )
     return found | _norm_passes(x)
 

@@ -1,0 +1,212 @@
+"""Which engine executes a product: the one place that chooses."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+
+from lowbit.engines.base import Engine, Pair
+from lowbit.engines.int8 import Int8
+from lowbit.engines.int_mm import IntMM
+from lowbit.engines.reference import Reference
+from lowbit.errors import UsageError
+from lowbit.formats import FP32, Format, check_defined
+from lowbit.products.operators import Op
+from lowbit.products.setting import Slot, shares, sharing, slot
+from lowbit.recipe import SLOTS, Recipe
+from lowbit.strides import Strides, contiguous
+
+REFERENCE = Reference()
+
+_ENGINES: tuple[Engine, ...] = (REFERENCE, Int8(), IntMM())
+
+ENGINES = tuple(dict.fromkeys(engine.name for engine in _ENGINES))
+"""What a layer can ask for."""
+
+PRODUCTS = tuple(dict.fromkeys(product for product, _ in SLOTS))
+
+Chosen = dict[str, Engine]  # by product
+
+
+def _on(name: str, device: str) -> Engine | None:
+    """The engine of that name for a type of device; None where there is none."""
+    fitting = (e for e in _ENGINES if e.name == name and (e.devices is None or device in e.devices))
+    return next(fitting, None)
+
+
+def refusal(op: Op, recipe: Recipe, bits: Sequence[int] | None = None, dim: int = 2, *, device: str = "cpu") -> str:
+    """Why the int8 engine cannot run the three products of an operator; empty where it can.
+
+    Args:
+        op: the operator.
+        recipe: the formats.
+        bits: widths in the order of `SLOTS`; None: the recipe's own.
+        dim: axes of its tensors.
+        device: the type of device they lie on.
+    """
+    engine = _on("int8", device)
+    return f"there is none on {device}" if engine is None else _refusal_of(engine, op, recipe, bits, dim)
+
+
+def _refusal_of(engine: Engine, op: Op, recipe: Recipe, bits: Sequence[int] | None, dim: int) -> str:
+    """Why an engine cannot run the three products."""
+    for product in PRODUCTS:
+        formats, kept = [], []
+        for i, (of, operand) in enumerate(SLOTS):
+            if of == product:
+                fmt: Format = getattr(getattr(recipe, product), operand)
+                check_defined(fmt)
+                fmt = fmt.with_bits(bits[i]) if bits is not None and fmt.has_width else fmt
+                formats.append(fmt)
+                kept.append(_is_kept(op, product, operand, fmt, dim))
+        pair = Pair(op=op, name=product, formats=(formats[0], formats[1]), kept=(kept[0], kept[1]))
+        if why := engine.refusal(pair):
+            return f"{product}: {why}"
+    return ""
+
+
+def _is_kept(op: Op, product: str, operand: str, fmt: Format, dim: int) -> bool:
+    """Whether every axis with scales of its own is one that the product keeps."""
+    if fmt.granularity == "tensor":
+        return True
+    if fmt.granularity == "sample":
+        return product != "grad_weight" and dim > 2
+    if fmt.granularity in ("block", "square"):
+        return False
+    groups = 1 if op.geometry is None else op.geometry.groups
+    shared = sharing(op, product, operand, fmt, torch.Size((groups * 2,) * dim))
+    return set(op.summed(product, operand, len(shared.view))) <= set(shared.dims)
+
+
+@lru_cache(maxsize=4096)
+def _why(name: str, op: Op, recipe: Recipe, widths_are_set: bool, dim: int, device: str) -> str:
+    """`refusal` of an engine, found once; widths that are set may be any that fit it."""
+    engine = _on(name, device)
+    if engine is None:
+        return ""
+    return _refusal_of(engine, op, recipe, (8,) * len(SLOTS) if widths_are_set else None, dim)
+
+
+@lru_cache(maxsize=4096)
+def _fits(recipe: Recipe, widths: tuple[int, ...]) -> bool:
+    """Whether all codes of these widths fit in a byte."""
+    return all(bits <= 8 or not fmt.has_width for (*_, fmt), bits in zip(recipe.operands(), widths, strict=True))
+
+
+@cache
+def _warn_once(recipe: str, device: str, why: str) -> None:
+    """Say once that layers converted for an engine and moved to another device run on the reference engine there."""
+    warnings.warn(
+        f"recipe {recipe!r} runs on the reference engine on {device}: {why}. The reference engine simulates low "
+        "precision and is slower than fp32. Convert with engine='reference' where that is meant",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def choose(
+    name: str,
+    op: Op,
+    recipe: Recipe,
+    widths: tuple[int, ...] | None,
+    dim: int,
+    dtypes: tuple[torch.dtype, ...],
+    device: str,
+    layer: str = "",
+) -> Engine:
+    """The engine that executes the products of a call.
+
+    It is the one that was asked for where the device, the dtypes and the bits of the moment fit it, and the reference
+    engine elsewhere.
+
+    Args:
+        name: what was asked for, one of `ENGINES`.
+        op: the operator.
+        recipe: the formats.
+        widths: of all operands, in the order of `SLOTS`, where they are set apart from the recipe.
+        dim: axes of the weight.
+        dtypes: of input, weight and output.
+        device: the type of device that they lie on.
+        layer: for messages.
+
+    Raises:
+        UsageError: an engine was asked for that does not exist, or that cannot run this recipe at any bits.
+    """
+    if name == REFERENCE.name:
+        return REFERENCE
+    if name not in ENGINES:
+        raise UsageError(f"engine={name!r}: give one of {', '.join(ENGINES)}")
+    engine = _on(name, device)
+    if engine is None:
+        return REFERENCE
+    why = _why(name, op, recipe, widths is not None, dim, device)
+    if why and device != "cpu":  # the engine was chosen where the layer was before it moved
+        _warn_once(recipe.name, device, why)
+        return REFERENCE
+    if why:
+        raise UsageError(
+            f"{layer or op.kind}: the {name} engine cannot run recipe {recipe.name!r}: {why}. Choose engine='reference'"
+        )
+    if engine.dtypes is not None and not set(dtypes) <= set(engine.dtypes):
+        return REFERENCE
+    return engine if widths is None or _fits(recipe, widths) else REFERENCE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """How the three products of a call are executed: all that follows from its shapes, found once.
+
+    Args:
+        engine: what executes them.
+        output: the shape of the output.
+        strides: its strides, where they do not depend on those of the operands.
+        keeps_bias: whether a bias is added as it is.
+        slots: the six operands, by product and operand.
+        shares_input: whether the input's codes in `output` are those in `grad_weight`.
+        shares_weight: whether the weight's in `output` are those in `grad_input`.
+        shares_grad_output: whether grad_output's in `grad_input` are those in `grad_weight`.
+    """
+
+    engine: Engine
+    output: torch.Size
+    strides: Strides | None
+    keeps_bias: bool
+    slots: Mapping[tuple[str, str], Slot]
+    shares_input: bool
+    shares_weight: bool
+    shares_grad_output: bool
+
+
+@lru_cache(maxsize=4096)
+def route(
+    op: Op,
+    recipe: Recipe,
+    name: str,
+    widths: tuple[int, ...] | None,
+    x: torch.Size,
+    w: torch.Size,
+    dtypes: tuple[torch.dtype, ...],
+    device: str,
+    layer: str = "",
+) -> Route:
+    """How a call is executed; arguments and errors as of `choose`, with the shapes of input and weight.
+
+    Raises:
+        RuntimeError: shapes that do not multiply.
+    """
+    output = op.output_shape(x, w)
+    engine = choose(name, op, recipe, widths, len(w), dtypes, device, layer)
+    shapes = {"input": x, "weight": w, "grad_output": output}
+    slots = {(p, o): slot(op, recipe, p, o, shapes[o], widths) for p, o in SLOTS}
+    return Route(
+        engine=engine,
+        output=output,
+        strides=contiguous(output) if op.geometry is None else None,
+        keeps_bias=recipe.bias == FP32 and dtypes[0] not in (torch.bfloat16, torch.float16),
+        slots=slots,
+        shares_input=shares(slots["output", "input"], slots["grad_weight", "input"]),
+        shares_weight=shares(slots["output", "weight"], slots["grad_input", "weight"]),
+        shares_grad_output=shares(slots["grad_input", "grad_output"], slots["grad_weight", "grad_output"]),
+    )

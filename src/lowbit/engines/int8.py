@@ -1,0 +1,238 @@
+"""The int8 engine: 8-bit codes on the processor's 8-bit units, and bf16 values on its bf16 units.
+
+Notation: q code, S scale, z zero point.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, lru_cache
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lowbit.engines.base import Pair, Product
+from lowbit.engines.codes import MOST_SUMMED, Codes, Operand, Values, are_codes, encode_by_torch, in_order, passes
+from lowbit.engines.int8_convolutions import convolution
+from lowbit.formats import BF16, FP32, Format
+from lowbit.kernels import cpu
+from lowbit.kernels.cpu import Rows
+from lowbit.numerics.elements import Integer, Steps
+from lowbit.numerics.parts import NUMBERS, NUMBERS_OR_NONE, Listed, unlisted
+from lowbit.numerics.scales import Float32, MinMax, SampleMean, Scale
+from lowbit.numerics.transforms import NoTransform
+from lowbit.products.operators import Convolution, Linear, Op
+from lowbit.products.setting import Setting, Slot
+from lowbit.quantizer import Grid, Quantized
+
+Unit = Literal["int8", "bf16"]
+
+_OPERATORS: tuple[type[Op], ...] = (Linear, Convolution)
+
+# The formats that this engine computes in full, with the bits of the moment, beside bf16; any other is refused.
+_TAKEN: Listed = {
+    Format: {"rounding": ("nearest", "stochastic")},
+    Integer: {"bits": range(2, 9), "zero": ("symmetric", "integer")},
+    Scale: {
+        "granularity": ("tensor", "sample", "row", "kept-channel", "output-channel"),
+        "running": NUMBERS_OR_NONE,
+        "running_start": ("first", "zero"),
+        "floor": NUMBERS,
+    },
+    MinMax: {},
+    SampleMean: {"fewest": NUMBERS_OR_NONE},
+    Float32: {},
+    NoTransform: {},
+}
+
+
+@cache
+def self_test() -> str:
+    """Multiply scattered and extreme codes, compare with exact arithmetic, once in a process: what is wrong, or empty.
+
+    Processors without 8-bit units that sum in 32 bits saturate in between: then results of extreme codes differ.
+    """
+    one = torch.ones(1, dtype=torch.float32, device="cpu")
+    for rows, k, columns in ((1, 1, 1), (33, 130, 40), (5, 4096, 17)):
+        a = (_count(rows * k) * 40503 // 64 % 256).view(rows, k).to(torch.uint8)
+        b = (_count(columns * k) * 48271 // 32 % 256 - 128).view(columns, k).to(torch.int8)
+        for low in (-128, 127, None):
+            if low is not None:
+                a, b = torch.full_like(a, 255), torch.full_like(b, low)
+            wanted = (a.long() - 3) @ b.long().t()
+            left = Codes(numbers=a, scale=one, zero=3, shape=a.shape, layout="matrix")
+            right = Codes(numbers=b, scale=one, zero=0, shape=b.shape, layout="matrix")
+            product = Product(op=Linear(), name="output", shape=wanted.shape, dtype=torch.float32)
+            found = Int8().multiply(product, left, right, None)
+            place = Convolution(stride=(1, 1), padding=(0, 0), dilation=(1, 1))
+            left = replace(left, shape=torch.Size((rows, k, 1, 1)), layout="activation")
+            right = replace(right, shape=torch.Size((columns, k, 1, 1)), layout="weight")
+            product = replace(product, op=place, shape=torch.Size((rows, columns, 1, 1)))
+            windows = Int8().multiply(product, left, right, None)
+            if not (torch.equal(found, wanted.float()) and torch.equal(windows.flatten(1), wanted.float())):
+                return f"products of 8-bit codes are wrong on this processor (shape {rows}x{k}x{columns})"
+    return ""
+
+
+def _count(number: int) -> Tensor:
+    """0 to number - 1."""
+    return torch.arange(number, dtype=torch.int64, device="cpu")
+
+
+def missing(unit: Unit) -> str:
+    """Why this machine has not the units; empty where it has."""
+    sets = cpu.instruction_sets()
+    if sets is None:
+        return "lowbit was installed without its native kernels (no compiler): reinstall with a C++17 compiler"
+    wanted = "avx512vnni" if unit == "int8" else "avx512bf16"
+    if wanted not in sets:
+        return f"this processor, or ONEDNN_MAX_CPU_ISA, offers {', '.join(sets) or 'no vectors'} and not {wanted}"
+    return self_test()
+
+
+class Int8:
+    """See the top of this file."""
+
+    name: ClassVar[str] = "int8"
+    devices: ClassVar[Sequence[str] | None] = ("cpu",)
+    dtypes: ClassVar[Sequence[torch.dtype] | None] = (torch.float32, torch.bfloat16)
+    adds_bias: ClassVar[bool] = True
+
+    def refusal(self, pair: Pair) -> str:
+        """Formats that it does not list, scales along what the product sums over, and units that are missing."""
+        if why := refusal_of_codes(pair, _OPERATORS, _TAKEN):
+            return why
+        return missing("bf16" if BF16 in pair.formats else "int8")
+
+    def encode(self, x: Tensor, slot: Slot, setting: Setting) -> Operand:
+        """Codes, in one or two passes over memory; values where the format is bf16."""
+        fmt, layout, key = slot.format, slot.layout, None
+        if fmt.scale is None or slot.levels is None:
+            # The numbers may lie in x itself; saved as those of a detached x, a change of them raises torch's usual
+            # error.
+            return Values(numbers=in_order(x.detach(), layout), shape=x.shape, layout=layout)
+        if slot.stochastic:
+            key = None if setting.noise is None else setting.noise.words(slot.product, slot.operand)
+            if key is None:
+                raise ValueError(
+                    f"{setting.layer or 'a product'}: {slot.operand} in {slot.product} rounds stochastically and got "
+                    "no counter-based noise, which the int8 engine needs: use the reference engine with recorded noise"
+                )
+        observed = setting.input_range if slot.keeps_range else None
+        x = x.contiguous() if layout == "matrix" else x
+        way = passes(x.shape, x.stride(), layout, slot.sharing, slot.stochastic)
+        if way is None:
+            noise = None if key is None else cpu.noise(x.numel(), key)
+            return encode_by_torch(x.contiguous(), slot, noise=noise, observed=observed)
+        numbers, scale, zero = cpu.quantize(
+            x,
+            way.memory,
+            symmetric=slot.symmetric,
+            floor=fmt.scale.floor,
+            levels=slot.levels,
+            samples=slot.samples if way.whole else None,
+            observed=observed,
+            key=key,
+            taps=way.taps,
+        )
+        return Codes(numbers=numbers, scale=scale, zero=zero, shape=x.shape, layout=layout)
+
+    def multiply(self, product: Product, a: Operand, b: Operand, bias: Tensor | None) -> Tensor:
+        """One native call for a matrix product, one for each group of a convolution's channels."""
+        bias = None if bias is None else bias.float().contiguous()
+        geometry = product.op.geometry
+        if geometry is not None:
+            return convolution(a, b, product, geometry, bias)
+        # Of ``(..., width)`` rows, either along what is summed or each one index of it.
+        sides = []
+        for t, runs_along in ((a, product.name != "grad_weight"), (b, product.name == "output")):
+            width = t.shape[-1]
+            rows = t.shape.numel() // max(width, 1)
+            sides.append(Rows(data=t.numbers, rows=rows, width=width, stride=width, along=runs_along, zero=t.zero))
+        return _matrix(sides[0], sides[1], (a, b), product.shape, bias, product.dtype)
+
+    def values(self, operand: Operand, slot: Slot) -> Quantized:
+        """Of the codes, or rounded to bf16."""
+        return values_of(operand, slot)
+
+    def sum_bias(self, op: Op, g: Tensor) -> Tensor:
+        """In float32, in an order that does not depend on the number of threads."""
+        rows = g if op.geometry is None else g.movedim(1, -1)
+        return cpu.sums(rows.contiguous(), rows.shape[-1])
+
+    def ran(self, product: Product, a: Operand, b: Operand) -> tuple[str, str]:  # noqa: ARG002 - operands say it
+        """Codes by codes on int8 units, all else on bf16 units."""
+        return ("int8", "lowbit::multiply_codes") if are_codes(a, b) else ("bf16", "lowbit::multiply_halves")
+
+
+def _matrix(
+    a: Rows, b: Rows, of: tuple[Operand, Operand], shape: torch.Size, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The product of two matrices; sums too long for 32 bits are cut, and their parts added in float32."""
+    out = torch.empty(shape, dtype=dtype, device="cpu")
+    k = a.width if a.along else a.rows
+    if k == 0 or out.numel() == 0:
+        return out.zero_() if bias is None else out.zero_().add_(bias.to(dtype))
+    codes = type(of[0]) is Codes and type(of[1]) is Codes
+    most = MOST_SUMMED[a.data.dtype, b.data.dtype] if codes else k
+    if k > most:
+        total = torch.zeros(shape, dtype=torch.float32, device="cpu") if bias is None else bias.expand(shape).clone()
+        for start in range(0, k, most):
+            parts = _part(a, start, most), _part(b, start, most)
+            total += _matrix(*parts, of, shape, None, torch.float32)
+        return total.to(dtype)
+    cpu.multiply(
+        a, b, out, first=0, stride=shape[-1], taps=1, scales=(of[0].scale, of[1].scale), bias=bias, codes=codes
+    )  # fmt: skip
+    return out
+
+
+def _part(t: Rows, start: int, count: int) -> Rows:
+    """Of what is summed over, at most `count` numbers from `start` on; without a window."""
+    if t.along:
+        return replace(t, first=t.first + start, width=min(count, t.width - start))
+    return replace(t, first=t.first + start * t.stride, rows=min(count, t.rows - start))
+
+
+def refusal_of_codes(pair: Pair, operators: Sequence[type[Op]], listed: Listed) -> str:
+    """Why two operands are not 8-bit codes, or bf16 values, of a product with one sum; empty where they are.
+
+    Args:
+        pair: the two operands.
+        operators: what the engine multiplies.
+        listed: its integer formats.
+    """
+    if type(pair.op) not in operators:
+        return f"{pair.op.kind} has no integer kernel here"
+    for fmt, keeps in zip(pair.formats, pair.kept, strict=True):
+        if fmt == FP32:
+            return f"{fmt} has no units of 16 bits or fewer"
+        if fmt == BF16:
+            continue
+        if fmt.has_width and fmt.bits > 8:
+            return f"codes of {fmt.bits} bits do not fit 8-bit units"
+        if fmt.zero == "offset":
+            return "a float offset is not an integer code"
+        if fmt.zero == "integer" and fmt.granularity != "tensor":
+            return f"a zero point per {fmt.granularity} is not one zero point"
+        if not keeps:
+            return f"scales per {fmt.granularity} lie along what the product sums over"
+        if why := unlisted(fmt, listed):
+            return why
+    return ""
+
+
+@lru_cache(maxsize=4096)
+def takes(fmt: Format) -> bool:
+    """Whether this engine computes all of a format once its codes have 8 bits or fewer."""
+    return fmt == BF16 or not unlisted(fmt.with_bits(8) if fmt.has_width else fmt, _TAKEN)
+
+
+def values_of(operand: Operand, slot: Slot) -> Quantized:
+    """The real values of codes and their grid; of bf16 values alone."""
+    if isinstance(operand, Values):
+        return Quantized(operand.values())
+    high = slot.levels or 0.0
+    low = -high if slot.format.zero == "symmetric" else 0.0
+    steps = Steps(scale=operand.scales(slot.sharing), zero=operand.zero, low=low, high=high)
+    return Quantized(operand.values(slot.sharing), Grid(format=slot.format, sharing=slot.sharing, steps=steps))

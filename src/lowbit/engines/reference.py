@@ -1,0 +1,84 @@
+"""The reference engine: torch's own products of values on their grids, on any device. It is the definition."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit.engines.base import Pair, Product
+from lowbit.formats import FP32
+from lowbit.products.operators import Op
+from lowbit.products.setting import Setting, Slot
+from lowbit.quantizer import Grid, Quantized, quantize
+from lowbit.rounding import field_of
+
+
+def in_full(x: Tensor) -> Tensor:
+    """The dtype that products are computed in: float32 for the 16-bit types, else the tensor's own."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounded:
+    """One operand as values on its grid, float32 or float64 in its own shape."""
+
+    numbers: Tensor
+    grid: Grid | None
+
+
+class Reference:
+    """See the top of this file."""
+
+    name: ClassVar[str] = "reference"
+    devices: ClassVar[Sequence[str] | None] = None
+    dtypes: ClassVar[Sequence[torch.dtype] | None] = None
+    adds_bias: ClassVar[bool] = False
+
+    def refusal(self, pair: Pair) -> str:  # noqa: ARG002 - whatever it is
+        """It runs all that is defined."""
+        return ""
+
+    def encode(self, x: Tensor, slot: Slot, setting: Setting) -> Rounded:
+        """See `lowbit.quantizer.quantize`; a meta tensor has a shape and no values."""
+        x, fmt = in_full(x), slot.format
+        if x.is_meta:
+            return Rounded(numbers=x if fmt == FP32 else torch.empty_like(x), grid=None)
+        product, operand = slot.product, slot.operand
+        noise = field_of(setting.noise_of(product, operand), product, operand, x) if fmt.stochastic else None
+        hat = quantize(
+            x,
+            fmt,
+            sharing=slot.sharing,
+            levels=slot.levels,
+            noise=noise,
+            observed=setting.input_range if slot.keeps_range else None,
+        )
+        return Rounded(numbers=hat.values, grid=hat.grid)
+
+    def multiply(self, product: Product, a: Rounded, b: Rounded, bias: Tensor | None) -> Tensor:
+        """The operator's own product, in the dtype of its operands."""
+        assert bias is None
+        return self.product(product, a.numbers, b.numbers)
+
+    def product(self, product: Product, a: Tensor, b: Tensor) -> Tensor:
+        """The product of two plain tensors."""
+        op = product.op
+        if product.name == "output":
+            return op.output(a, b)
+        if product.name == "grad_input":
+            return op.grad_input(a, b, product.shape)
+        return op.grad_weight(a, b, product.shape)
+
+    def values(self, operand: Rounded, slot: Slot) -> Quantized:  # noqa: ARG002 - the grid knows it
+        """As they are."""
+        return Quantized(operand.numbers, operand.grid)
+
+    def sum_bias(self, op: Op, g: Tensor) -> Tensor:
+        """The operator's own sum."""
+        return op.grad_bias(in_full(g))
+
+    def ran(self, product: Product, a: Rounded, b: Rounded) -> tuple[str, str]:  # noqa: ARG002 - all alike
+        """The operator of torch."""
+        return self.name, product.op.kernel(product.name)

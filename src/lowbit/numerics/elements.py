@@ -1,0 +1,439 @@
+"""Elements: what one code of an operand is, as frozen values with their definitions in plain torch, on any device.
+
+Notation: x real value, S scale, z zero point, o float offset, q code, n the largest code, u noise in [0, 1). A code is
+a number held in the float dtype of x: ``x ~ (q - z) S + o``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lowbit.checks import check_fields, is_whole
+from lowbit.errors import UsageError, check_choice, shown
+from lowbit.rounding import round_nearest, round_stochastic
+
+Zero = Literal["symmetric", "integer", "offset"]
+Scaled = Literal["always", "never", "either"]
+Top = Literal["ieee", "nan", "finite"]
+Overflow = Literal["saturate", "infinite"]
+
+# Makes the scale of what spans so much in so many steps, see `lowbit.numerics.scales.Scale.step`.
+Step = Callable[[Tensor, Tensor | float], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Where codes lie: ``x ~ (q - zero) * scale + offset`` with ``low <= q <= high``.
+
+    Args:
+        scale: broadcasts against x; not 0.
+        zero: integer zero points held in float, or None for 0.
+        offset: float offsets, or None for 0.
+        low: the smallest code, a number or a scalar tensor.
+        high: the largest code.
+    """
+
+    scale: Tensor
+    zero: Tensor | float | None = None
+    offset: Tensor | None = None
+    low: Tensor | float
+    high: Tensor | float
+
+
+class Element(Protocol):
+    """What one code is."""
+
+    kind: ClassVar[str]
+    # Whether its bits can be set apart from the format, by a schedule or a gate.
+    has_width: ClassVar[bool]
+    scaled: ClassVar[Scaled]
+
+    @property
+    def bits(self) -> int:
+        """The width of a code, sign included."""
+
+    @property
+    def zero(self) -> Zero:
+        """Where real zero lies; ``"symmetric"`` where it is the code 0."""
+
+    @property
+    def code_range(self) -> tuple[float, float]:
+        """The smallest and the largest code."""
+
+    @property
+    def margin(self) -> float:
+        """How far beyond the largest code a value may lie that still rounds to it: half of the last step."""
+
+    def steps(self, lo: Tensor, hi: Tensor, levels: Tensor | float, step: Step) -> Steps:
+        """Where codes lie for values from `lo` to `hi`, `levels` being the largest code."""
+
+    def fixed_steps(self, x: Tensor) -> Steps | None:
+        """Where codes lie without a scale; None where `codes` gives the values themselves."""
+
+    def codes(self, x: Tensor, steps: Steps | None, noise: Tensor | None) -> Tensor:
+        """The codes of `x`, a new tensor; `noise` rounds stochastically, else to nearest with halves to even."""
+
+    def __str__(self) -> str:
+        """As reports name it."""
+
+
+def round_to(t: Tensor, noise: Tensor | None) -> Tensor:
+    """Whole numbers, nearest or by noise."""
+    return round_nearest(t) if noise is None else round_stochastic(t, noise)
+
+
+def bound(t: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """Clamp `t` in place; nan stays nan."""
+    if isinstance(high, Tensor):
+        return t.clamp_(low.to(t) if isinstance(low, Tensor) else t.new_tensor(low), high.to(t))
+    return t.clamp_(float(low), high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Real:
+    """The value as it is given, float32 or float64."""
+
+    kind: ClassVar[str] = "real"
+    has_width: ClassVar[bool] = False
+    scaled: ClassVar[Scaled] = "never"
+
+    bits: ClassVar[int] = 32
+    zero: ClassVar[Zero] = "symmetric"
+    margin: ClassVar[float] = 0.0
+
+    @property
+    def code_range(self) -> tuple[float, float]:
+        """Every number."""
+        return -float("inf"), float("inf")
+
+    def steps(self, lo: Tensor, hi: Tensor, levels: Tensor | float, step: Step) -> Steps:  # noqa: ARG002 - none
+        """It has none."""
+        raise TypeError(f"{self} has no scale")
+
+    def fixed_steps(self, x: Tensor) -> None:  # noqa: ARG002 - it has none, whatever x is
+        """None."""
+        return
+
+    def codes(self, x: Tensor, steps: Steps | None, noise: Tensor | None) -> Tensor:  # noqa: ARG002 - nothing rounds
+        """`x` itself."""
+        return x
+
+    def __str__(self) -> str:
+        return "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Integer:
+    """Whole numbers.
+
+    - ``"symmetric"``: ``x = q S``, q in ``-(2**(b-1)-1) .. 2**(b-1)-1``, ``S = max|x| / (2**(b-1)-1)``;
+    - ``"integer"``: ``x = (q - z) S``, q and z in ``0 .. 2**b-1``: real zero is on the grid (a "true zero").
+      ``S = (hi-lo)/(2**b-1)`` with lo and hi widened to contain 0, ``z = round(-lo/S)``;
+    - ``"offset"``: ``x = q S + lo``, q in ``0 .. 2**b-1``: lo is a float and zero is in general not on the grid.
+
+    With ``"integer"`` the rounded z can put the grid's end up to S/2 inside lo or hi, where values are clipped. Ranges
+    wider than the largest float give nan, and tensors so small that S is denormal lose precision.
+
+    Args:
+        bits: width of a code, sign included: 2 to 16, for ``"offset"`` 1 to 32.
+        zero: where real zero lies, as above.
+    """
+
+    kind: ClassVar[str] = "integer"
+    has_width: ClassVar[bool] = True
+    scaled: ClassVar[Scaled] = "always"
+
+    bits: int
+    zero: Zero
+
+    def __post_init__(self) -> None:
+        check_choice("zero", self.zero, Zero)
+        low, high = (1, 32) if self.zero == "offset" else (2, 16)
+        if not is_whole(self.bits) or not low <= self.bits <= high:
+            raise UsageError(
+                f"bits={shown(self.bits)} for zero={self.zero!r}: allowed are whole numbers from {low} to {high}"
+            )
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """``-n .. n`` where symmetric, else ``0 .. n``."""
+        if self.zero == "symmetric":
+            return 1 - 2 ** (self.bits - 1), 2 ** (self.bits - 1) - 1
+        return 0, 2**self.bits - 1
+
+    @property
+    def margin(self) -> float:
+        """Half a step."""
+        return 0.5
+
+    def steps(self, lo: Tensor, hi: Tensor, levels: Tensor | float, step: Step) -> Steps:
+        """The formulas of the class."""
+        if self.zero == "symmetric":
+            return Steps(scale=step(torch.maximum(-lo, hi), levels), low=-levels, high=levels)
+        if self.zero == "integer":
+            lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+            scale = step(hi - lo, levels)
+            return Steps(scale=scale, zero=bound(round_nearest(-lo / scale), 0.0, levels), low=0.0, high=levels)
+        return Steps(scale=step(hi - lo, levels), offset=lo, low=0.0, high=levels)
+
+    def fixed_steps(self, x: Tensor) -> Steps:
+        """There are none without a scale."""
+        raise TypeError(f"{self} needs a scale, also for {tuple(x.shape)}")
+
+    def codes(self, x: Tensor, steps: Steps | None, noise: Tensor | None) -> Tensor:
+        """``q = clamp(round(x / S) + z)``: z is added after rounding, so real zero stays exact.
+
+        With a float offset ``q = round(clamp((x - lo) / S))``.
+        """
+        assert steps is not None
+        if steps.offset is not None:
+            return round_to(bound((x - steps.offset) / steps.scale, steps.low, steps.high), noise)
+        q = round_to(x / steps.scale, noise)
+        return bound(q if steps.zero is None else q.add_(steps.zero), steps.low, steps.high)
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit {self.zero}"
+
+
+def exponent_of(t: Tensor) -> Tensor:
+    """``floor(log2 |t|)`` of float64, exactly, by extraction; -1 of 0."""
+    return torch.frexp(t).exponent - 1
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """``2**exponent`` as float64, exactly, for exponents from -1022 to 1023."""
+    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+
+
+def round_to_float(t: Tensor, mantissa: int, lowest: int, noise: Tensor | None) -> Tensor:
+    """`t` rounded to `mantissa` bits after the leading one, with subnormals below ``2**lowest``; float64.
+
+    Args:
+        t: float64.
+        mantissa: bits after the leading one.
+        lowest: the exponent of the smallest normal number.
+        noise: draws in [0, 1); None rounds to nearest, halves to even.
+    """
+    step = power_of_two(exponent_of(t).clamp(min=lowest) - mantissa)
+    return round_to(t / step, None if noise is None else noise.to(t)) * step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Minifloat:
+    """Floating-point numbers of few bits: a sign, `exponent` bits with the bias ``2**(e-1) - 1``, `mantissa` bits.
+
+    Numbers below the smallest normal one are subnormal. With a scale its largest number lies at the largest value.
+    bfloat16 is (8, 7), E4M3 is (4, 3, top="nan"), E5M2 is (5, 2), E2M1 is (2, 1, top="finite").
+
+    Args:
+        exponent: bits of the exponent, 2 to 8.
+        mantissa: bits after the leading one, 0 to 23.
+        top: what the largest exponent holds: ``"ieee"``: inf and nan; ``"nan"``: numbers, and one nan;
+            ``"finite"``: numbers alone.
+        overflow: what larger values become: the largest number, or inf (nan where there is no inf). An inf is never
+            made a number.
+
+    Source: OCP 8-bit Floating Point Specification 1.0 and Microscaling Formats 1.0.
+    """
+
+    kind: ClassVar[str] = "minifloat"
+    has_width: ClassVar[bool] = False
+    scaled: ClassVar[Scaled] = "either"
+
+    exponent: int
+    mantissa: int
+    top: Top = "ieee"
+    overflow: Overflow = "saturate"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 2 <= self.exponent <= 8 or not 0 <= self.mantissa <= 23:
+            raise UsageError(
+                f"exponent={self.exponent}, mantissa={self.mantissa}: a minifloat has 2 to 8 bits of exponent and 0 to "
+                "23 of mantissa"
+            )
+        if self.top == "nan" and self.mantissa == 0:
+            raise UsageError("top='nan' with mantissa=0: one exponent cannot hold a nan and a number")
+
+    @property
+    def bits(self) -> int:
+        """One for the sign."""
+        return 1 + self.exponent + self.mantissa
+
+    @property
+    def zero(self) -> Zero:
+        """The code 0."""
+        return "symmetric"
+
+    @property
+    def highest(self) -> int:
+        """The exponent of the largest number."""
+        return int(2 ** (self.exponent - 1)) - (self.top == "ieee")
+
+    @property
+    def largest(self) -> float:
+        """The largest number."""
+        lacking = 2 if self.top == "nan" else 1
+        return (2.0 - lacking * 2.0**-self.mantissa) * 2.0**self.highest
+
+    @property
+    def code_range(self) -> tuple[float, float]:
+        """A code is the number itself."""
+        return -self.largest, self.largest
+
+    @property
+    def margin(self) -> float:
+        """Half of the last step."""
+        return 2.0 ** (self.highest - self.mantissa - 1)
+
+    def steps(self, lo: Tensor, hi: Tensor, levels: Tensor | float, step: Step) -> Steps:
+        """``S = max|x| / largest``."""
+        return Steps(scale=step(torch.maximum(-lo, hi), levels), low=-levels, high=levels)
+
+    def fixed_steps(self, x: Tensor) -> Steps | None:
+        """A scale of 1; none where nothing is clipped."""
+        if self.overflow == "infinite":
+            return None
+        low, high = self.code_range
+        return Steps(scale=x.new_ones([1] * x.dim()), low=low, high=high)
+
+    def codes(self, x: Tensor, steps: Steps | None, noise: Tensor | None) -> Tensor:
+        """``x / S`` rounded, float64 through float32; nan where x is not finite, unless what overflows becomes inf."""
+        t = (x if steps is None else x / steps.scale).float().double()
+        rounded = round_to_float(t, self.mantissa, 2 - 2 ** (self.exponent - 1), noise)
+        if self.overflow == "saturate":
+            rounded = rounded.clamp(-self.largest, self.largest).where(t.isfinite(), torch.nan)
+        else:
+            beyond = rounded.sign() * torch.inf if self.top == "ieee" else rounded * torch.nan
+            rounded = rounded.where(rounded.abs() <= self.largest, beyond)
+        return rounded.to(x.dtype)
+
+    def __str__(self) -> str:
+        known = {(8, 7): "bf16", (5, 10): "fp16"} if self.top == "ieee" and self.overflow == "infinite" else {}
+        return known.get((self.exponent, self.mantissa), f"e{self.exponent}m{self.mantissa}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPoint:
+    """Fixed point of `integer` bits before the point, the sign among them, and `fraction` after it; no scale.
+
+    ``x = q 2**-fraction``, q in ``-2**(b-1) .. 2**(b-1) - 1`` for ``b = integer + fraction``; values beyond saturate.
+
+    Args:
+        integer: bits before the point, sign included, 1 or more.
+        fraction: bits after it, 0 or more; 2 to 32 bits in all.
+
+    Source: Gupta et al. 2015, arXiv:1502.02551, <IL, FL>; halves go to the even code here.
+    """
+
+    kind: ClassVar[str] = "fixed-point"
+    has_width: ClassVar[bool] = False
+    scaled: ClassVar[Scaled] = "never"
+
+    integer: int
+    fraction: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.integer < 1 or self.fraction < 0 or not 2 <= self.bits <= 32:
+            raise UsageError(
+                f"integer={self.integer}, fraction={self.fraction}: give 1 bit or more before the point, 0 or more "
+                "after it, 2 to 32 in all"
+            )
+
+    @property
+    def bits(self) -> int:
+        """Before and after the point."""
+        return self.integer + self.fraction
+
+    @property
+    def zero(self) -> Zero:
+        """The code 0."""
+        return "symmetric"
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """``-2**(b-1) .. 2**(b-1) - 1``."""
+        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+    @property
+    def margin(self) -> float:
+        """Half a step."""
+        return 0.5
+
+    def steps(self, lo: Tensor, hi: Tensor, levels: Tensor | float, step: Step) -> Steps:  # noqa: ARG002 - none
+        """It has one grid."""
+        raise TypeError(f"{self} has no scale")
+
+    def fixed_steps(self, x: Tensor) -> Steps:
+        """``2**-fraction``."""
+        low, high = self.code_range
+        return Steps(scale=x.new_full([1] * x.dim(), 2.0**-self.fraction), low=low, high=high)
+
+    def codes(self, x: Tensor, steps: Steps | None, noise: Tensor | None) -> Tensor:
+        """``q = clamp(round(x / S))``; nan where x is not finite."""
+        assert steps is not None
+        q = bound(round_to(x / steps.scale, noise), float(steps.low), float(steps.high))
+        return q.masked_fill_(~x.isfinite(), torch.nan)
+
+    def __str__(self) -> str:
+        return f"fixed point {self.integer}.{self.fraction}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerOfTwo:
+    """0 and the powers of two ``S 2**-k``, k from 0 to ``2**(b-1) - 2``, with a sign; halves go to the larger one.
+
+    Args:
+        bits: width of a code, sign included, 2 to 8.
+    """
+
+    kind: ClassVar[str] = "power-of-two"
+    has_width: ClassVar[bool] = False
+    scaled: ClassVar[Scaled] = "always"
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 2 <= self.bits <= 8:
+            raise UsageError(f"bits={self.bits}: a power of two has 2 to 8, sign included")
+
+    @property
+    def zero(self) -> Zero:
+        """The code 0."""
+        return "symmetric"
+
+    @property
+    def code_range(self) -> tuple[float, float]:
+        """A code is the number itself."""
+        return -1.0, 1.0
+
+    @property
+    def margin(self) -> float:
+        """Half of what the next power would be away."""
+        return 0.5
+
+    def steps(self, lo: Tensor, hi: Tensor, levels: Tensor | float, step: Step) -> Steps:
+        """``S = max|x|``."""
+        return Steps(scale=step(torch.maximum(-lo, hi), levels), low=-levels, high=levels)
+
+    def fixed_steps(self, x: Tensor) -> Steps:
+        """There are none without a scale."""
+        raise TypeError(f"{self} needs a scale, also for {tuple(x.shape)}")
+
+    def codes(self, x: Tensor, steps: Steps | None, noise: Tensor | None) -> Tensor:
+        """The nearest power, or by noise one of the two neighbours; nan where ``x / S`` is not finite."""
+        assert steps is not None
+        t = (x / steps.scale).double()
+        rounded = round_to_float(t, 0, 2 - 2 ** (self.bits - 1), noise)
+        return rounded.clamp(-1.0, 1.0).where(t.isfinite(), torch.nan).to(x.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit power of two"
+
+
+ELEMENTS: tuple[type[Element], ...] = (Real, Integer, Minifloat, FixedPoint, PowerOfTwo)

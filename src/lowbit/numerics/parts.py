@@ -1,0 +1,128 @@
+"""The parts of a number format as data: how a part is written in TOML, and what of it something computes.
+
+A part is a small final dataclass with a `kind`. Whatever executes formats lists the classes, fields and values that it
+computes, and refuses the rest.
+"""
+
+import dataclasses
+from collections.abc import Container, Iterable, Mapping
+from typing import Any, ClassVar, Protocol
+
+from lowbit.checks import is_finite
+from lowbit.errors import UsageError, shown, unknown
+
+
+class Part(Protocol):
+    """One part of a format."""
+
+    kind: ClassVar[str]
+
+
+class _Numbers(Container[object]):
+    """Every finite number."""
+
+    def __contains__(self, value: object) -> bool:
+        return is_finite(value)
+
+
+class _NumbersOrNone(_Numbers):
+    """Every finite number, and None."""
+
+    def __contains__(self, value: object) -> bool:
+        return value is None or super().__contains__(value)
+
+
+NUMBERS, NUMBERS_OR_NONE = _Numbers(), _NumbersOrNone()
+
+# Which formats something executes: the classes of their parts by exact types, and of each class the fields with their
+# values. Whatever executes formats writes its own list out, however alike they are: with a shared one, what one of them
+# learns to compute would be taken by all.
+Listed = Mapping[type, Mapping[str, Container[object]]]
+
+
+def unlisted(part: object, listed: Listed) -> str:
+    """What of a format, or of a part of one, is not listed, in words; empty where all of it is.
+
+    A list is closed: a class that it does not name is not listed, also a subclass of one that it names. A field that it
+    does not name has its default and no other value, since a field that is added later has a default that changes
+    nothing. A field that holds a part is asked in turn.
+
+    Args:
+        part: a format or a part.
+        listed: what is taken.
+    """
+    known = listed.get(type(part))
+    if known is None:
+        return f"{part} is a {type(part).__name__}, which is not listed"
+    for field in dataclasses.fields(part):  # type: ignore[arg-type]  # every listed class is a dataclass
+        value = getattr(part, field.name)
+        if dataclasses.is_dataclass(value):
+            if why := unlisted(value, listed):
+                return why
+            continue
+        allowed: Container[object] = known.get(field.name, (field.default,))
+        if value not in allowed:
+            return f"{field.name}={shown(value)} is not listed"
+    return ""
+
+
+def check_part(what: str, value: object) -> None:
+    """Raise a UsageError unless a value is a part: a dataclass with a kind."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type) or not hasattr(value, "kind"):
+        raise UsageError(f"{what}={shown(value)}: give a part of a format, see lowbit.numerics")
+
+
+def check_again(part: object) -> None:
+    """Run the checks of a format and of all its parts once more, whatever was done to them since they were made."""
+    for field in dataclasses.fields(part):  # type: ignore[arg-type]  # parts are dataclasses
+        value = getattr(part, field.name)
+        if dataclasses.is_dataclass(value):
+            check_again(value)
+    dataclasses.replace(part)  # type: ignore[type-var]
+
+
+def by_kind(what: str, classes: Iterable[type[Any]], given: object, where: str) -> Any:
+    """The part that a text or a table of TOML describes: its `kind`, or a table with `kind` and the fields.
+
+    Args:
+        what: what the part is, for messages, e.g. ``"element"``.
+        classes: those that there are.
+        given: the text or table, or a part, which is given back.
+        where: where it stands, for messages.
+
+    Raises:
+        UsageError: no such kind, or fields that it lacks or has not.
+    """
+    kinds = {cls.kind: cls for cls in classes}
+    if type(given) in kinds.values():
+        return given
+    fields = {"kind": given} if isinstance(given, str) else given
+    if not isinstance(fields, Mapping) or "kind" not in fields:
+        raise UsageError(f"{where}: {what}={shown(given)}: give a kind of {what}, or a table with kind and its fields")
+    kind, fields = fields["kind"], {key: value for key, value in fields.items() if key != "kind"}
+    if not isinstance(kind, str) or kind not in kinds:
+        raise unknown(what, kind, kinds)
+    return construct(kinds[kind], f"{where}: {what} {kind!r}", fields)
+
+
+def construct(cls: type[Any], where: str, fields: Mapping[str, Any]) -> Any:
+    """A dataclass from its fields.
+
+    Raises:
+        UsageError: fields that it lacks or has not, or values that it refuses.
+    """
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key in fields:
+        if key not in known:
+            raise unknown(f"field of {where}", key, known)
+    needed = {
+        name
+        for name, f in known.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if missing := needed - set(fields):
+        raise UsageError(f"{where} lacks {', '.join(sorted(missing))}")
+    try:
+        return cls(**fields)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error

@@ -1,0 +1,347 @@
+"""Scales: what shares one, the range it is made from, and the format that the scale itself is kept in.
+
+Notation: x real value, lo and hi its range, S scale, n the largest code, M the largest scale of a tensor.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lowbit.checks import check_fields
+from lowbit.errors import UsageError
+from lowbit.numerics.elements import exponent_of, power_of_two, round_to_float
+from lowbit.numerics.parts import check_part
+
+Granularity = Literal["tensor", "sample", "row", "kept-channel", "output-channel", "block", "square"]
+RunningStart = Literal["first", "zero"]
+Direction = Literal["up", "floor"]
+
+
+class RangeRule(Protocol):
+    """How lo and hi are measured."""
+
+    kind: ClassVar[str]
+    # Whether lo and hi belong to all of a tensor and to nothing smaller.
+    per_tensor: ClassVar[bool]
+
+    def extremes(self, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The lo and hi of what shares a scale.
+
+        Args:
+            x: float, any shape that is not empty.
+            dims: the dims that share one scale, not negative; one at least, all of them for a rule `per_tensor`.
+
+        Returns:
+            lo and hi with `dims` kept as 1, in the dtype of `x` or float32; nan where a nan is.
+        """
+
+    def samples(self, shape: torch.Size) -> int | None:
+        """Of how many samples, indices of the first axis, the extremes are averaged; 1: those of all; None: neither."""
+
+    def applied(self, size: int) -> "RangeRule":
+        """The rule as it works on samples of so many values."""
+
+    def __str__(self) -> str:
+        """As reports name it; empty where it goes without saying."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinMax:
+    """The smallest and the largest value of what shares the scale."""
+
+    kind: ClassVar[str] = "minmax"
+    per_tensor: ClassVar[bool] = False
+
+    def extremes(self, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+
+    def samples(self, shape: torch.Size) -> int:  # noqa: ARG002 - whatever the shape
+        """1."""
+        return 1
+
+    def applied(self, size: int) -> "MinMax":  # noqa: ARG002 - whatever the size
+        """The same."""
+        return self
+
+    def __str__(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleMean:
+    """The mean over samples, the first axis, of each sample's extremes, so that the largest outliers are clipped.
+
+    Args:
+        fewest: a sample of fewer values has no extremes worth a mean, and lo and hi are those of the whole tensor;
+            None: samples of any size, as in the authors' codes.
+
+    Source: Banner et al. 2018's protection against outliers, as in the authors' code.
+    """
+
+    kind: ClassVar[str] = "sample-mean"
+    per_tensor: ClassVar[bool] = True
+
+    fewest: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.fewest is not None and self.fewest < 1:
+            raise UsageError(f"fewest={self.fewest}: the fewest values of a sample are 1 or more")
+
+    def extremes(self, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """See the class; the mean is summed in float64."""
+        if self.samples(x.shape) == 1:
+            return MINMAX.extremes(x, dims)
+        shape = [1] * x.dim()
+        lo, hi = x.flatten(1).amin(1), x.flatten(1).amax(1)
+        return mean(lo).reshape(shape), mean(hi).reshape(shape)
+
+    def samples(self, shape: torch.Size) -> int:
+        """The length of the first axis, where samples have enough values."""
+        return shape[0] if len(shape) > 1 and math.prod(shape[1:]) >= (self.fewest or 1) else 1
+
+    def applied(self, size: int) -> RangeRule:
+        """The extremes of the tensor where samples have too few values."""
+        return MINMAX if self.fewest is not None and size < self.fewest else self
+
+    def __str__(self) -> str:
+        return "sample-mean" if self.fewest is None else f"sample-mean from {self.fewest} values"
+
+
+def mean(v: Tensor) -> Tensor:
+    """The mean in float64, so that the order of the sum does not show, rounded to float32 where it is not float64."""
+    wide = torch.float32 if v.device.type == "mps" else torch.float64  # mps has no float64
+    return v.mean(dtype=wide).to(torch.promote_types(v.dtype, torch.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """A range that does not depend on the values; what lies outside is clipped.
+
+    Args:
+        low: lo.
+        high: hi, more than lo.
+    """
+
+    kind: ClassVar[str] = "constant"
+    per_tensor: ClassVar[bool] = False
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise UsageError(f"low={self.low}, high={self.high}: a range has two finite ends, the lower one first")
+
+    def extremes(self, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The same for all; nan where x has a value that is not finite."""
+        shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
+        bad = torch.where(x.isfinite().all(), 0.0, torch.nan).to(x.dtype)
+        return x.new_full(shape, self.low) + bad, x.new_full(shape, self.high) + bad
+
+    def samples(self, shape: torch.Size) -> None:  # noqa: ARG002 - whatever the shape
+        """None: no values are looked at."""
+        return
+
+    def applied(self, size: int) -> "Constant":  # noqa: ARG002 - whatever the size
+        """The same."""
+        return self
+
+    def __str__(self) -> str:
+        return f"range {self.low:g} to {self.high:g}"
+
+
+class ScaleFormat(Protocol):
+    """The format of the scales of a tensor."""
+
+    kind: ClassVar[str]
+
+    def rounded(self, scale: Tensor, span: Tensor, levels: Tensor | float) -> Tensor:
+        """Scales that this format has, for ``scale = span / levels``."""
+
+    def __str__(self) -> str:
+        """As reports name it; empty where it goes without saying."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Float32:
+    """Scales in the dtype of the values, float32 or float64."""
+
+    kind: ClassVar[str] = "float32"
+
+    def rounded(self, scale: Tensor, span: Tensor, levels: Tensor | float) -> Tensor:  # noqa: ARG002 - as it is
+        """As they are."""
+        return scale
+
+    def __str__(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerOfTwoScale:
+    """Powers of two.
+
+    Args:
+        direction: ``"up"``: the smallest that clips nothing; ``"floor"``: ``2**(floor(log2 max|x|) - floor(log2 n))``,
+            as in the Microscaling formats, where the largest values of a block may be clipped.
+
+    Source: OCP Microscaling Formats 1.0 (``"floor"``).
+    """
+
+    kind: ClassVar[str] = "power-of-two"
+
+    direction: Direction = "up"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def rounded(self, scale: Tensor, span: Tensor, levels: Tensor | float) -> Tensor:
+        """By extraction of exponents, exact at every power of two; nan and 0 stay."""
+        wide = scale.double()
+        if self.direction == "up":
+            power = power_of_two(exponent_of(wide))
+            found = torch.where(power < wide, 2 * power, power)
+        else:
+            n = torch.as_tensor(levels, dtype=torch.float64, device=scale.device)
+            found = power_of_two(exponent_of(span.double()) - exponent_of(n))
+        return torch.where(scale.isfinite() & (scale > 0), found, wide).to(scale.dtype)
+
+    def __str__(self) -> str:
+        return "power-of-two scale"
+
+
+@dataclass(frozen=True, kw_only=True)
+class E4M3:
+    """8-bit floats under one scale of the tensor: ``M / 448`` times the nearest E4M3 of ``448 S / M``.
+
+    Source: NVFP4, as in TransformerEngine.
+    """
+
+    kind: ClassVar[str] = "e4m3"
+
+    def rounded(self, scale: Tensor, span: Tensor, levels: Tensor | float) -> Tensor:  # noqa: ARG002 - S says it
+        """See the class; scales that round to 0 become the smallest that there is."""
+        unit = _unit(scale, 448.0)
+        found = round_to_float((scale / unit).double(), 3, -6, None).clamp(2.0**-9, 448.0)
+        return torch.where(scale == 0, scale, found.to(scale.dtype) * unit)
+
+    def __str__(self) -> str:
+        return "e4m3 scale"
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerScale:
+    """Whole multiples of ``M / (2**bits - 1)``, rounded up so that nothing is clipped.
+
+    Args:
+        bits: of the multiple, 2 to 16.
+    """
+
+    kind: ClassVar[str] = "integer"
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 2 <= self.bits <= 16:
+            raise UsageError(f"bits={self.bits}: a scale of whole multiples has 2 to 16")
+
+    def rounded(self, scale: Tensor, span: Tensor, levels: Tensor | float) -> Tensor:  # noqa: ARG002 - S says it
+        """See the class."""
+        most = 2.0**self.bits - 1
+        unit = _unit(scale, most)
+        return torch.where(scale == 0, scale, (scale / unit).ceil().clamp(1.0, most) * unit)
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit scale"
+
+
+def _unit(scale: Tensor, most: float) -> Tensor:
+    """What the largest scale is `most` of; 1 where all are 0."""
+    if not scale.numel():
+        return scale.new_ones(())
+    unit = scale.amax() / most
+    return torch.where(unit == 0, torch.ones_like(unit), unit)
+
+
+MINMAX, FLOAT32 = MinMax(), Float32()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What shares a scale, and how it is made.
+
+    Args:
+        granularity: what shares a scale. ``"tensor"``: everything. ``"sample"``: one index of the first axis.
+            ``"row"``: one row of a linear layer's operand (all axes but the last); a convolution has no rows and shares
+            one scale. ``"kept-channel"``: one channel that the product does not sum over. ``"output-channel"``: one
+            output channel of a weight, in every product. ``"block"``: `block` neighbours along the axis that the
+            product sums over. ``"square"``: `block` by `block` numbers of the last two axes of a matrix.
+        block: length of a block, with granularity ``"block"`` and ``"square"`` only; the last ones may be shorter.
+        range: how lo and hi are measured.
+        running: weight of the old value in the running range that evaluation uses, in [0, 1); None: evaluation takes
+            the range of its own batch. Per tensor only.
+        running_start: ``"first"``: the running range starts as the first batch's; ``"zero"``: it starts at 0 and is not
+            corrected for that, as in the authors' codes.
+        format: the format of the scale itself.
+        floor: the smallest scale. 0 replaces only a zero scale (by 1); the authors' codes use 1e-8.
+
+    Raises:
+        UsageError: a value or combination outside the above.
+    """
+
+    granularity: Granularity = "tensor"
+    block: int | None = None
+    range: RangeRule = MINMAX
+    running: float | None = None
+    running_start: RunningStart = "first"
+    format: ScaleFormat = FLOAT32
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_part("range", self.range)
+        check_part("format", self.format)
+        if (self.block is None) == (self.granularity in ("block", "square")):
+            raise UsageError(
+                f"block={self.block} with granularity={self.granularity!r}: a block length goes with granularity "
+                "'block' or 'square', and only with them"
+            )
+        if self.block is not None and self.block < 1:
+            raise UsageError(f"block={self.block}: a block has at least one element")
+        if self.granularity != "tensor" and (self.range.per_tensor or self.running is not None):
+            raise UsageError(
+                f"range={self.range.kind!r}, running={self.running} with granularity={self.granularity!r}: the mean of "
+                "per-sample extremes and running ranges exist per tensor only"
+            )
+        if self.running is not None and not 0 <= self.running < 1:
+            raise UsageError(f"running={self.running}: the weight of the old range is in [0, 1)")
+        if not 0 <= self.floor < float("inf"):
+            raise UsageError(f"floor={self.floor}: the smallest scale is finite and not negative")
+
+    def step(self, span: Tensor, levels: Tensor | float) -> Tensor:
+        """``S = max(span / levels, floor)`` in its format; with floor 0 a zero scale becomes 1: nothing divides by it.
+
+        Args:
+            span: float, the width that `levels` steps must cover; 0 or more.
+            levels: number of steps, a number or scalar tensor.
+        """
+        scale = self.format.rounded(span / levels, span, levels)
+        if self.floor:
+            return scale.clamp(min=self.floor)
+        return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+    def __str__(self) -> str:
+        shared = {"block": f"block {self.block}", "square": f"blocks of {self.block} x {self.block}"}
+        return ", ".join(
+            filter(None, (shared.get(self.granularity, self.granularity), str(self.range), str(self.format)))
+        )
+
+
+RANGE_RULES: tuple[type[RangeRule], ...] = (MinMax, SampleMean, Constant)
+SCALE_FORMATS: tuple[type[ScaleFormat], ...] = (Float32, PowerOfTwoScale, E4M3, IntegerScale)

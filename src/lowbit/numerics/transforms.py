@@ -1,0 +1,236 @@
+"""Transforms: what is done to values before they are put on a grid, and what that does to their gradient.
+
+Notation: x value, y its transform, H a Hadamard matrix of size n, g a gradient. The value of an operand is
+``back(quantised(forward(x)))``; the gradient of x is `gradient` of that of the value, rounding itself being passed
+straight through.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from lowbit.checks import check_fields
+from lowbit.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a transform works.
+
+    Args:
+        dims: the dims that share one scale.
+        axis: the axis that the product sums over; the last one where there is no product.
+    """
+
+    dims: tuple[int, ...]
+    axis: int
+
+
+class Transform(Protocol):
+    """What is done before the grid."""
+
+    kind: ClassVar[str]
+    # Whether x is needed for its gradient; without it gradients pass as they are.
+    has_gradient: ClassVar[bool]
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        """The transform of x."""
+
+    def back(self, y: Tensor, x: Tensor, place: Place) -> Tensor:
+        """The value that a quantised y stands for; `x` is what y was made of."""
+
+    def gradient(self, g: Tensor, x: Tensor, place: Place) -> Tensor:
+        """The gradient of x, of the gradient of the value."""
+
+    def __str__(self) -> str:
+        """As reports name it; empty where it goes without saying."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoTransform:
+    """Values as they are."""
+
+    kind: ClassVar[str] = "none"
+    has_gradient: ClassVar[bool] = False
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - as it is
+        """As it is."""
+        return x
+
+    def back(self, y: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - as it is
+        """See the class."""
+        return y
+
+    def gradient(self, g: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - as it is
+        """As it is."""
+        return g
+
+    def __str__(self) -> str:
+        return ""
+
+
+NO_TRANSFORM = NoTransform()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TanhMax:
+    """``y = tanh(x) / M`` with ``M = max |tanh(x)|`` of the tensor; the value stays y, in [-1, 1].
+
+    ``dx_i = (g_i / M) (1 - t_i**2)`` with ``t = tanh(x)``, and the element m where |t| is largest further gets
+    ``-sign(t_m) (1 - t_m**2) (sum_j g_j t_j) / M**2``. A tensor of zeros stays one, with the gradient g.
+
+    Source: Zhou et al. 2016, DoReFa-Net, arXiv:1606.06160, as in its authors' code.
+    """
+
+    kind: ClassVar[str] = "tanh-max"
+    has_gradient: ClassVar[bool] = True
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - of the whole tensor
+        """See the class."""
+        t = x.tanh()
+        return t / self._largest(t)
+
+    def back(self, y: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - stays in [-1, 1]
+        """See the class."""
+        return y
+
+    def gradient(self, g: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - of the whole tensor
+        """See the class."""
+        if not x.numel():
+            return g
+        t = x.tanh()
+        most, slope = self._largest(t), 1 - t * t
+        dx = (g / most * slope).flatten()
+        m = t.abs().argmax()
+        top = t.flatten()[m]
+        dx[m] -= top.sign() * slope.flatten()[m] * (g * t).sum() / (most * most)
+        return dx.view(x.shape)
+
+    @staticmethod
+    def _largest(t: Tensor) -> Tensor:
+        most = t.abs().amax() if t.numel() else t.new_ones(())
+        return torch.where(most == 0, torch.ones_like(most), most)
+
+    def __str__(self) -> str:
+        return "tanh/max"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """``y = min(max(x, low), high)``; values outside get no gradient.
+
+    Args:
+        low: the smallest value.
+        high: the largest, more than low.
+    """
+
+    kind: ClassVar[str] = "clip"
+    has_gradient: ClassVar[bool] = True
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise UsageError(f"low={self.low}, high={self.high}: give two finite ends, the lower one first")
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - each value alone
+        """See the class."""
+        return x.clamp(self.low, self.high).masked_fill(x.isinf(), torch.nan)
+
+    def back(self, y: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - stays clipped
+        """See the class."""
+        return y
+
+    def gradient(self, g: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - each value alone
+        """That of the value where x is from low to high, 0 elsewhere."""
+        return g * ((x >= self.low) & (x <= self.high))
+
+    def __str__(self) -> str:
+        return f"clipped to {self.low:g} to {self.high:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hadamard:
+    """``y = H x / sqrt(n)`` in blocks of n along the axis that the product sums over; the value is turned back.
+
+    H is the matrix of Sylvester, symmetric and its own inverse but for the factor. A last block that is shorter is
+    filled with zeros. Outliers are spread over their block, so that the others keep more of the grid.
+
+    Args:
+        size: n, a power of two from 2 to 1024.
+    """
+
+    kind: ClassVar[str] = "hadamard"
+    has_gradient: ClassVar[bool] = False
+
+    size: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 2 <= self.size <= 1024 or self.size & (self.size - 1):
+            raise UsageError(f"size={self.size}: a Hadamard matrix has a size of 2, 4, 8 ... 1024 here")
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        """See the class; longer along the axis where the last block is filled."""
+        rows = x.movedim(place.axis, -1)
+        short = -rows.shape[-1] % self.size
+        rows = torch.nn.functional.pad(rows, (0, short)) if short else rows
+        return self._turned(rows).movedim(-1, place.axis)
+
+    def back(self, y: Tensor, x: Tensor, place: Place) -> Tensor:
+        """The value of y, without what was filled in."""
+        return self._turned(y.movedim(place.axis, -1))[..., : x.shape[place.axis]].movedim(-1, place.axis)
+
+    def gradient(self, g: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - there and back
+        """As it is."""
+        return g
+
+    def _turned(self, rows: Tensor) -> Tensor:
+        """Each block of the last axis times the matrix, by butterflies: sums and differences of halves."""
+        t = rows.unflatten(-1, (-1, self.size))
+        half = 1
+        while half < self.size:
+            pairs = t.unflatten(-1, (-1, 2, half))
+            a, b = pairs[..., 0, :], pairs[..., 1, :]
+            t = torch.stack([a + b, a - b], -2).flatten(-3)
+            half *= 2
+        turned: Tensor = t * self.size**-0.5
+        return turned.flatten(-2)
+
+    def __str__(self) -> str:
+        return f"Hadamard {self.size}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Centred:
+    """``y = x - mean(x)`` of what shares a scale; the value has the mean again, in full precision."""
+
+    kind: ClassVar[str] = "centred"
+    has_gradient: ClassVar[bool] = False
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        """See the class."""
+        return x - self._mean(x, place)
+
+    def back(self, y: Tensor, x: Tensor, place: Place) -> Tensor:
+        """With the mean again."""
+        return y + self._mean(x, place)
+
+    def gradient(self, g: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - there and back
+        """As it is."""
+        return g
+
+    @staticmethod
+    def _mean(x: Tensor, place: Place) -> Tensor:
+        return x.mean(place.dims, keepdim=True) if place.dims and x.numel() else x * 0
+
+    def __str__(self) -> str:
+        return "centred"
+
+
+TRANSFORMS: tuple[type[Transform], ...] = (NoTransform, TanhMax, Clip, Hadamard, Centred)
