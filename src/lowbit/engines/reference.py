@@ -1,8 +1,9 @@
 """The reference engine: torch's own products of values on their grids, on any device. It is the definition."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,12 +21,43 @@ def in_full(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+_backends: Any = torch.backends
+# Where torch keeps how float32 is multiplied on a device: matrices and convolutions.
+_FLOAT32 = {
+    "cpu": (_backends.mkldnn.matmul, _backends.mkldnn.conv),
+    "cuda": (_backends.cuda.matmul, _backends.cudnn.conv),
+}
+
+
+@contextmanager
+def in_float32(device: str) -> Iterator[None]:
+    """Multiply float32 as float32 in this context, not as TF32 or bf16: cuDNN's convolutions take TF32 unasked.
+
+    Of the 8 bits of a code TF32 keeps all, of its product with a scale 11.
+    """
+    changed = [(b, b.fp32_precision) for b in _FLOAT32.get(device, ()) if b.fp32_precision not in ("none", "ieee")]
+    for backend, _ in changed:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, before in changed:
+            backend.fp32_precision = before
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rounded:
-    """One operand as values on its grid, float32 or float64 in its own shape."""
+    """One operand as values on its grid, float32 or float64 in its own shape.
+
+    Args:
+        numbers: the values.
+        grid: where they lie; None where nothing has limits.
+        exact: whether the format leaves values as they are.
+    """
 
     numbers: Tensor
     grid: Grid | None
+    exact: bool = False
 
 
 class Reference:
@@ -44,7 +76,7 @@ class Reference:
         """See `lowbit.quantizer.quantize`; a meta tensor has a shape and no values."""
         x, fmt = in_full(x), slot.format
         if x.is_meta:
-            return Rounded(numbers=x if fmt == FP32 else torch.empty_like(x), grid=None)
+            return Rounded(numbers=x if fmt == FP32 else torch.empty_like(x), grid=None, exact=fmt == FP32)
         product, operand = slot.product, slot.operand
         noise = field_of(setting.noise_of(product, operand), product, operand, x) if fmt.stochastic else None
         hat = quantize(
@@ -55,12 +87,15 @@ class Reference:
             noise=noise,
             observed=setting.input_range if slot.keeps_range else None,
         )
-        return Rounded(numbers=hat.values, grid=hat.grid)
+        return Rounded(numbers=hat.values, grid=hat.grid, exact=fmt == FP32)
 
     def multiply(self, product: Product, a: Rounded, b: Rounded, bias: Tensor | None) -> Tensor:
         """The operator's own product, in the dtype of its operands."""
         assert bias is None
-        return self.product(product, a.numbers, b.numbers)
+        if a.exact and b.exact:
+            return self.product(product, a.numbers, b.numbers)
+        with in_float32(a.numbers.device.type):
+            return self.product(product, a.numbers, b.numbers)
 
     def product(self, product: Product, a: Tensor, b: Tensor) -> Tensor:
         """The product of two plain tensors."""

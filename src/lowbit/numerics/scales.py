@@ -331,7 +331,9 @@ class Scale:
             span: float, the width that `levels` steps must cover; 0 or more.
             levels: number of steps, a number or scalar tensor.
         """
-        scale = self.format.rounded(span / levels, span, levels)
+        # On the tensor's device: by a number of the host CUDA divides as it multiplies with the rounded reciprocal.
+        count = levels.to(span) if isinstance(levels, Tensor) else span.new_full((), levels)
+        scale = self.format.rounded(span / count, span, levels)
         if self.floor:
             return scale.clamp(min=self.floor)
         return torch.where(scale == 0, torch.ones_like(scale), scale)
