@@ -8,9 +8,9 @@ The backward of rounding is the straight-through estimator: clipped values recei
 does before its grid has the derivative that its transform says.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -311,24 +311,79 @@ def autocast_device(x: Tensor) -> str:
     return "cpu" if x.is_meta else x.device.type
 
 
-def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting) -> Tensor:
+class Deferred(Protocol):
+    """What asks for a product while a model is compiled: a site, which makes its setting when the product runs."""
+
+    name: str
+    number: int
+    gated: bool
+    clock: Any
+
+
+def apart(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    op: Op,
+    setting: Setting,
+    dtype: torch.dtype,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]]:
+    """The output, and what gives the gradients of input, weight and bias, without autograd.
+
+    Args:
+        x: input.
+        w: weight.
+        bias: one number for each output channel, or None.
+        op: the operator.
+        setting: how the call is computed.
+        dtype: of the output.
+        needs: which of the three gradients are needed.
+    """
+    x, w, bias = cpu.all_in_memory(x, w, bias)
+    with torch.autocast(autocast_device(x), enabled=False):
+        y, saved, kept = outputs(x, w, bias, op, setting, dtype, (), needs[:2])
+
+    def backward(g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        with torch.autocast(autocast_device(g), enabled=False):
+            return gradients(cpu.in_memory(g), saved, kept, needs)
+
+    return strides.laid_out(y, op.output_strides(y.shape, x, w)), backward
+
+
+def _compiled(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, site: Deferred, dtype: torch.dtype) -> Tensor:
+    """One operator of `lowbit.products.compiled` in the place of a product."""
+    if site.gated:
+        torch._dynamo.graph_break(f"{site.name}: a gate chooses the bits of each sample")
+    recorded = torch.is_grad_enabled()
+    needs = [recorded and t is not None and t.requires_grad for t in (x, w, bias)]
+    numbers: tuple[Any, ...] = False, [], [], [], [], 1
+    if isinstance(op, Convolution):
+        lists = (list(each) for each in (op.stride, op.padding, op.dilation, op.output_padding))
+        numbers = op.transposed, *lists, op.groups
+    y: Tensor
+    y, _ = torch.ops.lowbit.products(x, w, bias, site.clock.pulse, site.number, *numbers, dtype, needs)
+    return y
+
+
+def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting | Deferred) -> Tensor:
     """Check dtypes and compute outside autocast; the result has autocast's dtype where that is on, else that of `x`."""
     device = "cpu" if x.is_meta else x.device.type
     autocast = torch.is_autocast_enabled(device)
+    name = (setting.layer if isinstance(setting, Setting) else setting.name) or op.kind
     for name, tensor in (("input", x), ("weight", w), ("bias", bias)):
         if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{setting.layer or op.kind}: {name} is {tensor.dtype}: give a floating-point tensor")
+            raise TypeError(f"{name}: {name} is {tensor.dtype}: give a floating-point tensor")
         if tensor is not None and tensor.dtype != x.dtype and not autocast:
-            raise TypeError(
-                f"{setting.layer or op.kind}: input is {x.dtype} and {name} is {tensor.dtype}: give one dtype, or use "
-                "autocast"
-            )
+            raise TypeError(f"{name}: input is {x.dtype} and {name} is {tensor.dtype}: give one dtype, or use autocast")
     if bias is not None and (op.geometry is not None or bias.shape != w.shape[:1]):
-        bias = _fitting(bias, w, op, setting)
+        bias = _fitting(bias, w, op, name)
+    dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
+    if not isinstance(setting, Setting):
+        return _compiled(x, w, bias, op, setting, dtype)
     x, w, bias = cpu.all_in_memory(x, w, bias)
     if setting.samples is not None:
         return _by_choice(x, w, bias, op, setting, setting.samples)
-    dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
     recorded = torch.is_grad_enabled()
     expected = ("grad_input",) * (recorded and x.requires_grad) + ("grad_weight",) * (recorded and w.requires_grad)
     with torch.autocast(device, enabled=False):
@@ -336,7 +391,7 @@ def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting) 
     return result
 
 
-def _fitting(bias: Tensor, w: Tensor, op: Op, setting: Setting) -> Tensor:
+def _fitting(bias: Tensor, w: Tensor, op: Op, name: str) -> Tensor:
     """A bias of one number for each output channel: torch's linear layer repeats one alone, its convolution does not.
 
     Raises:
@@ -347,8 +402,7 @@ def _fitting(bias: Tensor, w: Tensor, op: Op, setting: Setting) -> Tensor:
         bias = bias.expand(wanted)
     if bias.shape != (wanted,):
         raise RuntimeError(
-            f"{setting.layer or op.kind}: a bias of shape {tuple(bias.shape)} beside a weight of shape "
-            f"{tuple(w.shape)}: give ({wanted},)"
+            f"{name}: a bias of shape {tuple(bias.shape)} beside a weight of shape {tuple(w.shape)}: give ({wanted},)"
         )
     return bias
 
@@ -411,7 +465,7 @@ def mask_gradient(g: Tensor, x: Tensor, op: Op, setting: Setting, bits: Sequence
     return torch.stack([columns[width] for width in widths], 1)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, setting: Setting) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, setting: Setting | Deferred) -> Tensor:
     """``output (..., N) = input (..., K) weight (N, K)^T + bias (N,)``, forward and backward in the recipe's formats.
 
     Args:
@@ -453,7 +507,7 @@ def conv(
     dilation: Sequence[int],
     groups: int = 1,
     padding_mode: str = "zeros",
-    setting: Setting,
+    setting: Setting | Deferred,
 ) -> Tensor:
     """A convolution of ``x (B, C, *size)`` with ``weight (O, C/groups, *kernel)``, 1 to 3 spatial axes.
 
@@ -520,7 +574,7 @@ def conv_transpose(
     output_padding: Sequence[int],
     dilation: Sequence[int],
     groups: int = 1,
-    setting: Setting,
+    setting: Setting | Deferred,
 ) -> Tensor:
     """A transposed convolution of ``x (B, I, *size)`` with ``weight (I, O/groups, *kernel)``, 1 to 3 spatial axes.
 

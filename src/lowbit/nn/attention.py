@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit.nn.layers import SeveralProducts
-from lowbit.nn.site import runs_eagerly
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -27,7 +26,6 @@ class QuantMultiheadAttention(SeveralProducts, nn.MultiheadAttention):
         """The four projections."""
         return list(PROJECTIONS)
 
-    @runs_eagerly
     def forward(
         self,
         query: Tensor,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowbit import functional
-from lowbit.nn.site import Clock, Site, product_site, runs_eagerly
+from lowbit.nn.site import Clock, Site, product_site
 from lowbit.recipe import Recipe
 
 
@@ -78,7 +78,6 @@ class SeveralProducts(QuantLayer):
 class QuantLinear(QuantLayer, nn.Linear):
     """`torch.nn.Linear` in the formats of a recipe: ``(..., K)`` to ``(..., N)``."""
 
-    @runs_eagerly
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
         """See `lowbit.functional.linear`."""
         return functional.linear(input, self.weight, self.bias, setting=self.site.setting(input))
@@ -87,7 +86,6 @@ class QuantLinear(QuantLayer, nn.Linear):
 class _QuantConv(QuantLayer, nn.modules.conv._ConvNd):
     """What the convolutions of 1 to 3 axes share."""
 
-    @runs_eagerly
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
         """See `lowbit.functional.conv`."""
         batch = self._as_batch(input)
@@ -129,7 +127,6 @@ class QuantConv3d(_QuantConv, nn.Conv3d):
 class _QuantConvTranspose(_QuantConv, nn.modules.conv._ConvTransposeNd):
     """What the transposed convolutions of 1 to 3 axes share."""
 
-    @runs_eagerly
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002 - the plain layer's
         """See `lowbit.functional.conv_transpose`; `output_size` chooses among the sizes that the stride leaves open."""
         batch = self._as_batch(input)

@@ -8,8 +8,9 @@ Notation: x input ``(B, C, *size)``, mu mean, N = B * prod(size) values per chan
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeGuard
 
 import torch
@@ -22,7 +23,7 @@ from lowbit.formats import Format, largest_code
 from lowbit.functional import autocast_device
 from lowbit.kernels import cpu
 from lowbit.nn.layers import QuantLayer
-from lowbit.nn.site import Clock, Site, is_recomputing, runs_eagerly
+from lowbit.nn.site import Clock, Site, is_recomputing
 from lowbit.numerics.elements import Steps
 from lowbit.products import watch
 from lowbit.quantizer import Grid, Quantized, quantize, sharing_of
@@ -129,7 +130,7 @@ class NormSetting:
         norm: constant, chunks, place of epsilon and formats.
         eps: added to the divisor.
         noise: for the stochastic rounding of grad_output.
-        bits: int64 ``(2,)``, widths of input and grad_output; None: the formats' own.
+        bits: widths of input and grad_output; None: the formats' own.
         input_range: lo and hi for the input; None: of the batch.
         layer: name for reports.
         engine: how it is executed.
@@ -140,7 +141,7 @@ class NormSetting:
     norm: RangeNorm
     eps: float
     noise: Noise | None = None
-    bits: Tensor | None = None
+    bits: tuple[int, ...] | None = None
     input_range: tuple[Tensor, Tensor] | None = None
     layer: str = ""
     engine: str = "reference"
@@ -167,7 +168,7 @@ class NormSetting:
         fmt: Format = getattr(self.norm, operand)
         if self.bits is None or not fmt.has_width:
             return fmt.bits
-        return int(self.bits[0 if operand == "input" else 1])
+        return self.bits[0 if operand == "input" else 1]
 
     def show(
         self, operand: str, x: Tensor, hat: Quantized, engine: str, kernel: str, expected: tuple[str, ...] = ()
@@ -480,6 +481,7 @@ def range_batch_norm(
     *,
     setting: NormSetting,
     fixed: tuple[Tensor, Tensor] | None = None,
+    tape: "Tape | None" = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Range Batch-Norm with its quantisers, differentiable in x, weight and bias.
 
@@ -489,6 +491,7 @@ def range_batch_norm(
         bias: beta ``(C,)``, or None for 0.
         setting: constant, chunks, epsilon, formats, noise.
         fixed: ``(mu, sigma)`` to normalise with, as evaluation does; None: of this batch.
+        tape: what takes the place of autograd; None: autograd.
 
     Returns:
         ``(y, mu, sigma)``: y in the dtype of `x`, mu and sigma ``(C,)`` without gradient.
@@ -513,13 +516,103 @@ def range_batch_norm(
     expected = ("grad_input",) if torch.is_grad_enabled() and x.requires_grad else ()
     if codes is not None:
         with torch.autocast("cpu", enabled=False):
-            y, mean, sigma = _RangeBatchNormOfCodes.apply(x, weight, bias, setting, fixed, codes, expected)
+            run = _run(_RangeBatchNormOfCodes, tape)
+            y, mean, sigma = run(x, weight, bias, setting, fixed, codes, expected)
         return strides.laid_out(y, wanted), mean, sigma
     x = x.float() if dtype in (torch.bfloat16, torch.float16) else x
     with torch.autocast(autocast_device(x), enabled=False):
-        y, mean, sigma = _RangeBatchNorm.apply(x, weight, bias, setting, fixed, expected)
+        y, mean, sigma = _run(_RangeBatchNorm, tape)(x, weight, bias, setting, fixed, expected)
     y = strides.laid_out(y.to(dtype), wanted)
-    return y.relu() if setting.rectify else y, mean, sigma
+    y = y.relu() if setting.rectify else y
+    if tape is not None and setting.rectify:
+        tape.rectified = y
+    return y, mean, sigma
+
+
+class Tape:
+    """What autograd keeps of a function for its backward, where the backward is asked for apart.
+
+    Attributes:
+        saved_tensors: as of a context of autograd.
+        kept: what else the function keeps.
+        rectified: the result, where a ReLU after the function made it.
+        function: the function that ran.
+    """
+
+    saved_tensors: tuple[Tensor | None, ...] = ()
+    kept: Any = None
+    rectified: Tensor | None = None
+    function: Any = None
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep tensors."""
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *_: Tensor) -> None:
+        """Nothing: whoever asks for the backward asks for that of y."""
+
+    @torch.no_grad()
+    def backward(self, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of input, gamma and beta."""
+        if self.rectified is not None:
+            g = g * (self.rectified > 0)
+        g = g.float() if self.function is _RangeBatchNorm and g.dtype in (torch.bfloat16, torch.float16) else g
+        with torch.autocast(autocast_device(g), enabled=False):
+            dx, d_gamma, d_beta, *_ = self.function.backward(self, g, None, None)
+        return dx, d_gamma, d_beta
+
+
+def _run(function: Any, tape: Tape | None) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """A function of autograd, or its forward alone, which keeps on a tape."""
+    if tape is None:
+        applied: Callable[..., tuple[Tensor, Tensor, Tensor]] = function.apply
+        return applied
+    tape.function = function
+    return partial(function.forward, tape)
+
+
+class NormSite(Site):
+    """The site of a Range BN."""
+
+    def setting_of_norm(self, x: Tensor, eps: float, *, rectify: bool, compiled: bool = False) -> NormSetting:
+        """How a call is computed for input `x`."""
+        norm = self.recipe.normalization
+        assert norm is not None
+        return NormSetting(
+            norm=norm,
+            eps=eps,
+            noise=self.noise(compiled=compiled),
+            bits=self.widths_now(),
+            input_range=self.input_range(x),
+            layer=self.name,
+            engine=self.engine,
+            source=self,
+            rectify=rectify,
+        )
+
+    def forward_norm(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        fixed: tuple[Tensor, Tensor] | None,
+        eps: float,
+        rectify: bool,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]]:
+        """What an operator of a compiled model calls, see `lowbit.products.compiled`."""
+        tape = Tape()
+        setting = self.setting_of_norm(x, eps, rectify=rectify, compiled=True)
+        y, mean, sigma = range_batch_norm(x, weight, bias, setting=setting, fixed=fixed, tape=tape)
+
+        def backward(g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+            found = zip(tape.backward(g), (x, weight, bias), needs, strict=True)
+            dx, d_gamma, d_beta = (
+                d.to(t.dtype) if needed and d is not None and t is not None else None for d, t, needed in found
+            )
+            return dx, d_gamma, d_beta
+
+        return y.clone() if y is x else y, mean.clone(), sigma.clone(), backward
 
 
 class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
@@ -535,10 +628,9 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
         if norm is None:
             raise TypeError(f"{name}: recipe {recipe.name!r} has no range normalisation")
         bits = [norm.input.bits, norm.grad_output.bits]
-        self.site = Site(name=name, recipe=recipe, clock=clock, input_format=norm.input, bits=bits, engine=engine)
+        self.site = NormSite(name=name, recipe=recipe, clock=clock, input_format=norm.input, bits=bits, engine=engine)
         self.norm = norm
 
-    @runs_eagerly
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
         """See `range_batch_norm`; in training the running statistics move towards the batch's."""
         return self.normalize(input)
@@ -549,26 +641,37 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
         fixed = None
         if not self.training and self.running_mean is not None and self.running_var is not None:
             fixed = (self.running_mean, self.running_var.sqrt())
-        y, mean, sigma = range_batch_norm(
-            input,
-            self.weight,
-            self.bias,
-            setting=NormSetting(
-                norm=self.norm,
-                eps=self.eps,
-                noise=self.site.noise(),
-                bits=self.site.widths().clone(),
-                input_range=self.site.input_range(input),
-                layer=self.site.name,
-                engine=self.site.engine,
-                source=self.site,
-                rectify=rectify,
-            ),
-            fixed=fixed,
-        )
-        if self.training and self.track_running_stats and not is_recomputing():
+        assert isinstance(self.site, NormSite)
+        if torch.compiler.is_compiling():
+            y, mean, sigma = self._compiled(input, fixed, rectify)
+        else:
+            setting = self.site.setting_of_norm(input, self.eps, rectify=rectify)
+            y, mean, sigma = range_batch_norm(input, self.weight, self.bias, setting=setting, fixed=fixed)
+        if self.training and self.track_running_stats and (torch.compiler.is_compiling() or not is_recomputing()):
             self._track(mean, sigma)
         return y
+
+    def _compiled(self, x: Tensor, fixed: tuple[Tensor, Tensor] | None, rectify: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """One operator of `lowbit.products.compiled`."""
+        recorded = torch.is_grad_enabled()
+        needs = [recorded and t is not None and t.requires_grad for t in (x, self.weight, self.bias)]
+        mean, deviation = (None, None) if fixed is None else fixed
+        y: Tensor
+        mu: Tensor
+        sigma: Tensor
+        y, mu, sigma, _ = torch.ops.lowbit.range_norm(
+            x,
+            self.weight,
+            self.bias,
+            self.site.clock.pulse,
+            mean,
+            deviation,
+            self.site.number,
+            self.eps,
+            rectify,
+            needs,
+        )
+        return y, mu, sigma
 
     @torch.no_grad()
     def _track(self, mean: Tensor, sigma: Tensor) -> None:
@@ -602,9 +705,15 @@ class FusedSequential(nn.Sequential):
     without the ReLU, or a hook that looks at either of them gets what it got before.
     """
 
-    @runs_eagerly
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain container's argument
-        """Call the modules one after the other, a Range BN together with the ReLU after it."""
+        """Call the modules one after the other, a Range BN together with the ReLU after it.
+
+        A compiled model calls each on its own, with the same numbers.
+        """
+        if torch.compiler.is_compiling():
+            for part in self:
+                input = part(input)  # noqa: A001 - the plain container's argument
+            return input
         x, modules = input, iter(self)
         following = next(modules, None)
         while (module := following) is not None:

@@ -12,8 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from lowbit import functional
 from lowbit.errors import UsageError
 from lowbit.formats import Format
+from lowbit.products import compiled as compiler
+from lowbit.products.operators import Op
 from lowbit.products.setting import Samples, Setting
 from lowbit.ranges import new_running_range, observed_extremes
 from lowbit.recipe import SLOTS, Recipe
@@ -29,10 +32,12 @@ class PerThread(threading.local):
 
     Attributes:
         inside: whether a training forward of the converted model runs in this thread.
+        compiled: whether the last forward of the model in this thread was a training forward of a compiled model.
         samples: what a gate chose for the forward of a site that runs in this thread.
     """
 
     inside: bool = False
+    compiled: bool = False
     samples: Samples | None = None
 
     def __reduce__(self) -> Any:
@@ -60,7 +65,14 @@ class Clock:
         self.sites: list[Site] = []
         self.here = PerThread()
         self.of_parts = False
+        self.number = compiler.register(self)
+        self.pulse = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.set_step(0)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is a clock of its own to operators of compiled models."""
+        self.__dict__.update(state)
+        self.number = compiler.register(self)
 
     def attach(self, model: nn.Module) -> None:
         """Hear of the forwards of the model that was converted."""
@@ -83,23 +95,30 @@ class Clock:
         self.step = step
         self.key = step_key(self.seed, step, rank=rank_of_process())
 
-    @runs_eagerly
     def advance(self, module: nn.Module, _args: object) -> None:
         """Begin a forward of the converted model; a training forward is a new step, a recomputed one is not."""
+        if torch.compiler.is_compiling():
+            torch.ops.lowbit.advance(self.pulse, self.number, module.training)
+            return
         if is_recomputing():
             return
         if not self.sites:  # every layer was restored on its own
             self.detach(module)
             return
-        self.here.inside = False
+        self.here.inside = self.here.compiled = False
         if module.training:
             self.next_step()
             self.here.inside = True
 
-    @runs_eagerly
+    def advance_compiled(self, training: bool) -> None:
+        """`advance` of a compiled model, which does not say where its forward ends."""
+        self.here.compiled = training
+        if training:
+            self.next_step()
+
     def leave(self, *_: object) -> None:
         """End a forward of the converted model, also one that raised."""
-        if not is_recomputing():
+        if not torch.compiler.is_compiling() and not is_recomputing():
             self.here.inside = False
 
     def next_step(self, *, of_parts: bool = False) -> None:
@@ -207,6 +226,7 @@ class Site(nn.Module):
         self.lost_controller = False
         self.gated = False
         self.here = PerThread()
+        self.number = compiler.register(self)
         for buffer in ("bits", "evaluation_bits"):
             self.register_buffer(buffer, torch.tensor(bits, dtype=torch.int64, device="cpu"), persistent=False)
         self.register_buffer("running_range", new_running_range(), persistent=False)
@@ -219,6 +239,11 @@ class Site(nn.Module):
             "controller": None,
             "lost_controller": self.is_controlled,
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is a site of its own to operators of compiled models."""
+        super().__setstate__(state)
+        self.number = compiler.register(self)
 
     @property
     def is_controlled(self) -> bool:
@@ -253,13 +278,17 @@ class Site(nn.Module):
         own = [fmt.bits for _, _, fmt in self.formats()]
         self.set_bits(own, own)
 
-    def noise(self) -> CounterNoise:
-        """The noise of this use of the layer; a recomputed forward draws what the first one drew."""
+    def noise(self, *, compiled: bool = False) -> CounterNoise:
+        """The noise of this use of the layer; a recomputed forward draws what the first one drew.
+
+        Args:
+            compiled: whether an operator of a compiled model asks.
+        """
         self._check_runs()
         if is_recomputing():
             self._check_recomputed()
             return CounterNoise(key=self.clock.key, layer=self.name)
-        inside = self.clock.here.inside
+        inside = self.clock.here.inside or (compiled and self.clock.here.compiled)
         if not (inside or self.training):  # an evaluation changes nothing, so that several threads can evaluate
             return CounterNoise(key=self.clock.key, layer=self.name)
         if not inside and self.leads and (self.uses or not self.clock.step):
@@ -301,7 +330,17 @@ class Site(nn.Module):
         values = x.float() if x.dtype == torch.float16 else x
         return observed_extremes(values, self.input_format, self.running_range, training=self.training)
 
-    def setting(self, x: Tensor) -> Setting:
+    def setting(self, x: Tensor) -> "Setting | Site":
+        """How the products of this call are computed for input `x`; while a model is compiled, this site itself."""
+        return self if torch.compiler.is_compiling() else self.setting_now(x)
+
+    def forward_products(
+        self, x: Tensor, w: Tensor, bias: Tensor | None, op: Op, dtype: torch.dtype, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]]:
+        """What an operator of a compiled model calls, see `lowbit.products.compiled`."""
+        return functional.apart(x, w, bias, op, self.setting_now(x, compiled=True), dtype, needs)
+
+    def setting_now(self, x: Tensor, *, compiled: bool = False) -> Setting:
         """How the products of this call are computed for input `x`."""
         if self.gated and self.here.samples is None:
             raise RuntimeError(
@@ -311,7 +350,7 @@ class Site(nn.Module):
             )
         return Setting(
             recipe=self.recipe,
-            noise=self.noise(),
+            noise=self.noise(compiled=compiled),
             bits=tuple((self.bits if self.training else self.evaluation_bits).tolist()),
             input_range=self.input_range(x) if self.keeps_range else None,
             layer=self.name,
