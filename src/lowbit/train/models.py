@@ -392,7 +392,7 @@ def _of_file(name: str, task: Task) -> nn.Module:
 def _check_logits(name: str, model: nn.Module, task: Task) -> None:
     """Raise a UsageError unless a model gives logits for two samples."""
     wanted = (2, task.classes) if task.kind == "image" else (2, *task.shape, task.classes)
-    x = torch.zeros((2, *task.shape), dtype=torch.float32 if task.kind == "image" else torch.int64)
+    x = torch.zeros((2, *task.shape), dtype=torch.float32 if task.kind == "image" else torch.int64, device="cpu")
     with userfile.blamed(f"{name} raises for an input of {tuple(x.shape)}:", userfile.file_of(model)), torch.no_grad():
         y = model.eval()(x)
     model.train()
