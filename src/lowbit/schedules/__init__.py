@@ -1,6 +1,7 @@
 """Precision schedules: step -> bits, one method of the literature a file; rules that follow the run; savings.
 
-`source.py` holds what they share, `template.py` the table of the kinds that recipes and the command line know.
+`source.py` holds what they share, `template.py` finds the kinds that recipes and the command line know: those that a
+file of this folder lists in its ``MAKES``.
 """
 
 from lowbit.schedules.constant import Constant

@@ -33,3 +33,6 @@ class Constant(PureSchedule):
         """The bits; `step` is 0 or more."""
         check_step(step, self.total_steps)
         return self.bits
+
+
+MAKES = {"constant": Constant}

@@ -124,3 +124,6 @@ class Cyclic(PureSchedule):
                 return start + 0.5 * span * (1 + math.cos(math.pi * done + math.pi))
             case "cosine":
                 return start + 0.5 * span * (1 - math.cos(math.pi * done))
+
+
+MAKES = {"cyclic": Cyclic}

@@ -68,3 +68,6 @@ class Piecewise(PureSchedule):
         """Bits of the piece that `step` lies in."""
         check_step(step, self.total_steps)
         return next(bits for start, bits in reversed(self._steps) if start <= step)
+
+
+MAKES = {"piecewise": Piecewise}

@@ -117,3 +117,6 @@ class Progressive(Rule):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` gave; a UsageError where it is not the state of such a rule."""
         self._plateau.load_state_dict(state)
+
+
+MAKES = {"progressive": Progressive}

@@ -132,3 +132,6 @@ def _in_first_cycle(schedule: Cyclic, **changes: Any) -> RangeTest:
     """The test whose widths share the first cycle, 10 steps or more each; `changes` of its arguments win."""
     steps = max(schedule.period // max(schedule.high - schedule.low, 1), _LEAST_STEPS)
     return RangeTest(**{"low": schedule.low, "high": schedule.high, "steps_per_bit": steps, **changes})
+
+
+MAKES = {"cyclic": range_tested}

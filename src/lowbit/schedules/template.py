@@ -2,25 +2,34 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
+from inspect import isfunction
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 from lowbit.checks import check_type, checked, fits, in_words
 from lowbit.errors import UsageError, shown, unknown
-from lowbit.schedules.constant import Constant
-from lowbit.schedules.cyclic import Cyclic
-from lowbit.schedules.piecewise import Piecewise
-from lowbit.schedules.progressive import Progressive
-from lowbit.schedules.range_tested import range_tested
 from lowbit.schedules.source import PureSchedule, Rule
 from lowbit.signatures import Setting, settings_of
 
-KINDS: dict[str, tuple[Callable[..., PureSchedule | Rule], ...]] = {
-    "constant": (Constant,),
-    "piecewise": (Piecewise,),
-    "cyclic": (Cyclic, range_tested),
-    "progressive": (Progressive,),
-}
-"""What makes the schedules of each kind. The command line and recipes read their settings off these.
+Make = Callable[..., PureSchedule | Rule]
+
+
+def _kinds() -> dict[str, tuple[Make, ...]]:
+    """What the files of this folder say that they make, by kind; a class comes before the functions in its place."""
+    kinds: dict[str, tuple[Make, ...]] = {}
+    for file in iter_modules([str(Path(__file__).parent)]):
+        if file.name != Path(__file__).stem:
+            module = import_module(f"{__package__}.{file.name}")
+            for kind, make in getattr(module, "MAKES", {}).items():
+                kinds[kind] = tuple(sorted((*kinds.get(kind, ()), make), key=isfunction))
+    return kinds
+
+
+KINDS = _kinds()
+"""What makes the schedules of each kind: every file of this folder lists its own in ``MAKES``. The command line and
+recipes read their settings off these.
 
 A kind has a class, and may have a function that takes its place where a setting is a word in place of a number: the
 first whose annotations the settings fit is called. A function takes the settings of the class too.
@@ -77,7 +86,7 @@ class Template:
         return {s.name: given.get(s.name, s.default) for s in kind_settings(self.kind).values()}
 
     @property
-    def _make(self) -> Callable[..., PureSchedule | Rule]:
+    def _make(self) -> Make:
         """What makes a schedule of these settings: the first of the kind whose annotations they fit."""
         first, *others = KINDS[self.kind]
         return next((make for make in (first, *others) if not _unfit(make, dict(self.settings))), first)
@@ -131,6 +140,6 @@ def kind_settings(kind: str) -> dict[str, Setting]:
     return {name: setting for name, setting in every.items() if name not in OF_THE_RUN}
 
 
-def _unfit(make: Callable[..., PureSchedule | Rule], given: dict[str, Any]) -> list[Setting]:
+def _unfit(make: Make, given: dict[str, Any]) -> list[Setting]:
     """The settings whose given values are not what the annotations say."""
     return [s for s in settings_of(make).values() if s.name in given and not fits(given[s.name], s.hint)]
