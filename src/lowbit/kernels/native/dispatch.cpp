@@ -4,7 +4,7 @@
 //   1. machine.h and machine.cpp: its name, and how the processor is asked for it;
 //   2. neon.cpp, compiled with its flags by a line of CMakeLists.txt: `neon_passes`, made by all_passes.h, and
 //      `neon_products`, made by all_products.h of a struct of micro-kernels and vector operations;
-//   3. a row here in each table.
+//   3. dispatch.h: both names; and a row here in each table.
 // AMX is such a file beside AVX-512's. AVX-VNNI would be a third that has micro-kernels of 256 bits. Passes and
 // products of codes give the same bits on every instruction set; `tests/test_native.py` compares all that a machine can
 // run.
