@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import lowbit
 from lowbit import PrecisionController, UsageError
 from lowbit.errors import RunError
+from lowbit.nn.kinds import is_depthwise
 from lowbit.nn.layers import QuantLayer
-from lowbit.precision.layers import is_depthwise
 from lowbit.products import watch
 from lowbit.recipe import SLOTS, Gating, Recipe
 from lowbit.schedules import (

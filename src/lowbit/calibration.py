@@ -24,6 +24,7 @@ from lowbit.engines.choice import ENGINES
 from lowbit.errors import RunError, check_choice
 from lowbit.formats import FP32
 from lowbit.machine import here, paired
+from lowbit.products.operators import Op
 from lowbit.products.setting import Setting
 from lowbit.recipe import Recipe
 from lowbit.rounding import CounterNoise, step_key
@@ -54,6 +55,17 @@ class Shape:
         check_choice("kind of layer", self.kind, Kind)
         if min(self.inputs, self.outputs, self.taps, self.groups) < 1:
             raise ValueError(f"{self}: every number must be at least 1")
+
+    @classmethod
+    def of(cls, op: Op, weight: torch.Size) -> "Shape":
+        """What the products of an operator with a weight of this shape are looked up by."""
+        if op.geometry is None:
+            outputs, inputs = weight
+            return cls(kind="linear", inputs=max(inputs, 1), outputs=max(outputs, 1))
+        groups, taps = op.geometry.groups, math.prod(weight[2:])
+        one, other = weight[0] // groups, weight[1]
+        inputs, outputs = (one, other) if op.geometry.transposed else (other, one)
+        return cls(kind="conv", inputs=max(inputs, 1), outputs=max(outputs, 1), taps=taps, groups=groups)
 
     def __str__(self) -> str:
         taps = f", {self.taps} tap{'s' * (self.taps > 1)}" if self.kind == "conv" else ""

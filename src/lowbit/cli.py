@@ -401,7 +401,7 @@ def _plan(
 
 def _own_schedule(recipe: Any, network: Any, steps: int, steps_per_epoch: int | None) -> tuple[Any, Any]:
     """The bits that a recipe plans by itself: forward, backward or None; what only a run decides is refused."""
-    from lowbit.precision.layers import is_depthwise
+    from lowbit.nn.kinds import is_depthwise
     from lowbit.schedules import Schedule
 
     forward, backward = (

@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
@@ -21,17 +21,15 @@ from torch import Tensor, nn
 from lowbit import calibration
 from lowbit.calibration import Shape, Table, Timing
 from lowbit.checks import check_keys, check_type, check_whole, checked, is_like, is_whole
-from lowbit.engines.choice import ENGINES, refusal
-from lowbit.engines.int8 import missing
+from lowbit.engines.choice import ENGINES
 from lowbit.errors import UsageError, shown, unknown
 from lowbit.formats import BF16, Format
 from lowbit.kernels import native_instruction_sets
-from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS
+from lowbit.nn import containers, kinds
 from lowbit.nn.gate import release
+from lowbit.nn.kinds import plain_type
 from lowbit.nn.layers import QuantLayer
-from lowbit.nn.norm import FusedSequential, has_fused_pair
 from lowbit.nn.site import Clock, Site
-from lowbit.products.operators import Convolution, Linear, Op
 from lowbit.recipe import Recipe, recipes
 from lowbit.strides import suggests_channels_last
 from lowbit.tables import json_text, text_table
@@ -51,35 +49,6 @@ _MOST_STEPS = 2**63 - 1
 # Channels of one group below which a grouped convolution leaves 32-wide tiles mostly idle; engine="auto" then takes
 # the reference engine, where this machine was not measured.
 FEW_CHANNELS = 16
-
-_PLAIN_TYPES: dict[type[nn.Module], type[nn.Module]] = {
-    twin: plain for plain, twin in (PRODUCT_LAYERS | NORM_LAYERS).items()
-}
-
-
-def plain_type(layer: nn.Module) -> type[nn.Module]:
-    """The torch class that a converted layer stands for; of any other layer its own class."""
-    return next((_PLAIN_TYPES[base] for base in type(layer).__mro__ if base in _PLAIN_TYPES), type(layer))
-
-
-# Layers with products that cannot be converted, and why.
-_REFUSED: dict[type[nn.Module], str] = {
-    nn.Bilinear: "its product of three operands has no quantised form here",
-    nn.RNN: "only LSTM and GRU have quantised forms",
-    nn.RNNCell: "only LSTM and GRU have quantised forms, cells do not",
-    nn.LSTMCell: "only LSTM and GRU have quantised forms, cells do not",
-    nn.GRUCell: "only LSTM and GRU have quantised forms, cells do not",
-}
-_NO_PRODUCT: tuple[type[nn.Module], ...] = (
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.PReLU,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.modules.batchnorm._BatchNorm,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,9 +260,7 @@ def convert_(
     if clock.sites:
         clock.attach(model)
         for module in model.modules():
-            _forbid_bypass(module)
-            if has_fused_pair(module):
-                module.__class__ = FusedSequential
+            containers.adapt(module)
     weights = _weights(plans)
     rows = tuple(
         replace(_row(plan, choices.get(plan.name)), weights=weights[plan.name], left_by=plan.left_by) for plan in plans
@@ -342,7 +309,7 @@ def _choices(plans: Sequence[_Plan], engine: str, table: Table | None) -> dict[s
     """
     asked = _Choice(why="it was asked for")
     choices = {
-        plan.name: asked if engine == "reference" else _choose(plan.layer, plan.recipe, engine, table)
+        plan.name: asked if engine == "reference" else _choose(plan.layer, plan.twin, plan.recipe, engine, table)
         for plan in plans
         if plan.twin is not None and plan.recipe is not None
     }
@@ -357,48 +324,21 @@ def _choices(plans: Sequence[_Plan], engine: str, table: Table | None) -> dict[s
     return choices
 
 
-def _choose(layer: nn.Module, recipe: Recipe, engine: str, table: Table | None) -> _Choice:
+def _choose(layer: nn.Module, twin: type[QuantLayer], recipe: Recipe, engine: str, table: Table | None) -> _Choice:
     """What runs a layer: what can, and with ``"auto"`` what is faster, by the table or else by a rule."""
-    why = _why_refused(layer, recipe)
-    if engine != "auto" or isinstance(layer, tuple(NORM_LAYERS)):
+    why = twin.int8_refusal(layer, recipe)
+    op, weight = twin.operator(layer), twin.largest_weight(layer)
+    if engine != "auto" or op is None or weight is None:
         return _Choice(why=why)
-    timing = None if table is None else table.nearest(_shape(layer), recipe)
+    shape = Shape.of(op, weight.shape)
+    timing = None if table is None else table.nearest(shape, recipe)
     if why:
         return _Choice(why=why, timing=timing)
     if timing is not None and timing.fastest == "reference":
         why = f"measured {timing.reference:.2g} ms against {timing.int8:.2g} on int8 units, as {timing.shape}"
-    elif timing is None and isinstance(layer, nn.modules.conv._ConvNd):
-        narrow = min(layer.in_channels, layer.out_channels) // layer.groups
-        if layer.groups > 1 and narrow < FEW_CHANNELS:
-            why = f"{narrow} channels in a group, fewer than {FEW_CHANNELS}, leave int8 units mostly idle"
+    elif timing is None and shape.groups > 1 and (narrow := min(shape.inputs, shape.outputs)) < FEW_CHANNELS:
+        why = f"{narrow} channels in a group, fewer than {FEW_CHANNELS}, leave int8 units mostly idle"
     return _Choice(why=why, timing=timing, open=True)
-
-
-def _shape(layer: nn.Module) -> Shape:
-    """What a layer with products is looked up by; one with several weights by its largest."""
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        groups, taps = layer.groups, math.prod(layer.kernel_size)
-        inputs, outputs = layer.in_channels // groups, layer.out_channels // groups
-        return Shape(kind="conv", inputs=max(inputs, 1), outputs=max(outputs, 1), taps=taps, groups=groups)
-    outputs, inputs = max((p.shape for p in layer.parameters() if p.dim() == 2), key=math.prod)
-    return Shape(kind="linear", inputs=max(inputs, 1), outputs=max(outputs, 1))
-
-
-def _why_refused(layer: nn.Module, recipe: Recipe) -> str:
-    """Why a layer cannot run on int8 units; empty where it can."""
-    for name, p in layer.named_parameters():
-        if p.device.type != "cpu" or p.dtype not in (torch.float32, torch.bfloat16):
-            return f"a layer whose {name} is {p.dtype} on {p.device.type}: it takes float32 and bfloat16 on the CPU"
-    if isinstance(layer, tuple(NORM_LAYERS)):
-        norm = recipe.normalization
-        formats = () if norm is None else (norm.input, norm.grad_output)
-        if not all(f.zero == "integer" and f.bits <= 8 for f in formats):
-            return "range normalisation runs on codes of up to 8 bits with an integer zero point"
-        return missing("int8")
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        op: Op = Convolution(stride=(1,), padding=(0,), dilation=(1,), groups=layer.groups)
-        return refusal(op, recipe, dim=layer.weight.dim())
-    return refusal(Linear(), recipe)
 
 
 def _memory_notes(plans: Sequence[_Plan], choices: dict[str, _Choice]) -> list[str]:
@@ -406,10 +346,11 @@ def _memory_notes(plans: Sequence[_Plan], choices: dict[str, _Choice]) -> list[s
     names = [
         plan.name
         for plan in plans
-        if plan.name in choices
+        if plan.twin is not None
         and choices[plan.name].engine == "int8"
-        and isinstance(plan.layer, (nn.Conv2d, nn.ConvTranspose2d))
-        and not suggests_channels_last(plan.layer.weight.shape, plan.layer.weight.stride())
+        and (weight := plan.twin.largest_weight(plan.layer)) is not None
+        and weight.dim() == 4
+        and not suggests_channels_last(weight.shape, weight.stride())
     ]
     if not names:
         return []
@@ -469,25 +410,11 @@ def _check_model(model: nn.Module) -> None:
             raise UsageError(f"{where} is a TorchScript module: convert the plain model instead")
 
 
-def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """Every layer, once, in registration order: known types, and whatever owns parameters itself."""
-    if module in seen:
-        return
-    seen.add(module)
-    known = isinstance(module, (*PRODUCT_LAYERS, *NORM_LAYERS, *_REFUSED))
-    if known or any(True for _ in module.parameters(recurse=False)):
-        yield name, module
-    # Attention is one layer: it never calls the module it keeps its output projection in.
-    if not isinstance(module, nn.MultiheadAttention):
-        for key, child in module.named_children():
-            yield from _walk(child, f"{name}.{key}" if name else key, seen)
-
-
 def _plan(
     model: nn.Module, recipe: Recipe, rules: Sequence[tuple[Matcher, Recipe | None]], strict: bool
 ) -> list[_Plan]:
-    layers = list(_walk(model, "", set()))
-    with_products = [layer for _, layer in layers if isinstance(layer, (*PRODUCT_LAYERS, *_REFUSED))]
+    layers = list(kinds.walk(model))
+    with_products = [layer for _, layer in layers if kinds.multiplies(layer)]
     ends = {
         "first": with_products[0] if with_products and recipe.first == "leave" else None,
         "last": with_products[-1] if with_products and recipe.last == "leave" else None,
@@ -514,7 +441,7 @@ def _plan(
         elif rule is None and end is not None:
             reason, left_by = f"{recipe.name} leaves the {end} layer", "recipe"
         else:
-            twin, reason, refused = _twin(layer, chosen)
+            twin, reason, refused = kinds.choose_twin(layer, chosen)
             if refused:
                 refusals.append((name, f"{name or 'the model'} ({_type_name(layer)}): {reason}"))
         plans.append(_Plan(name, layer, twin, chosen if twin else None, reason, left_by))
@@ -574,45 +501,6 @@ def _check_rules(
         raise UsageError(f"rule {i + 1}, {shown!r}, decided nothing: {hint}")
 
 
-def _twin(layer: nn.Module, recipe: Recipe) -> tuple[type[QuantLayer] | None, str, bool]:
-    """The quantised twin of a layer, or None with the reason, and whether that refuses what was asked for."""
-    kind = type(layer)
-    if kind in PRODUCT_LAYERS:
-        refusal = _unsupported(layer)
-        return (None, refusal, True) if refusal else (PRODUCT_LAYERS[kind], "", False)
-    for refused, why in _REFUSED.items():
-        if isinstance(layer, refused):
-            return None, why, True
-    if isinstance(layer, nn.modules.batchnorm._BatchNorm) and recipe.normalization is not None:
-        if kind in NORM_LAYERS:
-            return NORM_LAYERS[kind], "range normalisation", False
-        return None, f"only {', '.join(t.__name__ for t in NORM_LAYERS)} have a Range BN", True
-    if isinstance(layer, tuple(PRODUCT_LAYERS)):
-        plain = next(t.__name__ for t in PRODUCT_LAYERS if isinstance(layer, t))
-        hint = (
-            "run one forward first" if isinstance(layer, nn.modules.lazy.LazyModuleMixin) else "its forward may differ"
-        )
-        return None, f"a subclass of {plain}, and types match exactly: {hint}", True
-    if isinstance(layer, _NO_PRODUCT):
-        return None, "has no product", False
-    return None, "unknown type: its products, if any, run as they are", False
-
-
-def _unsupported(layer: nn.Module) -> str:
-    """Why a layer of a known type cannot be converted; empty where it can."""
-    if "forward" in layer.__dict__:
-        return "its forward was replaced on the object, which conversion would not reach"
-    for name, p in layer.named_parameters(recurse=False):
-        if not p.is_floating_point():
-            return f"{name} is {p.dtype}, not floating point"
-    if isinstance(layer, nn.RNNBase):
-        if layer.bidirectional:
-            return "only one direction has a quantised form"
-        if layer.proj_size:
-            return "projections (proj_size) have no quantised form"
-    return ""
-
-
 def _mark_shared_parameters(plans: list[_Plan]) -> None:
     """Say in the remark of a layer that it shares a parameter with an earlier one."""
     owner: dict[Tensor, str] = {}
@@ -630,20 +518,10 @@ def _weights(plans: Sequence[_Plan]) -> dict[str, int]:
     counts: dict[str, int] = {}
     seen: set[Tensor] = set()
     for plan in sorted(plans, key=lambda plan: plan.twin is None):
-        own = [p for p in _matrices(plan.layer) if p not in seen]
+        own = [p for p in kinds.weights(plan.layer) if p not in seen]
         seen.update(own)
         counts[plan.name] = sum(p.numel() for p in own)
     return counts
-
-
-def _matrices(layer: nn.Module) -> list[Tensor]:
-    """The parameters of a layer that are, or may be, the weight of a matrix product or a convolution."""
-    if isinstance(layer, _NO_PRODUCT):
-        return []
-    given = [p for p in layer.parameters(isinstance(layer, nn.MultiheadAttention)) if not nn.parameter.is_lazy(p)]
-    if isinstance(layer, (*PRODUCT_LAYERS, *_REFUSED)):
-        return [p for p in given if p.dim() >= 2]
-    return [p for p in given if sum(size > 1 for size in p.shape) >= 2]
 
 
 def _type_name(layer: nn.Module) -> str:
@@ -652,17 +530,9 @@ def _type_name(layer: nn.Module) -> str:
 
 def _row(plan: _Plan, choice: _Choice | None) -> Row:
     recipe = plan.recipe
-    if recipe is None or choice is None:
+    if recipe is None or plan.twin is None or choice is None:
         return Row(name=plan.name, type=_type_name(plan.layer), recipe=None, reason=plan.reason)
-    if type(plan.layer) in NORM_LAYERS.values() and recipe.normalization is not None:
-        norm = recipe.normalization
-        tables: dict[str, tuple[Format, ...]] = {"output": (norm.input,), "grad_input": (norm.grad_output,)}
-    else:
-        tables = {
-            "output": (recipe.output.input, recipe.output.weight),
-            "grad_input": (recipe.grad_input.grad_output, recipe.grad_input.weight),
-            "grad_weight": (recipe.grad_weight.grad_output, recipe.grad_weight.input),
-        }
+    tables = plan.twin.formats(recipe)
     timing = choice.timing
     speed = None if timing is None else timing.speed(choice.engine)
     gain = f"no gain: {speed:.2f} times the speed of fp32 as {timing.shape}" if timing and speed and speed <= 1 else ""
@@ -699,32 +569,6 @@ def _notes(clock: Clock) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _call_my_layers(_module: nn.Module, _args: object) -> None:
-    """A hook that does nothing: torch's fused encoder path is only taken where no module has a hook."""
-
-
-def _forbid_bypass(module: nn.Module) -> None:
-    """Make nn.TransformerEncoderLayer call its converted linear layers in evaluation too."""
-    if _call_my_layers in module._forward_pre_hooks.values() or "_lowbit_nested" in module.__dict__:
-        return  # since an earlier conversion
-    if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, QuantLayer) for m in module.modules()):
-        module.register_forward_pre_hook(_call_my_layers)
-    if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, QuantLayer) for m in module.modules()):
-        module.__dict__["_lowbit_nested"] = module.use_nested_tensor
-        module.use_nested_tensor = False
-
-
-def _remove_hooks(module: nn.Module) -> None:
-    for key, hook in list(module._forward_pre_hooks.items()):
-        owner = getattr(hook, "__self__", None)
-        if hook is _call_my_layers:
-            del module._forward_pre_hooks[key]
-        elif isinstance(owner, Clock) and not owner.sites:
-            owner.detach(module)
-    if "_lowbit_nested" in module.__dict__:
-        module.use_nested_tensor = module.__dict__.pop("_lowbit_nested")
-
-
 @checked
 def restore_(model: nn.Module) -> None:
     """Make every converted layer of a model plain again, in place; parameters stay the same objects.
@@ -738,23 +582,19 @@ def restore_(model: nn.Module) -> None:
     _check_controllers(layers)
     release(model)
     for layer in layers:
-        if type(layer) not in _PLAIN_TYPES:
+        if layer.is_altered:
             raise UsageError(
                 f"restore_: {layer.sites()[0].name or 'the model'} is a {type(layer).__name__} since its conversion: "
                 "undo that first"
             )
     for layer in layers:
-        for site in layer.sites():
-            site.clock.sites.remove(site)
-        del layer.site
-        layer.__dict__.pop("norm", None)
-        plain: Any = layer
-        plain.__class__ = _PLAIN_TYPES[type(layer)]
+        layer.undo()
     for module in model.modules():
-        _remove_hooks(module)
-        if type(module) is FusedSequential and not any(isinstance(m, QuantLayer) for m in module):
-            container: Any = module
-            container.__class__ = nn.Sequential
+        for hook in list(module._forward_pre_hooks.values()):
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, Clock) and not owner.sites:
+                owner.detach(module)
+        containers.restore(module)
 
 
 def _check_controllers(layers: list[QuantLayer]) -> None:
@@ -787,8 +627,9 @@ def replaced(model: nn.Module) -> dict[Site, str]:
         for clock in owners:
             if not isinstance(clock, Clock):
                 continue
+            modules = dict(root.named_modules(remove_duplicate=False))
             for site in clock.sites:
-                module = None if site in here else _module_at(root, site.name)
+                module = modules.get(site.layer_name)
                 if site not in here and not isinstance(module, QuantLayer):
                     gone[site] = "nothing" if module is None else type(module).__name__
     return gone
@@ -797,14 +638,6 @@ def replaced(model: nn.Module) -> dict[Site, str]:
 def _sites(model: nn.Module) -> dict[Site, QuantLayer]:
     """The sites of a model and their layers."""
     return {site: layer for layer in model.modules() if isinstance(layer, QuantLayer) for site in layer.sites()}
-
-
-def _module_at(root: nn.Module, name: str) -> nn.Module | None:
-    """The layer that a site of this name would be of; in a layer of several products the last part is the product's."""
-    modules = dict(root.named_modules(remove_duplicate=False))
-    whole = modules.get(name.rpartition(".")[0])
-    several = isinstance(whole, nn.RNNBase | nn.MultiheadAttention)
-    return whole if several else modules.get(name)
 
 
 @checked
@@ -984,7 +817,7 @@ def _check_engines(clock: Clock, saved: dict[str, Any], layers: Mapping[Site, Qu
     """Raise where a layer of this clock cannot run on the engine that was saved for it."""
     for site in _of(clock, layers):
         engine = saved[site.name]["engine"]
-        if engine == "int8" and engine != site.engine and (why := _why_refused(layers[site], site.recipe)):
+        if engine == "int8" and engine != site.engine and (why := layers[site].int8_refusal(layers[site], site.recipe)):
             raise UsageError(
                 f"load_state_dict: {site.name!r} was saved on the int8 engine, which cannot run it here: {why}. Go on "
                 "where it began; another engine gives other last digits"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lowbit.nn import PRODUCT_LAYERS
+from lowbit.nn.kinds import has_product_twin
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site
 
@@ -15,8 +15,7 @@ def site_names(model: nn.Module) -> dict[object, str]:
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLayer):
             for site in layer.sites():
-                suffix = site.name.rpartition(".")[2] if len(layer.sites()) > 1 else ""
-                names[site] = ".".join(filter(None, [name, suffix]))
+                names[site] = ".".join(filter(None, [name, site.part]))
     return names
 
 
@@ -55,6 +54,6 @@ def layer_names(model: nn.Module) -> list[str]:
     names: list[str] = []
     for full_name, layer in model.named_modules():
         name = plain_name(full_name)
-        if isinstance(layer, tuple(PRODUCT_LAYERS)) and not any(name.startswith(known + ".") for known in names):
+        if has_product_twin(layer) and not any(name.startswith(known + ".") for known in names):
             names.append(name)
     return names

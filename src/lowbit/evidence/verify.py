@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.checks import checked
-from lowbit.convert import plain_type, replaced
+from lowbit.convert import replaced
 from lowbit.errors import RunError, UsageError
 from lowbit.evidence.names import name_of_source, site_names
 from lowbit.evidence.proof import OperandProof, OutsideRow, Proof, ProofRow
 from lowbit.evidence.records import PRODUCTS
 from lowbit.evidence.watch import Operation, watched_by
+from lowbit.nn.kinds import plain_type
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site
 from lowbit.products import watch

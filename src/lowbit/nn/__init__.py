@@ -16,25 +16,26 @@ from lowbit.nn.layers import (
 from lowbit.nn.norm import RangeBatchNorm1d, RangeBatchNorm2d, RangeBatchNorm3d
 from lowbit.nn.recurrent import QuantGRU, QuantLSTM
 
-# The twin of each plain layer type that has products.
+# The twins of layers that have products. A layer is added by its file and a row here.
 PRODUCT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
-    nn.Linear: QuantLinear,
-    nn.Conv1d: QuantConv1d,
-    nn.Conv2d: QuantConv2d,
-    nn.Conv3d: QuantConv3d,
-    nn.ConvTranspose1d: QuantConvTranspose1d,
-    nn.ConvTranspose2d: QuantConvTranspose2d,
-    nn.ConvTranspose3d: QuantConvTranspose3d,
-    nn.LSTM: QuantLSTM,
-    nn.GRU: QuantGRU,
-    nn.MultiheadAttention: QuantMultiheadAttention,
+    twin.plain: twin
+    for twin in (
+        QuantLinear,
+        QuantConv1d,
+        QuantConv2d,
+        QuantConv3d,
+        QuantConvTranspose1d,
+        QuantConvTranspose2d,
+        QuantConvTranspose3d,
+        QuantLSTM,
+        QuantGRU,
+        QuantMultiheadAttention,
+    )
 }
 
-# The twin of each batch normalisation, for recipes that replace it.
+# The twins of batch normalisations, for recipes that replace them.
 NORM_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
-    nn.BatchNorm1d: RangeBatchNorm1d,
-    nn.BatchNorm2d: RangeBatchNorm2d,
-    nn.BatchNorm3d: RangeBatchNorm3d,
+    twin.plain: twin for twin in (RangeBatchNorm1d, RangeBatchNorm2d, RangeBatchNorm3d)
 }
 
 __all__ = [

@@ -5,6 +5,7 @@ softmax, stay in full precision; `lowbit.verify` lists them.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,19 @@ class QuantMultiheadAttention(SeveralProducts, nn.MultiheadAttention):
     The plain layer multiplies by `in_proj_weight` and `out_proj` in one functional call that bypasses its modules;
     this one computes each projection as a product of its own, in training and in evaluation.
     """
+
+    plain = nn.MultiheadAttention
+    owns_modules = True  # it reads the parameters of the module that it keeps its output projection in
+
+    @classmethod
+    def input_channels(cls, layer: Any) -> int:
+        """E."""
+        return int(layer.embed_dim)
+
+    @property
+    def sample_axis(self) -> int:
+        """The first, or the second after positions."""
+        return 0 if self.batch_first else 1
 
     def site_names(self) -> list[str]:
         """The four projections."""

@@ -4,29 +4,114 @@
 hooks and every reference to it stay what they were; `lowbit.restore_` changes it back.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lowbit import functional
+from lowbit.engines.choice import refusal as refusal_of_products
+from lowbit.formats import Format
 from lowbit.nn.site import Clock, Site, product_site
+from lowbit.products.operators import Convolution, Linear, Op
 from lowbit.recipe import Recipe
 
 
 class QuantLayer(nn.Module):
-    """A layer that computes in the formats of a recipe.
+    """A layer that computes in the formats of a recipe: the twin of a plain layer.
+
+    It answers for its kind. What must be known before a layer is converted is asked of the class, about the plain
+    layer; a converted layer gives the same answer about itself.
 
     Attributes:
+        plain: the type of layer that it stands for; each class of converted layers says its own.
+        owns_modules: whether the modules inside the plain layer are part of it, since it never calls them.
+        remark: what a report says of a converted layer.
         site: the state of its products.
     """
 
+    plain: ClassVar[type[nn.Module]]
+    owns_modules: ClassVar[bool] = False
+    remark: ClassVar[str] = ""
     site: Site
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
-        plain = next(base.__name__ for base in type(self).__mro__ if base.__module__.startswith("torch.nn"))
         raise TypeError(
-            f"{type(self).__name__} is made of a plain layer: lowbit.convert_(torch.nn.{plain}(...), recipe)"
+            f"{type(self).__name__} is made of a plain layer: lowbit.convert_(torch.nn.{self.plain.__name__}(...), "
+            "recipe)"
         )
+
+    @classmethod
+    def is_in(cls, recipe: Recipe) -> bool:  # noqa: ARG003 - products are in every recipe
+        """Whether a recipe is about layers of this kind."""
+        return True
+
+    @classmethod
+    def refusal(cls, layer: Any, recipe: Recipe) -> str:  # noqa: ARG003 - for twins that a recipe must fit
+        """Why a layer of the plain type cannot become this with a recipe; empty where it can."""
+        if "forward" in layer.__dict__:
+            return "its forward was replaced on the object, which conversion would not reach"
+        for name, p in layer.named_parameters(recurse=False):
+            if not p.is_floating_point():
+                return f"{name} is {p.dtype}, not floating point"
+        return ""
+
+    @classmethod
+    def operator(cls, layer: Any) -> Op | None:
+        """What all products of a layer are; None where it has none."""
+        raise TypeError(f"{cls.__name__} does not say what its products are: {layer}")
+
+    @classmethod
+    def weights(cls, layer: Any) -> list[Tensor]:
+        """The parameters that a layer multiplies by, those with two axes or more; several products may share one."""
+        given = layer.parameters(cls.owns_modules)
+        return [p for p in given if not nn.parameter.is_lazy(p) and p.dim() >= 2]
+
+    @classmethod
+    def largest_weight(cls, layer: Any) -> Tensor | None:
+        """The largest of `weights`, the first of several; None without any."""
+        return max(cls.weights(layer), key=Tensor.numel, default=None)
+
+    @classmethod
+    def input_channels(cls, layer: Any) -> int:
+        """How many channels, or features, the input of a layer has."""
+        raise TypeError(
+            f"{cls.__name__} does not say how many channels it takes, see QuantLayer.input_channels: {layer}"
+        )
+
+    @classmethod
+    def formats(cls, recipe: Recipe) -> dict[str, tuple[Format, ...]]:
+        """The formats of the operands of each product."""
+        table: dict[str, tuple[Format, ...]] = {}
+        for product, _, fmt in recipe.operands():
+            table[product] = (*table.get(product, ()), fmt)
+        return table
+
+    @classmethod
+    def int8_refusal(cls, layer: Any, recipe: Recipe) -> str:
+        """Why a layer, plain or converted, cannot run a recipe on int8 units; empty where it can."""
+        for name, p in layer.named_parameters():
+            if p.device.type != "cpu" or p.dtype not in (torch.float32, torch.bfloat16):
+                return f"a layer whose {name} is {p.dtype} on {p.device.type}: it takes float32 and bfloat16 on the CPU"
+        return cls.int8_refusal_of_formats(layer, recipe)
+
+    @classmethod
+    def int8_refusal_of_formats(cls, layer: Any, recipe: Recipe) -> str:
+        """`int8_refusal`, whatever the layer's parameters are."""
+        op = cls.operator(layer)
+        assert op is not None
+        dim = 2 if op.geometry is None else 2 + len(op.geometry.stride)
+        return refusal_of_products(op, recipe, dim=dim)
+
+    @property
+    def sample_axis(self) -> int:
+        """The axis of the input that counts samples."""
+        return 0
+
+    @property
+    def is_altered(self) -> bool:
+        """Whether the class was changed since the conversion, so that `undo` would undo more than that."""
+        return "plain" not in vars(type(self))
 
     def attach(self, *, name: str, recipe: Recipe, clock: Clock, engine: str) -> None:
         """Give the layer its state; `lowbit.convert_` calls this once after it changed the class."""
@@ -35,6 +120,14 @@ class QuantLayer(nn.Module):
     def sites(self) -> list[Site]:
         """Every site of the layer."""
         return [self.site]
+
+    def undo(self) -> None:
+        """Become the plain layer again; parameters stay the same objects."""
+        for site in self.sites():
+            site.clock.sites.remove(site)
+        del self.site
+        layer: Any = self
+        layer.__class__ = self.plain
 
 
 class SeveralProducts(QuantLayer):
@@ -46,6 +139,11 @@ class SeveralProducts(QuantLayer):
 
     site: nn.ModuleDict  # type: ignore[assignment]  # the state of several products in place of one
 
+    @classmethod
+    def operator(cls, layer: Any) -> Op:  # noqa: ARG003 - the same for each
+        """See `product`."""
+        return Linear()
+
     def site_names(self) -> list[str]:
         """What the layer multiplies by, in order."""
         raise TypeError(f"{type(self).__name__} does not say what it multiplies by")
@@ -54,9 +152,7 @@ class SeveralProducts(QuantLayer):
         """Give each product its own site, named after the layer and the product."""
         self.site = nn.ModuleDict(
             {
-                part: product_site(
-                    name=f"{name}.{part}" if name else part, recipe=recipe, clock=clock, engine=engine, leads=i == 0
-                )
+                part: product_site(name=name, part=part, recipe=recipe, clock=clock, engine=engine, leads=i == 0)
                 for i, part in enumerate(self.site_names())
             }
         )
@@ -78,6 +174,18 @@ class SeveralProducts(QuantLayer):
 class QuantLinear(QuantLayer, nn.Linear):
     """`torch.nn.Linear` in the formats of a recipe: ``(..., K)`` to ``(..., N)``."""
 
+    plain = nn.Linear
+
+    @classmethod
+    def operator(cls, layer: Any) -> Op:  # noqa: ARG003 - the same for each
+        """``x w^T``."""
+        return Linear()
+
+    @classmethod
+    def input_channels(cls, layer: Any) -> int:
+        """K."""
+        return int(layer.in_features)
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
         """See `lowbit.functional.linear`."""
         return functional.linear(input, self.weight, self.bias, setting=self.site.setting(input))
@@ -85,6 +193,24 @@ class QuantLinear(QuantLayer, nn.Linear):
 
 class _QuantConv(QuantLayer, nn.modules.conv._ConvNd):
     """What the convolutions of 1 to 3 axes share."""
+
+    @classmethod
+    def operator(cls, layer: Any) -> Op:
+        """The convolution; a padding that has a name or is not of zeros is taken for a part of the input."""
+        named = isinstance(layer.padding, str) or layer.padding_mode != "zeros"
+        return Convolution(
+            stride=layer.stride,
+            padding=(0,) * len(layer.stride) if named else layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            transposed=layer.transposed,
+            output_padding=layer.output_padding if layer.transposed else (),
+        )
+
+    @classmethod
+    def input_channels(cls, layer: Any) -> int:
+        """C, of all groups."""
+        return int(layer.in_channels)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
         """See `lowbit.functional.conv`."""
@@ -115,13 +241,19 @@ class _QuantConv(QuantLayer, nn.modules.conv._ConvNd):
 class QuantConv1d(_QuantConv, nn.Conv1d):
     """`torch.nn.Conv1d` in the formats of a recipe."""
 
+    plain = nn.Conv1d
+
 
 class QuantConv2d(_QuantConv, nn.Conv2d):
     """`torch.nn.Conv2d` in the formats of a recipe."""
 
+    plain = nn.Conv2d
+
 
 class QuantConv3d(_QuantConv, nn.Conv3d):
     """`torch.nn.Conv3d` in the formats of a recipe."""
+
+    plain = nn.Conv3d
 
 
 class _QuantConvTranspose(_QuantConv, nn.modules.conv._ConvTransposeNd):
@@ -151,10 +283,16 @@ class _QuantConvTranspose(_QuantConv, nn.modules.conv._ConvTransposeNd):
 class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
     """`torch.nn.ConvTranspose1d` in the formats of a recipe."""
 
+    plain = nn.ConvTranspose1d
+
 
 class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d` in the formats of a recipe."""
 
+    plain = nn.ConvTranspose2d
+
 
 class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
     """`torch.nn.ConvTranspose3d` in the formats of a recipe."""
+
+    plain = nn.ConvTranspose3d

@@ -11,14 +11,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from lowbit import strides
 from lowbit.callstack import others_look_on
-from lowbit.engines.int8 import takes
+from lowbit.engines.int8 import missing, takes
 from lowbit.formats import Format, largest_code
 from lowbit.functional import autocast_device
 from lowbit.kernels import cpu
@@ -622,6 +622,46 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
     `lowbit.restore_` gives back evaluates alike.
     """
 
+    remark: ClassVar[str] = "range normalisation"
+
+    @classmethod
+    def is_in(cls, recipe: Recipe) -> bool:
+        """Whether the recipe replaces normalisations."""
+        return recipe.normalization is not None
+
+    @classmethod
+    def refusal(cls, layer: Any, recipe: Recipe) -> str:  # noqa: ARG003 - always so
+        """Nothing is refused."""
+        return ""
+
+    @classmethod
+    def operator(cls, layer: Any) -> None:
+        """It has no product."""
+
+    @classmethod
+    def weights(cls, layer: Any) -> list[Tensor]:  # noqa: ARG003 - always so
+        """None: gamma multiplies each channel apart."""
+        return []
+
+    @classmethod
+    def input_channels(cls, layer: Any) -> int:
+        """C."""
+        return int(layer.num_features)
+
+    @classmethod
+    def formats(cls, recipe: Recipe) -> dict[str, tuple[Format, ...]]:
+        """One operand forward, one backward."""
+        norm = recipe.normalization
+        return {} if norm is None else {"output": (norm.input,), "grad_input": (norm.grad_output,)}
+
+    @classmethod
+    def int8_refusal_of_formats(cls, layer: Any, recipe: Recipe) -> str:  # noqa: ARG003 - of the recipe alone
+        """Native passes work on codes of a byte."""
+        of_products = cls.formats(recipe).values()
+        if not all(f.zero == "integer" and f.bits <= 8 for formats in of_products for f in formats):
+            return "range normalisation runs on codes of up to 8 bits with an integer zero point"
+        return missing("int8")
+
     def attach(self, *, name: str, recipe: Recipe, clock: Clock, engine: str) -> None:
         """Give the layer its state."""
         norm = recipe.normalization
@@ -630,6 +670,11 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
         bits = [norm.input.bits, norm.grad_output.bits]
         self.site = NormSite(name=name, recipe=recipe, clock=clock, input_format=norm.input, bits=bits, engine=engine)
         self.norm = norm
+
+    def undo(self) -> None:
+        """Become the plain layer again."""
+        del self.norm
+        super().undo()
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
         """See `range_batch_norm`; in training the running statistics move towards the batch's."""
@@ -689,13 +734,19 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
 class RangeBatchNorm1d(_RangeBatchNormNd, nn.BatchNorm1d):
     """Range BN of ``(B, C)`` or ``(B, C, L)`` in place of `torch.nn.BatchNorm1d`."""
 
+    plain = nn.BatchNorm1d
+
 
 class RangeBatchNorm2d(_RangeBatchNormNd, nn.BatchNorm2d):
     """Range BN of ``(B, C, H, W)`` in place of `torch.nn.BatchNorm2d`."""
 
+    plain = nn.BatchNorm2d
+
 
 class RangeBatchNorm3d(_RangeBatchNormNd, nn.BatchNorm3d):
     """Range BN of ``(B, C, D, H, W)`` in place of `torch.nn.BatchNorm3d`."""
+
+    plain = nn.BatchNorm3d
 
 
 class FusedSequential(nn.Sequential):

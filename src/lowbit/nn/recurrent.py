@@ -5,6 +5,8 @@ time steps is one product ``(B, T, I) x (I, gates H)``; the recurrent product ru
 element-wise operations stay in the dtype of the input.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lowbit.nn.layers import SeveralProducts
 from lowbit.nn.site import runs_eagerly
+from lowbit.recipe import Recipe
 
 
 def lstm_cell(x_gates: Tensor, h_gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,6 +35,25 @@ def gru_cell(x_gates: Tensor, h_gates: Tensor, h: Tensor) -> Tensor:
 
 class _QuantRecurrent(SeveralProducts, nn.RNNBase):
     """What LSTM and GRU share; one direction, any number of layers, no projection, no packed sequences."""
+
+    @classmethod
+    def refusal(cls, layer: Any, recipe: Recipe) -> str:
+        """Two directions and projections are refused."""
+        if why := super().refusal(layer, recipe):
+            return why
+        if layer.bidirectional:
+            return "only one direction has a quantised form"
+        return "projections (proj_size) have no quantised form" if layer.proj_size else ""
+
+    @classmethod
+    def input_channels(cls, layer: Any) -> int:
+        """I."""
+        return int(layer.input_size)
+
+    @property
+    def sample_axis(self) -> int:
+        """The first, or the second after time steps."""
+        return 0 if self.batch_first else 1
 
     def site_names(self) -> list[str]:
         """The weights of each layer: input, recurrent."""
@@ -84,6 +106,8 @@ class _QuantRecurrent(SeveralProducts, nn.RNNBase):
 class QuantLSTM(_QuantRecurrent, nn.LSTM):
     """`torch.nn.LSTM`, one direction, with its input and recurrent products in the formats of a recipe."""
 
+    plain = nn.LSTM
+
     @runs_eagerly
     def forward(  # type: ignore[override]  # torch's is an overload that also takes packed sequences
         self,
@@ -112,6 +136,8 @@ class QuantLSTM(_QuantRecurrent, nn.LSTM):
 
 class QuantGRU(_QuantRecurrent, nn.GRU):
     """`torch.nn.GRU`, one direction, with its input and recurrent products in the formats of a recipe."""
+
+    plain = nn.GRU
 
     @runs_eagerly
     def forward(  # type: ignore[override]  # torch's is an overload that also takes packed sequences

@@ -181,7 +181,8 @@ class Site(nn.Module):
     A site owns no parameter and nothing of it enters `state_dict()`: see `lowbit.state_dict`.
 
     Args:
-        name: the layer's name, fixed at conversion: part of the noise and of every report.
+        name: the layer's name, fixed at conversion.
+        part: which product of the layer this is, where it has several.
         recipe: the formats.
         clock: seed and step of the model.
         input_format: the format of the layer's input, whose running range is kept here.
@@ -191,6 +192,8 @@ class Site(nn.Module):
         leads: whether this is the first product of its layer, which runs once in each of the layer's forwards.
 
     Attributes:
+        layer_name: the layer's name at conversion.
+        name: that with the part: it is in the noise and in every report.
         bits: the widths in training.
         evaluation_bits: those in evaluation mode.
         controller: what writes both; None: they stay.
@@ -211,10 +214,13 @@ class Site(nn.Module):
         input_format: Format,
         bits: list[int],
         engine: str,
+        part: str = "",
         leads: bool = True,
     ) -> None:
         super().__init__()
-        self.name = name
+        self.layer_name = name
+        self.part = part
+        self.name = ".".join(filter(None, [name, part]))
         self.recipe = recipe
         self.clock = clock
         self.input_format = input_format
@@ -391,7 +397,7 @@ class Site(nn.Module):
         return super()._apply(lambda t: t if device.type == "meta" else t.to(device), recurse)
 
 
-def product_site(*, name: str, recipe: Recipe, clock: Clock, engine: str, leads: bool = True) -> Site:
+def product_site(*, name: str, recipe: Recipe, clock: Clock, engine: str, part: str = "", leads: bool = True) -> Site:
     """A site for the three products, with the recipe's own bits in the order of `lowbit.recipe.SLOTS`."""
     bits = [fmt.bits for _, _, fmt in recipe.operands()]
     return Site(
@@ -401,5 +407,6 @@ def product_site(*, name: str, recipe: Recipe, clock: Clock, engine: str, leads:
         input_format=recipe.output.input,
         bits=bits,
         engine=engine,
+        part=part,
         leads=leads,
     )

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
@@ -42,20 +41,11 @@ def gated_block(name: str, module: nn.Module, pinned: set[Site]) -> Block:
     if not gated:
         raise UsageError(f"block {name!r} has no converted layer whose bits a gate could choose")
     for layer in layers:
-        if getattr(layer, "batch_first", True) is False:
+        if layer.sample_axis != 0:
             raise UsageError(
                 f"block {name!r}: {layer.sites()[0].name} has batch_first=False; gates need samples on the first axis"
             )
-    first: Any = next(layer for layer in layers if layer.sites()[0] in gated or layer.sites()[0] in pinned)
-    inputs = next(
-        int(getattr(first, attribute))
-        for attribute in ("in_channels", "in_features", "input_size", "embed_dim")
-        if hasattr(first, attribute)
-    )
-    return Block(
-        name=name,
-        module=module,
-        gated=gated,
-        inputs=inputs,
-        channels_last=not isinstance(first, nn.modules.conv._ConvNd),
-    )
+    first = next(layer for layer in layers if layer.sites()[0] in gated or layer.sites()[0] in pinned)
+    op = first.operator(first)
+    assert op is not None
+    return Block(name=name, module=module, gated=gated, inputs=first.input_channels(first), channels_last=op.has_rows)

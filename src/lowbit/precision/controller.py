@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowbit.checks import check_keys, check_type, check_whole, checked, is_finite, is_whole
 from lowbit.errors import UsageError, shown
 from lowbit.nn.gate import Gates, release
+from lowbit.nn.kinds import is_depthwise
 from lowbit.nn.site import Site
 from lowbit.precision.blocks import gated_block, named_blocks
 from lowbit.precision.layers import (
@@ -25,7 +26,6 @@ from lowbit.precision.layers import (
     bits_at,
     checked_sources,
     controlled_layers,
-    is_depthwise,
     quantized_layers,
     recipe_of,
     sources_of,

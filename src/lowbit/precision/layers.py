@@ -118,11 +118,6 @@ def as_source(what: str, given: Any) -> Source | None:
     )
 
 
-def is_depthwise(layer: nn.Module) -> bool:
-    """Whether a layer is a convolution with several groups of one input channel each."""
-    return isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1 and layer.groups == layer.in_channels
-
-
 def quantized_layers(model: nn.Module) -> list[tuple[str, QuantLayer]]:
     """The converted layers of a model with their names, in order."""
     found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantLayer)]

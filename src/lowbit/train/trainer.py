@@ -35,8 +35,8 @@ from lowbit import files
 from lowbit.errors import RunError, Stopped, UsageError
 from lowbit.evidence.names import layer_names
 from lowbit.evidence.records import PLAIN, Total
+from lowbit.nn.kinds import is_depthwise
 from lowbit.precision.controller import PrecisionController
-from lowbit.precision.layers import is_depthwise
 from lowbit.precision.range_test import RangeTestResult
 from lowbit.train import checkpoint, data, models
 from lowbit.train.config import CHANGEABLE, RangeTestConfig, Result, TrainConfig, lr_factor, settled

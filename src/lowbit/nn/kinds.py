@@ -1,0 +1,112 @@
+"""What kind of layer a module is: one that has a twin, one that cannot have one, one without a product."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS
+from lowbit.nn.layers import QuantLayer
+from lowbit.recipe import Recipe
+
+_TWINS = PRODUCT_LAYERS | NORM_LAYERS
+
+# Layers with products that have no twin, and why.
+_REFUSED: dict[type[nn.Module], str] = {
+    nn.Bilinear: "its product of three operands has no quantised form here",
+    nn.RNN: "only LSTM and GRU have quantised forms",
+    nn.RNNCell: "only LSTM and GRU have quantised forms, cells do not",
+    nn.LSTMCell: "only LSTM and GRU have quantised forms, cells do not",
+    nn.GRUCell: "only LSTM and GRU have quantised forms, cells do not",
+}
+_NO_PRODUCT: tuple[type[nn.Module], ...] = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.PReLU,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.modules.batchnorm._BatchNorm,
+)
+
+
+def twin_of(layer: nn.Module) -> type[QuantLayer] | None:
+    """The twin of a layer's type, or of a type that it is a subclass of, as a converted layer is; None without one."""
+    return next((twin for plain, twin in _TWINS.items() if isinstance(layer, plain)), None)
+
+
+def plain_type(layer: nn.Module) -> type[nn.Module]:
+    """The class that a converted layer stands for; of any other layer its own class."""
+    return layer.plain if isinstance(layer, QuantLayer) else type(layer)
+
+
+def choose_twin(layer: nn.Module, recipe: Recipe) -> tuple[type[QuantLayer] | None, str, bool]:
+    """What a layer becomes with a recipe, or None; a remark, or why; and whether that refuses what was asked for."""
+    exact, near = _TWINS.get(type(layer)), twin_of(layer)
+    if exact is not None and exact.is_in(recipe):
+        why = exact.refusal(layer, recipe)
+        return (None, why, True) if why else (exact, exact.remark, False)
+    if near is None and (why := _refused(layer)):
+        return None, why, True
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm) and recipe.normalization is not None:
+        return None, f"only {', '.join(t.__name__ for t in NORM_LAYERS)} have a Range BN", True
+    if near is not None and near.is_in(recipe):
+        lazy = isinstance(layer, nn.modules.lazy.LazyModuleMixin)
+        hint = "run one forward first" if lazy else "its forward may differ"
+        return None, f"a subclass of {near.plain.__name__}, and types match exactly: {hint}", True
+    if isinstance(layer, _NO_PRODUCT):
+        return None, "has no product", False
+    return None, "unknown type: its products, if any, run as they are", False
+
+
+def _refused(layer: nn.Module) -> str:
+    """Why there is no twin of a layer that has products; empty where there is one, or it has none."""
+    return next((why for refused, why in _REFUSED.items() if isinstance(layer, refused)), "")
+
+
+def multiplies(layer: nn.Module) -> bool:
+    """Whether a layer's type is known to have products, with a twin or without."""
+    return has_product_twin(layer) or bool(_refused(layer))
+
+
+def has_product_twin(layer: nn.Module) -> bool:
+    """Whether a layer's type is known to have products, and to have a twin."""
+    twin = twin_of(layer)
+    return twin is not None and twin.operator(layer) is not None
+
+
+def walk(module: nn.Module, name: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer, once, in registration order: known types, and whatever owns parameters itself."""
+    seen = set() if seen is None else seen
+    if module in seen:
+        return
+    seen.add(module)
+    twin = twin_of(module)
+    known = twin is not None or _refused(module)
+    if known or any(True for _ in module.parameters(recurse=False)):
+        yield name, module
+    if twin is None or not twin.owns_modules:
+        for key, child in module.named_children():
+            yield from walk(child, f"{name}.{key}" if name else key, seen)
+
+
+def weights(layer: nn.Module) -> list[Tensor]:
+    """The parameters of a layer that are, or may be, the weight of a matrix product or a convolution."""
+    twin = twin_of(layer)
+    if twin is not None:
+        return twin.weights(layer)
+    if isinstance(layer, _NO_PRODUCT):
+        return []
+    given = [p for p in layer.parameters(recurse=False) if not nn.parameter.is_lazy(p)]
+    if _refused(layer):
+        return [p for p in given if p.dim() >= 2]
+    return [p for p in given if sum(size > 1 for size in p.shape) >= 2]
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution with several groups of one input channel each."""
+    twin = twin_of(layer)
+    op = None if twin is None else twin.operator(layer)
+    if twin is None or op is None or op.geometry is None:
+        return False
+    return 1 < op.geometry.groups == twin.input_channels(layer)
