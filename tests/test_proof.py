@@ -74,6 +74,22 @@ def test_its_json_has_every_cell_of_the_text() -> None:
     assert (data["version"], data["notes"]) == (1, [])
 
 
+def test_a_share_that_is_not_whole_is_said_to_be_more() -> None:
+    """Beside an operator that is not counted the share is a lower bound; where all are counted it is the share."""
+    model = _mlp()
+    hidden = torch.eye(6).to_sparse()
+
+    with lowbit.verify(model) as partly:
+        model(torch.sparse.mm(hidden, torch.randn(6, 6))).sum().backward()
+        torch.mm(torch.randn(3, 4), torch.randn(4, 5))
+    with lowbit.verify(model) as wholly:
+        model(torch.randn(6, 6)).sum().backward()
+        torch.mm(torch.randn(3, 4), torch.randn(4, 5))
+
+    assert f"\nAt least {100 * partly.outside_share:.2f} % of all MACs ran outside" in str(partly)
+    assert f"\n{100 * wholly.outside_share:.2f} % of all MACs ran outside" in str(wholly)
+
+
 def test_operands_have_their_own_figures() -> None:
     """Format, widths and error of both operands of a product."""
     proof = _prove(_mlp(), torch.randn(5, 6))

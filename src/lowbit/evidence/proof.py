@@ -245,7 +245,8 @@ class Proof:
         parts = [text_table(header, table), "", f"{self.macs:,} MACs inside converted layers."]
         if not self.outside:
             return "\n".join([*parts, "No product ran outside them.", *self.notes])
-        share = f"{100 * self.outside_share:.2f} %"
+        hidden = sum(row.calls for row in self.outside if row.macs is None)
+        share = f"{'At least ' if hidden else ''}{100 * self.outside_share:.2f} %"
         parts.append(f"{share} of all MACs ran outside them, in the precision they were given:")
         rows = [
             [
