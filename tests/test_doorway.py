@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lowbit
 from lowbit.kernels import cpu
 from lowbit.kernels.cpu import Codes, Grid, Rows, Statistics, Window
 
@@ -330,7 +331,7 @@ def test_every_function_is_called_here() -> None:
 
 
 def test_one_file_calls_native_code_and_one_function_knows_addresses() -> None:
-    """No other file names the native module, and this one asks tensors where they lie in a single place."""
+    """No other file names the native module, and this one asks tensors where they lie in one place, and how far."""
     source = Path(cpu.__file__).parents[1]
     naming = {path.name for path in source.rglob("*.py") if re.search(r"(?<!\w)_cpu\b", path.read_text())}
     asking = [
@@ -342,7 +343,7 @@ def test_one_file_calls_native_code_and_one_function_knows_addresses() -> None:
     ]
 
     assert naming == {"cpu.py"}
-    assert asking == ["_memory"]
+    assert set(asking) == {"_memory", "_memories", "check_storage"}
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -419,3 +420,34 @@ def test_a_sum_of_no_numbers_is_refused(codes: bool) -> None:
     with pytest.raises(ValueError, match="multiply: the two sides sum over no numbers"):
         cpu.multiply(side, side, out, first=0, stride=2, taps=1, scales=(one, one), bias=None, codes=codes)
     assert torch.equal(out, torch.full((4,), 7.0))
+
+
+@pytest.mark.parametrize("left", [0, 4, 11 * 4])
+def test_storage_that_was_resized_is_not_read_past_its_end(left: int) -> None:
+    """Memory that was freed in whole or in part, as sharding does, is refused; given back, it is read."""
+    x = floats(3, 4)
+    x.untyped_storage().resize_(left)
+
+    with pytest.raises(ValueError, match=f"extremes: x of shape .* needs 48 bytes, .* resized to {left}"):
+        cpu.extremes(x, (1, 3, 4, False))
+    x.untyped_storage().resize_(48)
+    x.copy_(floats(3, 4))
+
+    assert cpu.extremes(x, (1, 3, 4, False))[1].tolist() == [3 / 8, 7 / 8, 11 / 8]
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parameter_without_its_memory_is_refused_on_each_engine(engine: str, name: str) -> None:
+    """The error names the layer and the parameter; torch would read what lies at address 0."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    lowbit.convert_(model, lowbit.Recipe.from_name("int8").replace(first="convert", last="convert"), engine=engine)
+    storage = getattr(model[0], name).untyped_storage()
+    size = storage.size()
+    storage.resize_(0)
+
+    with pytest.raises(ValueError, match=f"0: {name} of shape .* storage was resized to 0"):
+        model(torch.ones(2, 8))
+    storage.resize_(size)
+
+    assert model(torch.ones(2, 8)).shape == (2, 8)

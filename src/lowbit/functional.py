@@ -370,14 +370,18 @@ def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting |
     """Check dtypes and compute outside autocast; the result has autocast's dtype where that is on, else that of `x`."""
     device = "cpu" if x.is_meta else x.device.type
     autocast = torch.is_autocast_enabled(device)
-    name = (setting.layer if isinstance(setting, Setting) else setting.name) or op.kind
+    layer = (setting.layer if isinstance(setting, Setting) else setting.name) or op.kind
     for name, tensor in (("input", x), ("weight", w), ("bias", bias)):
         if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{name}: {name} is {tensor.dtype}: give a floating-point tensor")
+            raise TypeError(f"{layer}: {name} is {tensor.dtype}: give a floating-point tensor")
         if tensor is not None and tensor.dtype != x.dtype and not autocast:
-            raise TypeError(f"{name}: input is {x.dtype} and {name} is {tensor.dtype}: give one dtype, or use autocast")
+            raise TypeError(
+                f"{layer}: input is {x.dtype} and {name} is {tensor.dtype}: give one dtype, or use autocast"
+            )
+        if tensor is not None and isinstance(setting, Setting):
+            cpu.check_storage(tensor, f"{layer}: {name}")
     if bias is not None and (op.geometry is not None or bias.shape != w.shape[:1]):
-        bias = _fitting(bias, w, op, name)
+        bias = _fitting(bias, w, op, layer)
     dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
     if not isinstance(setting, Setting):
         return _compiled(x, w, bias, op, setting, dtype)

@@ -54,6 +54,7 @@ def _memory(x: Tensor | None, name: str) -> Memory:
 
     Raises:
         TypeError: it is of a type that native code does not know, is not on the CPU, has gaps or has the negative bit.
+        ValueError: its storage was resized below what its shape needs.
     """
     if x is None:
         return 0, -1, 0
@@ -65,7 +66,21 @@ def _memory(x: Tensor | None, name: str) -> Memory:
             f"{name} is {x.dtype}{bit} of shape {tuple(x.shape)} and strides {x.stride()} on {x.device}: give a dense "
             f"tensor on the CPU of {known}"
         )
+    check_storage(x, name)
     return x.data_ptr(), kind, x.numel()
+
+
+def check_storage(x: Tensor, name: str) -> None:
+    """Raise a ValueError where the memory of a tensor on the CPU ends before its last number: sharding frees it."""
+    if not x.is_cpu or x.layout is not torch.strided or not x.numel() or x._is_zerotensor():
+        return
+    last = x.storage_offset() + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    needed, there = (last + 1) * x.element_size(), x.untyped_storage().nbytes()
+    if there < needed:
+        raise ValueError(
+            f"{name} of shape {tuple(x.shape)} needs {needed} bytes, and its storage was resized to {there}: give it "
+            "its memory back first"
+        )
 
 
 def in_memory(x: Tensor) -> Tensor:
@@ -89,6 +104,7 @@ def _memories(*tensors: Tensor | None, names: tuple[str, ...]) -> list[Memory]:
         if x is None:
             found.append((0, -1, 0))
         elif x.is_cpu and x.is_contiguous() and not x.is_neg() and x.dtype in _TYPES:
+            check_storage(x, name)
             found.append((x.data_ptr(), _TYPES[x.dtype], x.numel()))
         else:
             found.append(_memory(x, name))
