@@ -204,8 +204,8 @@ def exponent_of(t: Tensor) -> Tensor:
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
-    """``2**exponent`` as float64, exactly, for exponents from -1022 to 1023."""
-    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+    """``2**exponent`` as float64, exactly; the nearest of its normal powers for exponents outside -1022 to 1023."""
+    return ((exponent.to(torch.int64).clamp(-1022, 1023) + 1023) << 52).view(torch.float64)
 
 
 def round_to_float(t: Tensor, mantissa: int, lowest: int, noise: Tensor | None) -> Tensor:
@@ -255,8 +255,13 @@ class Minifloat:
                 f"exponent={self.exponent}, mantissa={self.mantissa}: a minifloat has 2 to 8 bits of exponent and 0 to "
                 "23 of mantissa"
             )
-        if self.top == "nan" and self.mantissa == 0:
-            raise UsageError("top='nan' with mantissa=0: one exponent cannot hold a nan and a number")
+        if self.exponent == 8 and self.top != "ieee":
+            raise UsageError(f"top={self.top!r} with exponent=8: its largest numbers are none of float32. Use top='ieee'")
+        if self.top != "finite" and self.mantissa == 0:
+            raise UsageError(
+                f"top={self.top!r} with mantissa=0: the largest exponent has one number, which cannot be "
+                f"{'inf and nan' if self.top == 'ieee' else 'a number and nan'} at once. Give top='finite'"
+            )
 
     @property
     def bits(self) -> int:
@@ -303,17 +308,19 @@ class Minifloat:
     def codes(self, x: Tensor, steps: Steps | None, noise: Tensor | None) -> Tensor:
         """``x / S`` rounded, float64 through float32; nan where x is not finite, unless what overflows becomes inf."""
         t = (x if steps is None else x / steps.scale).float().double()
+        if self.overflow == "saturate":  # a float64 beyond float32 is finite: it becomes the largest number, not nan
+            t = t.clamp(-self.largest, self.largest).where(x.isfinite(), torch.nan)
         rounded = round_to_float(t, self.mantissa, 2 - 2 ** (self.exponent - 1), noise)
-        if self.overflow == "saturate":
-            rounded = rounded.clamp(-self.largest, self.largest).where(t.isfinite(), torch.nan)
-        else:
+        if self.overflow == "infinite":
             beyond = rounded.sign() * torch.inf if self.top == "ieee" else rounded * torch.nan
             rounded = rounded.where(rounded.abs() <= self.largest, beyond)
         return rounded.to(x.dtype)
 
     def __str__(self) -> str:
-        known = {(8, 7): "bf16", (5, 10): "fp16"} if self.top == "ieee" and self.overflow == "infinite" else {}
-        return known.get((self.exponent, self.mantissa), f"e{self.exponent}m{self.mantissa}")
+        beyond = {"saturate": "", "infinite": ", inf beyond" if self.top == "ieee" else ", nan beyond"}[self.overflow]
+        known = {(8, 7): "bf16", (5, 10): "fp16"} if self.top == "ieee" and beyond else {}
+        name = f"e{self.exponent}m{self.mantissa} (max {self.largest:g}{beyond})"
+        return known.get((self.exponent, self.mantissa), name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,7 +331,7 @@ class FixedPoint:
 
     Args:
         integer: bits before the point, sign included, 1 or more.
-        fraction: bits after it, 0 or more; 2 to 32 bits in all.
+        fraction: bits after it, 0 or more; 2 to 25 bits in all, whose codes float32 holds exactly.
 
     Source: Gupta et al. 2015, arXiv:1502.02551, <IL, FL>; halves go to the even code here.
     """
@@ -338,10 +345,10 @@ class FixedPoint:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.integer < 1 or self.fraction < 0 or not 2 <= self.bits <= 32:
+        if self.integer < 1 or self.fraction < 0 or not 2 <= self.bits <= 25:
             raise UsageError(
                 f"integer={self.integer}, fraction={self.fraction}: give 1 bit or more before the point, 0 or more "
-                "after it, 2 to 32 in all"
+                "after it, 2 to 25 in all"
             )
 
     @property
@@ -385,7 +392,9 @@ class FixedPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class PowerOfTwo:
-    """0 and the powers of two ``S 2**-k``, k from 0 to ``2**(b-1) - 2``, with a sign; halves go to the larger one.
+    """0 and the powers of two ``S 2**-k``, k from 0 to ``2**(b-1) - 2``, with a sign.
+
+    The middle of two powers goes to the larger one, that of 0 and the smallest power to 0.
 
     Args:
         bits: width of a code, sign included, 2 to 8.
