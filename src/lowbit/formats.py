@@ -25,7 +25,7 @@ from lowbit.numerics.scales import (
     Scale,
     ScaleFormat,
 )
-from lowbit.numerics.transforms import NO_TRANSFORM, TRANSFORMS, Transform
+from lowbit.numerics.transforms import NO_TRANSFORM, TRANSFORMS, NoTransform, Transform
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -51,8 +51,8 @@ class Format:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_part("element", self.element)
-        check_part("transform", self.transform)
+        check_part("element", self.element, "codes")
+        check_part("transform", self.transform, "back")
         if (self.scale is None) != (self.element.scaled == "never") and self.element.scaled != "either":
             raise UsageError(
                 f"{self.element} {'needs a scale' if self.scale is None else 'has no scale'}: "
@@ -60,6 +60,17 @@ class Format:
             )
         if self.stochastic and isinstance(self.element, Real):
             raise UsageError("values that stay as they are do not round: leave the rounding out")
+        if self.running is not None and not isinstance(self.transform, NoTransform):
+            raise UsageError(
+                f"running={self.running} with transform={self.transform.kind!r}: a running range is measured before a "
+                "transform and would be used after it. Leave one of them out"
+            )
+        per_sample = self.scale is not None and (self.granularity == "sample" or self.scale.range.per_tensor)
+        if per_sample and self.transform.along_axis:
+            raise UsageError(
+                f"transform={self.transform.kind!r} with ranges of samples: it works along the axis that a product "
+                "sums over, where samples may be mixed. Give another granularity, and the range 'minmax'"
+            )
 
     @cached_property
     def _hash(self) -> int:
@@ -111,7 +122,7 @@ class Format:
             UsageError: codes cannot have this width; a format without a width to set has its own alone.
         """
         if self.has_width:
-            return self if bits == self.bits else self.replace(bits=bits)
+            return self if is_whole(bits) and bits == self.bits else self.replace(bits=bits)
         if bits != self.bits or not is_whole(bits):
             raise UsageError(f"bits={shown(bits)} of {self}: it has {self.bits}")
         return self
@@ -128,25 +139,28 @@ class Format:
 
         Args:
             changes: parts by their names (element, scale, transform, rounding), or fields of the element or of the
-                scale it has. `range` and `format` may be kinds; `fewest` belongs to the range ``"sample-mean"``.
+                scale it has. `element`, `transform`, `range` and `format` may be kinds; `fewest` belongs to the range
+                ``"sample-mean"``.
 
         Raises:
             UsageError: a field that none of its parts has, or values that do not fit together.
         """
         parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         parts.update({name: changes.pop(name) for name in list(changes) if name in parts})
+        for name, kinds in _DEFINED.items():
+            if isinstance(parts[name], str):
+                parts[name] = by_kind(name, kinds, parts[name], "a format")
+        allowed = set(parts)
         for name in ("element", "scale"):
-            own = {f.name for f in dataclasses.fields(parts[name])} if parts[name] is not None else set()
-            own |= {"fewest"} & changes.keys() if name == "scale" and own else set()
+            own = {f.name for f in dataclasses.fields(parts[name])} if dataclasses.is_dataclass(parts[name]) else set()
+            own |= {"fewest"} if name == "scale" and own else set()
+            allowed |= own
             if new := {key: changes.pop(key) for key in list(changes) if key in own}:
                 if name == "scale":
                     new = _scale_fields(new, parts[name].range)
                 parts[name] = dataclasses.replace(parts[name], **new)
         if changes:
-            known = {
-                f.name for part in parts.values() if dataclasses.is_dataclass(part) for f in dataclasses.fields(part)
-            }
-            raise unknown(f"field of {self}", next(iter(changes)), known | set(parts))
+            raise unknown(f"field to replace of a format ({self}):", next(iter(changes)), allowed)
         return Format(**parts)
 
     def __str__(self) -> str:
@@ -189,10 +203,13 @@ def integer(
         "granularity": granularity,
         "block": block,
         "range": range,
-        "fewest": fewest,
         "running": running,
+        "running_start": running_start,
+        "format": format,
+        "floor": floor,
     }
-    fields |= {"running_start": running_start, "format": format, "floor": floor}
+    if fewest is not None:
+        fields["fewest"] = fewest
     return Format(
         element=Integer(bits=bits, zero=zero),
         scale=Scale(**_scale_fields(fields, MINMAX)),
@@ -204,9 +221,9 @@ def integer(
 def _scale_fields(fields: Mapping[str, Any], now: RangeRule, where: str = "a format") -> dict[str, Any]:
     """Fields of a scale whose range and format may be kinds, with `fewest` beside them."""
     fields = dict(fields)
-    fewest = fields.pop("fewest", None)
     rule = by_kind("range", RANGE_RULES, fields.pop("range", now), where)
-    if fewest is not None:
+    if "fewest" in fields:
+        fewest = fields.pop("fewest")
         if not isinstance(rule, SampleMean):
             raise UsageError(
                 f"fewest={fewest} with range={rule.kind!r}: the fewest values of a sample, 1 or more, go with range "

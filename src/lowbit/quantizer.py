@@ -94,7 +94,7 @@ def sharing_of(fmt: Format, shape: torch.Size, dims: tuple[int, ...] | None = No
         ValueError: the axis is missing, is given without need, or is not one of the tensor's.
     """
     view, dim = tuple(shape), len(shape)
-    lies = fmt.granularity == "block" or type(fmt.transform) is not NoTransform
+    lies = fmt.granularity == "block" or fmt.transform.along_axis
     if (axis is None and fmt.granularity == "block") or (axis is not None and not lies):
         raise ValueError(f"axis={axis} with {fmt}: an axis goes with what lies along it, blocks or a transform")
     if axis is not None and not -dim <= axis < dim:

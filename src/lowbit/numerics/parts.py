@@ -9,13 +9,23 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 from lowbit.checks import is_finite
-from lowbit.errors import UsageError, shown, unknown
+from lowbit.errors import UsageError, a_or_an, shown, unknown
 
 
 class Part(Protocol):
     """One part of a format."""
 
     kind: ClassVar[str]
+
+
+# The smallest normal number of float32 and the largest one.
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+
+
+def check_interval(low: float, high: float) -> None:
+    """Raise a UsageError unless two numbers are the ends of an interval of float32."""
+    if not -LARGEST <= low < high <= LARGEST:
+        raise UsageError(f"low={low}, high={high}: give two finite ends in float32, the lower one first")
 
 
 class _Numbers(Container[object]):
@@ -66,10 +76,12 @@ def unlisted(part: object, listed: Listed) -> str:
     return ""
 
 
-def check_part(what: str, value: object) -> None:
-    """Raise a UsageError unless a value is a part: a dataclass with a kind."""
-    if not dataclasses.is_dataclass(value) or isinstance(value, type) or not hasattr(value, "kind"):
-        raise UsageError(f"{what}={shown(value)}: give a part of a format, see lowbit.numerics")
+def check_part(what: str, value: object, method: str) -> None:
+    """Raise a UsageError unless a value is a part of its sort: a dataclass with a kind and the sort's own method."""
+    if isinstance(value, type) or not dataclasses.is_dataclass(value) or not hasattr(value, "kind"):
+        raise UsageError(f"{what}={shown(value)}: give a part of a format, one of lowbit.numerics that has `{method}`")
+    if not hasattr(value, method):
+        raise UsageError(f"{what} is {a_or_an(type(value).__name__)}, which lacks `{method}`: give a part that has it")
 
 
 def check_again(part: object) -> None:
@@ -101,7 +113,7 @@ def by_kind(what: str, classes: Iterable[type[Any]], given: object, where: str) 
         raise UsageError(f"{where}: {what}={shown(given)}: give a kind of {what}, or a table with kind and its fields")
     kind, fields = fields["kind"], {key: value for key, value in fields.items() if key != "kind"}
     if not isinstance(kind, str) or kind not in kinds:
-        raise unknown(what, kind, kinds)
+        raise UsageError(f"{where}: {unknown(what, kind, kinds)}")
     return construct(kinds[kind], f"{where}: {what} {kind!r}", fields)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowbit.checks import check_fields
 from lowbit.errors import UsageError
 from lowbit.numerics.elements import exponent_of, power_of_two, round_to_float
-from lowbit.numerics.parts import check_part
+from lowbit.numerics.parts import LARGEST, SMALLEST, check_interval, check_part
 
 Granularity = Literal["tensor", "sample", "row", "kept-channel", "output-channel", "block", "square"]
 RunningStart = Literal["first", "zero"]
@@ -135,14 +135,13 @@ class Constant:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise UsageError(f"low={self.low}, high={self.high}: a range has two finite ends, the lower one first")
+        check_interval(self.low, self.high)
 
     def extremes(self, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The same for all; nan where x has a value that is not finite."""
-        shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
-        bad = torch.where(x.isfinite().all(), 0.0, torch.nan).to(x.dtype)
-        return x.new_full(shape, self.low) + bad, x.new_full(shape, self.high) + bad
+        """The same for all; nan for what has a value that is not finite."""
+        finite = x.isfinite().all(dims, keepdim=True) if dims else x.isfinite()
+        bad = x.new_zeros(finite.shape).masked_fill_(~finite, torch.nan)
+        return bad + self.low, bad + self.high
 
     def samples(self, shape: torch.Size) -> None:  # noqa: ARG002 - whatever the shape
         """None: no values are looked at."""
@@ -212,7 +211,7 @@ class PowerOfTwoScale:
         return torch.where(scale.isfinite() & (scale > 0), found, wide).to(scale.dtype)
 
     def __str__(self) -> str:
-        return "power-of-two scale"
+        return "power-of-two scale" if self.direction == "up" else "power-of-two scale rounded down"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +288,8 @@ class Scale:
         running_start: ``"first"``: the running range starts as the first batch's; ``"zero"``: it starts at 0 and is not
             corrected for that, as in the authors' codes.
         format: the format of the scale itself.
-        floor: the smallest scale. 0 replaces only a zero scale (by 1); the authors' codes use 1e-8.
+        floor: the smallest scale, of the format float32 only. 0 replaces only a zero scale (by 1); the authors' codes
+            use 1e-8.
 
     Raises:
         UsageError: a value or combination outside the above.
@@ -305,8 +305,8 @@ class Scale:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_part("range", self.range)
-        check_part("format", self.format)
+        check_part("range", self.range, "extremes")
+        check_part("format", self.format, "rounded")
         if (self.block is None) == (self.granularity in ("block", "square")):
             raise UsageError(
                 f"block={self.block} with granularity={self.granularity!r}: a block length goes with granularity "
@@ -321,11 +321,18 @@ class Scale:
             )
         if self.running is not None and not 0 <= self.running < 1:
             raise UsageError(f"running={self.running}: the weight of the old range is in [0, 1)")
-        if not 0 <= self.floor < float("inf"):
+        if not 0 <= self.floor <= LARGEST:
             raise UsageError(f"floor={self.floor}: the smallest scale is finite and not negative")
+        if 0 < self.floor < SMALLEST:
+            raise UsageError(f"floor={self.floor}: float32 has no such scale: give 0, or {SMALLEST:g} or more")
+        if self.floor and not isinstance(self.format, Float32):
+            raise UsageError(
+                f"floor={self.floor} with format={self.format.kind!r}: scales of this format need not have the floor "
+                "among them. Leave the floor out, or give format='float32'"
+            )
 
     def step(self, span: Tensor, levels: Tensor | float) -> Tensor:
-        """``S = max(span / levels, floor)`` in its format; with floor 0 a zero scale becomes 1: nothing divides by it.
+        """``S = max(span / levels, floor)`` in its format; a zero scale becomes 1, so that nothing divides by it.
 
         Args:
             span: float, the width that `levels` steps must cover; 0 or more.

@@ -5,7 +5,6 @@ Notation: x value, y its transform, H a Hadamard matrix of size n, g a gradient.
 straight through.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from lowbit.checks import check_fields
 from lowbit.errors import UsageError
+from lowbit.numerics.parts import check_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Place:
     """Where a transform works.
 
     Args:
-        dims: the dims that share one scale.
+        dims: the dims that share one scale; where blocks do, the dims that are cut into blocks.
         axis: the axis that the product sums over; the last one where there is no product.
     """
 
@@ -35,6 +35,8 @@ class Transform(Protocol):
     kind: ClassVar[str]
     # Whether x is needed for its gradient; without it gradients pass as they are.
     has_gradient: ClassVar[bool]
+    # Whether it works along the axis that the product sums over.
+    along_axis: ClassVar[bool]
 
     def forward(self, x: Tensor, place: Place) -> Tensor:
         """The transform of x."""
@@ -55,6 +57,7 @@ class NoTransform:
 
     kind: ClassVar[str] = "none"
     has_gradient: ClassVar[bool] = False
+    along_axis: ClassVar[bool] = False
 
     def forward(self, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - as it is
         """As it is."""
@@ -87,10 +90,11 @@ class TanhMax:
 
     kind: ClassVar[str] = "tanh-max"
     has_gradient: ClassVar[bool] = True
+    along_axis: ClassVar[bool] = False
 
     def forward(self, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - of the whole tensor
         """See the class."""
-        t = x.tanh()
+        t = x.tanh().masked_fill_(x.isinf(), torch.nan)  # whose tanh would be the number 1
         return t / self._largest(t)
 
     def back(self, y: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - stays in [-1, 1]
@@ -129,14 +133,14 @@ class Clip:
 
     kind: ClassVar[str] = "clip"
     has_gradient: ClassVar[bool] = True
+    along_axis: ClassVar[bool] = False
 
     low: float
     high: float
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise UsageError(f"low={self.low}, high={self.high}: give two finite ends, the lower one first")
+        check_interval(self.low, self.high)
 
     def forward(self, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - each value alone
         """See the class."""
@@ -148,10 +152,10 @@ class Clip:
 
     def gradient(self, g: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - each value alone
         """That of the value where x is from low to high, 0 elsewhere."""
-        return g * ((x >= self.low) & (x <= self.high))
+        return g.where((x >= self.low) & (x <= self.high), 0)
 
     def __str__(self) -> str:
-        return f"clipped to {self.low:g} to {self.high:g}"
+        return f"clipped to [{self.low:g}, {self.high:g}]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +171,7 @@ class Hadamard:
 
     kind: ClassVar[str] = "hadamard"
     has_gradient: ClassVar[bool] = False
+    along_axis: ClassVar[bool] = True
 
     size: int
 
@@ -208,10 +213,14 @@ class Hadamard:
 
 @dataclass(frozen=True, kw_only=True)
 class Centred:
-    """``y = x - mean(x)`` of what shares a scale; the value has the mean again, in full precision."""
+    """``y = x - mean(x)`` of what shares a scale; the value has the mean again, in full precision.
+
+    Where blocks share scales, the mean is that of the whole axes that are cut into blocks.
+    """
 
     kind: ClassVar[str] = "centred"
     has_gradient: ClassVar[bool] = False
+    along_axis: ClassVar[bool] = False
 
     def forward(self, x: Tensor, place: Place) -> Tensor:
         """See the class."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lowbit.errors import UsageError
 from lowbit.formats import Format, check_defined, largest_code
-from lowbit.numerics.transforms import NoTransform
 from lowbit.products.operators import Op
 from lowbit.quantizer import Sharing, blocked
 from lowbit.recipe import SLOTS, Recipe
@@ -167,7 +166,7 @@ def sharing(op: Op, product: str, operand: str, fmt: Format, shape: torch.Size) 
     Raises:
         UsageError: square blocks of a convolution.
     """
-    turned = type(fmt.transform) is not NoTransform
+    turned = fmt.transform.along_axis
     shared: tuple[int, ...] | None = None
     if fmt.granularity == "tensor" and not turned:
         shared = tuple(range(len(shape)))
