@@ -28,7 +28,7 @@ from lowbit.kernels import native_instruction_sets
 from lowbit.nn import containers, kinds
 from lowbit.nn.gate import release
 from lowbit.nn.kinds import plain_type
-from lowbit.nn.layers import QuantLayer
+from lowbit.nn.layers import QuantLayer, converted_layers, sites_of
 from lowbit.nn.site import Clock, Site
 from lowbit.recipe import Recipe, recipes
 from lowbit.strides import suggests_channels_last
@@ -576,7 +576,7 @@ def restore_(model: nn.Module) -> None:
     Raises:
         UsageError: nothing in the model is converted.
     """
-    layers = [m for m in model.modules() if isinstance(m, QuantLayer)]
+    layers = list(converted_layers(model).values())
     if not layers:
         raise UsageError("restore_: nothing in this model is converted")
     _check_controllers(layers)
@@ -611,8 +611,7 @@ def _check_controllers(layers: list[QuantLayer]) -> None:
 
 def clocks(model: nn.Module) -> list[Clock]:
     """The clocks of a model's converted layers, each once, in the order of the layers."""
-    found = [site.clock for m in model.modules() if isinstance(m, QuantLayer) for site in m.sites()]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(site.clock for site in sites_of(model)))
 
 
 def replaced(model: nn.Module) -> dict[Site, str]:
@@ -620,7 +619,7 @@ def replaced(model: nn.Module) -> dict[Site, str]:
 
     A layer whose place a converted one has taken is not among them, nor is one of a model that this is a part of.
     """
-    here = _sites(model)
+    here = sites_of(model)
     gone: dict[Site, str] = {}
     for root in model.modules():
         owners = [getattr(hook, "__self__", None) for hook in root._forward_pre_hooks.values()]
@@ -633,11 +632,6 @@ def replaced(model: nn.Module) -> dict[Site, str]:
                 if site not in here and not isinstance(module, QuantLayer):
                     gone[site] = "nothing" if module is None else type(module).__name__
     return gone
-
-
-def _sites(model: nn.Module) -> dict[Site, QuantLayer]:
-    """The sites of a model and their layers."""
-    return {site: layer for layer in model.modules() if isinstance(layer, QuantLayer) for site in layer.sites()}
 
 
 @checked
@@ -667,7 +661,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
         )
         for site in gone:
             site.clock.sites.remove(site)
-    here = _sites(model)
+    here = sites_of(model)
     return {"version": 1, "groups": [_state_of(clock, here) for clock in groups]}
 
 
@@ -733,7 +727,7 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     if not isinstance(state["groups"], list) or len(groups) != len(state["groups"]):
         saved = len(state["groups"]) if isinstance(state["groups"], list) else shown(state["groups"])
         raise UsageError(f"load_state_dict: {saved} conversions saved, the model has {len(groups)}")
-    here = _sites(model)
+    here = sites_of(model)
     for clock, saved in zip(groups, state["groups"], strict=True):
         _check_group(clock, here, saved)
         for site in _of(clock, here):

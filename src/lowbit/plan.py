@@ -20,8 +20,7 @@ from lowbit.evidence.meter import Meter
 from lowbit.evidence.names import layer_names
 from lowbit.evidence.records import Program
 from lowbit.nn.gate import release
-from lowbit.nn.layers import QuantLayer
-from lowbit.nn.site import Site
+from lowbit.nn.layers import sites_of
 from lowbit.precision.controller import PrecisionController
 from lowbit.precision.layers import LayerRule, Widths, as_source, bits_at
 from lowbit.schedules import SUITE, Constant, Cyclic, Piecewise, Schedule, Source
@@ -67,7 +66,7 @@ def plan(
     sources = [_source(what, bits, steps) for what, bits in (("forward", forward), ("backward", backward))]
     model = copy.deepcopy(model).to("meta").train()
     release(model)
-    has_bits = any(site.slots("input", "weight", "grad_output") for site in _sites(model))
+    has_bits = any(site.slots("input", "weight", "grad_output") for site in sites_of(model))
     if any(source is not None for source in sources) and not has_bits:
         raise UsageError(
             "a schedule was given and nothing in this model has bits to set: convert it to integer formats"
@@ -90,11 +89,6 @@ def _source(what: str, bits: Bits, steps: int) -> Source | None:
     if schedule is not None and schedule.total_steps not in (None, steps):
         raise UsageError(f"the {what} schedule has total_steps={schedule.total_steps} and the run {steps} steps")
     return schedule
-
-
-def _sites(model: nn.Module) -> list[Site]:
-    """Every place of a model where a recipe is applied."""
-    return [site for layer in model.modules() if isinstance(layer, QuantLayer) for site in layer.sites()]
 
 
 @contextmanager

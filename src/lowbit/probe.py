@@ -23,7 +23,7 @@ from lowbit.evidence.proof import WANTED_COSINE, OperandProof
 from lowbit.evidence.records import OPERANDS, Total, per_layer
 from lowbit.formats import Format
 from lowbit.nn.gate import release
-from lowbit.nn.layers import QuantLayer
+from lowbit.nn.layers import QuantLayer, converted_layers, sites_of
 from lowbit.nn.site import Site
 from lowbit.precision.controller import PrecisionController
 from lowbit.precision.layers import LayerRule
@@ -311,15 +311,14 @@ def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, *, bits: Sequenc
 def _static(model: nn.Module) -> nn.Module:
     """The model without its controllers, each layer at the bits of its recipe, which changes them no more."""
     release(model)
-    sites = [site for layer in model.modules() if isinstance(layer, QuantLayer) for site in layer.sites()]
-    for site in sites:
+    for site in sites_of(model):
         site.recipe = site.recipe.replace(schedule=None, gates=None, depthwise=None)
     return model
 
 
 def _product_sites(layer: QuantLayer) -> list[Site]:
     """The sites of a layer that multiply and whose `input` or `weight` has bits to set."""
-    return [site for site in layer.sites() if len(site.bits) == len(SLOTS)]
+    return [] if layer.operator(layer) is None else layer.sites()
 
 
 def _check_width(site: Site, operand: str, width: int) -> None:
@@ -333,9 +332,8 @@ def _probed_layers(model: nn.Module) -> dict[str, QuantLayer]:
     """The converted layers with an integer `input` and `weight`, by name."""
     return {
         name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, QuantLayer)
-        and (sites := _product_sites(layer))
+        for name, layer in converted_layers(model).items()
+        if (sites := _product_sites(layer))
         and all(getattr(sites[0].recipe.output, operand).has_width for operand in FORWARD)
     }
 

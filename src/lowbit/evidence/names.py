@@ -5,17 +5,16 @@ from collections.abc import Callable
 from torch import nn
 
 from lowbit.nn.kinds import has_product_twin
-from lowbit.nn.layers import QuantLayer
+from lowbit.nn.layers import converted_layers
 from lowbit.nn.site import Site
 
 
 def site_names(model: nn.Module) -> dict[object, str]:
     """The layers' names in this model by their sites; a site of a recurrent layer is named after its weight."""
     names: dict[object, str] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantLayer):
-            for site in layer.sites():
-                names[site] = ".".join(filter(None, [name, site.part]))
+    for name, layer in converted_layers(model).items():
+        for site in layer.sites():
+            names[site] = ".".join(filter(None, [name, site.part]))
     return names
 
 

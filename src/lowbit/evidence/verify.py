@@ -17,8 +17,7 @@ from lowbit.evidence.proof import OperandProof, OutsideRow, Proof, ProofRow
 from lowbit.evidence.records import PRODUCTS
 from lowbit.evidence.watch import Operation, watched_by
 from lowbit.nn.kinds import plain_type
-from lowbit.nn.layers import QuantLayer
-from lowbit.nn.site import Site
+from lowbit.nn.layers import converted_layers
 from lowbit.products import watch
 from lowbit.products.watch import OperandRun, ProductRun
 
@@ -96,8 +95,8 @@ class _Collector:
     def missing(self, model: nn.Module, users: Callable[[str], list[OutsideRow]]) -> Iterator[str]:
         """A sentence for each quantiser that should have run and did not; `users` tells who multiplied in its place."""
         ran, names = set(self.rows), site_names(model)
-        for name, layer in model.named_modules():
-            idle = [names[site] for site in _sites(layer) if (names[site], "output") not in ran]
+        for name, layer in converted_layers(model).items():
+            idle = [names[site] for site in layer.sites() if (names[site], "output") not in ran]
             if not idle:
                 continue
             shown, kind = " and ".join(n or "the model" for n in idle), plain_type(layer).__name__
@@ -119,7 +118,7 @@ class _Collector:
     def clipped(self, model: nn.Module) -> Iterator[str]:
         """A sentence for each operand of which more than `MOST_CLIPPED` lay outside its grid."""
         names = site_names(model)
-        layers = {names[site]: name for name, layer in model.named_modules() for site in _sites(layer)}
+        layers = {names[site]: name for name, layer in converted_layers(model).items() for site in layer.sites()}
         for row in self.rows.values():
             for name, operand in row.operands.items():
                 if operand.clipped > MOST_CLIPPED:
@@ -147,10 +146,6 @@ class _Collector:
                 "a step is lost. Multiply the loss by a constant and divide the gradients by it before the update, or "
                 "take a recipe without a floor, e.g. 'sbm8' or 'int8'"
             )
-
-
-def _sites(layer: nn.Module) -> list[Site]:
-    return layer.sites() if isinstance(layer, QuantLayer) else []
 
 
 def _instead(layer: str, users: list[OutsideRow]) -> str:
@@ -205,13 +200,12 @@ class _Weights:
         self._names: dict[int, list[str]] = {}
         self._copies: list[Tensor] = []  # kept, so that no other tensor gets their memory
         self._layers: dict[str, str] = {}
-        for name, layer in model.named_modules():
-            if isinstance(layer, QuantLayer):
-                for part, p in layer.named_parameters():
-                    if p.dim() > 1:
-                        full = ".".join(filter(None, [name, part]))
-                        self._names.setdefault(_memory(p), []).append(full)
-                        self._layers[full] = name
+        for name, layer in converted_layers(model).items():
+            for part, p in layer.named_parameters():
+                if p.dim() > 1:
+                    full = ".".join(filter(None, [name, part]))
+                    self._names.setdefault(_memory(p), []).append(full)
+                    self._layers[full] = name
 
     def among(self, tensors: list[Tensor]) -> list[str]:
         """The names of the parameters that these are."""
@@ -305,7 +299,7 @@ def verify(model: nn.Module) -> Iterator[Proof]:
     Warns:
         RuntimeWarning: values are so small that the floor of a format's scale decided, see `Proof.notes`.
     """
-    if not any(isinstance(m, QuantLayer) for m in model.modules()):
+    if not converted_layers(model):
         raise UsageError("verify: nothing in this model is converted; call lowbit.convert_ first")
     proof, collector, plain = Proof(), _Collector(model), _Outside(model)
     with watched_by(plain, model), watch.observed_by(collector):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowbit.checks import check_keys, is_like
 from lowbit.errors import UsageError, shown
 from lowbit.formats import check_bits
-from lowbit.nn.layers import QuantLayer
+from lowbit.nn.layers import sites_of
 from lowbit.nn.site import Site, is_recomputing, runs_eagerly
 from lowbit.numerics.elements import Zero
 from lowbit.products.setting import Samples
@@ -443,7 +443,7 @@ class Gates(nn.Module):
 
 def release(model: nn.Module) -> None:
     """Take controllers off a model, and what a copy of a controlled one has left of them; bits are the recipes'."""
-    sites = [site for layer in model.modules() if isinstance(layer, QuantLayer) for site in layer.sites()]
+    sites = sites_of(model)
     for controller in {id(site.controller): site.controller for site in sites}.values():
         if controller is not None:
             controller.remove()

@@ -130,6 +130,16 @@ class QuantLayer(nn.Module):
         layer.__class__ = self.plain
 
 
+def converted_layers(model: nn.Module) -> dict[str, QuantLayer]:
+    """The converted layers of a model by their names in it, each once, in order."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLayer)}
+
+
+def sites_of(model: nn.Module) -> dict[Site, QuantLayer]:
+    """The sites of a model's converted layers, in order, and their layers."""
+    return {site: layer for layer in converted_layers(model).values() for site in layer.sites()}
+
+
 class SeveralProducts(QuantLayer):
     """A layer that multiplies by several weights, each with a site of its own.
 

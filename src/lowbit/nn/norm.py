@@ -574,6 +574,12 @@ def _run(function: Any, tape: Tape | None) -> Callable[..., tuple[Tensor, Tensor
 class NormSite(Site):
     """The site of a Range BN."""
 
+    def formats(self) -> list[tuple[str, str, Format]]:
+        """Its own; it has no products."""
+        norm = self.recipe.normalization
+        assert norm is not None
+        return [("output", "input", norm.input), ("grad_input", "grad_output", norm.grad_output)]
+
     def setting_of_norm(self, x: Tensor, eps: float, *, rectify: bool, compiled: bool = False) -> NormSetting:
         """How a call is computed for input `x`."""
         norm = self.recipe.normalization

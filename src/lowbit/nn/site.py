@@ -19,7 +19,7 @@ from lowbit.products import compiled as compiler
 from lowbit.products.operators import Op
 from lowbit.products.setting import Samples, Setting
 from lowbit.ranges import new_running_range, observed_extremes
-from lowbit.recipe import SLOTS, Recipe
+from lowbit.recipe import Recipe
 from lowbit.rounding import CounterNoise, step_key
 
 # torch.compile leaves what this decorates to run eagerly: a converted layer counts steps and keeps ranges. It is the
@@ -367,10 +367,7 @@ class Site(nn.Module):
 
     def formats(self) -> list[tuple[str, str, Format]]:
         """What each of its bits is the width of: (product, operand, format)."""
-        norm = self.recipe.normalization
-        if len(self.bits) == len(SLOTS) or norm is None:
-            return self.recipe.operands()
-        return [("output", "input", norm.input), ("grad_input", "grad_output", norm.grad_output)]
+        return self.recipe.operands()
 
     def slots(self, *operands: str) -> dict[int, Format]:
         """Where the widths of these operands stand in `bits`, and their formats; floats have no width to set.

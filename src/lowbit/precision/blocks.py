@@ -8,7 +8,7 @@ from torch import nn
 from lowbit.convert import matches
 from lowbit.errors import UsageError, unknown
 from lowbit.nn.gate import Block
-from lowbit.nn.layers import QuantLayer
+from lowbit.nn.layers import converted_layers
 from lowbit.nn.site import Site
 
 
@@ -36,7 +36,7 @@ def named_blocks(model: nn.Module, given: Sequence[str | re.Pattern[str]]) -> li
 
 def gated_block(name: str, module: nn.Module, pinned: set[Site]) -> Block:
     """What gates need to know of a block."""
-    layers = [layer for layer in module.modules() if isinstance(layer, QuantLayer)]
+    layers = list(converted_layers(module).values())
     gated = [site for layer in layers for site in layer.sites() if site not in pinned and len(site.slots("weight")) > 0]
     if not gated:
         raise UsageError(f"block {name!r} has no converted layer whose bits a gate could choose")

@@ -17,7 +17,7 @@ from lowbit.checks import is_whole
 from lowbit.convert import Matcher, matches
 from lowbit.errors import UsageError, shown
 from lowbit.formats import check_bits
-from lowbit.nn.layers import QuantLayer
+from lowbit.nn.layers import QuantLayer, converted_layers
 from lowbit.nn.site import Site
 from lowbit.recipe import Recipe
 from lowbit.schedules import Called, Constant, Rule, Schedule, Source
@@ -120,7 +120,7 @@ def as_source(what: str, given: Any) -> Source | None:
 
 def quantized_layers(model: nn.Module) -> list[tuple[str, QuantLayer]]:
     """The converted layers of a model with their names, in order."""
-    found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantLayer)]
+    found = list(converted_layers(model).items())
     if not found:
         raise UsageError("nothing in this model is converted: call lowbit.convert_(model, recipe) first")
     return found

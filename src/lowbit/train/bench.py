@@ -22,6 +22,7 @@ from lowbit.engines.choice import ENGINES
 from lowbit.errors import UsageError, shown, unknown
 from lowbit.kernels import cpu, native_instruction_sets
 from lowbit.machine import here, paired, ratio
+from lowbit.nn import PRODUCT_LAYERS
 from lowbit.products.watch import ProductCall, counted_by
 from lowbit.ranges import new_running_range
 from lowbit.recipe import is_family, is_file_name, recipes
@@ -124,8 +125,8 @@ def _torchao_compiled(model: nn.Module) -> str:
 
 
 def _plain_layers(model: nn.Module) -> int:
-    """Linear layers and convolutions that are torch's own."""
-    return sum(type(m) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) for m in model.modules())
+    """Layers with products that are torch's own."""
+    return sum(type(m) in PRODUCT_LAYERS for m in model.modules())
 
 
 def _recipe(name: str, engine: str) -> Variant:
