@@ -343,7 +343,7 @@ def test_one_file_calls_native_code_and_one_function_knows_addresses() -> None:
     ]
 
     assert naming == {"cpu.py"}
-    assert set(asking) == {"_memory", "_memories", "check_storage"}
+    assert set(asking) == {"_memory", "_memories", "all_in_memory", "check_storage"}
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)

@@ -340,7 +340,7 @@ def apart(
         dtype: of the output.
         needs: which of the three gradients are needed.
     """
-    x, w, bias = cpu.all_in_memory(x, w, bias)
+    x, w, bias = cpu.all_in_memory(x, w, bias, setting.layer or op.kind)
     with torch.autocast(autocast_device(x), enabled=False):
         y, saved, kept = outputs(x, w, bias, op, setting, dtype, (), needs[:2])
 
@@ -378,14 +378,12 @@ def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting |
             raise TypeError(
                 f"{layer}: input is {x.dtype} and {name} is {tensor.dtype}: give one dtype, or use autocast"
             )
-        if tensor is not None and isinstance(setting, Setting):
-            cpu.check_storage(tensor, f"{layer}: {name}")
     if bias is not None and (op.geometry is not None or bias.shape != w.shape[:1]):
         bias = _fitting(bias, w, op, layer)
     dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
     if not isinstance(setting, Setting):
         return _compiled(x, w, bias, op, setting, dtype)
-    x, w, bias = cpu.all_in_memory(x, w, bias)
+    x, w, bias = cpu.all_in_memory(x, w, bias, layer)
     if setting.samples is not None:
         return _by_choice(x, w, bias, op, setting, setting.samples)
     recorded = torch.is_grad_enabled()

@@ -88,8 +88,15 @@ def in_memory(x: Tensor) -> Tensor:
     return x.clone() if x._is_zerotensor() else x.resolve_neg()
 
 
-def all_in_memory(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`in_memory` of three tensors."""
+def all_in_memory(x: Tensor, w: Tensor, bias: Tensor | None, layer: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`in_memory` of the three tensors of a layer.
+
+    Raises:
+        ValueError: the storage of one was resized below what its shape needs.
+    """
+    for name, t in (("input", x), ("weight", w), ("bias", bias)):
+        if t is not None and t.untyped_storage().nbytes() < (t.storage_offset() + t.numel()) * t.element_size():
+            check_storage(t, f"{layer}: {name}")  # an expanded tensor has less storage too
     if x.is_neg() or w.is_neg() or x._is_zerotensor() or w._is_zerotensor():
         x, w = in_memory(x), in_memory(w)
     if bias is not None and (bias.is_neg() or bias._is_zerotensor()):
@@ -104,7 +111,8 @@ def _memories(*tensors: Tensor | None, names: tuple[str, ...]) -> list[Memory]:
         if x is None:
             found.append((0, -1, 0))
         elif x.is_cpu and x.is_contiguous() and not x.is_neg() and x.dtype in _TYPES:
-            check_storage(x, name)
+            if x.untyped_storage().nbytes() < (x.storage_offset() + x.numel()) * x.element_size():
+                check_storage(x, name)
             found.append((x.data_ptr(), _TYPES[x.dtype], x.numel()))
         else:
             found.append(_memory(x, name))
