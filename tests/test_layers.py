@@ -126,7 +126,7 @@ def test_importing_the_package_loads_no_optional_part() -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
 
-    assert {"torch", "lowbit.convert"} <= loaded
+    assert {"torch", "lowbit.conversion.convert"} <= loaded
     assert loaded & {"lightning", "pytorch_lightning", "jsonargparse", "rich", "lowbit.train", "lowbit.cli"} == set()
 
 

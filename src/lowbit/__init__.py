@@ -8,7 +8,9 @@ from importlib.metadata import version
 
 from lowbit import hardware as hardware
 from lowbit import schedules as schedules
-from lowbit.convert import Report, convert_, load_state_dict, restore_, state_dict
+from lowbit.conversion.convert import convert_, restore_
+from lowbit.conversion.report import Report
+from lowbit.conversion.state import load_state_dict, state_dict
 from lowbit.cost import Cost
 from lowbit.errors import RunError, UsageError
 from lowbit.evidence import metrics as metrics

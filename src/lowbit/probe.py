@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.checks import checked, is_finite
-from lowbit.convert import load_state_dict, state_dict
+from lowbit.conversion.state import load_state_dict, state_dict
 from lowbit.errors import UsageError, shown
 from lowbit.evidence.meter import Meter
 from lowbit.evidence.names import name_of_source

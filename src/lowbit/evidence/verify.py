@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.checks import checked
-from lowbit.convert import replaced
+from lowbit.conversion.state import replaced
 from lowbit.errors import RunError, UsageError
 from lowbit.evidence.names import name_of_source, site_names
 from lowbit.evidence.proof import OperandProof, OutsideRow, Proof, ProofRow

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lowbit.convert import matches
+from lowbit.conversion.rules import matches
 from lowbit.errors import UsageError, unknown
 from lowbit.nn.gate import Block
 from lowbit.nn.layers import converted_layers

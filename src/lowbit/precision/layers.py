@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lowbit.checks import is_whole
-from lowbit.convert import Matcher, matches
+from lowbit.conversion.rules import Matcher, matches
 from lowbit.errors import UsageError, shown
 from lowbit.formats import check_bits
 from lowbit.nn.layers import QuantLayer, converted_layers

@@ -1,0 +1,1 @@
+"""Conversion of models: rules, choice of engines, report, state, and the way back."""

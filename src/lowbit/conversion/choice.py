@@ -1,0 +1,100 @@
+"""How converted layers are executed: on int8 units where they can be and, with ``"auto"``, where that is faster."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lowbit.calibration import Shape, Table, Timing
+from lowbit.conversion.rules import Plan, some, type_name
+from lowbit.errors import UsageError
+from lowbit.nn.layers import QuantLayer
+from lowbit.recipe import Recipe
+from lowbit.strides import suggests_channels_last
+
+# Channels of one group below which a grouped convolution leaves 32-wide tiles mostly idle; engine="auto" then takes
+# the reference engine, where this machine was not measured.
+FEW_CHANNELS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How a layer is executed: why not on int8 units (empty where it is), and the timing that ``"auto"`` looked at."""
+
+    why: str = ""
+    timing: Timing | None = None
+    open: bool = False  # both engines could run it
+
+    @property
+    def engine(self) -> str:
+        """The engine."""
+        return "reference" if self.why else "int8"
+
+
+def choose_all(plans: Sequence[Plan], engine: str, table: Table | None) -> dict[str, Choice]:
+    """For each layer to convert how it is executed.
+
+    Raises:
+        UsageError: ``engine="int8"`` was asked for and a layer cannot.
+    """
+    asked = Choice(why="it was asked for")
+    choices = {
+        plan.name: asked if engine == "reference" else _choose(plan.layer, plan.twin, plan.recipe, engine, table)
+        for plan in plans
+        if plan.twin is not None and plan.recipe is not None
+    }
+    refused = {name: choice.why for name, choice in choices.items() if choice.why} if engine == "int8" else {}
+    if refused:
+        types = {plan.name: type_name(plan.layer) for plan in plans}
+        shown = [f"{n or 'the model'} ({types[n]}): the int8 engine cannot run {why}" for n, why in refused.items()]
+        raise UsageError(
+            f"{len(refused)} of {len(choices)} layers cannot run as asked. {'; '.join(shown[:5])}. Leave them out with "
+            "a rule, or let engine='auto' run them on the reference engine"
+        )
+    return choices
+
+
+def _choose(layer: nn.Module, twin: type[QuantLayer], recipe: Recipe, engine: str, table: Table | None) -> Choice:
+    """What runs a layer: what can, and with ``"auto"`` what is faster, by the table or else by a rule."""
+    why = twin.int8_refusal(layer, recipe)
+    op, weight = twin.operator(layer), twin.largest_weight(layer)
+    if engine != "auto" or op is None or weight is None:
+        return Choice(why=why)
+    shape = Shape.of(op, weight.shape)
+    timing = None if table is None else table.nearest(shape, recipe)
+    if why:
+        return Choice(why=why, timing=timing)
+    if timing is not None and timing.fastest == "reference":
+        why = f"measured {timing.reference:.2g} ms against {timing.int8:.2g} on int8 units, as {timing.shape}"
+    elif timing is None and shape.groups > 1 and (narrow := min(shape.inputs, shape.outputs)) < FEW_CHANNELS:
+        why = f"{narrow} channels in a group, fewer than {FEW_CHANNELS}, leave int8 units mostly idle"
+    return Choice(why=why, timing=timing, open=True)
+
+
+def memory_notes(plans: Sequence[Plan], choices: dict[str, Choice]) -> list[str]:
+    """That convolutions with contiguous weights make the int8 engine copy, whose memory is channels last."""
+    names = [
+        plan.name
+        for plan in plans
+        if plan.twin is not None
+        and choices[plan.name].engine == "int8"
+        and (weight := plan.twin.largest_weight(plan.layer)) is not None
+        and weight.dim() == 4
+        and not suggests_channels_last(weight.shape, weight.stride())
+    ]
+    if not names:
+        return []
+    return [f"model.to(memory_format=torch.channels_last) spares a copy of what goes into and out of {some(names)}"]
+
+
+def choice_notes(choices: dict[str, Choice], found: str) -> list[str]:
+    """What ``"auto"`` went by, and which layers it leaves to the reference engine and why, a line for each reason."""
+    lines = []
+    if any(choice.timing is not None for choice in choices.values()):
+        lines.append(f"engines chosen by {found}")
+    elif any(choice.open for choice in choices.values()):
+        lines.append(f"engines chosen by what the units take and by channels: {found}")
+    for why in dict.fromkeys(choice.why for choice in choices.values() if choice.why):
+        names = [name for name, choice in choices.items() if choice.why == why]
+        lines.append(f"reference engine for {some(names)}: {why}")
+    return lines

@@ -1,0 +1,186 @@
+"""Conversion of a model in place, and the way back.
+
+A layer is converted by changing its class to its quantised twin's and attaching a site: the object, its name, its
+parameters and its hooks stay. So shared layers, layers used twice and a bare layer as the model need no special care.
+"""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit import calibration
+from lowbit.checks import check_type, check_whole, checked
+from lowbit.conversion.choice import choice_notes, choose_all, memory_notes
+from lowbit.conversion.report import Report, count_weights, row_of, warn_of_a_small_share
+from lowbit.conversion.rules import RecipeLike, Rule, as_recipe, as_rules, plan_layers, some, type_name
+from lowbit.conversion.state import MOST_SEED
+from lowbit.engines.choice import ENGINES
+from lowbit.errors import UsageError, unknown
+from lowbit.kernels import native_instruction_sets
+from lowbit.nn import containers
+from lowbit.nn.gate import release
+from lowbit.nn.layers import QuantLayer, converted_layers
+from lowbit.nn.site import Clock
+
+
+def convert_(
+    model: nn.Module,
+    recipe: RecipeLike,
+    *,
+    rules: Sequence[Rule] = (),
+    strict: bool = True,
+    engine: str = "auto",
+    seed: int = 0,
+) -> Report:
+    """Convert every layer with products in place, so that it trains and evaluates in the formats of a recipe.
+
+    Parameters stay the same objects under the same names; `state_dict()` does not change. Warns where less than half of
+    the model's weights, of those that neither a rule nor the recipe leaves, is converted; see `Report`.
+
+    Args:
+        model: any module, also a single layer.
+        recipe: a recipe, its name, or a TOML file of one, e.g. ``"mine.toml"``, see `lowbit.Recipe.load`.
+        rules: pairs (which layers, recipe or name or None). Which: an exact name, a compiled regular expression that
+            matches a whole name, or an exact type. The first rule that matches a layer decides, also over the
+            recipe's policy for first and last layers; None leaves the layer alone.
+        strict: True raises where a layer should be converted and cannot, or is converted already, as a shared encoder
+            is; False leaves it and says so in the report.
+        engine: ``"auto"`` or one of `lowbit.engines.choice.ENGINES`.
+        seed: of all noise in stochastic rounding, 0 to ``2**64 - 1``. Parts of one model that are converted apart need
+            a seed each.
+
+    Returns:
+        The report, a row per layer.
+
+    Raises:
+        UsageError: an argument of another type, unknown recipe or engine, a rule that decided no layer, a layer that
+            cannot be converted or is converted already, nothing to convert, a model that is compiled. The model is then
+            unchanged.
+    """
+    check_type("strict", strict, bool)
+    check_whole("seed", seed, 0, MOST_SEED)
+    recipe = as_recipe(recipe)
+    resolved = [(which, None if r is None else as_recipe(r)) for which, r in as_rules(rules)]
+    if engine not in ("auto", *ENGINES):
+        raise unknown("engine", engine, ("auto", *ENGINES))
+    _check_model(model)
+    if engine == "auto":
+        _warn_once_without_kernels()
+    plans = plan_layers(model, recipe, resolved, strict)
+    table, found = calibration.load() if engine == "auto" else (None, "")
+    choices = choose_all(plans, engine, table)
+    if strict and not any(plan.twin or plan.left_by == "rule" for plan in plans):
+        reasons = "; ".join(f"{p.name or 'the model'} ({type_name(p.layer)}): {p.reason}" for p in plans[:5])
+        raise UsageError(f"nothing in this model would be converted. {reasons or 'It has no layer with products'}")
+
+    with torch.inference_mode(mode=False):  # tensors that training changes in place
+        clock = Clock(seed, free=engine == "auto")
+        for plan in plans:
+            if plan.twin is not None and plan.recipe is not None:
+                plan.layer.__class__ = plan.twin
+                layer: Any = plan.layer
+                layer.attach(name=plan.name, recipe=plan.recipe, clock=clock, engine=choices[plan.name].engine)
+                layer.site.train(layer.training)
+    if clock.sites:
+        clock.attach(model)
+        for module in model.modules():
+            containers.adapt(module)
+    weights = count_weights(plans)
+    rows = tuple(
+        replace(row_of(plan, choices.get(plan.name)), weights=weights[plan.name], left_by=plan.left_by)
+        for plan in plans
+    )
+    notes = (*_notes(clock), *memory_notes(plans, choices))
+    if engine == "auto":
+        notes = (*notes, *choice_notes(choices, found))
+    report = Report(recipe=recipe.name, rows=rows, notes=notes)
+    if slow := report.without_gain:
+        gain = f"no engine is faster than fp32 here for {some(slow)}: rules=[(name, None)] leaves them in fp32"
+        report = replace(report, notes=(*notes, gain))
+    warn_of_a_small_share(report, model)
+    return report
+
+
+@cache
+def _warn_once_without_kernels() -> None:
+    """Say once in a process that an install without a compiler runs on the reference engine."""
+    if native_instruction_sets() is None:
+        warnings.warn(
+            "lowbit was installed without its native kernels (no C++17 compiler was found): every layer runs on the "
+            "reference engine, which simulates low precision and is slower than fp32. Install a compiler and reinstall",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _check_model(model: nn.Module) -> None:
+    check_type("model", model, nn.Module)
+    for name, module in model.named_modules():
+        where = f"{name!r}" if name else "the model"
+        # Where the compiler was never imported, nothing can be compiled; importing it takes a second.
+        compiler = sys.modules.get("torch._dynamo")
+        if module._compiled_call_impl is not None or (compiler and isinstance(module, compiler.OptimizedModule)):
+            raise UsageError(f"{where} is compiled: convert the plain model first, then compile it")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UsageError(f"{where} is a TorchScript module: convert the plain model instead")
+
+
+def _notes(clock: Clock) -> tuple[str, ...]:
+    """What holds for many layers at once."""
+    notes = []
+    kept = sum(site.input_format.running is not None for site in clock.sites)
+    if kept:
+        notes.append(
+            f"evaluation takes the running input range of {kept} layers; until training recorded one, that of its batch"
+        )
+    for name in dict.fromkeys(site.recipe.name for site in clock.sites if site.recipe.is_dynamic):
+        notes.append(
+            f"the bits of {name} change during training: make a lowbit.PrecisionController.from_recipe(model, ...)"
+        )
+    return tuple(notes)
+
+
+@checked
+def restore_(model: nn.Module) -> None:
+    """Make every converted layer of a model plain again, in place; parameters stay the same objects.
+
+    Raises:
+        UsageError: nothing in the model is converted.
+    """
+    layers = list(converted_layers(model).values())
+    if not layers:
+        raise UsageError("restore_: nothing in this model is converted")
+    _check_controllers(layers)
+    release(model)
+    for layer in layers:
+        if layer.is_altered:
+            raise UsageError(
+                f"restore_: {layer.sites()[0].name or 'the model'} is a {type(layer).__name__} since its conversion: "
+                "undo that first"
+            )
+    for layer in layers:
+        layer.undo()
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, Clock) and not owner.sites:
+                owner.detach(module)
+        containers.restore(module)
+
+
+def _check_controllers(layers: list[QuantLayer]) -> None:
+    """Raise where a controller of these layers also controls others."""
+    sites = [site for layer in layers for site in layer.sites()]
+    controllers = list({id(s.controller): s.controller for s in sites if s.controller is not None}.values())
+    for controller in controllers:
+        if others := [site.name for site in controller.sites() if site not in sites]:
+            raise UsageError(
+                f"restore_: a PrecisionController of these layers also controls {others[0]!r}, which would stay "
+                "converted: call its remove() first"
+            )

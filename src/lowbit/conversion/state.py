@@ -1,0 +1,229 @@
+"""The state of a converted model that its own `state_dict()` lacks, saved and loaded."""
+
+import math
+import warnings
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lowbit.checks import check_keys, check_type, check_whole, checked, is_like, is_whole
+from lowbit.engines.choice import ENGINES
+from lowbit.errors import UsageError, shown, unknown
+from lowbit.nn.layers import QuantLayer, sites_of
+from lowbit.nn.site import Clock, Site
+from lowbit.recipe import Recipe
+
+# The largest seed and step: noise is a hash of 64 bits of each, and a larger one would give another's noise.
+MOST_SEED = 2**64 - 1
+_MOST_STEPS = 2**63 - 1
+
+
+def clocks(model: nn.Module) -> list[Clock]:
+    """The clocks of a model's converted layers, each once, in the order of the layers."""
+    return list(dict.fromkeys(site.clock for site in sites_of(model)))
+
+
+def replaced(model: nn.Module) -> dict[Site, str]:
+    """The sites of layers that were converted with this model and are no longer in it, and what stands there now.
+
+    A layer whose place a converted one has taken is not among them, nor is one of a model that this is a part of.
+    """
+    here = sites_of(model)
+    gone: dict[Site, str] = {}
+    for root in model.modules():
+        owners = [getattr(hook, "__self__", None) for hook in root._forward_pre_hooks.values()]
+        for clock in owners:
+            if not isinstance(clock, Clock):
+                continue
+            modules = dict(root.named_modules(remove_duplicate=False))
+            for site in clock.sites:
+                module = modules.get(site.layer_name)
+                if site not in here and not isinstance(module, QuantLayer):
+                    gone[site] = "nothing" if module is None else type(module).__name__
+    return gone
+
+
+@checked
+def state_dict(model: nn.Module) -> dict[str, Any]:
+    """Lowbit's own state, apart from `model.state_dict()`: seed, step, recipes, bits, running ranges, engines.
+
+    It holds what is in `model`: of a part of a converted model the layers of that part. Warns of converted layers that
+    were replaced since, names them, and forgets them: no later state has them, and `verify` misses them no more.
+
+    Returns:
+        Tensors and plain values only, so that it loads with ``torch.load(..., weights_only=True)``.
+
+    Raises:
+        UsageError: nothing in the model is converted.
+    """
+    groups = clocks(model)
+    if not groups:
+        raise UsageError("state_dict: nothing in this model is converted; call lowbit.convert_ first")
+    if gone := replaced(model):
+        now = ", ".join(f"{site.name or 'the model'} (now {kind})" for site, kind in gone.items())
+        warnings.warn(
+            f"state_dict: {now}: converted layers that are no longer in the model are not saved, and are forgotten. "
+            "What stands there now runs in the precision it has; lowbit.convert_(layer, recipe) converts it. restore_ "
+            "a layer before you replace it",
+            UserWarning,
+            stacklevel=3,
+        )
+        for site in gone:
+            site.clock.sites.remove(site)
+    here = sites_of(model)
+    return {"version": 1, "groups": [_state_of(clock, here) for clock in groups]}
+
+
+# What is saved of a site, and what besides where a controller sets its bits.
+_SITE = ("recipe", "formats", "engine", "uses", "bits", "running_range")
+_CONTROLLED = "evaluation_bits"
+
+
+def _state_of(clock: Clock, here: Mapping[Site, QuantLayer]) -> dict[str, Any]:
+    """The part of `state_dict` that one conversion has, of the sites that are here."""
+    return {
+        "seed": clock.seed,
+        "step": int(clock.step),
+        "sites": {
+            site.name: {
+                "recipe": site.recipe.name,
+                "formats": _fingerprint(site.recipe),
+                "engine": site.engine,
+                "uses": site.uses,
+                "bits": site.bits.detach().cpu().clone(),
+                "running_range": site.running_range.detach().cpu().clone(),
+                **({_CONTROLLED: site.evaluation_bits.detach().cpu().clone()} if site.is_controlled else {}),
+            }
+            for site in _of(clock, here)
+        },
+    }
+
+
+def _of(clock: Clock, here: Mapping[Site, QuantLayer]) -> list[Site]:
+    """The sites of a clock that are here, in the order of the conversion."""
+    return [site for site in clock.sites if site in here]
+
+
+def _fingerprint(recipe: Recipe) -> int:
+    """A number that tells recipes of one name apart: a CRC of all their fields.
+
+    How a range test finds the lowest bits is left out. The state of the controller has it, and there are runs from
+    before it was a setting of recipes.
+    """
+    text = repr(recipe)
+    if recipe.schedule is not None:
+        forward = recipe.schedule.forward
+        text = text.replace(repr(forward.settings), repr(forward.of_the_class))
+    return zlib.crc32(text.encode())
+
+
+@checked
+def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
+    """Give a converted model the state that `state_dict` returned; nothing changes where any part of it does not fit.
+
+    A model converted with ``engine="auto"`` takes the saved engines too, whatever it chose itself: the run goes on as
+    it began, also where this machine was measured since. Where a controller set the bits of the saved model, this one
+    needs a controller too before it trains, made before or after; it evaluates at the saved evaluation bits.
+
+    Raises:
+        UsageError: the state is of another version, model or recipe, or damaged; or it is of another engine than the
+            one that was asked for at conversion, or than a layer can run on here.
+    """
+    groups = clocks(model)
+    if not isinstance(state, dict) or not is_whole(state.get("version")) or state["version"] != 1:
+        raise UsageError("load_state_dict: this is not a lowbit.state_dict of version 1")
+    check_keys("load_state_dict: the state", state, ("version", "groups"))
+    if not isinstance(state["groups"], list) or len(groups) != len(state["groups"]):
+        saved = len(state["groups"]) if isinstance(state["groups"], list) else shown(state["groups"])
+        raise UsageError(f"load_state_dict: {saved} conversions saved, the model has {len(groups)}")
+    here = sites_of(model)
+    for clock, saved in zip(groups, state["groups"], strict=True):
+        _check_group(clock, here, saved)
+        for site in _of(clock, here):
+            _check_site(site, saved["sites"][site.name])
+        if clock.free:
+            _check_engines(clock, saved["sites"], here)
+    for clock, saved in zip(groups, state["groups"], strict=True):
+        clock.seed = saved["seed"]
+        clock.set_step(saved["step"])
+        for site in _of(clock, here):
+            entry = saved["sites"][site.name]
+            site.engine = entry["engine"]
+            site.uses = entry["uses"]
+            site.set_bits(entry["bits"].tolist(), entry.get(_CONTROLLED, entry["bits"]).tolist())
+            site.lost_controller = site.controller is None and _CONTROLLED in entry
+            site.running_range.copy_(entry["running_range"])
+        for controller in {id(site.controller): site.controller for site in _of(clock, here)}.values():
+            if controller is not None:
+                controller.write()
+
+
+def _check_group(clock: Clock, here: Mapping[Site, QuantLayer], saved: Any) -> None:
+    """Raise unless a saved group has a seed, a step, and the sites of this clock, with the same recipes and engines.
+
+    A clock that is free in its engines takes any.
+    """
+    check_keys("load_state_dict: a conversion", saved, ("seed", "step", "sites"))
+    check_whole("load_state_dict: seed", saved["seed"], 0, MOST_SEED)
+    check_whole("load_state_dict: step", saved["step"], 0, _MOST_STEPS)
+    if not isinstance(saved["sites"], dict):
+        raise UsageError(f"load_state_dict: sites is {shown(saved['sites'])}: expected a dict by the layers' names")
+    there = {name: _identity(name, entry, clock) for name, entry in saved["sites"].items()}
+    own = {name: _identity(name, entry, clock) for name, entry in _state_of(clock, here)["sites"].items()}
+    different = [name for name in dict.fromkeys([*own, *there]) if own.get(name) != there.get(name)]
+    if different:
+        name = different[0]
+        raise UsageError(
+            f"load_state_dict: {len(different)} layers differ, first {shown(name)}: saved {there.get(name, 'none')}, "
+            f"here {own.get(name, 'none')}. Convert the same model in the same way first"
+        )
+
+
+def _identity(name: str, entry: object, clock: Clock) -> str:
+    """What must agree between a saved site and one here."""
+    controlled = isinstance(entry, Mapping) and _CONTROLLED in entry
+    check_keys(f"load_state_dict: the state of {shown(name)}", entry, (*_SITE, _CONTROLLED) if controlled else _SITE)
+    assert isinstance(entry, Mapping)
+    check_type(f"load_state_dict: recipe of {shown(name)}", entry["recipe"], str)
+    check_whole(f"load_state_dict: formats of {shown(name)}", entry["formats"], 0, 2**32 - 1)
+    check_type(f"load_state_dict: engine of {shown(name)}", entry["engine"], str)
+    if entry["engine"] not in ENGINES:
+        raise unknown(f"engine of {shown(name)} in load_state_dict", entry["engine"], ENGINES)
+    engine = "any" if clock.free else entry["engine"]
+    return f"recipe {entry['recipe']} ({entry['formats']:08x}), engine {engine}"
+
+
+def _check_site(site: Site, entry: dict[str, Any]) -> None:
+    """Raise unless the saved values of a site are values that it can have."""
+    what = f"load_state_dict: {site.name or 'the model'}"
+    check_whole(f"{what}: uses", entry["uses"], 0, _MOST_STEPS)
+    widths = [name for name in ("bits", _CONTROLLED) if name in entry]
+    for name in (*widths, "running_range"):
+        own, saved = getattr(site, name), entry[name]
+        if not is_like(saved, own):
+            raise UsageError(f"{what}: {name} is {shown(saved)}: expected {own.dtype} of shape {tuple(own.shape)}")
+    for bits, (product, operand, fmt) in (
+        pair for name in widths for pair in zip(entry[name].tolist(), site.formats(), strict=True)
+    ):
+        try:
+            fmt.with_bits(bits)
+        except UsageError as error:
+            raise UsageError(f"{what}: {operand} of {product}: {error}") from error
+    low, high, count = entry["running_range"].tolist()
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high and count >= 0 and count == count // 1):
+        raise UsageError(
+            f"{what}: running_range={[low, high, count]}: expected finite extremes in order, and a number of batches"
+        )
+
+
+def _check_engines(clock: Clock, saved: dict[str, Any], layers: Mapping[Site, QuantLayer]) -> None:
+    """Raise where a layer of this clock cannot run on the engine that was saved for it."""
+    for site in _of(clock, layers):
+        engine = saved[site.name]["engine"]
+        if engine == "int8" and engine != site.engine and (why := layers[site].int8_refusal(layers[site], site.recipe)):
+            raise UsageError(
+                f"load_state_dict: {site.name!r} was saved on the int8 engine, which cannot run it here: {why}. Go on "
+                "where it began; another engine gives other last digits"
+            )
