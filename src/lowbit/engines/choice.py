@@ -36,8 +36,16 @@ def _on(name: str, device: str) -> Engine | None:
     return next(fitting, None)
 
 
-def refusal(op: Op, recipe: Recipe, bits: Sequence[int] | None = None, dim: int = 2, *, device: str = "cpu") -> str:
-    """Why the int8 engine cannot run the three products of an operator; empty where it can.
+def refusal(
+    op: Op,
+    recipe: Recipe,
+    bits: Sequence[int] | None = None,
+    dim: int = 2,
+    *,
+    device: str = "cpu",
+    engine: str = "int8",
+) -> str:
+    """Why an engine cannot run the three products of an operator; empty where it can.
 
     Args:
         op: the operator.
@@ -45,9 +53,10 @@ def refusal(op: Op, recipe: Recipe, bits: Sequence[int] | None = None, dim: int 
         bits: widths in the order of `SLOTS`; None: the recipe's own.
         dim: axes of its tensors.
         device: the type of device they lie on.
+        engine: its name, one of `ENGINES`.
     """
-    engine = _on("int8", device)
-    return f"there is none on {device}" if engine is None else _refusal_of(engine, op, recipe, bits, dim)
+    found = _on(engine, device)
+    return f"there is none on {device}" if found is None else _refusal_of(found, op, recipe, bits, dim)
 
 
 def _refusal_of(engine: Engine, op: Op, recipe: Recipe, bits: Sequence[int] | None, dim: int) -> str:
@@ -80,19 +89,15 @@ def _is_kept(op: Op, product: str, operand: str, fmt: Format, dim: int) -> bool:
     return set(op.summed(product, operand, len(shared.view))) <= set(shared.dims)
 
 
+# Widths that a schedule or a gate sets may be any that fit an engine; it runs a recipe if it does at these.
+_EIGHT = (8,) * len(SLOTS)
+
+
 @lru_cache(maxsize=4096)
-def _why(name: str, op: Op, recipe: Recipe, widths_are_set: bool, dim: int, device: str) -> str:
-    """`refusal` of an engine, found once; widths that are set may be any that fit it."""
+def _why(name: str, op: Op, recipe: Recipe, widths: tuple[int, ...] | None, dim: int, device: str) -> str:
+    """`refusal` of an engine, found once; empty where there is none of that name."""
     engine = _on(name, device)
-    if engine is None:
-        return ""
-    return _refusal_of(engine, op, recipe, (8,) * len(SLOTS) if widths_are_set else None, dim)
-
-
-@lru_cache(maxsize=4096)
-def _fits(recipe: Recipe, widths: tuple[int, ...]) -> bool:
-    """Whether all codes of these widths fit in a byte."""
-    return all(bits <= 8 or not fmt.has_width for (*_, fmt), bits in zip(recipe.operands(), widths, strict=True))
+    return "" if engine is None else _refusal_of(engine, op, recipe, widths, dim)
 
 
 @cache
@@ -141,7 +146,7 @@ def choose(
     engine = _on(name, device)
     if engine is None:
         return REFERENCE
-    why = _why(name, op, recipe, widths is not None, dim, device)
+    why = _why(name, op, recipe, None if widths is None else _EIGHT, dim, device)
     if why and device != "cpu":  # the engine was chosen where the layer was before it moved
         _warn_once(recipe.name, device, why)
         return REFERENCE
@@ -151,7 +156,7 @@ def choose(
         )
     if engine.dtypes is not None and not set(dtypes) <= set(engine.dtypes):
         return REFERENCE
-    return engine if widths is None or _fits(recipe, widths) else REFERENCE
+    return REFERENCE if widths is not None and _why(name, op, recipe, widths, dim, device) else engine
 
 
 @dataclass(frozen=True, kw_only=True)
