@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, get_type_hints
 
 from lowbit import userfile
 from lowbit.checks import check_fields, is_finite, is_whole
+from lowbit.engines.choice import ENGINES
 from lowbit.errors import UsageError, shown, unknown
 from lowbit.recipe import is_file_name
 from lowbit.train.tuning import tunable, with_tunable
@@ -59,7 +60,7 @@ class TrainConfig:
         keep: how many checkpoints to keep, the newest included.
         threads: threads of torch. Left open: torch's own choice. A resumed run keeps its first number.
         context: bytes in one sample of a text; other data sets refuse it. Left open: 128.
-        engine: how converted layers execute: ``auto``, ``int8`` or ``reference``, see `lowbit.convert_`.
+        engine: how converted layers execute: ``auto``, or an engine, ``int8`` or ``reference``; see `lowbit.convert_`.
         amp: ``bf16`` runs the operations that no recipe covers under bfloat16 autocast.
         max_steps: stop after this many steps, even within an epoch.
         plateau_every: of recipes that follow the loss, e.g. ``pfq`` and ``fractrain``: steps whose mean loss the
@@ -89,7 +90,7 @@ class TrainConfig:
     keep: int = 2
     threads: int | None = None
     context: int | None = None
-    engine: Literal["auto", "int8", "reference"] = "auto"
+    engine: str = "auto"
     amp: Amp = "none"
     max_steps: int | None = None
     plateau_every: int | None = None
@@ -100,6 +101,8 @@ class TrainConfig:
         for name in ("model", "data", "recipe"):
             if not getattr(self, name) or not isinstance(getattr(self, name), str):
                 raise UsageError(f"{name} must be a name, got {shown(getattr(self, name))}.")
+        if self.engine not in ("auto", *ENGINES):
+            raise unknown("engine", self.engine, ("auto", *ENGINES))
         for name in ("epochs", "batch_size", "keep"):
             _check_count(name, getattr(self, name))
         for name in ("subset", "checkpoint_every", "threads", "context", "max_steps", "plateau_every"):
