@@ -12,6 +12,16 @@ namespace {
 using Shape = std::tuple<int64_t, int64_t, int64_t, bool>;
 using Key = std::optional<std::tuple<uint32_t, uint32_t>>;
 
+const void* floats(Call& call, const char* name, const Memory& m, int64_t count) {
+    return call.take(name, m, kFloats, count, count, false);
+}
+void* write_floats(Call& call, const char* name, const Memory& m, int64_t count) {
+    return const_cast<void*>(call.take(name, m, kFloats, count, count, true));
+}
+uint8_t* write_codes(Call& call, const Memory& m, int64_t count) {
+    return static_cast<uint8_t*>(const_cast<void*>(call.take("codes", m, kBytesOnly, count, count, true)));
+}
+
 // The view of x's memory; all of it.
 View view_of(const Call& call, const Shape& s, const Memory& x) {
     const auto& [outer, channels, inner, last] = s;

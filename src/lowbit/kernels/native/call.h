@@ -56,12 +56,12 @@ class Call {
         if (!holds) refuse(why);
     }
     int64_t times(int64_t a, int64_t b) const {
-        int64_t product;
+        int64_t product = 0;
         need(a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, &product), "sizes are less than 0 or beyond 64 bits");
         return product;
     }
     int64_t plus(int64_t a, int64_t b) const {
-        int64_t sum;
+        int64_t sum = 0;
         need(!__builtin_add_overflow(a, b, &sum), "sizes are beyond 64 bits");
         return sum;
     }
@@ -115,18 +115,8 @@ class Call {
     std::vector<Span> spans_;
 };
 
-int64_t count_of(const Memory& m) { return std::get<2>(m); }
-Type type_of(const Memory& m) { return static_cast<Type>(std::get<1>(m)); }
-
-const void* floats(Call& call, const char* name, const Memory& m, int64_t count) {
-    return call.take(name, m, kFloats, count, count, false);
-}
-void* write_floats(Call& call, const char* name, const Memory& m, int64_t count) {
-    return const_cast<void*>(call.take(name, m, kFloats, count, count, true));
-}
-uint8_t* write_codes(Call& call, const Memory& m, int64_t count) {
-    return static_cast<uint8_t*>(const_cast<void*>(call.take("codes", m, kBytesOnly, count, count, true)));
-}
+inline int64_t count_of(const Memory& m) { return std::get<2>(m); }
+inline Type type_of(const Memory& m) { return static_cast<Type>(std::get<1>(m)); }
 
 }  // namespace
 }  // namespace lowbit
