@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit import functional
-from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS, QuantLayer, kinds
+from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS, QuantLayer, QuantLinear, kinds
 from lowbit.products.operators import Linear, Op
 
 TWINS = PRODUCT_LAYERS | NORM_LAYERS
@@ -59,6 +59,22 @@ def test_a_convolution_says_the_operator_that_runs(kind: type[nn.Module]) -> Non
         layer(torch.ones(1, 4, 9, 9))
 
     assert ran == [expected]
+
+
+def test_the_nearest_type_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A subclass of a plain layer that has a twin of its own is asked for by that twin."""
+
+    class Narrow(nn.Linear):
+        """A subclass of a user."""
+
+    class QuantNarrow(QuantLinear, Narrow):
+        """Its twin."""
+
+        plain = Narrow
+
+    assert kinds.twin_of(Narrow(2, 2)) is QuantLinear
+    monkeypatch.setitem(kinds._TWINS, Narrow, QuantNarrow)
+    assert kinds.twin_of(Narrow(2, 2)) is QuantNarrow
 
 
 class Scaled(nn.Module):

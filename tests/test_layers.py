@@ -103,6 +103,33 @@ def test_no_file_imports_itself_through_others() -> None:
     assert list(map(_identify, left)) == []
 
 
+def _layer_types_asked_for(path: Path) -> list[str]:
+    """Checks of a file whether something is of one of torch's own types of layers, as text."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        asked: ast.expr | None = None
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+            asked = node.args[1]
+        elif isinstance(node, ast.Compare) and isinstance(node.left, ast.Call) and "type(" in ast.unparse(node.left):
+            asked = node.comparators[0]
+        text = "" if asked is None else ast.unparse(asked)
+        if re.search(r"\bnn\.(?!Module\b|Parameter\b|parameter\b)\w+", text):
+            found.append(ast.unparse(node))
+    return found
+
+
+# Models initialise the layers that they are made of.
+@pytest.mark.parametrize("path", [p for p in FILES if _part(p) != "nn" and p.name != "models.py"], ids=_identify)
+def test_layers_answer_for_themselves(path: Path) -> None:
+    """Outside `nn/` nothing asks for the type of a plain layer: its twin answers."""
+    assert _layer_types_asked_for(path) == []
+
+
+def test_the_check_of_layer_types_sees_them() -> None:
+    """The test above finds what it looks for where it may be."""
+    assert _layer_types_asked_for(PACKAGE / "nn" / "kinds.py") != []
+
+
 @pytest.mark.parametrize("path", [p for p in FILES if _part(p) not in ("train", "cli")], ids=_identify)
 def test_libraries_of_the_trainer_stay_in_the_trainer(path: Path) -> None:
     """Lightning, numpy, jsonargparse and rich are imported only by the trainer and the command line."""

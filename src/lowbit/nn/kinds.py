@@ -31,8 +31,8 @@ _NO_PRODUCT: tuple[type[nn.Module], ...] = (
 
 
 def twin_of(layer: nn.Module) -> type[QuantLayer] | None:
-    """The twin of a layer's type, or of a type that it is a subclass of, as a converted layer is; None without one."""
-    return next((twin for plain, twin in _TWINS.items() if isinstance(layer, plain)), None)
+    """The twin of a layer's type, or of the nearest type that it is a subclass of, as a twin is; None without one."""
+    return next((_TWINS[base] for base in type(layer).__mro__ if base in _TWINS), None)
 
 
 def plain_type(layer: nn.Module) -> type[nn.Module]:
