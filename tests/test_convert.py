@@ -682,6 +682,18 @@ def _other_rnn(model: Called) -> None:
     model.parts["rnn"] = nn.LSTM(6, 6)
 
 
+class Passing(nn.Module):
+    """A layer with the interface of an LSTM that does nothing."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """The input, and no state."""
+        return x, None
+
+
+def _no_rnn(model: Called) -> None:
+    model.parts["rnn"] = Passing()
+
+
 class TestReplaced:
     """Layers that somebody replaces after the conversion."""
 
@@ -689,6 +701,7 @@ class TestReplaced:
         "synchronised norm": (_synchronise, {"parts.norm": "SyncBatchNorm"}),
         "resized head": (_resize, {"parts.head": "Linear"}),
         "other LSTM": (_other_rnn, dict.fromkeys(("parts.rnn.weight_ih_l0", "parts.rnn.weight_hh_l0"), "LSTM")),
+        "no LSTM": (_no_rnn, dict.fromkeys(("parts.rnn.weight_ih_l0", "parts.rnn.weight_hh_l0"), "Passing")),
     }
 
     @staticmethod
