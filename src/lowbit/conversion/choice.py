@@ -1,4 +1,4 @@
-"""How converted layers are executed: on int8 units where they can be and, with ``"auto"``, where that is faster."""
+"""How converted layers are executed: on the engine asked for; with ``"auto"`` on int8 units where that is faster."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +19,9 @@ FEW_CHANNELS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """How a layer is executed: why not on int8 units (empty where it is), and the timing that ``"auto"`` looked at."""
+    """How a layer is executed: on the engine `wanted`, or why not, and the timing that ``"auto"`` looked at."""
 
+    wanted: str = "int8"
     why: str = ""
     timing: Timing | None = None
     open: bool = False  # both engines could run it
@@ -28,14 +29,14 @@ class Choice:
     @property
     def engine(self) -> str:
         """The engine."""
-        return "reference" if self.why else "int8"
+        return "reference" if self.why else self.wanted
 
 
 def choose_all(plans: Sequence[Plan], engine: str, table: Table | None) -> dict[str, Choice]:
     """For each layer to convert how it is executed.
 
     Raises:
-        UsageError: ``engine="int8"`` was asked for and a layer cannot.
+        UsageError: an engine was asked for that cannot run a layer.
     """
     asked = Choice(why="it was asked for")
     choices = {
@@ -43,10 +44,10 @@ def choose_all(plans: Sequence[Plan], engine: str, table: Table | None) -> dict[
         for plan in plans
         if plan.twin is not None and plan.recipe is not None
     }
-    refused = {name: choice.why for name, choice in choices.items() if choice.why} if engine == "int8" else {}
-    if refused:
+    refused = {name: choice.why for name, choice in choices.items() if choice.why}
+    if refused and engine not in ("auto", "reference"):
         types = {plan.name: type_name(plan.layer) for plan in plans}
-        shown = [f"{n or 'the model'} ({types[n]}): the int8 engine cannot run {why}" for n, why in refused.items()]
+        shown = [f"{n or 'the model'} ({types[n]}): the {engine} engine cannot run {why}" for n, why in refused.items()]
         raise UsageError(
             f"{len(refused)} of {len(choices)} layers cannot run as asked. {'; '.join(shown[:5])}. Leave them out with "
             "a rule, or let engine='auto' run them on the reference engine"
@@ -56,10 +57,11 @@ def choose_all(plans: Sequence[Plan], engine: str, table: Table | None) -> dict[
 
 def _choose(layer: nn.Module, twin: type[QuantLayer], recipe: Recipe, engine: str, table: Table | None) -> Choice:
     """What runs a layer: what can, and with ``"auto"`` what is faster, by the table or else by a rule."""
-    why = twin.int8_refusal(layer, recipe)
+    wanted = "int8" if engine == "auto" else engine
+    why = twin.engine_refusal(layer, recipe, wanted)
     op, weight = twin.operator(layer), twin.largest_weight(layer)
     if engine != "auto" or op is None or weight is None:
-        return Choice(why=why)
+        return Choice(wanted=wanted, why=why)
     shape = Shape.of(op, weight.shape)
     timing = None if table is None else table.nearest(shape, recipe)
     if why:

@@ -185,7 +185,5 @@ def row_of(plan: Plan, choice: Choice | None) -> Row:
 
 
 def _unit(engine: str, formats: tuple[Format, ...]) -> str:
-    """The units that a product runs on: int8, bf16 where one of its operands is bf16, or the reference engine."""
-    if engine == "reference" or len(formats) != 2:
-        return engine
-    return "bf16" if BF16 in formats else "int8"
+    """The units that a product runs on, as its engine: of the int8 engine bf16 where one of its operands is bf16."""
+    return "bf16" if engine == "int8" and BF16 in formats else engine

@@ -222,8 +222,10 @@ def _check_engines(clock: Clock, saved: dict[str, Any], layers: Mapping[Site, Qu
     """Raise where a layer of this clock cannot run on the engine that was saved for it."""
     for site in _of(clock, layers):
         engine = saved[site.name]["engine"]
-        if engine == "int8" and engine != site.engine and (why := layers[site].int8_refusal(layers[site], site.recipe)):
+        if engine in ("reference", site.engine):
+            continue
+        if why := layers[site].engine_refusal(layers[site], site.recipe, engine):
             raise UsageError(
-                f"load_state_dict: {site.name!r} was saved on the int8 engine, which cannot run it here: {why}. Go on "
-                "where it began; another engine gives other last digits"
+                f"load_state_dict: {site.name!r} was saved on the {engine} engine, which cannot run it here: {why}. "
+                "Go on where it began; another engine gives other last digits"
             )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import torch
+from torch import Tensor
 
 from lowbit.engines.base import Engine, Pair
 from lowbit.engines.int8 import Int8
@@ -57,6 +58,19 @@ def refusal(
     """
     found = _on(engine, device)
     return f"there is none on {device}" if found is None else _refusal_of(found, op, recipe, bits, dim)
+
+
+def refusal_of_tensor(x: Tensor, engine: str) -> str:
+    """Why an engine does not take a layer with such a parameter; empty where it does.
+
+    A layer is converted where it is before it moves, so of the engines of one name the first counts, that of the CPU.
+    """
+    found = next(e for e in _ENGINES if e.name == engine)
+    if x.device.type in (found.devices or (x.device.type,)) and x.dtype in (found.dtypes or (x.dtype,)):
+        return ""
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in found.dtypes or ("every dtype",)]
+    devices = ["the CPU" if device == "cpu" else device for device in found.devices or ("every device",)]
+    return f"it takes {' and '.join(dtypes)} on {' and '.join(devices)}"
 
 
 def _refusal_of(engine: Engine, op: Op, recipe: Recipe, bits: Sequence[int] | None, dim: int) -> str:

@@ -6,11 +6,11 @@ hooks and every reference to it stay what they were; `lowbit.restore_` changes i
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from lowbit import functional
 from lowbit.engines.choice import refusal as refusal_of_products
+from lowbit.engines.choice import refusal_of_tensor
 from lowbit.formats import Format
 from lowbit.nn.site import Clock, Site, product_site
 from lowbit.products.operators import Convolution, Linear, Op
@@ -88,20 +88,20 @@ class QuantLayer(nn.Module):
         return table
 
     @classmethod
-    def int8_refusal(cls, layer: Any, recipe: Recipe) -> str:
-        """Why a layer, plain or converted, cannot run a recipe on int8 units; empty where it can."""
+    def engine_refusal(cls, layer: Any, recipe: Recipe, engine: str) -> str:
+        """Why a layer, plain or converted, cannot run a recipe on an engine of this name; empty where it can."""
         for name, p in layer.named_parameters():
-            if p.device.type != "cpu" or p.dtype not in (torch.float32, torch.bfloat16):
-                return f"a layer whose {name} is {p.dtype} on {p.device.type}: it takes float32 and bfloat16 on the CPU"
-        return cls.int8_refusal_of_formats(layer, recipe)
+            if why := refusal_of_tensor(p, engine):
+                return f"a layer whose {name} is {p.dtype} on {p.device.type}: {why}"
+        return cls.engine_refusal_of_formats(layer, recipe, engine)
 
     @classmethod
-    def int8_refusal_of_formats(cls, layer: Any, recipe: Recipe) -> str:
-        """`int8_refusal`, whatever the layer's parameters are."""
+    def engine_refusal_of_formats(cls, layer: Any, recipe: Recipe, engine: str) -> str:
+        """`engine_refusal`, whatever the layer's parameters are."""
         op = cls.operator(layer)
         assert op is not None
         dim = 2 if op.geometry is None else 2 + len(op.geometry.stride)
-        return refusal_of_products(op, recipe, dim=dim)
+        return refusal_of_products(op, recipe, dim=dim, engine=engine)
 
     @property
     def sample_axis(self) -> int:

@@ -661,8 +661,10 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
         return {} if norm is None else {"output": (norm.input,), "grad_input": (norm.grad_output,)}
 
     @classmethod
-    def int8_refusal_of_formats(cls, layer: Any, recipe: Recipe) -> str:  # noqa: ARG003 - of the recipe alone
-        """Native passes work on codes of a byte."""
+    def engine_refusal_of_formats(cls, layer: Any, recipe: Recipe, engine: str) -> str:  # noqa: ARG003 - recipe alone
+        """Native passes work on codes of a byte; no other engine normalises."""
+        if engine != "int8":
+            return "range normalisation, which runs on the int8 and the reference engine"
         of_products = cls.formats(recipe).values()
         if not all(f.zero == "integer" and f.bits <= 8 for formats in of_products for f in formats):
             return "range normalisation runs on codes of up to 8 bits with an integer zero point"
