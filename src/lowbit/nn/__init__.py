@@ -38,9 +38,19 @@ NORM_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     twin.plain: twin for twin in (RangeBatchNorm1d, RangeBatchNorm2d, RangeBatchNorm3d)
 }
 
+# Layers with products that have no twin, and why.
+REFUSED_LAYERS: dict[type[nn.Module], str] = {
+    nn.Bilinear: "its product of three operands has no quantised form here",
+    nn.RNN: "only LSTM and GRU have quantised forms",
+    nn.RNNCell: "only LSTM and GRU have quantised forms, cells do not",
+    nn.LSTMCell: "only LSTM and GRU have quantised forms, cells do not",
+    nn.GRUCell: "only LSTM and GRU have quantised forms, cells do not",
+}
+
 __all__ = [
     "NORM_LAYERS",
     "PRODUCT_LAYERS",
+    "REFUSED_LAYERS",
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv3d",

@@ -4,20 +4,12 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS
+from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS, REFUSED_LAYERS
 from lowbit.nn.layers import QuantLayer
 from lowbit.recipe import Recipe
 
 _TWINS = PRODUCT_LAYERS | NORM_LAYERS
 
-# Layers with products that have no twin, and why.
-_REFUSED: dict[type[nn.Module], str] = {
-    nn.Bilinear: "its product of three operands has no quantised form here",
-    nn.RNN: "only LSTM and GRU have quantised forms",
-    nn.RNNCell: "only LSTM and GRU have quantised forms, cells do not",
-    nn.LSTMCell: "only LSTM and GRU have quantised forms, cells do not",
-    nn.GRUCell: "only LSTM and GRU have quantised forms, cells do not",
-}
 _NO_PRODUCT: tuple[type[nn.Module], ...] = (
     nn.Embedding,
     nn.EmbeddingBag,
@@ -61,7 +53,7 @@ def choose_twin(layer: nn.Module, recipe: Recipe) -> tuple[type[QuantLayer] | No
 
 def _refused(layer: nn.Module) -> str:
     """Why there is no twin of a layer that has products; empty where there is one, or it has none."""
-    return next((why for refused, why in _REFUSED.items() if isinstance(layer, refused)), "")
+    return next((why for refused, why in REFUSED_LAYERS.items() if isinstance(layer, refused)), "")
 
 
 def multiplies(layer: nn.Module) -> bool:
