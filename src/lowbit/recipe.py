@@ -19,6 +19,7 @@ from lowbit.checks import check_fields, check_type, check_whole, checked, is_who
 from lowbit.errors import RunError, UsageError, shown, unknown
 from lowbit.formats import FP32, NAMED, Format, from_table
 from lowbit.numerics.parts import construct
+from lowbit.numerics.transforms import NoTransform
 from lowbit.schedules import PlateauRule, Template
 
 Policy = Literal["convert", "leave"]
@@ -103,6 +104,10 @@ class RangeNorm:
             if fmt.granularity != "tensor":
                 raise UsageError(
                     f"normalization.{operand} is per {fmt.granularity}: Range BN has formats per tensor only"
+                )
+            if not isinstance(fmt.transform, NoTransform):
+                raise UsageError(
+                    f"normalization.{operand} has transform={fmt.transform.kind!r}: Range BN has formats without one"
                 )
         if self.grad_output.running is not None:
             raise UsageError("normalization.grad_output: only `input` keeps a running range")
@@ -257,6 +262,14 @@ class Recipe:
             raise UsageError("the bias rounds to nearest: no noise is drawn for it")
         if self.bias.granularity != "tensor" or self.bias.running is not None:
             raise UsageError("the bias shares one scale and keeps no running range")
+        if self.bias.transform.has_gradient:
+            raise UsageError(
+                f"the bias has transform={self.bias.transform.kind!r}: its gradient is a plain sum, so leave it out"
+            )
+        if self.gates is not None and self.output.input.transform.has_gradient:
+            raise UsageError(
+                f"output.input has transform={self.output.input.transform.kind!r}, whose derivative gates do not know"
+            )
         for product, operand, fmt in self.operands():
             _check_operand(f"{product}.{operand}", operand, fmt)
         kept, used = self.output.input, self.grad_weight.input

@@ -168,9 +168,12 @@ def distinct_values(operand: OperandRun) -> int:
     """The largest number of distinct values that share a scale in a quantised operand; 0 where it is not known.
 
     Of a large operand an even sample is counted: of each scale at least four times as many numbers as its codes can
-    tell apart, and of the scales as many as that leaves. Blocks are not counted, nor is an operand with nan or inf.
+    tell apart, and of the scales as many as that leaves. Not counted are blocks, values that a transform mixes after
+    they were rounded, and an operand with nan or inf.
     """
-    if operand.dims is None or operand.quantized.numel() == 0 or not bool(operand.quantized.isfinite().all()):
+    if operand.dims is None or operand.format.transform.along_axis:
+        return 0
+    if operand.quantized.numel() == 0 or not bool(operand.quantized.isfinite().all()):
         return 0
     x = operand.quantized.reshape(operand.view)
     kept = [d for d in range(x.dim()) if d not in operand.dims]

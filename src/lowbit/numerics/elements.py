@@ -256,7 +256,7 @@ class Minifloat:
                 "23 of mantissa"
             )
         if self.exponent == 8 and self.top != "ieee":
-            raise UsageError(f"top={self.top!r} with exponent=8: its largest numbers are none of float32. Use top='ieee'")
+            raise UsageError(f"top={self.top!r} with exponent=8: float32 lacks its largest numbers. Give top='ieee'")
         if self.top != "finite" and self.mantissa == 0:
             raise UsageError(
                 f"top={self.top!r} with mantissa=0: the largest exponent has one number, which cannot be "
