@@ -268,7 +268,7 @@ class Recipe:
             )
         if self.gates is not None and self.output.input.transform.has_gradient:
             raise UsageError(
-                f"output.input has transform={self.output.input.transform.kind!r}, whose derivative gates do not know"
+                f"output.input has transform={self.output.input.transform.kind!r}, which gates cannot differentiate"
             )
         for product, operand, fmt in self.operands():
             _check_operand(f"{product}.{operand}", operand, fmt)
