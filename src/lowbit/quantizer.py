@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.errors import UsageError
@@ -287,9 +286,19 @@ def quantize(
 
 
 def _filled(noise: Tensor, shape: torch.Size) -> Tensor:
-    """Noise of a longer shape, 1/2 where a transform filled in zeros."""
-    pads = [n for a, b in zip(reversed(noise.shape), reversed(shape), strict=True) for n in (0, b - a)]
-    return F.pad(noise, pads, value=0.5)
+    """Noise of a longer shape, for what a transform mixes into numbers that it fills in.
+
+    Those take the draws from the start of the axis with the upper 12 of their 24 bits and the lower 12 exchanged: as
+    uniform, so that rounding stays unbiased, and independent of the draws themselves.
+    """
+    for axis, length in enumerate(shape):
+        own = noise.shape[axis]
+        if own < length:
+            index = torch.arange(length - own, dtype=torch.int64, device=noise.device) % own
+            more = 4096 * noise.index_select(axis, index)
+            high = more.floor()
+            noise = torch.cat([noise, (more - high + high / 2**24) % 1], axis)
+    return noise
 
 
 # The formats that the native passes compute in full; all others are computed by the definition.

@@ -94,7 +94,7 @@ class TanhMax:
 
     def forward(self, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - of the whole tensor
         """See the class."""
-        t = x.tanh().masked_fill_(x.isinf(), torch.nan)  # whose tanh would be the number 1
+        t = x.tanh().masked_fill(x.isinf(), torch.nan)  # whose tanh would be the number 1
         return t / self._largest(t)
 
     def back(self, y: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - stays in [-1, 1]
