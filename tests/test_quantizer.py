@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowbit.formats import BF16, FP32, Format, Rounding, integer, largest_code
-from lowbit.numerics.elements import Integer, Steps, Zero
-from lowbit.numerics.scales import Granularity
+from lowbit.numerics.elements import Element, FixedPoint, Integer, Minifloat, PowerOfTwo, Steps, Zero
+from lowbit.numerics.scales import E4M3, Granularity, IntegerScale, PowerOfTwoScale, Scale, ScaleFormat
+from lowbit.numerics.transforms import Hadamard
 from lowbit.quantizer import Codes, encode, quantize
 from lowbit.rounding import CounterNoise, step_key
 
@@ -531,6 +532,164 @@ class TestBlocks:
 
         with pytest.raises(ValueError, match="axis="):
             quantize(_randn(8), fmt, axis=axis)
+
+
+def _tiles(x: Tensor, size: int) -> list[list[Tensor]]:
+    """A matrix as rows of square blocks."""
+    return [list(rows.split(size, -1)) for rows in x.split(size, -2)]
+
+
+class TestSquares:
+    """Scales of square blocks of matrices."""
+
+    @pytest.mark.parametrize("shape", [(8, 12), (7, 10), (3, 5), (1, 1), (2, 7, 10)], ids=str)
+    @pytest.mark.parametrize("size", [1, 3, 4, 100])
+    @pytest.mark.parametrize("zero", ZEROS)
+    def test_each_square_is_quantised_as_if_alone(self, zero: Zero, size: int, shape: tuple[int, ...]) -> None:
+        """Whole and ragged ones equal a loop over them; leading axes have squares of their own."""
+        x = _randn(*shape)
+        fmt, single = (integer(bits=3, zero=zero, **f) for f in ({"granularity": "square", "block": size}, {}))
+
+        values = _rounded(x, fmt)
+
+        tiles = [[_rounded(t, single, dims=(-1, -2)) for t in row] for row in _tiles(x, size)]
+        assert torch.equal(values, torch.cat([torch.cat(row, -1) for row in tiles], -2))
+        assert size == 1 or x.numel() == 1 or not torch.equal(values, x)
+
+    def test_noise_belongs_to_its_element(self) -> None:
+        """Stochastic squares use the noise at each element's own index, also in ragged ones."""
+        x, fmt = _randn(7, 10), integer(bits=3, zero="symmetric", granularity="square", block=4, rounding="stochastic")
+        u, single = _noise(x), fmt.replace(granularity="tensor", block=None)
+
+        values = quantize(x, fmt, noise=u).values
+
+        tiles = zip(_tiles(x, 4), _tiles(u, 4), strict=True)
+        alone = [[quantize(a, single, noise=b).values for a, b in zip(*rows, strict=True)] for rows in tiles]
+        assert torch.equal(values, torch.cat([torch.cat(row, 1) for row in alone]))
+
+    @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (2, 0, 4)])
+    def test_an_empty_matrix_has_no_squares(self, shape: tuple[int, ...]) -> None:
+        """No elements give no elements."""
+        fmt = integer(bits=4, zero="offset", granularity="square", block=2)
+
+        assert quantize(torch.empty(shape), fmt).values.shape == shape
+
+    def test_an_inf_spoils_its_square_only(self) -> None:
+        """Its neighbours are untouched."""
+        x = torch.ones(6, 6)
+        x[2, 3] = math.inf
+
+        values = quantize(x, integer(bits=4, zero="symmetric", granularity="square", block=3)).values
+
+        assert values.isnan().nonzero().tolist() == [[i, j] for i in range(3) for j in range(3, 6)]
+
+    def test_a_vector_has_no_squares(self) -> None:
+        """The error says so, with its shape."""
+        with pytest.raises(ValueError, match=r"shape \(8,\) is not a matrix and has no square blocks"):
+            quantize(_randn(8), integer(bits=4, zero="symmetric", granularity="square", block=2))
+
+    def test_the_grid_is_the_one_that_the_values_lie_on(self) -> None:
+        """Values over their scales are whole, in ragged squares too, and none is clipped."""
+        x = _randn(7, 10)
+
+        found = quantize(x, integer(bits=5, zero="symmetric", granularity="square", block=4))
+
+        assert found.grid is not None
+        q = found.grid.cut(found.values) / found.grid.steps.scale
+        assert (q - q.round()).abs().max() < 1e-5
+        assert found.grid.steps.scale.numel() == 2 * 3
+        assert found.grid.clipped(x) == 0
+
+
+class TestTransforms:
+    """Values that are turned before they are rounded."""
+
+    @pytest.mark.parametrize("axis", [0, 1, 2])
+    @pytest.mark.parametrize("block", [None, 3, 4, 16])
+    def test_a_ragged_axis_is_filled_turned_rounded_and_turned_back(self, axis: int, block: int | None) -> None:
+        """Equal to the same steps by hand, with blocks of scales along the same axis or one scale."""
+        x, hadamard = _randn(5, 7, 6), Hadamard(size=4)
+        where = {} if block is None else {"granularity": "block", "block": block}
+        fmt = integer(bits=4, zero="symmetric", transform=hadamard, **where)
+        plain = fmt.replace(transform="none")
+
+        values = quantize(x, fmt, axis=axis).values
+
+        h = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+        rows = torch.nn.functional.pad(x.movedim(axis, -1), (0, -x.shape[axis] % 4))
+        turned = (rows.unflatten(-1, (-1, 4)) @ h).flatten(-2)
+        rounded = quantize(turned, plain, axis=None if block is None else -1).values
+        back = (rounded.unflatten(-1, (-1, 4)) @ h).flatten(-2)[..., : x.shape[axis]].movedim(-1, axis)
+        torch.testing.assert_close(values, back, rtol=0, atol=1e-5)
+        assert values.shape == x.shape
+        assert not torch.equal(values, quantize(x, plain, axis=None if block is None else axis).values)
+
+    def test_noise_rounds_what_was_turned(self) -> None:
+        """Unbiased: each mean of n = 20,000 draws is within 6 standard errors of x (false alarm < 1e-6)."""
+        n, x = 20_000, _randn(6)
+        fmt = integer(bits=3, zero="symmetric", granularity="row", transform=Hadamard(size=4), rounding="stochastic")
+        noise = torch.rand(n, 6, generator=torch.Generator().manual_seed(3))
+
+        found = quantize(x.expand(n, 6), fmt, dims=(1,), noise=noise)
+
+        assert found.grid is not None
+        step = found.grid.steps.scale.max().item()
+        # A turned value has a standard deviation of at most half a step, and so has what is turned back.
+        assert ((found.values.double().mean(0) - x).abs() < 6 * 0.5 * step / math.sqrt(n) + 1e-6).all()
+        assert (found.values.std(0) > 0.05 * step).all()
+
+    def test_its_grid_counts_what_was_turned(self) -> None:
+        """Nothing is clipped in its own range; in half of it, something is."""
+        x, fmt = _randn(8, 10), integer(bits=4, zero="symmetric", transform=Hadamard(size=8))
+
+        grid = quantize(x, fmt).grid
+
+        assert grid is not None
+        assert grid.clipped(x) == 0
+        assert 0 < grid.clipped(2 * x) < 0.5
+
+
+ELEMENTS: list[tuple[Element, bool]] = [
+    (Integer(bits=4, zero="symmetric"), True),
+    (Integer(bits=4, zero="integer"), True),
+    (Minifloat(exponent=4, mantissa=3, top="nan"), True),
+    (Minifloat(exponent=2, mantissa=1, top="finite"), True),
+    (Minifloat(exponent=5, mantissa=2), False),
+    (FixedPoint(integer=2, fraction=5), False),
+    (PowerOfTwo(bits=4), True),
+]
+
+
+class TestAllElements:
+    """What does not depend on the element."""
+
+    @pytest.mark.parametrize(("element", "scaled"), ELEMENTS, ids=[f"{e}{' scaled' * s}" for e, s in ELEMENTS])
+    def test_layout_does_not_matter(self, element: Element, scaled: bool) -> None:
+        """channels_last, transposed and strided tensors give the values of their contiguous copies."""
+        fmt = Format(element=element, scale=Scale() if scaled else None, rounding="stochastic")
+        base = _randn(4, 6, 5, 7)
+
+        for x in (base.to(memory_format=torch.channels_last), base.transpose(1, 3), base[::2, 1::2]):
+            assert torch.equal(_rounded(x, fmt, dims=(2, 3)), _rounded(x.contiguous(), fmt, dims=(2, 3)))
+
+    @pytest.mark.parametrize(("element", "scaled"), ELEMENTS, ids=[f"{e}{' scaled' * s}" for e, s in ELEMENTS])
+    @pytest.mark.parametrize(
+        "form", [PowerOfTwoScale(), PowerOfTwoScale(direction="floor"), E4M3(), IntegerScale(bits=8)]
+    )
+    def test_what_was_rounded_stays(self, element: Element, scaled: bool, form: ScaleFormat) -> None:
+        """Twice gives what once gave, in the scales of once."""
+        x = _randn(6, 32)
+        scale = Scale(granularity="block", block=16, format=form) if scaled else None
+        fmt = Format(element=element, scale=scale)
+        axis = 1 if scaled else None
+
+        once = quantize(x, fmt, axis=axis)
+
+        assert once.grid is not None
+        steps, cut = once.grid.steps, once.grid.cut(once.values)
+        again = Codes(element.codes(cut, steps, None), steps).dequantize()
+        torch.testing.assert_close(again, cut, rtol=2**-22, atol=0)
+        assert not torch.equal(once.values, x)
 
 
 class TestNotFinite:

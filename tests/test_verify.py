@@ -15,12 +15,14 @@ from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import lowbit
+from helpers import recipe_of
 from lowbit import Proof, RunError, UsageError, VerificationError, functional
 from lowbit.engines import int8
 from lowbit.engines.reference import Reference, Rounded
 from lowbit.evidence.theory import angle_bound, bits_needed
 from lowbit.evidence.verify import distinct_values
 from lowbit.formats import integer
+from lowbit.numerics.transforms import Hadamard
 from lowbit.products import watch
 from lowbit.products.operators import Linear
 from lowbit.products.setting import Setting
@@ -773,6 +775,17 @@ class TestTripwire:
 
 class TestQuantisersThatDoNothing:
     """A quantiser that returns what it got is caught, whatever it says of itself."""
+
+    def test_values_that_a_transform_mixes_after_rounding_are_not_counted(self) -> None:
+        """A Hadamard transform turns 3-bit codes back into many values, which are honest ones."""
+        fmt = integer(bits=3, zero="symmetric", transform=Hadamard(size=4))
+        model = nn.Sequential(nn.Linear(16, 8))
+        lowbit.convert_(model, recipe_of(fmt), engine="reference")
+
+        proof = _prove(model, torch.randn(64, 16))
+
+        assert [row.bits for row in proof.rows] == ["3x3", "3x3"]
+        assert all(0.5 < row.cosine < 1 for row in proof.rows)
 
     def test_values_off_the_grid(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """More distinct values under one scale than the bits can tell apart were not quantised."""
