@@ -233,6 +233,17 @@ class TestPage:
         assert all(row.cosine < 1 for row in proof.rows)
 
     @every_written
+    def test_every_format_of_the_page_can_be_planned(self, name: str) -> None:
+        """From shapes without values, the derivative of its transform included."""
+        model = network()
+        lowbit.convert_(model, recipe_with(name), engine="reference")
+
+        ledger = lowbit.plan(model, torch.empty(24, 20), steps=1)
+
+        rows = {(row.layer, row.product) for row in ledger.products}
+        assert rows == {(n, p) for n in "02" for p in ("output", "grad_input", "grad_weight")} - {("0", "grad_input")}
+
+    @every_written
     def test_every_format_of_the_page_resumes(self, name: str) -> None:
         """Two steps are one step, save, load and another, bit for bit."""
         torch.manual_seed(0)

@@ -107,11 +107,9 @@ class TanhMax:
             return g
         t = x.tanh()
         most, slope = self._largest(t), 1 - t * t
-        dx = (g / most * slope).flatten()
-        m = t.abs().argmax()
-        top = t.flatten()[m]
-        dx[m] -= top.sign() * slope.flatten()[m] * (g * t).sum() / (most * most)
-        return dx.view(x.shape)
+        m = t.abs().argmax().reshape(1)  # one index, not a number: values need not be known, as when a run is planned
+        through_most = t.flatten()[m].sign() * slope.flatten()[m] * (g * t).sum() / (most * most)
+        return (g / most * slope).flatten().index_add(0, m, -through_most).view(x.shape)
 
     @staticmethod
     def _largest(t: Tensor) -> Tensor:
