@@ -11,7 +11,7 @@ import lowbit
 PACKAGE = Path(inspect.getfile(lowbit)).parent
 BITS = ("bits", "evaluation_bits")
 # Where a site is defined, the controller's layers, and the state of a model.
-WRITERS = {"nn/site.py", "precision/layers.py", "convert.py"}
+WRITERS = {"nn/site.py", "precision/layers.py", "conversion/state.py"}
 
 
 def _is_bits(node: ast.AST) -> bool:

@@ -1,5 +1,6 @@
 """Operators that multiply: each is known, and those with a formula count what was counted by hand."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 from lowbit.evidence import formulas, outside
 from lowbit.evidence.watch import Operation, watched_by
+
+# Operators that torch registers only when it compiles.
+importlib.import_module("torch.ao.quantization.fx._decomposed")
 
 
 def _operators() -> dict[str, list[str]]:

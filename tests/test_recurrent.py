@@ -78,7 +78,7 @@ def test_sbm8_is_near_the_plain_layer_and_not_equal(kind: type[nn.Module]) -> No
     """8-bit output and gradients without clipping are within 5 % of full precision in norm, and differ from it."""
     layer, x = kind(16, 8, 2), torch.randn(6, 16, 16)
     plain = _everything(layer, x, None)
-    fmt = SBM8.output.input.replace(range="minmax", fewest=None)
+    fmt = SBM8.output.input.replace(range="minmax")
     output = dataclasses.replace(SBM8.output, input=fmt)
     grad_weight = dataclasses.replace(SBM8.grad_weight, input=fmt)
 

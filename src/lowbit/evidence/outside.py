@@ -72,7 +72,7 @@ UNCOUNTED = frozenset(
 )
 
 LOOKS_LIKE_A_PRODUCT = re.compile(
-    r"mm(?!a|i)|matmul|gemm|conv(?!ert)|linear|attention|attn|rnn|lstm|gru(?!l)|dot|addr|mv(?!l)|einsum|dist(?!rib)|inner|"
+    r"mm(?!a|i|etric)|matmul|gemm|conv(?!ert)|linear|attention|attn|rnn|lstm|gru(?!l)|dot|addr|mv(?!l)|einsum|dist(?!rib)|inner|"
     r"outer|(^|_)ger$|kron|transformer|multi_head|matrix|linalg|chol|inverse|solve|svd|(^|_)qr(?!oi)|(?<!w)eig|(^|_)lu_|lstsq|"
     r"geqrf|orgqr|ormqr|(^|_)det$|correlat"
 )
