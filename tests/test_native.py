@@ -21,6 +21,7 @@ from lowbit.kernels import cpu
 from lowbit.kernels.cpu import Codes, Grid, View
 from lowbit.numerics.elements import Integer, Steps
 from lowbit.numerics.scales import Scale
+from lowbit.quantizer import native_grid
 from lowbit.rounding import uniform_noise
 
 pytestmark = pytest.mark.skipif(cpu.instruction_sets() is None, reason="lowbit has no native kernels in this install")
@@ -47,7 +48,7 @@ def grid_for(x: Tensor, zero: str, bits: int, per_channel: bool, key: tuple[int,
     dims = (0, 2) if per_channel else (0, 1, 2)
     lo, hi = x.float().amin(dims).reshape(-1), x.float().amax(dims).reshape(-1)
     element = Integer(bits=bits, zero=zero)
-    return Grid.of(element.steps(lo, hi, float(element.code_range[1]), Scale().step), key)
+    return native_grid(element.steps(lo, hi, float(element.code_range[1]), Scale().step), key)
 
 
 def rule_of(fmt: Format) -> dict[str, Any]:
@@ -383,7 +384,7 @@ class TestQuantize:
             parts = memory.float().view(samples, -1)
             lo, hi = (v.double().mean().float() for v in (parts.amin(1), parts.amax(1)))
         steps = fmt.element.steps(lo.reshape(-1), hi.reshape(-1), levels, fmt.scale.step)
-        expected, point, grid = steps.scale, steps.zero, Grid.of(steps, key)
+        expected, point, grid = steps.scale, steps.zero, native_grid(steps, key)
         assert q.dtype == (torch.int8 if fmt.zero == "symmetric" else torch.uint8)
         torch.testing.assert_close(scale, expected, rtol=0, atol=0, equal_nan=True)
         assert zero == (0 if point is None or not point.isfinite().all() else int(point))

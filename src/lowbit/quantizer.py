@@ -349,7 +349,7 @@ def _natively(
         lo, hi = cpu.extremes(x, memory)
     levels = float(fmt.element.code_range[1]) if levels is None else float(levels)
     flat = fmt.element.steps(lo.reshape(-1), hi.reshape(-1), levels, fmt.scale.step)
-    values = cpu.fake_quantize(x, memory, cpu.Grid.of(flat, key))
+    values = cpu.fake_quantize(x, memory, native_grid(flat, key))
     shape = [1 if flat.scale.numel() == 1 or d in dims else n for d, n in enumerate(view)]
     steps = replace(
         flat,
@@ -358,6 +358,14 @@ def _natively(
         offset=None if flat.offset is None else flat.offset.view(shape),
     )
     return Quantized(values, Grid(format=fmt, sharing=sharing, steps=steps))
+
+
+def native_grid(steps: Steps, key: tuple[int, int] | None) -> cpu.Grid:
+    """Steps as the native passes take them: `zero` is a tensor there, or None."""
+    zero, offset = steps.zero if isinstance(steps.zero, Tensor) else None, steps.offset
+    low, high = float(steps.low), float(steps.high)
+    at = zero if offset is None else offset
+    return cpu.Grid(scale=steps.scale, zero=at, low=low, high=high, offset=offset is not None, key=key)
 
 
 def _round_bf16(x: Tensor) -> Tensor:

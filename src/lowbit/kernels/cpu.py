@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lowbit.numerics.elements import Steps
-
 # Types of numbers as native code counts them.
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int8: 3, torch.int32: 4, torch.int64: 5}
 
@@ -424,16 +422,6 @@ class Grid:
     high: float
     offset: bool = False
     key: tuple[int, int] | None = None
-
-    @staticmethod
-    def of(steps: Steps, key: tuple[int, int] | None) -> "Grid":
-        """The grid of these steps; `zero` is a tensor there, or None."""
-        zero = steps.zero if isinstance(steps.zero, Tensor) else None
-        offset = steps.offset is not None
-        low, high = float(steps.low), float(steps.high)
-        return Grid(
-            scale=steps.scale, zero=steps.offset if offset else zero, low=low, high=high, offset=offset, key=key
-        )
 
     def arguments(self) -> tuple[Any, ...]:
         """As the native functions take it."""
