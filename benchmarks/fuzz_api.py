@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit import PrecisionController, RunError, UsageError
+from lowbit.methods.recipe import Gating
 from lowbit.nn.layers import QuantLayer
-from lowbit.recipe import Gating
 from lowbit.schedules import Constant, Cyclic, Piecewise, Progressive, RangeTest, RangeTested
 
 BAD: list[Any] = [

@@ -30,7 +30,7 @@ from unittest import mock
 import torch
 import yaml
 
-from lowbit import cli
+from lowbit.cli import main as cli
 from lowbit.errors import RunError
 
 ALLOWED = {0, 1, 2}

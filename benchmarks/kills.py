@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-from lowbit import cli, machine
+from lowbit import machine
+from lowbit.cli import main as cli
 from lowbit.errors import RunError
 from lowbit.evidence.ledger import Ledger
 from lowbit.train import checkpoint, trainer

@@ -19,7 +19,7 @@ from torch import nn
 
 import lowbit
 from lowbit import machine
-from lowbit.formats import FP32
+from lowbit.numerics.formats import FP32
 from lowbit.tables import text_table
 from lowbit.train import data, models
 from lowbit.train.config import lr_factor

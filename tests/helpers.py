@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from conftest import ORACLES
-from lowbit.formats import Format
-from lowbit.recipe import SLOTS, GradInput, GradWeight, Output, Recipe
+from lowbit.methods.recipe import SLOTS, GradInput, GradWeight, Output, Recipe
+from lowbit.numerics.formats import Format
 from lowbit.schedules import Schedule
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"

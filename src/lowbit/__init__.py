@@ -11,18 +11,19 @@ from lowbit import schedules as schedules
 from lowbit.conversion.convert import convert_, restore_
 from lowbit.conversion.report import Report
 from lowbit.conversion.state import load_state_dict, state_dict
-from lowbit.cost import Cost
 from lowbit.errors import RunError, UsageError
 from lowbit.evidence import metrics as metrics
 from lowbit.evidence.ledger import Ledger
 from lowbit.evidence.meter import Meter
+from lowbit.evidence.plan import plan
+from lowbit.evidence.probe import Probe, probe
 from lowbit.evidence.proof import Proof
 from lowbit.evidence.verify import VerificationError, tripwire, verify
-from lowbit.plan import plan
+from lowbit.methods.recipe import Recipe, recipes
+from lowbit.numerics import formats as formats
 from lowbit.precision.controller import PrecisionController
 from lowbit.precision.range_test import RangeTestResult, range_test
-from lowbit.probe import Probe, probe
-from lowbit.recipe import Recipe, recipes
+from lowbit.report.cost import Cost
 
 __version__ = version("lowbit")
 

@@ -16,16 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import strides
 from lowbit.engines.base import Engine, Operand, Product
 from lowbit.engines.choice import REFERENCE, Route, route
 from lowbit.engines.reference import in_full
 from lowbit.errors import UsageError
 from lowbit.kernels import cpu
-from lowbit.products import watch
+from lowbit.numerics.quantizer import quantize
+from lowbit.products import strides, watch
 from lowbit.products.operators import Convolution, Linear, Matmul, Op
 from lowbit.products.setting import Samples, Setting, Slot, slot
-from lowbit.quantizer import quantize
 
 _NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lowbit.calibration import Shape, Table, Timing
+from lowbit.conversion.calibration import Shape, Table, Timing
 from lowbit.conversion.rules import Plan, some, type_name
 from lowbit.errors import UsageError
+from lowbit.methods.recipe import Recipe
 from lowbit.nn.layers import QuantLayer
-from lowbit.recipe import Recipe
-from lowbit.strides import suggests_channels_last
+from lowbit.products.strides import suggests_channels_last
 
 # Channels of one group below which a grouped convolution leaves 32-wide tiles mostly idle; engine="auto" then takes
 # the reference engine, where this machine was not measured.

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit import calibration
-from lowbit.checks import check_type, check_whole, checked
+from lowbit.conversion import calibration
 from lowbit.conversion.choice import choice_notes, choose_all, memory_notes
 from lowbit.conversion.report import Report, count_weights, row_of, warn_of_a_small_share
 from lowbit.conversion.rules import RecipeLike, Rule, as_recipe, as_rules, plan_layers, some, type_name
 from lowbit.conversion.state import MOST_SEED
 from lowbit.engines.choice import ENGINES
 from lowbit.errors import UsageError, unknown
+from lowbit.inputs.checks import check_type, check_whole, checked
 from lowbit.kernels import native_instruction_sets
 from lowbit.nn import containers
 from lowbit.nn.gate import release

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lowbit.conversion.choice import Choice
 from lowbit.conversion.rules import LeftBy, Plan, type_name
-from lowbit.formats import BF16, Format
 from lowbit.nn import kinds
+from lowbit.numerics.formats import BF16, Format
 from lowbit.tables import json_text, text_table
 
 _NOT_ASKED_FOR = ("rule", "conversion")

@@ -9,10 +9,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lowbit.errors import UsageError, shown
+from lowbit.methods.recipe import Recipe, recipes
 from lowbit.nn import kinds
 from lowbit.nn.kinds import plain_type
 from lowbit.nn.layers import QuantLayer
-from lowbit.recipe import Recipe, recipes
 
 RecipeLike = Recipe | str
 Matcher = str | re.Pattern[str] | type

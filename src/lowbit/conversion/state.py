@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from lowbit.checks import check_keys, check_type, check_whole, checked, is_like, is_whole
 from lowbit.engines.choice import ENGINES
 from lowbit.errors import UsageError, shown, unknown
+from lowbit.inputs.checks import check_keys, check_type, check_whole, checked, is_like, is_whole
+from lowbit.methods.recipe import Recipe
 from lowbit.nn.layers import QuantLayer, sites_of
 from lowbit.nn.site import Clock, Site
-from lowbit.recipe import Recipe
 
 # The largest seed and step: noise is a hash of 64 bits of each, and a larger one would give another's noise.
 MOST_SEED = 2**64 - 1

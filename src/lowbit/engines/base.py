@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from lowbit.formats import Format
+from lowbit.numerics.formats import Format
+from lowbit.numerics.quantizer import Quantized
 from lowbit.products.operators import Op
 from lowbit.products.setting import Setting, Slot
-from lowbit.quantizer import Quantized
 
 # One operand as an engine has it: a dataclass whose `numbers` are its one large tensor, which autograd keeps for the
 # backward apart from the rest. An engine gets its own operands and no others.

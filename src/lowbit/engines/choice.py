@@ -13,11 +13,11 @@ from lowbit.engines.int8 import Int8
 from lowbit.engines.int_mm import IntMM
 from lowbit.engines.reference import Reference
 from lowbit.errors import UsageError
-from lowbit.formats import FP32, Format, check_defined
+from lowbit.methods.recipe import SLOTS, Recipe
+from lowbit.numerics.formats import FP32, Format, check_defined
 from lowbit.products.operators import Op
 from lowbit.products.setting import Slot, shares, sharing, slot
-from lowbit.recipe import SLOTS, Recipe
-from lowbit.strides import Strides, contiguous
+from lowbit.products.strides import Strides, contiguous
 
 REFERENCE = Reference()
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels import cpu
+from lowbit.numerics.quantizer import Sharing, encode
 from lowbit.products.setting import Layout, Slot
-from lowbit.quantizer import Sharing, encode
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,16 +14,16 @@ from torch import Tensor
 from lowbit.engines.base import Pair, Product
 from lowbit.engines.codes import MOST_SUMMED, Codes, Operand, Values, are_codes, encode_by_torch, in_order, passes
 from lowbit.engines.int8_convolutions import convolution
-from lowbit.formats import BF16, FP32, Format
 from lowbit.kernels import cpu
 from lowbit.kernels.cpu import Rows
 from lowbit.numerics.elements import Integer, Steps
+from lowbit.numerics.formats import BF16, FP32, Format
 from lowbit.numerics.parts import NUMBERS, NUMBERS_OR_NONE, Listed, unlisted
+from lowbit.numerics.quantizer import Grid, Quantized
 from lowbit.numerics.scales import Float32, MinMax, SampleMean, Scale
 from lowbit.numerics.transforms import NoTransform
 from lowbit.products.operators import Convolution, Linear, Op
 from lowbit.products.setting import Setting, Slot
-from lowbit.quantizer import Grid, Quantized
 
 Unit = Literal["int8", "bf16"]
 

@@ -11,12 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowbit import strides
 from lowbit.engines.base import Product
 from lowbit.engines.codes import Operand, are_codes, most_summed
 from lowbit.errors import UsageError
 from lowbit.kernels import cpu
 from lowbit.kernels.cpu import Rows, Window
+from lowbit.products import strides
 from lowbit.products.operators import Geometry
 
 

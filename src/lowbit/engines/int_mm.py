@@ -16,14 +16,14 @@ from torch import Tensor
 from lowbit.engines.base import Pair, Product
 from lowbit.engines.codes import Codes, encode_by_torch
 from lowbit.engines.int8 import refusal_of_codes, values_of
-from lowbit.formats import BF16, Format
 from lowbit.numerics.elements import Integer
+from lowbit.numerics.formats import BF16, Format
 from lowbit.numerics.parts import NUMBERS, NUMBERS_OR_NONE, Listed
+from lowbit.numerics.quantizer import Quantized
 from lowbit.numerics.scales import Float32, MinMax, SampleMean, Scale
 from lowbit.numerics.transforms import NoTransform
 from lowbit.products.operators import Linear, Op
 from lowbit.products.setting import Setting, Slot
-from lowbit.quantizer import Quantized
 
 _OPERATORS: tuple[type[Op], ...] = (Linear,)
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lowbit.engines.base import Pair, Product
-from lowbit.formats import FP32
+from lowbit.numerics.formats import FP32
+from lowbit.numerics.quantizer import Grid, Quantized, quantize
+from lowbit.numerics.rounding import field_of
 from lowbit.products.operators import Op
 from lowbit.products.setting import Setting, Slot
-from lowbit.quantizer import Grid, Quantized, quantize
-from lowbit.rounding import field_of
 
 
 def in_full(x: Tensor) -> Tensor:

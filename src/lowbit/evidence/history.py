@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
-from lowbit.checks import check_type, check_whole, checked
 from lowbit.errors import UsageError, check_choice
 from lowbit.evidence.records import PRODUCTS, Convention, Evaluation, Product, Program, Step, Total, fields_of
+from lowbit.inputs.checks import check_type, check_whole, checked
 
 
 class History(ABC):

@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 
-from lowbit import files
-from lowbit.checks import check_type, check_whole
 from lowbit.errors import RunError, UsageError
 from lowbit.evidence.history import History
 from lowbit.evidence.records import Evaluation, Product, Program, Step
+from lowbit.inputs import files
+from lowbit.inputs.checks import check_type, check_whole
 
 _T = TypeVar("_T")
 _VERSION = 1

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lowbit.checks import check_whole, checked
 from lowbit.errors import UsageError
 from lowbit.evidence.forward import Forward, ForwardWatcher, record
 from lowbit.evidence.ledger import Ledger
@@ -26,6 +25,7 @@ from lowbit.evidence.names import layer_names, layers_of
 from lowbit.evidence.records import Program
 from lowbit.evidence.watch import watched_by
 from lowbit.functional import autocast_device
+from lowbit.inputs.checks import check_whole, checked
 from lowbit.nn.site import Site
 from lowbit.products import watch
 from lowbit.products.setting import Setting

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from lowbit.checks import check_fields
 from lowbit.errors import UsageError, shown
+from lowbit.inputs.checks import check_fields
 
 Convention = Literal["as-ran", "as-charged"]
 PRODUCTS = ("output", "grad_input", "grad_weight")

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lowbit.checks import checked
 from lowbit.conversion.state import replaced
 from lowbit.errors import RunError, UsageError
 from lowbit.evidence.names import name_of_source, site_names
 from lowbit.evidence.proof import OperandProof, OutsideRow, Proof, ProofRow
 from lowbit.evidence.records import PRODUCTS
 from lowbit.evidence.watch import Operation, watched_by
+from lowbit.inputs.checks import checked
 from lowbit.nn.kinds import plain_type
 from lowbit.nn.layers import converted_layers
 from lowbit.products import watch

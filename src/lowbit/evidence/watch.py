@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowbit.callstack import Callstack
 from lowbit.evidence import outside
 from lowbit.evidence.formulas import Multiplication
+from lowbit.nn.callstack import Callstack
 from lowbit.products import watch
 
 

@@ -14,11 +14,11 @@ from typing import TypeVar, final
 
 from torch import Tensor
 
-from lowbit.checks import is_finite, is_whole
 from lowbit.errors import UsageError, shown
 from lowbit.evidence.records import Product
 from lowbit.hardware.energies import Bank, Energies, resolved
 from lowbit.hardware.estimate import Estimate
+from lowbit.inputs.checks import is_finite, is_whole
 
 OUTPUT_BITS = 32  # a partial sum, in the output buffer and in DRAM, whatever the widths of the operands
 UNIT_BITS = 16  # the widest operand that Fusion Units are published for

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import final
 
-from lowbit.checks import checked
 from lowbit.evidence.records import Product
 from lowbit.hardware import mapping
 from lowbit.hardware.array import Array, Layer, check_bits
 from lowbit.hardware.estimate import Estimate, TrainingEstimate
 from lowbit.hardware.tiling import search
+from lowbit.inputs.checks import checked
 
 
 @final

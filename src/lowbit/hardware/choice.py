@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lowbit import settings, userfile
-from lowbit.checks import checked
 from lowbit.errors import UsageError, unknown
 from lowbit.hardware.accelerator import Accelerator
 from lowbit.hardware.bitfusion import BitFusion
+from lowbit.inputs import settings, userfile
+from lowbit.inputs.checks import checked
 
 ACCELERATORS: dict[str, type[Accelerator]] = {"bitfusion": BitFusion}
 

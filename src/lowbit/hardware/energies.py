@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import final
 
-from lowbit.checks import is_finite
 from lowbit.errors import UsageError, shown
+from lowbit.inputs.checks import is_finite
 
 _LINE_BITS = 32  # bits of one access to a bank of the table
 # nJ of one access, read and write, by bytes of the bank. Weight and input buffers have a port for each.

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar, final
 
-from lowbit.checks import check_fields, check_type, check_whole, is_finite
 from lowbit.errors import UsageError, shown, unknown
+from lowbit.inputs.checks import check_fields, check_type, check_whole, is_finite
 
 
 @final

@@ -14,9 +14,9 @@ import math
 from dataclasses import dataclass
 from typing import final
 
-from lowbit.checks import checked
 from lowbit.errors import UsageError
 from lowbit.evidence.records import Product
+from lowbit.inputs.checks import checked
 
 
 @final

@@ -158,7 +158,7 @@ def extremes(x: Tensor, view: View) -> tuple[Tensor, Tensor]:
 def observe(
     x: Tensor, samples: int, running: Tensor, *, momentum: float, first: bool, training: bool
 ) -> tuple[Tensor, Tensor]:
-    """`lowbit.ranges.observed_extremes` in one pass: lo and hi, float32 ``(1,) * x.dim()``.
+    """`lowbit.numerics.ranges.observed_extremes` in one pass: lo and hi, float32 ``(1,) * x.dim()``.
 
     Args:
         x: dense float32 or bfloat16 with at least one element, its samples one after the other in memory.
@@ -467,7 +467,7 @@ def round_bf16(x: Tensor) -> Tensor:
 
 
 def noise(count: int, key: tuple[int, int]) -> Tensor:
-    """The noise of elements 0 to count - 1, float32, as `lowbit.rounding.uniform_noise` makes it."""
+    """The noise of elements 0 to count - 1, float32, as `lowbit.numerics.rounding.uniform_noise` makes it."""
     u = _floats(count)
     _cpu.noise(*key, _memory(u, "noise"))
     return u

@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit.checks import check_keys, is_like
 from lowbit.errors import UsageError, shown
-from lowbit.formats import check_bits
+from lowbit.inputs.checks import check_keys, is_like
+from lowbit.methods.recipe import Gating
 from lowbit.nn.layers import sites_of
 from lowbit.nn.site import Site, is_recomputing, runs_eagerly
 from lowbit.numerics.elements import Zero
+from lowbit.numerics.formats import check_bits
 from lowbit.products.setting import Samples
 from lowbit.products.watch import ProductCall, counted_by
-from lowbit.recipe import Gating
 
 # A full-precision multiplication counts as one of 32 by 32 bits.
 _FULL = 32 * 32

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from lowbit.methods.recipe import Recipe
 from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS, REFUSED_LAYERS
 from lowbit.nn.layers import QuantLayer
-from lowbit.recipe import Recipe
 
 _TWINS = PRODUCT_LAYERS | NORM_LAYERS
 

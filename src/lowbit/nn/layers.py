@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from lowbit import functional
 from lowbit.engines.choice import refusal as refusal_of_products
 from lowbit.engines.choice import refusal_of_tensor
-from lowbit.formats import Format
+from lowbit.methods.recipe import Recipe
 from lowbit.nn.site import Clock, Site, product_site
+from lowbit.numerics.formats import Format
 from lowbit.products.operators import Convolution, Linear, Op
-from lowbit.recipe import Recipe
 
 
 class QuantLayer(nn.Module):

@@ -16,19 +16,18 @@ from typing import Any, ClassVar, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from lowbit import strides
-from lowbit.callstack import others_look_on
 from lowbit.engines.int8 import missing, takes
-from lowbit.formats import Format, largest_code
 from lowbit.functional import autocast_device
 from lowbit.kernels import cpu
+from lowbit.methods.recipe import Constant, EpsilonPlace, Narrowest, RangeNorm, Recipe
+from lowbit.nn.callstack import others_look_on
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Clock, Site, is_recomputing
 from lowbit.numerics.elements import Steps
-from lowbit.products import watch
-from lowbit.quantizer import Grid, Quantized, quantize, sharing_of
-from lowbit.recipe import Constant, EpsilonPlace, Narrowest, RangeNorm, Recipe
-from lowbit.rounding import Noise, field_of
+from lowbit.numerics.formats import Format, largest_code
+from lowbit.numerics.quantizer import Grid, Quantized, quantize, sharing_of
+from lowbit.numerics.rounding import Noise, field_of
+from lowbit.products import strides, watch
 
 # The authors' constant makes sigma nearly the standard deviation of a normal x; the paper's is 1.7 to 1.85 of it.
 KAPPA: dict[Constant, float] = {"paper": 1.0, "authors": 0.5 * 0.35 * (1 + math.sqrt(math.pi * math.log(4)))}

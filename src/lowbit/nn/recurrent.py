@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lowbit.methods.recipe import Recipe
 from lowbit.nn.layers import SeveralProducts
 from lowbit.nn.site import runs_eagerly
-from lowbit.recipe import Recipe
 
 
 def lstm_cell(x_gates: Tensor, h_gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,13 +14,13 @@ from torch._compile import _disable_dynamo
 
 from lowbit import functional
 from lowbit.errors import UsageError
-from lowbit.formats import Format
+from lowbit.methods.recipe import Recipe
+from lowbit.numerics.formats import Format
+from lowbit.numerics.ranges import new_running_range, observed_extremes
+from lowbit.numerics.rounding import CounterNoise, step_key
 from lowbit.products import compiled as compiler
 from lowbit.products.operators import Op
 from lowbit.products.setting import Samples, Setting
-from lowbit.ranges import new_running_range, observed_extremes
-from lowbit.recipe import Recipe
-from lowbit.rounding import CounterNoise, step_key
 
 # torch.compile leaves what this decorates to run eagerly: a converted layer counts steps and keeps ranges. It is the
 # lazy form of torch.compiler.disable, which would import the whole compiler with this package.

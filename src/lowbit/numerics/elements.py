@@ -11,9 +11,9 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from lowbit.checks import check_fields, is_whole
 from lowbit.errors import UsageError, check_choice, shown
-from lowbit.rounding import round_nearest, round_stochastic
+from lowbit.inputs.checks import check_fields, is_whole
+from lowbit.numerics.rounding import round_nearest, round_stochastic
 
 Zero = Literal["symmetric", "integer", "offset"]
 Scaled = Literal["always", "never", "either"]

@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
-from lowbit.checks import is_finite
 from lowbit.errors import UsageError, a_or_an, shown, unknown
+from lowbit.inputs.checks import is_finite
 
 
 class Part(Protocol):

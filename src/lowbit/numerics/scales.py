@@ -10,8 +10,8 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from lowbit.checks import check_fields
 from lowbit.errors import UsageError
+from lowbit.inputs.checks import check_fields
 from lowbit.numerics.elements import exponent_of, power_of_two, round_to_float
 from lowbit.numerics.parts import LARGEST, SMALLEST, check_interval, check_part
 

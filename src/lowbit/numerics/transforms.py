@@ -11,8 +11,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from lowbit.checks import check_fields
 from lowbit.errors import UsageError
+from lowbit.inputs.checks import check_fields
 from lowbit.numerics.parts import check_interval
 
 

@@ -11,8 +11,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from lowbit.checks import check_keys, check_type, check_whole, checked, is_finite, is_whole
 from lowbit.errors import UsageError, shown
+from lowbit.inputs.checks import check_keys, check_type, check_whole, checked, is_finite, is_whole
+from lowbit.methods.recipe import Gating, Recipe, recipes
 from lowbit.nn.gate import Gates, release
 from lowbit.nn.kinds import is_depthwise
 from lowbit.nn.site import Site
@@ -32,7 +33,6 @@ from lowbit.precision.layers import (
     table,
 )
 from lowbit.precision.losses import Losses
-from lowbit.recipe import Gating, Recipe, recipes
 from lowbit.schedules import Follower, PlateauRule, Progressive, RangeTest, RangeTested, Rule
 
 _MOST_STEPS = 2**63 - 1

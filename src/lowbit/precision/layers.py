@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lowbit.checks import is_whole
 from lowbit.conversion.rules import Matcher, matches
 from lowbit.errors import UsageError, shown
-from lowbit.formats import check_bits
+from lowbit.inputs.checks import is_whole
+from lowbit.methods.recipe import Recipe
 from lowbit.nn.layers import QuantLayer, converted_layers
 from lowbit.nn.site import Site
-from lowbit.recipe import Recipe
+from lowbit.numerics.formats import check_bits
 from lowbit.schedules import Called, Constant, Rule, Schedule, Source
 from lowbit.tables import text_table
 

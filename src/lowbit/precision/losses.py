@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowbit.checks import check_type
 from lowbit.errors import UsageError
+from lowbit.inputs.checks import check_type
 from lowbit.schedules import Follower
 
 

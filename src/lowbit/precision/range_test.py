@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowbit.checks import checked
 from lowbit.errors import UsageError
+from lowbit.inputs.checks import checked
 from lowbit.precision.controller import PrecisionController
 from lowbit.precision.layers import LayerRule
 from lowbit.schedules import Better, RangeTest, Schedule, Tried

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import strides
+from lowbit.products import strides
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import UsageError
-from lowbit.formats import Format, check_defined, largest_code
+from lowbit.methods.recipe import SLOTS, Recipe
+from lowbit.numerics.formats import Format, check_defined, largest_code
+from lowbit.numerics.quantizer import Sharing, blocked
+from lowbit.numerics.rounding import Noise
 from lowbit.products.operators import Op
-from lowbit.quantizer import Sharing, blocked
-from lowbit.recipe import SLOTS, Recipe
-from lowbit.rounding import Noise
 
 Layout = Literal["matrix", "activation", "weight"]
 

@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowbit.formats import Format
+from lowbit.numerics.formats import Format
+from lowbit.numerics.quantizer import Grid
 from lowbit.products.operators import Op
-from lowbit.quantizer import Grid
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lowbit.checks import check_fields, check_keys, check_type, is_whole
 from lowbit.errors import UsageError, shown
+from lowbit.inputs.checks import check_fields, check_keys, check_type, is_whole
 
 MOST_STEPS = 2**63 - 1
 

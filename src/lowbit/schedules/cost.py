@@ -3,8 +3,8 @@
 Source: the authors' code of FracTrain (arXiv:2012.13113) and CPT (arXiv:2101.09868).
 """
 
-from lowbit.checks import check_type
 from lowbit.errors import UsageError, shown
+from lowbit.inputs.checks import check_type
 from lowbit.schedules.checks import check_bits
 from lowbit.schedules.constant import Constant
 from lowbit.schedules.source import Schedule

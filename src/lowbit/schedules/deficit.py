@@ -6,8 +6,8 @@ Source: Wolfe and Kyrillidis 2024, arXiv:2403.02243.
 from dataclasses import dataclass
 from functools import cached_property
 
-from lowbit.checks import check_fields
 from lowbit.errors import UsageError, shown
+from lowbit.inputs.checks import check_fields
 from lowbit.schedules.checks import check_bits
 from lowbit.schedules.source import PureSchedule, Schedule
 from lowbit.schedules.times import Time, parse_steps

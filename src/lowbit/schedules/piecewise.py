@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from lowbit.checks import check_type
 from lowbit.errors import UsageError, shown
+from lowbit.inputs.checks import check_type
 from lowbit.schedules.checks import check_bits, check_count, check_step
 from lowbit.schedules.source import PureSchedule
 from lowbit.schedules.times import Time, parse_steps

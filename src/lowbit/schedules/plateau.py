@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lowbit.checks import is_finite
 from lowbit.errors import RunError, UsageError, shown
+from lowbit.inputs.checks import is_finite
 from lowbit.schedules.checks import MOST_STEPS, as_measure, check_count, load_record
 from lowbit.schedules.source import Follower, Follows
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lowbit.checks import check_keys, check_type, is_finite
 from lowbit.errors import RunError, UsageError, check_choice, shown
+from lowbit.inputs.checks import check_keys, check_type, is_finite
 from lowbit.schedules.checks import as_measure, check_bits, check_count, load_record
 from lowbit.schedules.source import Follows, Rule
 

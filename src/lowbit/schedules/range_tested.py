@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lowbit.checks import check_type
 from lowbit.errors import UsageError
+from lowbit.inputs.checks import check_type
 from lowbit.schedules.cyclic import Cyclic
 from lowbit.schedules.range_test import RangeTest
 from lowbit.schedules.source import Follows, Rule

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from lowbit.checks import check_keys
+from lowbit.inputs.checks import check_keys
 
 Follows = Literal["step", "epoch"]
 # A schedule is looked at in so many of its steps, or in all where it has fewer.

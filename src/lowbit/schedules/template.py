@@ -8,10 +8,10 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
-from lowbit.checks import check_type, checked, fits, in_words
 from lowbit.errors import UsageError, shown, unknown
+from lowbit.inputs.checks import check_type, checked, fits, in_words
+from lowbit.inputs.signatures import Setting, settings_of
 from lowbit.schedules.source import PureSchedule, Rule
-from lowbit.signatures import Setting, settings_of
 
 Make = Callable[..., PureSchedule | Rule]
 

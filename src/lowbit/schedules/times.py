@@ -4,8 +4,8 @@ import math
 import re
 from fractions import Fraction
 
-from lowbit.checks import check_type
 from lowbit.errors import UsageError, shown
+from lowbit.inputs.checks import check_type
 from lowbit.schedules.checks import MOST_STEPS, check_count
 
 # A step, or "400" steps, "10ep" epochs, "0.9" of the run.

@@ -22,10 +22,10 @@ from lowbit.engines.choice import ENGINES
 from lowbit.errors import UsageError, shown, unknown
 from lowbit.kernels import cpu, native_instruction_sets
 from lowbit.machine import here, paired, ratio
+from lowbit.methods.recipe import is_family, is_file_name, recipes
 from lowbit.nn import PRODUCT_LAYERS
+from lowbit.numerics.ranges import new_running_range
 from lowbit.products.watch import ProductCall, counted_by
-from lowbit.ranges import new_running_range
-from lowbit.recipe import is_family, is_file_name, recipes
 from lowbit.tables import text_table
 from lowbit.train.config import MOST_THREADS
 from lowbit.train.models import GPT, ResNet

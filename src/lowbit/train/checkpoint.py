@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowbit import files
 from lowbit.errors import RunError
+from lowbit.inputs import files
 
 _SEAL = "seal"
 
@@ -25,7 +25,7 @@ class DamagedError(RunError):
 
 
 def save(path: Path, checkpoint: Mapping[str, object], *, keep: int = 1) -> None:
-    """Write tensors and plain values to `path`, see `lowbit.files.write_atomically`.
+    """Write tensors and plain values to `path`, see `lowbit.inputs.files.write_atomically`.
 
     Args:
         path: the newest checkpoint's file.

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_type_hints
 
-from lowbit import userfile
-from lowbit.checks import check_fields, is_finite, is_whole
 from lowbit.engines.choice import ENGINES
 from lowbit.errors import UsageError, shown, unknown
-from lowbit.recipe import is_file_name
+from lowbit.inputs import userfile
+from lowbit.inputs.checks import check_fields, is_finite, is_whole
+from lowbit.methods.recipe import is_file_name
 from lowbit.train.tuning import tunable, with_tunable
 
 Optimizer = Literal["sgd", "adamw"]

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from lowbit import files
 from lowbit.errors import RunError, UsageError, unknown
+from lowbit.inputs import files
 
 FOLDER_SIZE = 224
 """Height and width in pixels of every image of an `ImageFolder`."""

@@ -10,10 +10,10 @@ from typing import Any, Self
 
 import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-from lowbit import files, userfile
-from lowbit.checks import check_fields
 from lowbit.errors import RunError, UsageError
-from lowbit.recipe import Recipe, from_toml, is_file_name, read_file
+from lowbit.inputs import files, userfile
+from lowbit.inputs.checks import check_fields
+from lowbit.methods.recipe import Recipe, from_toml, is_file_name, read_file
 from lowbit.train.config import CHANGEABLE, Result, TrainConfig
 from lowbit.train.lock import LOCK
 

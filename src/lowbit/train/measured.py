@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lowbit import files
-from lowbit.checks import check_type
-from lowbit.energy import Energy, measured_energy
 from lowbit.errors import RunError
+from lowbit.evidence.energy import Energy, measured_energy
+from lowbit.inputs import files
+from lowbit.inputs.checks import check_type
 
 MEASURED = "measured.jsonl"
 

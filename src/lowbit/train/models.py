@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lowbit import userfile
 from lowbit.errors import UsageError, a_or_an, unknown
+from lowbit.inputs import userfile
 from lowbit.train.data import Task
 
 SMALL = 64

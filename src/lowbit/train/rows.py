@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from lowbit import files
+from lowbit.inputs import files
 
 _AT_ONCE = 10  # rows that may wait for the next checkpoint
 

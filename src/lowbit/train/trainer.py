@@ -31,10 +31,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor, nn
 
 import lowbit
-from lowbit import files
 from lowbit.errors import RunError, Stopped, UsageError
 from lowbit.evidence.names import layer_names
 from lowbit.evidence.records import PLAIN, Total
+from lowbit.inputs import files
 from lowbit.nn.kinds import is_depthwise
 from lowbit.precision.controller import PrecisionController
 from lowbit.precision.range_test import RangeTestResult

@@ -8,10 +8,10 @@ from operator import or_
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-from lowbit.checks import fits
-from lowbit.recipe import Gating
+from lowbit.inputs.checks import fits
+from lowbit.inputs.signatures import Setting, settings_of
+from lowbit.methods.recipe import Gating
 from lowbit.schedules import KINDS, kind_settings
-from lowbit.signatures import Setting, settings_of
 
 T = TypeVar("T")
 

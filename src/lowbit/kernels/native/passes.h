@@ -36,7 +36,7 @@ struct Rule {
     uint32_t key0, key1;  // of the noise
 };
 
-// A running range, as `lowbit.ranges.record_range` keeps it: lo, hi and the number of batches.
+// A running range, as `lowbit.numerics.ranges.record_range` keeps it: lo, hi and the number of batches.
 struct Running {
     float* range;
     float momentum;

@@ -1,0 +1,385 @@
+"""A probe of a converted model on real batches: error of each operand, sensitivity of each layer, bits for a budget.
+
+Notation: b bits of `input` and `weight` of one layer, L the mean loss over the batches.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.conversion.state import load_state_dict, state_dict
+from lowbit.errors import UsageError, shown
+from lowbit.evidence.meter import Meter
+from lowbit.evidence.names import name_of_source
+from lowbit.evidence.proof import WANTED_COSINE, OperandProof
+from lowbit.evidence.records import OPERANDS, Total, per_layer
+from lowbit.inputs.checks import checked, is_finite
+from lowbit.methods.recipe import SLOTS, Recipe
+from lowbit.nn.gate import release
+from lowbit.nn.layers import QuantLayer, converted_layers, sites_of
+from lowbit.nn.site import Site
+from lowbit.numerics.formats import Format
+from lowbit.precision.controller import PrecisionController
+from lowbit.precision.layers import LayerRule
+from lowbit.products import watch
+from lowbit.products.watch import ProductRun
+from lowbit.tables import text_table
+
+FORWARD = ("input", "weight")
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(kw_only=True)
+class OperandError(OperandProof):
+    """One operand of one product of one layer over all batches.
+
+    Attributes:
+        layer: the layer's name.
+        product: ``"output"``, ``"grad_input"`` or ``"grad_weight"``; a normalisation has operands and no product.
+        operand: its name.
+        underflowed: share of the values that are not 0 and became 0.
+    """
+
+    layer: str
+    product: str
+    operand: str
+    calls: int = 0
+    underflowed: float = 0.0
+
+    @property
+    def angle(self) -> float:
+        """The angle to full precision in degrees."""
+        return math.degrees(math.acos(max(-1.0, min(1.0, self.cosine))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """What happens when one layer alone goes to other bits.
+
+    Args:
+        layer: its name.
+        bits: of its `input` and `weight`, in all products.
+        loss_change: L then, minus L as the model is.
+        bit_operations: of this layer's three products in one step at these bits.
+    """
+
+    layer: str
+    bits: int
+    loss_change: float
+    bit_operations: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """Bits for each layer under a budget.
+
+    Args:
+        rules: for ``convert_(model, recipe, rules=...)``: the layers whose bits differ from what they have.
+        share: bit operations of the probed layers as a share of what they take now.
+        loss_change: the sum of the layers' own loss changes; together they may change it by another amount.
+    """
+
+    rules: list[tuple[str, Recipe]]
+    share: float
+    loss_change: float
+
+    def __str__(self) -> str:
+        head = (
+            f"{100 * self.share:.1f} % of the present bit operations; the layers' own loss changes sum to "
+            f"{self.loss_change:+.4f}"
+        )
+        if not self.rules:
+            return f"{head}. Every layer keeps its bits."
+        rows = [[layer or "(model)", str(recipe.output.weight.bits)] for layer, recipe in self.rules]
+        return f"{head}. Other layers keep their bits.\n\n" + text_table(["layer", "bits"], rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What `probe` found; `print` shows it.
+
+    Args:
+        loss: L as the model is.
+        operands: a row for each operand of each product.
+        sensitivities: a row for each layer and width; its present width is among them, with no change.
+        recipes: of each probed layer.
+        present: present bits of each probed layer.
+        idle: converted layers that these batches did not run, of which nothing is known.
+    """
+
+    loss: float
+    operands: list[OperandError]
+    sensitivities: list[Sensitivity]
+    recipes: Mapping[str, Recipe] = field(default_factory=dict)
+    present: Mapping[str, int] = field(default_factory=dict)
+    idle: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        header = ["layer", "product", "operand", "bits", "SQNR dB", "angle", "clipped %", "underflow %"]
+        header.append(f"bits for cos {WANTED_COSINE}")
+        table = [
+            [
+                row.layer or "(model)",
+                row.product,
+                row.operand,
+                row.width,
+                f"{row.sqnr_db:.1f}",
+                f"{row.angle:.2f}",
+                f"{100 * row.clipped:.2f}",
+                f"{100 * row.underflowed:.2f}",
+                "-" if row.bits_needed is None else f"{row.bits_needed:.1f}",
+            ]
+            for row in self.operands
+        ]
+        parts = [
+            text_table(header, table),
+            "",
+            f"loss {self.loss:.4f}; its change when one layer alone goes to b bits:",
+        ]
+        widths = sorted({row.bits for row in self.sensitivities})
+        changes = {(row.layer, row.bits): row.loss_change for row in self.sensitivities}
+        layers = [
+            [
+                layer or "(model)",
+                str(self.present[layer]),
+                *(f"{changes[layer, b]:+.4f}" if (layer, b) in changes else "-" for b in widths),
+            ]
+            for layer in self.recipes
+        ]
+        parts.append(text_table(["layer", "now", *(f"b={b}" for b in widths)], layers))
+        if self.idle:
+            parts.append(f"never ran: {', '.join(self.idle)}")
+        return "\n".join(parts)
+
+    def suggest(self, budget: float) -> Suggestion:
+        """The bits of each layer that change the loss least within a budget.
+
+        Of each layer only widths on the lower convex hull of (bit operations, loss change) count; from the cheapest of
+        them, the steps that gain most loss for each bit operation are taken as long as the budget allows.
+
+        Args:
+            budget: bit operations of the probed layers as a share of what they take now, above 0, at most 1.
+
+        Raises:
+            UsageError: a budget outside that, or below what the fewest probed bits need.
+        """
+        if not is_finite(budget) or not 0 < budget <= 1:
+            raise UsageError(
+                f"budget={shown(budget)}: give a share of the present bit operations, above 0 and at most 1"
+            )
+        hulls = {layer: _hull([s for s in self.sensitivities if s.layer == layer]) for layer in self.recipes}
+        now = sum(s.bit_operations for s in self.sensitivities if s.bits == self.present[s.layer])
+        spent = sum(hull[0].bit_operations for hull in hulls.values())
+        if spent > budget * now:
+            raise UsageError(
+                f"budget={budget}: the fewest bits that were probed already take {spent / now:.3f} of the present bit "
+                "operations; allow as much, or probe fewer bits"
+            )
+        chosen = {layer: hull[0] for layer, hull in hulls.items()}
+        steps = [(_gain(a, b), a, b) for hull in hulls.values() for a, b in pairwise(hull)]
+        blocked: set[str] = set()
+        for _, here, there in sorted(steps, key=lambda step: -step[0]):
+            cost = there.bit_operations - here.bit_operations
+            if chosen[here.layer] is here and here.layer not in blocked and spent + cost <= budget * now:
+                chosen[here.layer] = there
+                spent += cost
+            else:
+                blocked.add(here.layer)
+        return Suggestion(
+            rules=[
+                (layer, with_forward_bits(self.recipes[layer], pick.bits))
+                for layer, pick in chosen.items()
+                if pick.bits != self.present[layer]
+            ],
+            share=spent / now,
+            loss_change=sum(pick.loss_change for pick in chosen.values()),
+        )
+
+
+def _gain(here: Sensitivity, there: Sensitivity) -> float:
+    """Loss that a step to more bits saves, for each bit operation it costs."""
+    return (here.loss_change - there.loss_change) / (there.bit_operations - here.bit_operations)
+
+
+def _hull(points: Sequence[Sensitivity]) -> list[Sensitivity]:
+    """The lower convex hull of a layer's widths, from the cheapest on, as long as the loss falls."""
+    hull: list[Sensitivity] = []
+    for point in sorted(points, key=lambda p: (p.bit_operations, p.loss_change)):
+        if hull and point.loss_change >= hull[-1].loss_change:
+            continue
+        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def with_forward_bits(recipe: Recipe, bits: int) -> Recipe:
+    """The recipe with these bits in every integer `input` and `weight`; float formats and gradients stay."""
+
+    def changed(product: Any) -> Any:
+        formats = {operand: getattr(product, operand) for operand in FORWARD if hasattr(product, operand)}
+        return dataclasses.replace(
+            product,
+            **{o: fmt.with_bits(bits) for o, fmt in formats.items() if fmt.has_width},
+        )
+
+    return recipe.replace(
+        name=f"{recipe.name}-forward{bits}",
+        output=changed(recipe.output),
+        grad_input=changed(recipe.grad_input),
+        grad_weight=changed(recipe.grad_weight),
+    )
+
+
+@checked
+def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, *, bits: Sequence[int] = (2, 3, 4, 6)) -> Probe:
+    """Measure a converted model on a few real batches; a copy in training mode runs, the model is not changed.
+
+    Each batch runs forward and backward once for the errors, and forward once for each layer and each of `bits` for
+    the sensitivities. Noise, dropout and running statistics start alike every time, so that a change of the loss is
+    the bits' doing. Precision is constant in it: where a schedule, a rule or gates would change the bits, the copy has
+    those that its recipe begins from, and the suggested rules are static too.
+
+    Args:
+        model: a converted model, also one with a controller.
+        batches: what `loss` takes beside the model.
+        loss: from model and batch to a scalar, e.g. ``lambda model, b: F.cross_entropy(model(b[0]), b[1])``.
+        bits: widths of `input` and `weight` to try in each layer alone.
+
+    Raises:
+        UsageError: nothing is converted to integer formats, no batch, or bits that a format lacks.
+    """
+    batches = list(batches)
+    if not batches:
+        raise UsageError("probe got no batch: give one or more")
+    layers = _probed_layers(model)
+    if not layers:
+        raise UsageError("probe: nothing in this model is converted to integer formats; call lowbit.convert_ first")
+    for layer in layers.values():
+        for site in _product_sites(layer):
+            for operand in FORWARD:
+                for width in bits:
+                    _check_width(site, operand, width)
+    trial = _static(copy.deepcopy(model).train())
+    start = copy.deepcopy((trial.state_dict(), state_dict(trial)))
+    errors, totals = _errors(trial, batches, loss)
+
+    def mean_loss() -> float:
+        trial.load_state_dict(start[0])
+        load_state_dict(trial, start[1])
+        with torch.random.fork_rng(), torch.no_grad():
+            return sum(float(loss(trial, batch)) for batch in batches) / len(batches)
+
+    def mean_loss_at(name: str, width: int) -> float:
+        alone: LayerRule = (name, (width, None))
+        controller = PrecisionController(trial, rules=[alone])
+        try:
+            return mean_loss()
+        finally:
+            controller.remove()
+
+    base = mean_loss()
+    found: list[Sensitivity] = []
+    recipes: dict[str, Recipe] = {}
+    present: dict[str, int] = {}
+    idle: list[str] = []
+    for name, layer in _probed_layers(trial).items():
+        sites = _product_sites(layer)
+        own = [total for part, each in totals.items() if part == name or part.startswith(name + ".") for total in each]
+        if not own:
+            idle.append(name)
+            continue
+        recipes[name] = sites[0].recipe
+        present[name] = int(sites[0].bits[SLOTS.index(("output", "weight"))])
+        for width in sorted({*bits, present[name]}):
+            same = width == present[name]
+            after = base if same else mean_loss_at(name, width)
+            operations = sum(_bit_operations(total, sites[0].recipe, width) for total in own)
+            found.append(Sensitivity(layer=name, bits=width, loss_change=after - base, bit_operations=operations))
+    if not found:
+        raise UsageError(f"probe: no converted layer ran in these batches: {', '.join(idle)}")
+    return Probe(loss=base, operands=errors, sensitivities=found, recipes=recipes, present=present, idle=idle)
+
+
+def _static(model: nn.Module) -> nn.Module:
+    """The model without its controllers, each layer at the bits of its recipe, which changes them no more."""
+    release(model)
+    for site in sites_of(model):
+        site.recipe = site.recipe.replace(schedule=None, gates=None, depthwise=None)
+    return model
+
+
+def _product_sites(layer: QuantLayer) -> list[Site]:
+    """The sites of a layer that multiply and whose `input` or `weight` has bits to set."""
+    return [] if layer.operator(layer) is None else layer.sites()
+
+
+def _check_width(site: Site, operand: str, width: int) -> None:
+    """Raise a UsageError where an operand has bits to set and cannot have so many."""
+    fmt: Format = getattr(site.recipe.output, operand)
+    if fmt.has_width:
+        fmt.with_bits(width)
+
+
+def _probed_layers(model: nn.Module) -> dict[str, QuantLayer]:
+    """The converted layers with an integer `input` and `weight`, by name."""
+    return {
+        name: layer
+        for name, layer in converted_layers(model).items()
+        if (sites := _product_sites(layer))
+        and all(getattr(sites[0].recipe.output, operand).has_width for operand in FORWARD)
+    }
+
+
+def _bit_operations(total: Total, recipe: Recipe, bits: int) -> int:
+    """Bit operations of a product with its integer `input` and `weight` at these bits."""
+    product = total.product
+    first, second = (
+        bits if o in FORWARD and getattr(getattr(recipe, product.product), o).has_width else own
+        for o, own in zip(OPERANDS[product.product], product.bits, strict=True)
+    )
+    return total._replace(product=dataclasses.replace(product, bits=(first, second))).bit_operations
+
+
+def _errors(model: nn.Module, batches: Sequence[Any], loss: Loss) -> tuple[list[OperandError], dict[str, list[Total]]]:
+    """The error of each operand over all batches, and the products that ran, by layer."""
+    name_of = name_of_source(model)
+    rows: dict[tuple[str, str, str], OperandError] = {}
+
+    def observe(run: ProductRun) -> None:
+        layer = name_of(run.source)
+        if layer is None:
+            return
+        for operand, ran in run.operands.items():
+            key = (layer, run.product, operand)
+            row = rows.setdefault(
+                key,
+                OperandError(
+                    layer=layer,
+                    product=run.product,
+                    operand=operand,
+                    format=str(ran.format),
+                    bits=ran.bits,
+                    elements=ran.exact.numel(),
+                    integer=ran.format.has_width,
+                ),
+            )
+            row.calls += 1
+            row.saw(ran.bits)
+            row.sums.add(ran.exact, ran.quantized)
+            row.clipped += (ran.clipped - row.clipped) / row.calls
+            lost = ((ran.quantized == 0) & (ran.exact != 0)).sum() / (ran.exact != 0).sum().clamp(min=1)
+            row.underflowed += (float(lost) - row.underflowed) / row.calls
+
+    with torch.random.fork_rng(), torch.enable_grad(), Meter(model) as meter, watch.observed_by(observe):
+        for batch in batches:
+            loss(model, batch).backward()
+    model.zero_grad()
+    return list(rows.values()), dict(per_layer(meter.ledger.totals()))

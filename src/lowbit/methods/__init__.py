@@ -1,0 +1,1 @@
+"""Methods of the literature as data: what a recipe is, and one TOML file for each."""

@@ -1,0 +1,298 @@
+"""Number formats as frozen values: an element, a scale and a transform, each a part of its own.
+
+A format says which grid a tensor is put on and what shares a scale; it says nothing about how it is executed.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+from lowbit.errors import UsageError, shown, unknown
+from lowbit.inputs.checks import check_fields, is_whole
+from lowbit.numerics.elements import ELEMENTS, Element, Integer, Minifloat, Real, Zero
+from lowbit.numerics.parts import by_kind, check_again, check_part, construct
+from lowbit.numerics.scales import (
+    FLOAT32,
+    MINMAX,
+    RANGE_RULES,
+    SCALE_FORMATS,
+    Granularity,
+    RangeRule,
+    RunningStart,
+    SampleMean,
+    Scale,
+    ScaleFormat,
+)
+from lowbit.numerics.transforms import NO_TRANSFORM, TRANSFORMS, NoTransform, Transform
+
+Rounding = Literal["nearest", "stochastic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """What an operand is rounded to: ``value = T^-1(S element(T(x) / S))``.
+
+    Args:
+        element: what one code is.
+        scale: what shares a scale, and how it is made; None where the element has none.
+        transform: what is done before the grid.
+        rounding: ``"nearest"``, halves to even, or ``"stochastic"``, which has the mean of its input inside the grid.
+
+    Raises:
+        UsageError: a value or combination outside the above.
+    """
+
+    element: Element
+    scale: Scale | None = None
+    transform: Transform = NO_TRANSFORM
+    rounding: Rounding = "nearest"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_part("element", self.element, "codes")
+        check_part("transform", self.transform, "back")
+        if (self.scale is None) != (self.element.scaled == "never") and self.element.scaled != "either":
+            raise UsageError(
+                f"{self.element} {'needs a scale' if self.scale is None else 'has no scale'}: "
+                f"{'give one' if self.scale is None else 'leave it out'}"
+            )
+        if self.stochastic and isinstance(self.element, Real):
+            raise UsageError("values that stay as they are do not round: leave the rounding out")
+        if self.running is not None and not isinstance(self.transform, NoTransform):
+            raise UsageError(
+                f"running={self.running} with transform={self.transform.kind!r}: a running range is measured before a "
+                "transform and would be used after it. Leave one of them out"
+            )
+        per_sample = self.scale is not None and (self.granularity == "sample" or self.scale.range.per_tensor)
+        if per_sample and self.transform.along_axis:
+            raise UsageError(
+                f"transform={self.transform.kind!r} with ranges of samples: it works along the axis that a product "
+                "sums over, where samples may be mixed. Give another granularity, and the range 'minmax'"
+            )
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.element, self.scale, self.transform, self.rounding))
+
+    def __hash__(self) -> int:
+        """That of the parts, found once: a format is looked up at every product."""
+        return self._hash
+
+    @property
+    def bits(self) -> int:
+        """Width of one code in bits."""
+        return self.element.bits
+
+    @property
+    def code_range(self) -> tuple[float, float]:
+        """The smallest and the largest code."""
+        return self.element.code_range
+
+    @property
+    def zero(self) -> Zero:
+        """Where real zero lies; ``"symmetric"`` where it is the code 0."""
+        return self.element.zero
+
+    @property
+    def has_width(self) -> bool:
+        """Whether its bits can be set apart from it, by a schedule or a gate; a float format has its own alone."""
+        return self.element.has_width
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether rounding needs noise."""
+        return self.rounding == "stochastic"
+
+    @property
+    def granularity(self) -> Granularity:
+        """What shares a scale; of a format without scales the tensor."""
+        return "tensor" if self.scale is None else self.scale.granularity
+
+    @property
+    def running(self) -> float | None:
+        """Weight of the old value in its running range; None where it keeps none."""
+        return None if self.scale is None else self.scale.running
+
+    def with_bits(self, bits: int) -> "Format":
+        """The same format with codes of another width.
+
+        Raises:
+            UsageError: codes cannot have this width; a format without a width to set has its own alone.
+        """
+        if self.has_width:
+            return self if is_whole(bits) and bits == self.bits else self.replace(bits=bits)
+        if bits != self.bits or not is_whole(bits):
+            raise UsageError(f"bits={shown(bits)} of {self}: it has {self.bits}")
+        return self
+
+    def applied(self, size: int) -> "Format":
+        """The same format as it works on samples of so many values."""
+        if self.scale is None:
+            return self
+        rule = self.scale.range.applied(size)
+        return self if rule is self.scale.range else self.replace(range=rule)
+
+    def replace(self, **changes: Any) -> "Format":
+        """The same format with other parts, or with other fields of its parts, e.g. ``fmt.replace(bits=4)``.
+
+        Args:
+            changes: parts by their names (element, scale, transform, rounding), or fields of the element or of the
+                scale it has. `element`, `transform`, `range` and `format` may be kinds; `fewest` belongs to the range
+                ``"sample-mean"``.
+
+        Raises:
+            UsageError: a field that none of its parts has, or values that do not fit together.
+        """
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        parts.update({name: changes.pop(name) for name in list(changes) if name in parts})
+        for name, kinds in _DEFINED.items():
+            if isinstance(parts[name], str):
+                parts[name] = by_kind(name, kinds, parts[name], "a format")
+        allowed = set(parts)
+        for name in ("element", "scale"):
+            own = {f.name for f in dataclasses.fields(parts[name])} if dataclasses.is_dataclass(parts[name]) else set()
+            own |= {"fewest"} if name == "scale" and own else set()
+            allowed |= own
+            if new := {key: changes.pop(key) for key in list(changes) if key in own}:
+                if name == "scale":
+                    new = _scale_fields(new, parts[name].range)
+                parts[name] = dataclasses.replace(parts[name], **new)
+        if changes:
+            raise unknown(f"field to replace of a format ({self}):", next(iter(changes)), allowed)
+        return Format(**parts)
+
+    def __str__(self) -> str:
+        parts = [self.element, self.scale or "", self.transform, "stochastic" if self.stochastic else ""]
+        return ", ".join(filter(None, map(str, parts)))
+
+
+@lru_cache(maxsize=4096)
+def largest_code(fmt: Format, bits: int) -> float:
+    """The largest code of a format at another width."""
+    return float(fmt.with_bits(bits).element.code_range[1])
+
+
+FP32 = Format(element=Real())
+BF16 = Format(element=Minifloat(exponent=8, mantissa=7, overflow="infinite"))
+NAMED = {"fp32": FP32, "bf16": BF16}
+
+
+def integer(
+    *,
+    bits: int,
+    zero: Zero,
+    granularity: Granularity = "tensor",
+    block: int | None = None,
+    range: RangeRule | str = MINMAX,  # noqa: A002 - the part's name
+    fewest: int | None = None,
+    running: float | None = None,
+    running_start: RunningStart = "first",
+    format: ScaleFormat | str = FLOAT32,  # noqa: A002 - the part's name
+    floor: float = 0.0,
+    transform: Transform | str = NO_TRANSFORM,
+    rounding: Rounding = "nearest",
+) -> Format:
+    """A format of integer codes from the fields of its parts, see `Integer` and `Scale`.
+
+    `range`, `format` and `transform` may be kinds whose fields have defaults; `fewest` belongs to the range
+    ``"sample-mean"``.
+    """
+    fields: dict[str, Any] = {
+        "granularity": granularity,
+        "block": block,
+        "range": range,
+        "running": running,
+        "running_start": running_start,
+        "format": format,
+        "floor": floor,
+    }
+    if fewest is not None:
+        fields["fewest"] = fewest
+    return Format(
+        element=Integer(bits=bits, zero=zero),
+        scale=Scale(**_scale_fields(fields, MINMAX)),
+        transform=by_kind("transform", TRANSFORMS, transform, "a format"),
+        rounding=rounding,
+    )
+
+
+def _scale_fields(fields: Mapping[str, Any], now: RangeRule, where: str = "a format") -> dict[str, Any]:
+    """Fields of a scale whose range and format may be kinds, with `fewest` beside them."""
+    fields = dict(fields)
+    rule = by_kind("range", RANGE_RULES, fields.pop("range", now), where)
+    if "fewest" in fields:
+        fewest = fields.pop("fewest")
+        if not isinstance(rule, SampleMean):
+            raise UsageError(
+                f"fewest={fewest} with range={rule.kind!r}: the fewest values of a sample, 1 or more, go with range "
+                "'sample-mean', and only with it"
+            )
+        rule = SampleMean(fewest=fewest)
+    if "format" in fields:
+        fields["format"] = by_kind("format of a scale", SCALE_FORMATS, fields["format"], where)
+    return {**fields, "range": rule}
+
+
+def from_table(where: str, fields: Mapping[str, Any]) -> Format:
+    """The format that a table of TOML describes.
+
+    It has `element`, `scale`, `transform` and `rounding`, each part a kind or a table with `kind` and its fields; or it
+    has the fields of `integer`.
+
+    Raises:
+        UsageError: a kind or field that does not exist, or values that do not fit together.
+    """
+    if "element" not in fields:
+        fields = dict(fields)
+        parts = {"range": RANGE_RULES, "format": SCALE_FORMATS, "transform": TRANSFORMS}
+        parsed = {key: by_kind(key, kinds, fields.pop(key), where) for key, kinds in parts.items() if key in fields}
+        allowed = set(integer.__kwdefaults__ or ()) | {"bits", "zero"}
+        for key in fields:
+            if key not in allowed:
+                raise unknown(f"field of {where}", key, allowed | {"element", "scale"})
+        if missing := {"bits", "zero"} - set(fields):
+            raise UsageError(f"{where} lacks {', '.join(sorted(missing))}")
+        try:
+            return integer(**fields, **parsed)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from error
+    parts_of: dict[str, Any] = dict(fields)
+    parts_of["element"] = by_kind("element", ELEMENTS, fields["element"], where)
+    if "scale" in fields:
+        given = fields["scale"]
+        if not isinstance(given, Mapping):
+            raise UsageError(f"{where}: scale={shown(given)}: give a table of its fields")
+        parts_of["scale"] = construct(Scale, f"{where}: scale", _scale_fields(given, MINMAX, where))
+    if "transform" in fields:
+        parts_of["transform"] = by_kind("transform", TRANSFORMS, fields["transform"], where)
+    made: Format = construct(Format, where, parts_of)
+    return made
+
+
+# Parts that are formats of the reference engine: each of these classes says itself what it computes.
+_DEFINED: dict[str, tuple[type[Any], ...]] = {"element": ELEMENTS, "transform": TRANSFORMS}
+_DEFINED_IN_SCALES: dict[str, tuple[type[Any], ...]] = {"range": RANGE_RULES, "format": SCALE_FORMATS}
+
+
+@lru_cache(maxsize=4096)
+def check_defined(fmt: Format) -> None:
+    """Raise a UsageError for a format whose values are defined nowhere."""
+    parts = [(name, getattr(fmt, name, None), known) for name, known in _DEFINED.items()]
+    scale = getattr(fmt, "scale", None)
+    if scale is not None:
+        parts += [(name, getattr(scale, name, None), known) for name, known in _DEFINED_IN_SCALES.items()]
+    own = [("format", fmt, (Format,)), ("scale", scale, (Scale, type(None)))]
+    for name, part, known in [*own, *parts]:
+        if type(part) not in known:
+            raise UsageError(
+                f"a format that the reference engine does not define: its {name} is a {type(part).__name__}. Use the "
+                "parts of lowbit.numerics as they are, or define the new one beside them and list it there"
+            )
+    check_again(fmt)
+
+
+def check_bits(bits: int, zero: Zero) -> None:
+    """Raise a UsageError unless integer codes of this width exist: 2 to 16 bits, with a float offset 1 to 32."""
+    Integer(bits=bits, zero=zero)

@@ -1,0 +1,1 @@
+"""What ledgers say, in tables and files."""

@@ -1,0 +1,410 @@
+"""What a run costs, from its ledger: every metric, a hardware model's cycles and energy, and what was measured.
+
+A `Cost` is a view of a ledger as text, JSON or CSV; it computes and keeps nothing else.
+"""
+
+import csv
+import dataclasses
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from lowbit.errors import RunError, UsageError
+from lowbit.evidence import metrics
+from lowbit.evidence.ledger import Ledger
+from lowbit.evidence.metrics import METRICS, Terms
+from lowbit.evidence.records import PRODUCTS, Convention, Product, Total, per_layer
+from lowbit.hardware import Accelerator, Estimate, total
+from lowbit.inputs import userfile
+from lowbit.inputs.checks import check_fields, check_type
+from lowbit.tables import json_text, text_table
+
+CONVENTIONS: tuple[Convention, ...] = ("as-ran", "as-charged")
+FULL_PRECISION = (32, 32)  # bits of the operands that savings are against
+
+
+@dataclass(frozen=True)
+class Row:
+    """One product of one layer at one pair of widths, over the whole run.
+
+    Args:
+        total: the product and its calls.
+        once: what one call costs on the hardware; None without hardware, or where it has no model of it.
+        reason: why there is no estimate.
+        first_layer: whether its layer reads the network's input.
+    """
+
+    total: Total
+    once: Estimate | None = None
+    reason: str = ""
+    first_layer: bool = False
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """What all calls cost on the hardware."""
+        return None if self.once is None else self.once * self.total.calls
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run costs, or would cost; `print` shows it.
+
+    Args:
+        ledger: of the run, or of a plan.
+        hardware: an accelerator to estimate cycles and energy on, e.g. `lowbit.hardware.BitFusion()`.
+        measured: what was measured beside the ledger, by name with unit, e.g. ``{"seconds per step": "0.19"}``.
+
+    Raises:
+        UsageError: the ledger has no step, or `hardware` is not an accelerator.
+        RunError: from what asks the accelerator: it raised something else than a UsageError.
+    """
+
+    ledger: Ledger
+    hardware: Accelerator | None = None
+    measured: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if isinstance(self.hardware, type):
+            name = self.hardware.__name__
+            raise UsageError(f"hardware={name} is a class: give an object of it, e.g. {name}()")
+        if not self.ledger.steps:
+            raise UsageError(
+                "the ledger has no step: nothing ran yet, or Meter.step() was never called; there is no cost to show"
+            )
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """A row for each layer, product, shape and pair of widths that ran."""
+        totals = self.ledger.totals()
+        first = _first_layers(totals)
+        return [self._row(total, first_layer=total.product.layer in first) for total in totals]
+
+    def _row(self, ran: Total, *, first_layer: bool) -> Row:
+        if self.hardware is None:
+            return Row(ran, first_layer=first_layer)
+        name, asked = f"{type(self.hardware).__name__}.product", f"{ran.product.product} of {_named(ran.product)}"
+        try:
+            with userfile.blamed(f"{name} raises for {asked}:", userfile.file_of(self.hardware), RunError):
+                once = self.hardware.product(ran.product, first_layer=first_layer)
+        except UsageError as error:
+            return Row(ran, reason=str(error), first_layer=first_layer)
+        check_type(f"{name}(...)", once, Estimate)
+        return Row(ran, once, first_layer=first_layer)
+
+    @cached_property
+    def best(self) -> Ledger | None:
+        """The ledger up to the best checkpoint; None where no evaluation has a score."""
+        best = self.ledger.best()
+        return None if best is None else self.ledger.until(best.step)
+
+    def terms(self, convention: Convention = "as-ran") -> dict[str, Terms]:
+        """Every metric of the whole run by name."""
+        totals = self.ledger.totals(convention)
+        return {metric.name: metric(totals) for metric in METRICS}
+
+    def on_hardware(self) -> dict[str, Estimate]:
+        """The estimates by product and together (``"total"``), of the rows that have one."""
+        found = {
+            name: [row.estimate for row in self.rows if row.total.product.product == name and row.estimate is not None]
+            for name in PRODUCTS
+        }
+        sums = {name: total(estimates) for name, estimates in found.items() if estimates}
+        return {**sums, "total": total(sums.values())} if sums else {}
+
+    def in_full_precision(self) -> Estimate:
+        """What the products that have an estimate would cost on the hardware at 32 x 32 bits.
+
+        Raises:
+            UsageError: no product has an estimate, or one has none at these bits.
+        """
+        estimated = [row for row in self.rows if row.estimate is not None]
+        wide = [
+            self._row(
+                row.total._replace(product=dataclasses.replace(row.total.product, bits=FULL_PRECISION)),
+                first_layer=row.first_layer,
+            )
+            for row in estimated
+        ]
+        for row in wide:
+            if row.estimate is None:
+                raise UsageError(f"{_named(row.total.product)}: {row.reason}")
+        return total(row.estimate for row in wide if row.estimate is not None)
+
+    def notes_on_hardware(self) -> dict[str, list[str]]:
+        """What the accelerator assumed for some products, each with its layers."""
+        notes: dict[str, list[str]] = {}
+        for row in self.rows:
+            for note in row.once.notes if row.once is not None else ():
+                if row.total.product.layer not in notes.setdefault(note, []):
+                    notes[note].append(row.total.product.layer)
+        return notes
+
+    def not_estimated(self) -> dict[str, list[str]]:
+        """The reasons why rows have no estimate, each with its layers."""
+        reasons: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.reason and row.total.product.layer not in reasons.setdefault(row.reason, []):
+                reasons[row.reason].append(row.total.product.layer)
+        return reasons
+
+    # As text.
+
+    def __str__(self) -> str:
+        ledger = self.ledger
+        steps = f"{len(ledger.steps):,} steps" + (f" from step {ledger.first_step:,}" if ledger.first_step else "")
+        parts = [f"{ledger.model or 'model'}: {steps}, {ledger.samples:,} samples", "", self._layer_table()]
+        parts += ["", self._metric_table()]
+        if self.hardware is not None:
+            parts += ["", self._hardware_table()]
+        return "\n".join([*parts, "", *self._remarks()])
+
+    def _layer_table(self) -> str:
+        whole = metrics.gbitops(self.ledger.totals()).total or 1
+        header = ["layer", "kind", *PRODUCTS, "GMACs", "GBitOPs", "share %"]
+        header += ["Mcycles", "bound", "mJ"] if self.hardware else []
+        by_layer: dict[str, list[Row]] = {}
+        for row in self.rows:
+            by_layer.setdefault(row.total.product.layer, []).append(row)
+        table = []
+        for layer, rows in by_layer.items():
+            totals = [row.total for row in rows]
+            operations = metrics.gbitops(totals).total
+            cells = [layer or "(model)", ", ".join(dict.fromkeys(t.product.kind for t in totals))]
+            cells += [_widths([t.product for t in totals if t.product.product == name]) for name in PRODUCTS]
+            cells += [
+                _number(sum(t.macs for t in totals) / 1e9),
+                _number(operations),
+                f"{100 * operations / whole:.2f}",
+            ]
+            if self.hardware:
+                known = [row.estimate for row in rows if row.estimate is not None]
+                summed = total(known) if known else None
+                cells += (
+                    ["-"] * 3
+                    if summed is None
+                    else [
+                        _number(summed.cycles / 1e6),
+                        summed.bound,
+                        _number(summed.energy_nj / 1e6),
+                    ]
+                )
+            table.append(cells)
+        return text_table(header, table)
+
+    def _metric_table(self) -> str:
+        ledgers = {"": self.ledger} | ({", until best": self.best} if self.best is not None else {})
+        header = ["metric", "as in", "unit", *PRODUCTS]
+        values: list[list[Terms]] = []
+        for when, ledger in ledgers.items():
+            header += [f"total{when}", f"as charged{when}"]
+            values += [[metric(ledger.totals(convention)) for metric in METRICS] for convention in CONVENTIONS]
+        table = []
+        for i, metric in enumerate(METRICS):
+            terms = values[0][i]
+            cells = [metric.name, metric.source, metric.unit]
+            cells += [_number(getattr(terms, name)) for name in PRODUCTS]
+            table.append([*cells, *(_number(column[i].total) for column in values)])
+        return text_table(header, table)
+
+    def _hardware_table(self) -> str:
+        name, estimates = type(self.hardware).__name__, self.on_hardware()
+        lines = [] if estimates else [f"{name}: no product has an estimate"]
+        if estimates:
+            stores = [store.name for store in estimates["total"].stores]
+            header = [name, "Mcycles", "stall %", "s", "core J", *(f"{store} J" for store in stores), "J"]
+            header += ["MAC/cycle", f"MAC/{stores[-1]} bit"]
+            lines += [text_table(header, [_hardware_cells(*each) for each in estimates.items()])]
+            lines += [self._saving(estimates["total"])]
+        lines += [f"assumed for {_some(layers)}: {note}" for note, layers in self.notes_on_hardware().items()]
+        lines += [f"not estimated: {_some(layers)}: {reason}" for reason, layers in self.not_estimated().items()]
+        return "\n".join(lines)
+
+    def _saving(self, ran: Estimate) -> str:
+        """What full precision would cost in the units of what ran."""
+        bits = "x".join(map(str, FULL_PRECISION))
+        try:
+            wide = self.in_full_precision()
+        except UsageError as error:
+            return f"no comparison with {bits} bits: {error}"
+        energy = f" and {wide.energy_nj / ran.energy_nj:.2f} times the energy" if ran.energy_nj else ""
+        return f"at {bits} bits the same products take {wide.cycles / ran.cycles:.2f} times the cycles{energy}"
+
+    def _remarks(self) -> list[str]:
+        """What stands below the tables: what was left out, and what was measured."""
+        ledger = self.ledger
+        lines = [
+            "as charged: the grad_input of the first layer, which nothing needs, is charged too, as the papers count."
+        ]
+        best = ledger.best()
+        if best is not None:
+            lines.append(f"best: {best.name} {best.score:.6g} after {best.step:,} steps.")
+        if ledger.evaluations:
+            done = metrics.macs(ledger.totals(evaluations=True)).total
+            lines.append(
+                f"evaluations: {len(ledger.evaluations):,}, {_number(done / 1e9)} GMACs, in none of the above."
+            )
+        if hidden := [op for op in ledger.uncounted(evaluations=True) if op.endswith("(multiplies)")]:
+            lines.append(f"evaluations also ran operators whose products are not counted: {_some(hidden)}.")
+        if ledger.held_bytes is not None:
+            lines.append(f"held for the backward: {ledger.held_bytes / 2**20:,.1f} MiB by one forward pass, at most.")
+        lines += [f"{name}: {value}" for name, value in self.measured.items()]
+        if idle := ledger.never_ran():
+            lines.append(f"never ran, so they cost nothing: {_some(idle)}.")
+        if left := ledger.uncounted():
+            listed = [f"{op} {calls:,}" for op, calls in left.items()]
+            lines.append(f"not counted (operators outside converted layers, calls in forward): {_some(listed, 12)}.")
+        return [*lines, *(f"note: {note}" for note in ledger.notes)]
+
+    # As data.
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values; costs are in the units that the metrics say, energies in nJ."""
+        ledger, best = self.ledger, self.ledger.best()
+        ledgers = {"whole_run": ledger} | ({"until_best": self.best} if self.best is not None else {})
+        data: dict[str, Any] = {
+            "model": ledger.model,
+            "first_step": ledger.first_step,
+            "steps": len(ledger.steps),
+            "samples": ledger.samples,
+            "best": None if best is None else {"name": best.name, "score": best.score, "step": best.step},
+            "metrics": [
+                {
+                    "name": metric.name,
+                    "source": metric.source,
+                    "unit": metric.unit,
+                    "formula": metric.formula,
+                    **{when: {c: _terms(metric(led.totals(c))) for c in CONVENTIONS} for when, led in ledgers.items()},
+                }
+                for metric in METRICS
+            ],
+            "layers": [_flat(row) for row in self.rows],
+            "evaluations": {
+                "number": len(ledger.evaluations),
+                "macs": metrics.macs(ledger.totals(evaluations=True)).total,
+            },
+            "held_bytes": ledger.held_bytes,
+            "measured": dict(self.measured),
+            "never_ran": ledger.never_ran(),
+            "uncounted": ledger.uncounted(),
+            "notes": ledger.notes,
+        }
+        if self.hardware is not None:
+            data["hardware"] = {name: _estimate(e) for name, e in self.on_hardware().items()}
+            data["not_estimated"] = self.not_estimated()
+            data["assumed"] = self.notes_on_hardware()
+            data["in_full_precision"] = self._full_precision_data()
+        return data
+
+    def _full_precision_data(self) -> dict[str, Any] | None:
+        try:
+            return _estimate(self.in_full_precision())
+        except UsageError:
+            return None
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON; a score that is infinite is null."""
+        return json_text(self.to_dict())
+
+    def to_csv(self) -> str:
+        """A line for each row, with a header."""
+        flat = [_flat(row) for row in self.rows]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+        return text.getvalue()
+
+
+def _first_layers(totals: Sequence[Total]) -> set[str]:
+    """The layers that read the network's input: those that trained their weight and had no `grad_input`."""
+    return {
+        layer
+        for layer, each in per_layer(totals)
+        if any(t.product.grad_input_bits for t in each) and not any(t.product.product == "grad_input" for t in each)
+    }
+
+
+def _named(product: Product) -> str:
+    """The layer of a product, for a message."""
+    return product.layer or "(model)"
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    product, calls = row.total
+    data: dict[str, Any] = {
+        "layer": product.layer,
+        "kind": product.kind,
+        "product": product.product,
+        "engine": product.engine,
+        "bits": f"{product.bits[0]}x{product.bits[1]}",
+        "input": "x".join(map(str, product.input)),
+        "weight": "x".join(map(str, product.weight)),
+        "output": "x".join(map(str, product.output)),
+        "calls": calls,
+        "macs": row.total.macs,
+        "effective_macs": metrics.effective_macs([row.total]).total,
+        "gbitops": metrics.gbitops([row.total]).total,
+        "operand_bytes": metrics.operand_bytes([row.total]).total,
+    }
+    if row.once is not None and row.estimate is not None:
+        data |= _estimate(row.estimate)
+        data["loops"] = " ".join(f"{loop.name}:{loop.count}x{loop.size}" for loop in row.once.loops)
+    return data | ({"not_estimated": row.reason} if row.reason else {})
+
+
+def _hardware_cells(name: str, e: Estimate) -> list[str]:
+    return [
+        name,
+        _number(e.cycles / 1e6),
+        f"{100 * e.stall_cycles / e.cycles:.1f}",
+        _number(e.seconds),
+        _number(e.core_nj / 1e9),
+        *(_number(store.energy_nj / 1e9) for store in e.stores),
+        _number(e.energy_nj / 1e9),
+        f"{e.operations_per_cycle:.1f}",
+        f"{e.operations_per_memory_bit:.3f}",
+    ]
+
+
+def _estimate(e: Estimate) -> dict[str, Any]:
+    return {
+        "cycles": e.cycles,
+        "stall_cycles": e.stall_cycles,
+        "seconds": e.seconds,
+        "energy_nj": e.energy_nj,
+        "core_nj": e.core_nj,
+        **{f"{store.name}_nj": store.energy_nj for store in e.stores},
+        "macs_per_cycle": e.operations_per_cycle,
+        f"macs_per_{e.outermost.name}_bit": e.operations_per_memory_bit
+        if math.isfinite(e.operations_per_memory_bit)
+        else None,
+        "bound": e.bound,
+    }
+
+
+def _terms(terms: Terms) -> dict[str, float]:
+    return {**{name: getattr(terms, name) for name in PRODUCTS}, "total": terms.total}
+
+
+def _widths(ran: Sequence[Product]) -> str:
+    """The widths of two operands, as ranges where they changed: ``"3..8x8"``."""
+    if not ran:
+        return "-"
+    pairs = zip(*(product.bits for product in ran), strict=True)
+    return "x".join(f"{min(each)}..{max(each)}" if min(each) < max(each) else str(each[0]) for each in pairs)
+
+
+def _number(value: float) -> str:
+    """Four digits, with commas, or an exponent where there would be more than nine."""
+    if value == 0 or 1e-3 <= abs(value) < 1e9:
+        return f"{value:,.0f}" if abs(value) >= 1000 or value == 0 else f"{value:.4g}"
+    return f"{value:.4g}"
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(name or "(model)" for name in names[:most]) + more

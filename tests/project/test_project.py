@@ -1,0 +1,50 @@
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+FOLDERS = ("src", "tests", "docs", "examples", "benchmarks")
+TEXT = sorted(
+    path
+    for path in (*ROOT.glob("*.*"), *(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.*")))
+    if path.suffix in {".py", ".md", ".toml", ".cpp", ".txt", ".yaml"}
+)
+
+
+def test_the_package_needs_torch_only() -> None:
+    """Whoever installs the package gets torch and nothing else; the rest are extras."""
+    dependencies = tomllib.loads(PROJECT)["project"]["dependencies"]
+
+    assert [re.split(r"[<>=~ ]", d)[0] for d in dependencies] == ["torch"]
+
+
+def test_every_rule_that_is_switched_off_has_its_reason() -> None:
+    """Each line of ruff's ignore lists has a comment."""
+    lines = re.findall(r'^ +"[A-Z]+\d+",.*$', PROJECT, flags=re.MULTILINE)
+
+    assert len(lines) > 3
+    assert [line for line in lines if not re.search(r"# .{10}", line)] == []
+
+
+def test_warnings_are_errors() -> None:
+    """A warning in a test fails the test."""
+    assert tomllib.loads(PROJECT)["tool"]["pytest"]["ini_options"]["filterwarnings"][0] == "error"
+
+
+@pytest.mark.parametrize("path", TEXT, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_file_names_a_folder_of_one_machine(path: Path) -> None:
+    """Absolute paths of home and working folders have no place in the project."""
+    places = re.compile(r"/(?:" + "|".join(("home", "root", "work", "Users")) + r")/\w")
+
+    assert places.findall(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", [p for p in TEXT if p.suffix == ".py"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_random_state_is_never_set_for_everybody(path: Path) -> None:
+    """Only the tests and runs of whole programs seed torch's global generator."""
+    allowed = path.relative_to(ROOT).parts[0] != "src" or "train" in path.parts or "cli" in path.parts
+
+    assert allowed or "manual_seed" not in path.read_text(encoding="utf-8")
