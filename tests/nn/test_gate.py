@@ -165,7 +165,7 @@ def test_running_by_choice_equals_one_product_of_the_mixed_input() -> None:
                 recipe=recipe,
                 samples=Samples(choice=choice, bits=bits, mask=mask),
                 input_range=(x.amin().reshape(1), x.amax().reshape(1)),
-                noise=lowbit.rounding.CounterNoise(key=torch.tensor(1), layer="x"),
+                noise=lowbit.numerics.rounding.CounterNoise(key=torch.tensor(1), layer="x"),
             )
             y = functional.linear(a, w, setting=setting)
         else:
