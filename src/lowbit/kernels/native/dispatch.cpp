@@ -6,8 +6,8 @@
 //      `neon_products`, made by all_products.h of a struct of micro-kernels and vector operations;
 //   3. dispatch.h: both names; and a row here in each table.
 // AMX is such a file beside AVX-512's. AVX-VNNI would be a third that has micro-kernels of 256 bits. Passes and
-// products of codes give the same bits on every instruction set; `tests/kernels/test_native.py` compares all that a machine can
-// run.
+// products of codes give the same bits on every instruction set; `tests/kernels/test_native.py` compares all that a
+// machine can run.
 
 #include "dispatch.h"
 
