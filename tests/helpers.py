@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from conftest import ORACLES
 from lowbit.methods.recipe import SLOTS, GradInput, GradWeight, Output, Recipe
@@ -68,3 +70,21 @@ def sequence(schedule: Schedule) -> list[int]:
     """The bits of every step of a schedule with an end."""
     assert schedule.total_steps is not None
     return [schedule(step) for step in range(schedule.total_steps)]
+
+
+def range_by_loop(x: Tensor, kappa: float, chunks: int = 16, fewest: int = 16) -> tuple[list[float], list[float]]:
+    """Mean and range estimate of each channel of ``(B, C, *size)``, written as the definition reads."""
+    means, sigmas = [], []
+    for channel in range(x.shape[1]):
+        values = [v for sample in x[:, channel] for v in sample.flatten().tolist()]
+        number = max(1, min(chunks, len(values) // fewest))
+        parts, start = [], 0
+        for k in range(number):
+            stop = start + len(values) // number + (k < len(values) % number)
+            parts.append(values[start:stop])
+            start = stop
+        assert start == len(values)
+        terms = [(max(part) - min(part)) / math.sqrt(2 * math.log(len(part))) for part in parts]
+        means.append(sum(values) / len(values))
+        sigmas.append(kappa * sum(terms) / number)
+    return means, sigmas

@@ -1,166 +1,21 @@
-"""Range BN: its statistics against a plain loop, its gradient, and the plain layer it stands for."""
+"""Range BN as a layer, and the plain layer it stands for."""
 
 import copy
-import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import lowbit
+from helpers import range_by_loop
 from lowbit.methods.recipe import RangeNorm, Recipe
 from lowbit.nn import NORM_LAYERS
-from lowbit.nn.norm import KAPPA, NormSetting, range_batch_norm, range_statistics
+from lowbit.nn.norm import KAPPA
 from lowbit.numerics.formats import FP32
 
 SBM8 = Recipe.from_name("sbm8")
 PLAIN = SBM8.replace(name="plain-range", normalization=RangeNorm(input=FP32, grad_output=FP32))
 SHAPES = {nn.BatchNorm1d: (6, 3), nn.BatchNorm2d: (4, 3, 5, 5), nn.BatchNorm3d: (4, 3, 3, 2, 2)}
-
-
-def _setting(eps: float = 1e-5, **changes: object) -> NormSetting:
-    return NormSetting(norm=RangeNorm(input=FP32, grad_output=FP32, **changes), eps=eps)
-
-
-def _loop(x: Tensor, kappa: float, chunks: int = 16, fewest: int = 16) -> tuple[list[float], list[float]]:
-    """Mean and sigma of each channel of ``(B, C, *size)``, written as the definition reads."""
-    means, sigmas = [], []
-    for channel in range(x.shape[1]):
-        values = [v for sample in x[:, channel] for v in sample.flatten().tolist()]
-        number = max(1, min(chunks, len(values) // fewest))
-        parts, start = [], 0
-        for k in range(number):
-            stop = start + len(values) // number + (k < len(values) % number)
-            parts.append(values[start:stop])
-            start = stop
-        assert start == len(values)
-        terms = [(max(part) - min(part)) / math.sqrt(2 * math.log(len(part))) for part in parts]
-        means.append(sum(values) / len(values))
-        sigmas.append(kappa * sum(terms) / number)
-    return means, sigmas
-
-
-class TestFunction:
-    """The function: statistics, output and gradient."""
-
-    @settings(max_examples=40, deadline=None)
-    @given(
-        batch=st.integers(1, 9),
-        channels=st.integers(1, 3),
-        size=st.sampled_from([(), (1,), (5,), (3, 2), (2, 1, 3)]),
-        chunks=st.integers(1, 20),
-        fewest=st.integers(2, 20),
-        constant=st.sampled_from(["paper", "authors"]),
-        seed=st.integers(0, 99),
-    )
-    def test_statistics_equal_a_plain_loop(
-        self, batch: int, channels: int, size: tuple[int, ...], chunks: int, fewest: int, constant: str, seed: int
-    ) -> None:
-        """For any batch, size and number of chunks, ragged ones included, mean and sigma are the definition's."""
-        if batch * math.prod(size) < 2:
-            batch = 2
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(batch, channels, *size, dtype=torch.float64, generator=generator)
-
-        stats = range_statistics(x, constant=constant, chunks=chunks, fewest=fewest)
-
-        means, sigmas = _loop(x, KAPPA[constant], chunks, fewest)
-        assert stats.mean.tolist() == pytest.approx(means, rel=1e-12, abs=1e-15)
-        assert stats.sigma.tolist() == pytest.approx(sigmas, rel=1e-12)
-
-    def test_the_constants_are_those_of_the_paper_and_of_the_authors(self) -> None:
-        """The paper's factor is 1, the authors' (1/2)(0.35)(1 + sqrt(pi ln 4)) = 0.5402."""
-        assert KAPPA["paper"] == 1
-        assert KAPPA["authors"] == pytest.approx(0.540208, abs=1e-6)
-
-    def test_sigma_of_normal_values_is_near_their_deviation(self) -> None:
-        """With the authors' constant, sigma of 2**16 normal values is 0.96 to 1.0 of the deviation."""
-        x = torch.randn(2**16, 1, generator=torch.Generator().manual_seed(0))
-
-        sigma = range_statistics(x, constant="authors", chunks=16).sigma.item()
-
-        assert 0.94 < sigma < 1.0
-
-    def test_two_close_pairs_far_apart_are_not_divided_by_almost_nothing(self) -> None:
-        """Four values in one chunk stay below 2, where two chunks of two, as in the authors' code, blow them up."""
-        x = torch.tensor([[1.0], [1.001], [-1.0], [-1.001]])
-
-        one, two = (
-            range_batch_norm(x, None, None, setting=_setting(fewest_per_chunk=fewest))[0].abs().max()
-            for fewest in (16, 2)
-        )
-
-        assert 1 < one < 2
-        assert two > 100
-
-    @pytest.mark.parametrize("place", ["inside", "outside"])
-    @pytest.mark.parametrize("shape", [(5, 3), (3, 2, 5), (2, 3, 3, 3)])
-    def test_gradients_are_the_derivatives(self, shape: tuple[int, ...], place: str) -> None:
-        """Numerical differentiation confirms the gradients of x, gamma and beta, chunks of unequal length included."""
-        x, gamma, beta = (
-            torch.randn(*s, dtype=torch.float64).requires_grad_() for s in (shape, shape[1:2], shape[1:2])
-        )
-
-        def call(*t: Tensor) -> Tensor:
-            return range_batch_norm(*t, setting=_setting(eps=0.5, chunks=2, fewest_per_chunk=2, epsilon=place))[0]
-
-        assert torch.autograd.gradcheck(call, (x, gamma, beta))
-
-    def test_gradients_with_fixed_statistics_are_the_derivatives(self) -> None:
-        """So they are where the statistics are fixed, as in evaluation."""
-        x, gamma, beta = (torch.randn(*s, dtype=torch.float64).requires_grad_() for s in ((4, 3, 2), (3,), (3,)))
-        fixed = torch.randn(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
-
-        def call(*t: Tensor) -> Tensor:
-            return range_batch_norm(*t, setting=_setting(), fixed=fixed)[0]
-
-        assert torch.autograd.gradcheck(call, (x, gamma, beta))
-
-    def test_ties_give_the_gradient_to_the_first(self) -> None:
-        """Of several equal largest values of a chunk, only the first receives the range's share."""
-        x = torch.tensor([[1.0], [3.0], [3.0], [0.0]], dtype=torch.float64).requires_grad_()
-
-        y, _, _ = range_batch_norm(x, None, None, setting=_setting(chunks=1))
-        y[0].backward()
-
-        assert x.grad[1] != x.grad[2]
-
-    @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1), (0, 3, 2, 2)])
-    def test_fewer_than_two_values_are_refused(self, shape: tuple[int, ...]) -> None:
-        """One value per channel, or none, raises a ValueError that names the shape."""
-        with pytest.raises(ValueError, match=rf"\({shape[0]}, 3"):
-            range_batch_norm(torch.randn(*shape), None, None, setting=_setting())
-
-    @pytest.mark.parametrize("bad", [math.nan, math.inf])
-    def test_nan_and_inf_surface_as_nan(self, bad: float) -> None:
-        """A nan or inf in a channel makes that channel nan, and no other where nothing is quantised."""
-        x = torch.randn(4, 2, 3)
-        x[0, 0, 0] = bad
-
-        y, _, _ = range_batch_norm(x, None, None, setting=_setting())
-
-        assert y[:, 0].isnan().all()
-        assert y[:, 1].isfinite().all()
-
-    def test_a_constant_channel_gives_zeros(self) -> None:
-        """A channel without range is normalised to 0 with a finite gradient."""
-        x = torch.full((4, 1, 3), 2.0).requires_grad_()
-
-        y, _, _ = range_batch_norm(x, None, None, setting=_setting())
-        y.square().sum().backward()
-
-        assert not y.any()
-        assert x.grad.isfinite().all()
-
-    def test_a_second_derivative_is_refused(self) -> None:
-        """create_graph=True raises and says what to do."""
-        x = torch.randn(4, 2).requires_grad_()
-        y, _, _ = range_batch_norm(x, None, None, setting=_setting())
-
-        with pytest.raises(RuntimeError, match="create_graph"):
-            torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
 class TestLayer:
@@ -260,7 +115,7 @@ class TestLayer:
 
         layer(x)
 
-        means, sigmas = _loop(x, KAPPA["authors"])
+        means, sigmas = range_by_loop(x, KAPPA["authors"])
         assert layer.running_mean.tolist() == pytest.approx([0.1 * m for m in means], rel=1e-5, abs=1e-7)
         assert layer.running_var.tolist() == pytest.approx([0.9 + 0.1 * s * s for s in sigmas], rel=1e-5)
         assert layer.num_batches_tracked == 1
@@ -275,7 +130,7 @@ class TestLayer:
             layer(x)
 
         torch.testing.assert_close(layer.running_mean, batches.mean((0, 1)))
-        expected = torch.stack([torch.tensor(_loop(x, KAPPA["authors"])[1]).square() for x in batches]).mean(0)
+        expected = torch.stack([torch.tensor(range_by_loop(x, KAPPA["authors"])[1]).square() for x in batches]).mean(0)
         torch.testing.assert_close(layer.running_var, expected)
 
     def test_without_affine_parameters(self) -> None:

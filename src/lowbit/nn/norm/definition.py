@@ -1,0 +1,105 @@
+"""Range BN in plain torch, forward and backward, on any device: the definition.
+
+Notation: as in `lowbit.nn.norm`.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.methods.recipe import EpsilonPlace
+from lowbit.nn.norm.setting import NormSetting
+from lowbit.nn.norm.statistics import Statistics, _bounded, divisor, range_statistics
+
+
+class _RangeBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        setting: NormSetting,
+        fixed: tuple[Tensor, Tensor] | None,
+        expected: tuple[str, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        hat = setting.quantized(x, "input", expected)
+        values, norm = hat.values, setting.norm
+        stats = None
+        if fixed is None:
+            stats = range_statistics(values, constant=norm.constant, chunks=norm.chunks, fewest=norm.fewest_per_chunk)
+            mean, sigma = stats.mean, stats.sigma
+            d = divisor(_bounded(stats, hat.grid, norm.narrowest), setting.eps, norm.epsilon)
+        else:
+            mean, sigma = fixed
+            d = divisor(sigma, setting.eps, norm.epsilon)
+        normalized = (values - _per_channel(mean, x)).div_(_per_channel(d, x))
+        y = normalized.clone() if weight is None else normalized * _per_channel(weight, x)
+        y = y if bias is None else y.add_(_per_channel(bias, x))
+        ctx.save_for_backward(normalized, weight, sigma, d)
+        ctx.kept = (setting, stats, bias is not None)
+        ctx.mark_non_differentiable(mean, sigma)
+        return y, mean, sigma
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "Range BN has no second derivative here: call backward without create_graph=True, or restore_ the layer"
+            )
+        normalized, weight, sigma, d = ctx.saved_tensors
+        setting, stats, has_bias = ctx.kept
+        grads = range_batch_norm_backward(
+            setting.quantized(grad_output, "grad_output").values,
+            normalized,
+            weight,
+            sigma,
+            d,
+            stats,
+            setting.norm.epsilon,
+        )
+        return grads[0], grads[1] if weight is not None else None, grads[2] if has_bias else None, None, None, None
+
+
+def range_batch_norm_backward(
+    g: Tensor,
+    normalized: Tensor,
+    weight: Tensor | None,
+    sigma: Tensor,
+    d: Tensor,
+    stats: Statistics | None,
+    place: EpsilonPlace,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, gamma and beta.
+
+    With ``G = gamma g``: ``dx = (G - mean G) / d``, and the extremes of chunk k further receive plus (largest) and
+    minus (smallest) ``-(sum G x_normalised) / d * (dd/dsigma) * (dsigma/dR_k)``. Fixed statistics: ``dx = G / d``.
+    """
+    axes = (0, *range(2, g.dim()))
+    grad_weight = (g * normalized).sum(axes)
+    grad_bias = g.sum(axes)
+    gamma = torch.ones_like(d) if weight is None else weight
+    if stats is None:
+        return g * _per_channel(gamma / d, g), grad_weight, grad_bias
+    count = g.numel() // g.shape[1]
+    dx = (g - _per_channel(grad_bias / count, g)).mul_(_per_channel(gamma / d, g)).contiguous()
+    slope_d = sigma / d if place == "inside" else torch.ones_like(d)
+    grad_sigma = -gamma * grad_weight / d * slope_d
+    share = grad_sigma[:, None] * stats.slope
+    flat = dx.view(-1)
+    flat.index_add_(0, _flat_index(stats.argmax, g.shape), share.flatten())
+    flat.index_add_(0, _flat_index(stats.argmin, g.shape), -share.flatten())
+    return dx, grad_weight, grad_bias
+
+
+def _per_channel(v: Tensor, x: Tensor) -> Tensor:
+    return v.reshape(1, -1, *[1] * (x.dim() - 2))
+
+
+def _flat_index(index: Tensor, shape: torch.Size) -> Tensor:
+    """Batch-major indices ``(C, K)`` within each channel as indices into contiguous ``(B, C, *size)``."""
+    positions = math.prod(shape[2:])
+    channel = torch.arange(shape[1], dtype=torch.int64, device=index.device)[:, None]
+    return ((index // positions * shape[1] + channel) * positions + index % positions).flatten()

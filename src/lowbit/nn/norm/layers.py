@@ -1,0 +1,201 @@
+"""Range BN as the twin of batch normalisation, with its state."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.engines.int8 import missing
+from lowbit.methods.recipe import Recipe
+from lowbit.nn.layers import QuantLayer
+from lowbit.nn.norm.function import Tape, range_batch_norm
+from lowbit.nn.norm.setting import NormSetting
+from lowbit.nn.site import Clock, Site, is_recomputing
+from lowbit.numerics.formats import Format
+
+
+class NormSite(Site):
+    """The site of a Range BN."""
+
+    def formats(self) -> list[tuple[str, str, Format]]:
+        """Its own; it has no products."""
+        norm = self.recipe.normalization
+        assert norm is not None
+        return [("output", "input", norm.input), ("grad_input", "grad_output", norm.grad_output)]
+
+    def setting_of_norm(self, x: Tensor, eps: float, *, rectify: bool, compiled: bool = False) -> NormSetting:
+        """How a call is computed for input `x`."""
+        norm = self.recipe.normalization
+        assert norm is not None
+        return NormSetting(
+            norm=norm,
+            eps=eps,
+            noise=self.noise(compiled=compiled),
+            bits=self.widths_now(),
+            input_range=self.input_range(x),
+            layer=self.name,
+            engine=self.engine,
+            source=self,
+            rectify=rectify,
+        )
+
+    def forward_norm(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        fixed: tuple[Tensor, Tensor] | None,
+        eps: float,
+        rectify: bool,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]]:
+        """What an operator of a compiled model calls, see `lowbit.products.compiled`."""
+        tape = Tape()
+        setting = self.setting_of_norm(x, eps, rectify=rectify, compiled=True)
+        y, mean, sigma = range_batch_norm(x, weight, bias, setting=setting, fixed=fixed, tape=tape)
+
+        def backward(g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+            found = zip(tape.backward(g), (x, weight, bias), needs, strict=True)
+            dx, d_gamma, d_beta = (
+                d.to(t.dtype) if needed and d is not None and t is not None else None for d, t, needed in found
+            )
+            return dx, d_gamma, d_beta
+
+        return y.clone() if y is x else y, mean.clone(), sigma.clone(), backward
+
+
+class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
+    """Range BN with the parameters and buffers of batch normalisation.
+
+    `running_mean` and `running_var` hold running averages of mu and sigma squared, so that the plain layer that
+    `lowbit.restore_` gives back evaluates alike.
+    """
+
+    remark: ClassVar[str] = "range normalisation"
+
+    @classmethod
+    def is_in(cls, recipe: Recipe) -> bool:
+        """Whether the recipe replaces normalisations."""
+        return recipe.normalization is not None
+
+    @classmethod
+    def refusal(cls, layer: Any, recipe: Recipe) -> str:  # noqa: ARG003 - always so
+        """Nothing is refused."""
+        return ""
+
+    @classmethod
+    def operator(cls, layer: Any) -> None:
+        """It has no product."""
+
+    @classmethod
+    def weights(cls, layer: Any) -> list[Tensor]:  # noqa: ARG003 - always so
+        """None: gamma multiplies each channel apart."""
+        return []
+
+    @classmethod
+    def input_channels(cls, layer: Any) -> int:
+        """C."""
+        return int(layer.num_features)
+
+    @classmethod
+    def formats(cls, recipe: Recipe) -> dict[str, tuple[Format, ...]]:
+        """One operand forward, one backward."""
+        norm = recipe.normalization
+        return {} if norm is None else {"output": (norm.input,), "grad_input": (norm.grad_output,)}
+
+    @classmethod
+    def engine_refusal_of_formats(cls, layer: Any, recipe: Recipe, engine: str) -> str:  # noqa: ARG003 - recipe alone
+        """Native passes work on codes of a byte; no other engine normalises."""
+        if engine != "int8":
+            return "range normalisation, which runs on the int8 and the reference engine"
+        of_products = cls.formats(recipe).values()
+        if not all(f.zero == "integer" and f.bits <= 8 for formats in of_products for f in formats):
+            return "range normalisation runs on codes of up to 8 bits with an integer zero point"
+        return missing("int8")
+
+    def attach(self, *, name: str, recipe: Recipe, clock: Clock, engine: str) -> None:
+        """Give the layer its state."""
+        norm = recipe.normalization
+        if norm is None:
+            raise TypeError(f"{name}: recipe {recipe.name!r} has no range normalisation")
+        bits = [norm.input.bits, norm.grad_output.bits]
+        self.site = NormSite(name=name, recipe=recipe, clock=clock, input_format=norm.input, bits=bits, engine=engine)
+        self.norm = norm
+
+    def undo(self) -> None:
+        """Become the plain layer again."""
+        del self.norm
+        super().undo()
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
+        """See `range_batch_norm`; in training the running statistics move towards the batch's."""
+        return self.normalize(input)
+
+    def normalize(self, input: Tensor, *, rectify: bool = False) -> Tensor:  # noqa: A002 - the plain layer's argument
+        """What `forward` does; with `rectify` the result is 0 where it would be less, as a ReLU after it makes it."""
+        self._check_input_dim(input)
+        fixed = None
+        if not self.training and self.running_mean is not None and self.running_var is not None:
+            fixed = (self.running_mean, self.running_var.sqrt())
+        assert isinstance(self.site, NormSite)
+        if torch.compiler.is_compiling():
+            y, mean, sigma = self._compiled(input, fixed, rectify)
+        else:
+            setting = self.site.setting_of_norm(input, self.eps, rectify=rectify)
+            y, mean, sigma = range_batch_norm(input, self.weight, self.bias, setting=setting, fixed=fixed)
+        if self.training and self.track_running_stats and (torch.compiler.is_compiling() or not is_recomputing()):
+            self._track(mean, sigma)
+        return y
+
+    def _compiled(self, x: Tensor, fixed: tuple[Tensor, Tensor] | None, rectify: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """One operator of `lowbit.products.compiled`."""
+        recorded = torch.is_grad_enabled()
+        needs = [recorded and t is not None and t.requires_grad for t in (x, self.weight, self.bias)]
+        mean, deviation = (None, None) if fixed is None else fixed
+        y: Tensor
+        mu: Tensor
+        sigma: Tensor
+        y, mu, sigma, _ = torch.ops.lowbit.range_norm(
+            x,
+            self.weight,
+            self.bias,
+            self.site.clock.pulse,
+            mean,
+            deviation,
+            self.site.number,
+            self.eps,
+            rectify,
+            needs,
+        )
+        return y, mu, sigma
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, sigma: Tensor) -> None:
+        """Move the running statistics; momentum None is the cumulative mean, as in the plain layer."""
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum if self.norm.momentum is None else self.norm.momentum
+        weight = 1.0 / self.num_batches_tracked.to(self.running_mean) if momentum is None else momentum
+        self.running_mean.lerp_(mean.to(self.running_mean), weight)
+        self.running_var.lerp_((sigma * sigma).to(self.running_var), weight)
+
+
+class RangeBatchNorm1d(_RangeBatchNormNd, nn.BatchNorm1d):
+    """Range BN of ``(B, C)`` or ``(B, C, L)`` in place of `torch.nn.BatchNorm1d`."""
+
+    plain = nn.BatchNorm1d
+
+
+class RangeBatchNorm2d(_RangeBatchNormNd, nn.BatchNorm2d):
+    """Range BN of ``(B, C, H, W)`` in place of `torch.nn.BatchNorm2d`."""
+
+    plain = nn.BatchNorm2d
+
+
+class RangeBatchNorm3d(_RangeBatchNormNd, nn.BatchNorm3d):
+    """Range BN of ``(B, C, D, H, W)`` in place of `torch.nn.BatchNorm3d`."""
+
+    plain = nn.BatchNorm3d
