@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.kernels import cpu
+from lowbit.kernels import native_instruction_sets
 
 ON_INTEGERS = ("int8", "sbm8", "cpt-int8")
 RECIPES = (*ON_INTEGERS, "sbm8-cpt", "sbm8-hoffer", "bf16")
@@ -167,7 +167,7 @@ def main() -> int:
     length.add_argument("--seconds", type=float)
     length.add_argument("--only", type=int)
     options = parser.parse_args()
-    engines = ("reference", "int8", "int8") if cpu.instruction_sets() is not None else ("reference",)
+    engines = ("reference", "int8", "int8") if native_instruction_sets() is not None else ("reference",)
     counts: Counter[str] = Counter()
     start, number, wrong = time.monotonic(), options.only or 0, 0
     while counts.total() < options.cases if options.seconds is None else time.monotonic() - start < options.seconds:

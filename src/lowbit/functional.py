@@ -20,7 +20,7 @@ from lowbit.engines.base import Engine, Operand, Product
 from lowbit.engines.choice import REFERENCE, Route, route
 from lowbit.engines.reference import in_full
 from lowbit.errors import UsageError
-from lowbit.kernels import cpu
+from lowbit.kernels.memory import check_storage, in_memory, is_channels_last
 from lowbit.numerics.quantizer import quantize
 from lowbit.products import strides, watch
 from lowbit.products.operators import Convolution, Linear, Matmul, Op
@@ -113,7 +113,7 @@ def outputs(
         x=kept_x and replace(kept_x, numbers=_NOTHING),
         w=kept_w and replace(kept_w, numbers=_NOTHING),
         exact=(in_full(x.detach()).clone(), in_full(w.detach()).clone()) if watch.observers else None,
-        channels_last=op.geometry is not None and cpu.is_channels_last(w),
+        channels_last=op.geometry is not None and is_channels_last(w),
     )
     saved = (
         kept_x and kept_x.numbers,
@@ -301,7 +301,7 @@ class _Products(torch.autograd.Function):
                 "create_graph, or restore_ this layer"
             )
         with torch.autocast(autocast_device(grad_output), enabled=False):
-            grads = gradients(cpu.in_memory(grad_output), ctx.saved_tensors, kept, ctx.needs_input_grad[:3])
+            grads = gradients(in_memory(grad_output), ctx.saved_tensors, kept, ctx.needs_input_grad[:3])
         return (*grads, None, None, None, None)
 
 
@@ -339,13 +339,13 @@ def apart(
         dtype: of the output.
         needs: which of the three gradients are needed.
     """
-    x, w, bias = cpu.all_in_memory(x, w, bias, setting.layer or op.kind)
+    x, w, bias = _in_memory(x, w, bias, setting.layer or op.kind)
     with torch.autocast(autocast_device(x), enabled=False):
         y, saved, kept = outputs(x, w, bias, op, setting, dtype, (), needs[:2])
 
     def backward(g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         with torch.autocast(autocast_device(g), enabled=False):
-            return gradients(cpu.in_memory(g), saved, kept, needs)
+            return gradients(in_memory(g), saved, kept, needs)
 
     return strides.laid_out(y, op.output_strides(y.shape, x, w)), backward
 
@@ -382,7 +382,7 @@ def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting |
     dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
     if not isinstance(setting, Setting):
         return _compiled(x, w, bias, op, setting, dtype)
-    x, w, bias = cpu.all_in_memory(x, w, bias, layer)
+    x, w, bias = _in_memory(x, w, bias, layer)
     if setting.samples is not None:
         return _by_choice(x, w, bias, op, setting, setting.samples)
     recorded = torch.is_grad_enabled()
@@ -390,6 +390,22 @@ def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting |
     with torch.autocast(device, enabled=False):
         result: Tensor = _Products.apply(x, w, bias, op, setting, dtype, expected)
     return result
+
+
+def _in_memory(x: Tensor, w: Tensor, bias: Tensor | None, layer: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`in_memory` of the three tensors of a layer.
+
+    Raises:
+        ValueError: the storage of one was resized below what its shape needs.
+    """
+    for name, t in (("input", x), ("weight", w), ("bias", bias)):
+        if t is not None and t.untyped_storage().nbytes() < (t.storage_offset() + t.numel()) * t.element_size():
+            check_storage(t, f"{layer}: {name}")  # an expanded tensor has less storage too
+    if x.is_neg() or w.is_neg() or x._is_zerotensor() or w._is_zerotensor():
+        x, w = in_memory(x), in_memory(w)
+    if bias is not None and (bias.is_neg() or bias._is_zerotensor()):
+        bias = in_memory(bias)
+    return x, w, bias
 
 
 def _fitting(bias: Tensor, w: Tensor, op: Op, name: str) -> Tensor:

@@ -24,7 +24,7 @@ from lowbit import UsageError, functional
 from lowbit.engines import codes as codes_of
 from lowbit.engines import int8, int8_convolutions
 from lowbit.engines.base import Product
-from lowbit.kernels import cpu
+from lowbit.kernels import cpu, operators
 from lowbit.methods.recipe import SLOTS, Recipe
 from lowbit.numerics.formats import BF16, FP32, integer
 from lowbit.numerics.rounding import CounterNoise, step_key
@@ -812,14 +812,14 @@ class TestRefusals:
         self, sets: list[str] | None, recipe: str, why: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The error names what the processor offers and what is missing."""
-        monkeypatch.setattr(cpu, "instruction_sets", lambda: sets)
+        monkeypatch.setattr(operators, "instruction_sets", lambda: sets)
 
         with pytest.raises(UsageError, match=why):
             lowbit.convert_(nn.Linear(4, 3), recipe, engine="int8")
 
     def test_machines_with_half_of_the_units(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Recipe `int8` needs no bf16 units."""
-        monkeypatch.setattr(cpu, "instruction_sets", lambda: ["avx2", "avx512", "avx512vnni"])
+        monkeypatch.setattr(operators, "instruction_sets", lambda: ["avx2", "avx512", "avx512vnni"])
 
         assert lowbit.convert_(nn.Linear(4, 3), "int8", engine="int8").rows[0].converted
 

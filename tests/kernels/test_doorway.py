@@ -5,18 +5,20 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import lowbit
-from lowbit.kernels import cpu
+from lowbit.kernels import cpu, memory, operators
 from lowbit.kernels.cpu import Codes, Grid, Rows, Statistics, Window
 
-pytestmark = pytest.mark.skipif(cpu.instruction_sets() is None, reason="lowbit has no native kernels in this install")
+pytestmark = pytest.mark.skipif(not operators.INSTALLED, reason="this install lacks the native kernels")
 
 HUGE = 2**40
 Place = tuple[Any, ...]
@@ -302,7 +304,7 @@ def others(name: str, place: Place, x: Tensor) -> Iterator[tuple[str, Tensor]]:
     if (name, place[0]) in CONVERTED:
         return
     known = {torch.float32, torch.bfloat16} if x.is_floating_point() else {torch.uint8, torch.int8}
-    for dtype in (*cpu._TYPES, torch.float64, torch.float16, torch.int16, torch.bool, torch.complex64):
+    for dtype in (*memory.TYPES, torch.float64, torch.float16, torch.int16, torch.bool, torch.complex64):
         if dtype != x.dtype and not (dtype in known and x.dtype in known) and name != "multiply":
             yield str(dtype), x.to(dtype)
     if name == "multiply":
@@ -324,26 +326,27 @@ def test_every_function_is_called_here() -> None:
     found = {
         name.removeprefix("_")
         for name, function in inspect.getmembers(cpu, inspect.isfunction)
-        if function.__module__ == cpu.__name__ and "_cpu." in inspect.getsource(function)
+        if function.__module__ == cpu.__name__ and "operators." in inspect.getsource(function)
     }
 
-    assert found - {"instruction_sets"} == set(CALLS)
+    assert found - {"runs"} == set(CALLS)
 
 
-def test_one_file_calls_native_code_and_one_function_knows_addresses() -> None:
-    """No other file names the native module, and this one asks tensors where they lie in one place, and how far."""
+def test_one_file_calls_native_code_and_one_folder_knows_addresses() -> None:
+    """No other file names the native module, and few functions ask a tensor where it lies."""
     source = Path(cpu.__file__).parents[1]
     naming = {path.name for path in source.rglob("*.py") if re.search(r"(?<!\w)_cpu\b", path.read_text())}
     asking = [
         function.name
-        for function in ast.walk(ast.parse(Path(cpu.__file__).read_text()))
+        for path in source.joinpath("kernels").glob("*.py")
+        for function in ast.walk(ast.parse(path.read_text()))
         if isinstance(function, ast.FunctionDef)
         for node in ast.walk(function)
         if isinstance(node, ast.Attribute) and node.attr.endswith(("data_ptr", "untyped_storage"))
     ]
 
-    assert naming == {"cpu.py"}
-    assert set(asking) == {"_memory", "_memories", "all_in_memory", "check_storage"}
+    assert naming == {"operators.py"}
+    assert set(asking) == {"_run", "memory_of", "check_storage"}
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -353,13 +356,52 @@ def test_the_arguments_are_taken_as_they_are(name: str, case: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
-def test_other_tensors_are_refused(name: str, case: int) -> None:
+def test_the_operators_pass_the_checks_of_torch(name: str, case: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schema, fake kernel, autograd registration and ahead-of-time dispatch of every operator that a call reaches."""
+    reached: list[tuple[operators.Native, tuple[Any, ...]]] = []
+    run = operators.Native._run
+
+    def noting(native: operators.Native, *arguments: Any) -> Any:
+        # As the dispatcher takes them: lists of numbers.
+        given = [[int(n) for n in a] if isinstance(a, (tuple, list)) else a for a in arguments]
+        reached.append((native, tuple(a.clone() if isinstance(a, Tensor) else a for a in given)))
+        return run(native, *arguments)
+
+    arguments = CALLS[name][case][0]()
+    monkeypatch.setattr(operators.Native, "_run", noting)
+    getattr(cpu, name)(**arguments)
+    monkeypatch.undo()
+
+    assert len(reached) == 1
+    for native, given in reached:
+        torch.library.opcheck(native.operator, given)
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_a_call_that_is_watched_does_the_same(name: str, case: int) -> None:
+    """Through torch's dispatcher every tensor has the bits that it has without."""
+    make = CALLS[name][case][0]
+    plain, watched = make(), make()
+    found = [getattr(cpu, name)(**plain)]
+    with FlopCounterMode(display=False):
+        found.append(getattr(cpu, name)(**watched))
+
+    for a, b in zip(
+        leaves({"given": plain, "found": found[0]}), leaves({"given": watched, "found": found[1]}), strict=True
+    ):
+        assert torch.equal(a[1], b[1]), a[0]
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_other_tensors_are_refused(name: str, case: int, watched: bool) -> None:
     """Each tensor in turn: of another length, type or device, with gaps, with the negative bit."""
     make = CALLS[name][case][0]
     tried = 0
     for place, tensor in leaves(make()):
         for what, other in others(name, place, tensor):
-            assert refused(name, put(make(), place, other)), f"{name} changed something: {place} {what}"
+            with FlopCounterMode(display=False) if watched else nullcontext():
+                assert refused(name, put(make(), place, other)), f"{name} changed something: {place} {what}"
             tried += 1
 
     assert tried > 0 or name == "noise"

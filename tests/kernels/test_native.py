@@ -16,15 +16,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import threads
-from lowbit.kernels import cpu
-from lowbit.kernels.cpu import Codes, Grid, View
+from lowbit.kernels import cpu, native_instruction_sets
+from lowbit.kernels.cpu import Codes, Grid
+from lowbit.kernels.memory import View
 from lowbit.numerics.elements import Integer, Steps
 from lowbit.numerics.formats import Format, integer
 from lowbit.numerics.quantizer import native_grid
 from lowbit.numerics.rounding import uniform_noise
 from lowbit.numerics.scales import Scale
 
-pytestmark = pytest.mark.skipif(cpu.instruction_sets() is None, reason="lowbit has no native kernels in this install")
+pytestmark = pytest.mark.skipif(native_instruction_sets() is None, reason="this install lacks the native kernels")
 
 # Around the widths of vectors, of the lanes of the extremes and of the runs that a pass works on.
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 1023, 1024, 1025]
@@ -611,7 +612,7 @@ def fingerprint() -> tuple[str, str]:
             made, scale, _ = cpu.quantize(memory, view, **rule_of(fmt), levels=127, samples=samples, key=key)
             for t in (lo, hi, values, codes, made, scale):
                 digest.update(t.numpy().tobytes())
-    return (cpu.instruction_sets() or ["none"])[-1], digest.hexdigest()
+    return (native_instruction_sets() or ["none"])[-1], digest.hexdigest()
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -662,7 +663,7 @@ def product_fingerprint() -> tuple[str, str]:
             (*(q.view(torch.int8) for q in (a, b)), (0, 0)),
         ):
             digest.update(of_codes(left, right, along=along, zeros=zeros).numpy().tobytes())
-    return (cpu.instruction_sets() or ["none"])[-1], digest.hexdigest()
+    return (native_instruction_sets() or ["none"])[-1], digest.hexdigest()
 
 
 def product_without_units() -> list[str]:
@@ -676,7 +677,7 @@ def product_without_units() -> list[str]:
 
 
 needs_units = pytest.mark.skipif(
-    "avx512vnni" not in (cpu.instruction_sets() or []), reason="this processor lacks 8-bit units"
+    "avx512vnni" not in (native_instruction_sets() or []), reason="this processor lacks 8-bit units"
 )
 
 
@@ -702,7 +703,7 @@ def test_a_product_without_its_units_is_refused(limit: str) -> None:
 UNDER_LIMITS = """
 import resource
 import torch
-from lowbit.kernels import cpu
+from lowbit.kernels import cpu, native_instruction_sets
 
 torch.set_num_threads(2)
 m, n, k = 40, 300_000, 8

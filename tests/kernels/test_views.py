@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit import functional
-from lowbit.kernels import cpu
+from lowbit.kernels import native_instruction_sets
 from lowbit.methods.recipe import Recipe
 from lowbit.products.setting import Setting
 
-ENGINES = ["reference"] + ["int8"] * (cpu.instruction_sets() is not None)
+ENGINES = ["reference"] + ["int8"] * (native_instruction_sets() is not None)
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(8, 6), (5, 8)),

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 import lowbit
 from helpers import threads
-from lowbit.kernels import cpu
+from lowbit.kernels import native_instruction_sets
 from lowbit.products.strides import laid_out, of_normalization
 
 Layer = Callable[[], nn.Module]
 
-AVAILABLE = ["reference", "int8"] if "avx512vnni" in (cpu.instruction_sets() or []) else ["reference"]
+AVAILABLE = ["reference", "int8"] if "avx512vnni" in (native_instruction_sets() or []) else ["reference"]
 MODES = [(True, False), (True, True), (False, False)]  # training, autocast
 
 ENGINES = [

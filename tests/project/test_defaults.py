@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.kernels import cpu
+from lowbit.kernels import native_instruction_sets
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "lowbit"
 # What makes a tensor out of nothing, in torch's default dtype or on its default device unless it is told.
@@ -20,7 +20,7 @@ FACTORIES = {
     *("ones", "rand", "randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "zeros"),
 }
 RUNS = [("int8", "reference"), ("sbm8", "reference"), ("sbm8-cpt", "reference"), ("cpt-int8", "reference")]
-if cpu.instruction_sets() is not None:
+if native_instruction_sets() is not None:
     RUNS += [("int8", "int8"), ("sbm8", "int8"), ("cpt-int8", "int8")]
 CHANGED = [(torch.bfloat16, None), (torch.float16, "cpu"), (torch.float64, None), (None, "meta")]
 

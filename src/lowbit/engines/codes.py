@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lowbit.kernels import cpu
+from lowbit.kernels.memory import View, is_channels_last, memory_view
 from lowbit.numerics.quantizer import Sharing, encode
 from lowbit.products.setting import Layout, Slot
 
@@ -76,7 +76,7 @@ def _in_shape(q: Tensor, shape: torch.Size, layout: Layout) -> Tensor:
 Operand = Codes | Values
 
 
-def _ordered_view(x: Tensor, whole: bool, view: tuple[int, ...], dims: tuple[int, ...]) -> cpu.View | None:
+def _ordered_view(x: Tensor, whole: bool, view: tuple[int, ...], dims: tuple[int, ...]) -> View | None:
     """The view of a weight whose memory is (first axis, taps, second axis)."""
     first, second = x.shape[:2]
     taps = math.prod(x.shape[2:])
@@ -96,7 +96,7 @@ def _ordered_view(x: Tensor, whole: bool, view: tuple[int, ...], dims: tuple[int
 class Passes:
     """How the native passes take an operand: its memory, one scale or one for each channel, taps to transpose."""
 
-    memory: cpu.View
+    memory: View
     whole: bool
     taps: int
 
@@ -110,10 +110,10 @@ def passes(
     view, dims = sharing.view, sharing.dims
     weight = layout == "weight"
     taps = 1 if layout == "matrix" else math.prod(shape[2:])
-    memory = cpu.memory_view(x, view, dims)
+    memory = memory_view(x, view, dims)
     whole = len(dims) == len(view) or (memory is not None and memory[1] == 1)  # one scale
     last = memory is not None and memory[3]
-    ordered = weight and cpu.is_channels_last(x) and not x.is_contiguous()
+    ordered = weight and is_channels_last(x) and not x.is_contiguous()
     if ordered:  # its memory is in the wanted order already; noise numbers would not be
         memory = None if stochastic else _ordered_view(x, len(dims) == len(view), view, dims)
     transposed = not last and not ordered and taps > 1

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowbit.engines.base import Pair, Product
 from lowbit.engines.codes import MOST_SUMMED, Codes, Operand, Values, are_codes, encode_by_torch, in_order, passes
 from lowbit.engines.int8_convolutions import convolution
-from lowbit.kernels import cpu
+from lowbit.kernels import cpu, operators
 from lowbit.kernels.cpu import Rows
 from lowbit.numerics.elements import Integer, Steps
 from lowbit.numerics.formats import BF16, FP32, Format
@@ -81,7 +81,7 @@ def _count(number: int) -> Tensor:
 
 def missing(unit: Unit) -> str:
     """Why this machine has not the units; empty where it has."""
-    sets = cpu.instruction_sets()
+    sets = operators.instruction_sets()
     if sets is None:
         return "lowbit was installed without its native kernels (no compiler): reinstall with a C++17 compiler"
     wanted = "avx512vnni" if unit == "int8" else "avx512bf16"

@@ -1,146 +1,27 @@
-"""The native kernels on torch tensors: the one doorway into native code.
+"""The native kernels on torch tensors: what each makes and takes, around the calls of `lowbit.kernels.operators`.
 
-`_memory` says of every tensor where it lies, what its numbers are and how many; the native function then checks that
-the call stays inside, before it reads or writes anything. Functions raise TypeError for a tensor of another type, in
-other memory or with gaps in it, and ValueError for one of another length or one that overlaps what is written.
-
-Notation: x real value, q code, S scale, z zero point. Views are (outer, channels, inner, channels last): a tensor whose
-memory is outer x channels x inner, or with channels last outer x inner x channels.
+Notation: x real value, q code, S scale, z zero point. Views are as in `lowbit.kernels.memory`.
 """
 
-import importlib
-import importlib.util
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-# Types of numbers as native code counts them.
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int8: 3, torch.int32: 4, torch.int64: 5}
-
-View = tuple[int, int, int, bool]
-Memory = tuple[int, int, int]
-
-
-def _load() -> Any:
-    """The native module; None in an install without a compiler."""
-    if importlib.util.find_spec("lowbit.kernels._cpu") is None:
-        return None
-    return importlib.import_module("lowbit.kernels._cpu")
-
-
-_cpu = _load()
-
-
-def instruction_sets() -> list[str] | None:
-    """Instruction sets that native kernels use here, e.g. ``["avx2", "avx512", "avx512vnni"]``; None without them."""
-    return None if _cpu is None else list(_cpu.instruction_sets())
+from lowbit.kernels import operators
+from lowbit.kernels.memory import TYPES, View
 
 
 def runs(x: Tensor) -> bool:
     """Whether the native passes over memory take this tensor where it is dense: float32 or bfloat16 on the CPU."""
     stored = x.is_cpu and not x.is_neg() and not x._is_zerotensor()
-    return _cpu is not None and stored and x.dtype in (torch.float32, torch.bfloat16)
-
-
-def _memory(x: Tensor | None, name: str) -> Memory:
-    """Where a tensor lies as native code takes it: address, type, how many numbers; of None a type that is none.
-
-    Raises:
-        TypeError: it is of a type that native code does not know, is not on the CPU, has gaps or has the negative bit.
-        ValueError: its storage was resized below what its shape needs.
-    """
-    if x is None:
-        return 0, -1, 0
-    kind = _TYPES.get(x.dtype)
-    if kind is None or not x.is_cpu or x.is_neg() or not (x.is_contiguous() or is_channels_last(x)):
-        bit = " with the negative bit" if x.is_neg() else ""
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES)
-        raise TypeError(
-            f"{name} is {x.dtype}{bit} of shape {tuple(x.shape)} and strides {x.stride()} on {x.device}: give a dense "
-            f"tensor on the CPU of {known}"
-        )
-    check_storage(x, name)
-    return x.data_ptr(), kind, x.numel()
-
-
-def check_storage(x: Tensor, name: str) -> None:
-    """Raise a ValueError where the memory of a tensor on the CPU ends before its last number: sharding frees it."""
-    if not x.is_cpu or x.layout is not torch.strided or not x.numel() or x._is_zerotensor():
-        return
-    last = x.storage_offset() + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    needed, there = (last + 1) * x.element_size(), x.untyped_storage().nbytes()
-    if there < needed:
-        raise ValueError(
-            f"{name} of shape {tuple(x.shape)} needs {needed} bytes, and its storage was resized to {there}: give it "
-            "its memory back first"
-        )
-
-
-def in_memory(x: Tensor) -> Tensor:
-    """`x` with its numbers in memory as they count: not a negative view, nor a zero tensor, which has no memory."""
-    return x.clone() if x._is_zerotensor() else x.resolve_neg()
-
-
-def all_in_memory(x: Tensor, w: Tensor, bias: Tensor | None, layer: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`in_memory` of the three tensors of a layer.
-
-    Raises:
-        ValueError: the storage of one was resized below what its shape needs.
-    """
-    for name, t in (("input", x), ("weight", w), ("bias", bias)):
-        if t is not None and t.untyped_storage().nbytes() < (t.storage_offset() + t.numel()) * t.element_size():
-            check_storage(t, f"{layer}: {name}")  # an expanded tensor has less storage too
-    if x.is_neg() or w.is_neg() or x._is_zerotensor() or w._is_zerotensor():
-        x, w = in_memory(x), in_memory(w)
-    if bias is not None and (bias.is_neg() or bias._is_zerotensor()):
-        bias = in_memory(bias)
-    return x, w, bias
-
-
-def _memories(*tensors: Tensor | None, names: tuple[str, ...]) -> list[Memory]:
-    """`_memory` of several, which dense tensors on the CPU are told apart from in one place."""
-    found = []
-    for x, name in zip(tensors, names, strict=True):
-        if x is None:
-            found.append((0, -1, 0))
-        elif x.is_cpu and x.is_contiguous() and not x.is_neg() and x.dtype in _TYPES:
-            if x.untyped_storage().nbytes() < (x.storage_offset() + x.numel()) * x.element_size():
-                check_storage(x, name)
-            found.append((x.data_ptr(), _TYPES[x.dtype], x.numel()))
-        else:
-            found.append(_memory(x, name))
-    return found
+    return operators.INSTALLED and stored and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def _floats(*shape: int) -> Tensor:
     """Memory that a kernel fills, whatever torch's default dtype and device are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether memory is (B, *size, C) without gaps."""
-    if x.dim() == 4:
-        return x.is_contiguous(memory_format=torch.channels_last)
-    return x.dim() > 1 and x.movedim(1, -1).is_contiguous()
-
-
-def memory_view(x: Tensor, view: tuple[int, ...], dims: tuple[int, ...]) -> View | None:
-    """(outer, channels, inner, channels last) of x's memory, channels being what has a scale each; None if neither."""
-    kept = [d for d in range(len(view)) if d not in dims]
-    if kept and kept != list(range(kept[0], kept[-1] + 1)):
-        return None
-    first, last = (kept[0], kept[-1] + 1) if kept else (0, 0)
-    sizes = math.prod(view[:first]), math.prod(view[first:last]), math.prod(view[last:])
-    if x.is_contiguous():
-        return *sizes, False
-    if not kept:
-        return (x.shape[0], x.shape[1], math.prod(x.shape[2:]), True) if is_channels_last(x) else None
-    return (*sizes, True) if is_channels_last(x) and sizes[:2] == tuple(x.shape[:2]) else None
 
 
 def extremes(x: Tensor, view: View) -> tuple[Tensor, Tensor]:
@@ -151,7 +32,7 @@ def extremes(x: Tensor, view: View) -> tuple[Tensor, Tensor]:
         view: see the top of this file.
     """
     lo, hi = _floats(view[1]), _floats(view[1])
-    _cpu.extremes(_memory(x, "extremes: x"), view, _memory(lo, "lo"), _memory(hi, "hi"))
+    operators.extremes(x, view, lo, hi)
     return lo, hi
 
 
@@ -170,10 +51,7 @@ def observe(
     """
     shape = (1,) * x.dim()
     lo, hi = _floats(*shape), _floats(*shape)
-    _cpu.observe(
-        _memory(x, "observe: x"), samples, _memory(running, "observe: running"), momentum, first, training,
-        _memory(lo, "lo"), _memory(hi, "hi"),
-    )  # fmt: skip
+    operators.observe(x, samples, running, momentum, first, training, lo, hi)
     return lo, hi
 
 
@@ -214,18 +92,15 @@ def quantize(
     lo, hi = (None, None) if observed is None else (observed[0].float(), observed[1].float())
     if lo is not None and hi is not None and not (lo.numel() == hi.numel() == scale.numel() == 1):
         raise ValueError(f"an observed range of {lo.numel()} numbers for {scale.numel()} grids: give one for one")
-    m = _memories(x, lo, hi, codes, scale, names=_QUANTIZE)
-    zero: int = _cpu.quantize(m[0], view, (symmetric, levels, floor, samples or 0, m[1], m[2], key), taps, m[3], m[4])
-    return codes, scale, zero
-
-
-_QUANTIZE = ("quantize: x", "quantize: lo", "quantize: hi", "codes", "scale")
+    zero = None if symmetric else torch.empty(1, dtype=torch.int32, device="cpu")
+    operators.quantize(x, view, symmetric, levels, floor, samples or 0, lo, hi, key, taps, codes, scale, zero)
+    return codes, scale, 0 if zero is None else int(zero)
 
 
 def sums(x: Tensor, width: int) -> Tensor:
     """The sum of each column of dense memory of rows of `width` numbers, float32 ``(width,)``."""
     to = _floats(width)
-    _cpu.sums(_memory(x, "sums: x"), _memory(to, "sums"))
+    operators.sums(x, to)
     return to
 
 
@@ -238,8 +113,8 @@ class Codes:
     zero: int
 
     def arguments(self) -> tuple[Any, ...]:
-        """As the native functions take it."""
-        return _memory(self.q, "codes"), _memory(self.scale, "scale of codes"), self.zero
+        """As the operators take it."""
+        return self.q, self.scale, self.zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,11 +138,8 @@ class Statistics:
     slopes: Tensor | None = None
 
     def arguments(self) -> tuple[Any, ...]:
-        """As the native functions take it."""
-        return (
-            _memory(self.total, "total"), _memory(self.mean, "mean"), _memory(self.sigma, "sigma"),
-            _memory(self.argmax, "argmax"), _memory(self.argmin, "argmin"), _memory(self.slopes, "slopes"),
-        )  # fmt: skip
+        """As the operators take it."""
+        return self.total, self.mean, self.sigma, self.argmax, self.argmin, self.slopes
 
 
 def code_statistics(codes: Codes, channels: int, starts: list[int], slopes: Tensor) -> Statistics:
@@ -288,7 +160,7 @@ def code_statistics(codes: Codes, channels: int, starts: list[int], slopes: Tens
         argmin=torch.empty(shape, dtype=torch.int32, device="cpu"),
         slopes=slopes,
     )
-    _cpu.code_statistics(codes.arguments(), channels, starts, to.arguments())
+    operators.code_statistics(*codes.arguments(), channels, starts, slopes, *to.arguments()[:-1])
     return to
 
 
@@ -319,9 +191,8 @@ def normalize(
     """
     channels = stats.mean.numel()
     d = _floats(channels)
-    _cpu.normalize(
-        codes.arguments(), stats.arguments(), eps, narrowest, inside, _memory(gamma, "normalize: gamma"),
-        _memory(beta, "normalize: beta"), rectify, _memory(d, "d"), _memory(y, "normalize: y"),
+    operators.normalize(
+        *codes.arguments(), *stats.arguments(), eps, narrowest, inside, gamma, beta, rectify, d, y
     )  # fmt: skip
     return d
 
@@ -348,11 +219,7 @@ def rectify_backward(
         dtype: of y.
     """
     to = torch.empty_like(g)
-    _cpu.rectify_backward(
-        codes.arguments(), stats.arguments(), _memory(gamma, "rectify_backward: gamma"),
-        _memory(beta, "rectify_backward: beta"), _memory(d, "rectify_backward: d"), _TYPES[dtype],
-        _memory(g, "rectify_backward: g"), _memory(to, "rectify_backward: the result"),
-    )  # fmt: skip
+    operators.rectify_backward(*codes.arguments(), *stats.arguments(), gamma, beta, d, TYPES[dtype], g, to)
     return to
 
 
@@ -372,10 +239,8 @@ def normalize_backward(
     """
     channels = d.numel()
     grad_gamma, grad_beta = _floats(channels), _floats(channels)
-    _cpu.normalize_backward(
-        g.arguments(), codes.arguments(), stats.arguments(), inside, _memory(gamma, "normalize_backward: gamma"),
-        _memory(d, "normalize_backward: d"), _memory(grad_gamma, "grad_gamma"), _memory(grad_beta, "grad_beta"),
-        _memory(dx, "normalize_backward: dx"),
+    operators.normalize_backward(
+        *g.arguments(), *codes.arguments(), *stats.arguments(), inside, gamma, d, grad_gamma, grad_beta, dx
     )  # fmt: skip
     return grad_gamma, grad_beta
 
@@ -383,9 +248,7 @@ def normalize_backward(
 def code_sums(a: Tensor, b: Tensor | None, channels: int) -> tuple[Tensor, Tensor]:
     """Sums of codes of each channel, int64 ``(channels,)``: of `a`, and of `a` times `b` (zeros without `b`)."""
     total, product = torch.zeros(2, channels, dtype=torch.int64, device="cpu").unbind()
-    _cpu.code_sums(
-        _memory(a, "code_sums: a"), _memory(b, "code_sums: b"), _memory(total, "sums"), _memory(product, "products")
-    )
+    operators.code_sums(a, b, total, product)
     return total, product
 
 
@@ -398,9 +261,7 @@ def affine(q: Tensor, a: Tensor, b: Tensor, y: Tensor) -> None:
         b: float32 ``(channels,)``.
         y: as many numbers as `q`.
     """
-    _cpu.affine(
-        _memory(q, "affine: q"), _memory(a, "affine: a"), _memory(b, "affine: b"), False, _memory(y, "affine: y")
-    )
+    operators.affine(q, a, b, False, y)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,9 +285,8 @@ class Grid:
     key: tuple[int, int] | None = None
 
     def arguments(self) -> tuple[Any, ...]:
-        """As the native functions take it."""
-        low, high = float(self.low), float(self.high)
-        return _memory(self.scale, "scale"), _memory(self.zero, "zero"), low, high, self.offset, self.key
+        """As the operators take it."""
+        return self.scale, self.zero, float(self.low), float(self.high), self.offset, self.key
 
 
 def encode(x: Tensor, view: View, grid: Grid, *, signed: bool, taps: int = 1) -> Tensor:
@@ -444,14 +304,14 @@ def encode(x: Tensor, view: View, grid: Grid, *, signed: bool, taps: int = 1) ->
         A flat tensor of ``x.numel()`` codes.
     """
     codes = torch.empty(x.numel(), dtype=torch.int8 if signed else torch.uint8, device="cpu")
-    _cpu.encode(_memory(x, "encode: x"), view, grid.arguments(), taps, _memory(codes, "codes"))
+    operators.encode(x, view, *grid.arguments(), taps, codes)
     return codes
 
 
 def fake_quantize(x: Tensor, view: View, grid: Grid) -> Tensor:
     """The values of the codes in the dtype, shape and memory order of `x`."""
     y = torch.empty_like(x)
-    _cpu.fake_quantize(_memory(x, "fake_quantize: x"), view, grid.arguments(), _memory(y, "fake_quantize: the result"))
+    operators.fake_quantize(x, view, *grid.arguments(), y)
     return y
 
 
@@ -462,14 +322,14 @@ def round_bf16(x: Tensor) -> Tensor:
         x: dense float32 on the CPU, its memory in the order of its axes or channels last.
     """
     y = torch.empty_like(x)
-    _cpu.round_bf16(_memory(x, "round_bf16: x"), _memory(y, "round_bf16: the result"))
+    operators.round_bf16(x, y)
     return y
 
 
 def noise(count: int, key: tuple[int, int]) -> Tensor:
     """The noise of elements 0 to count - 1, float32, as `lowbit.numerics.rounding.uniform_noise` makes it."""
     u = _floats(count)
-    _cpu.noise(*key, _memory(u, "noise"))
+    operators.noise(key, u)
     return u
 
 
@@ -526,26 +386,15 @@ class Rows:
 
 
 def _numbers(*sides: Rows) -> list[list[int]]:
-    """All of sides but their data, as the operators take it; `_places` reads it."""
+    """All of sides but their data, as the operators take it."""
     found = []
     for side in sides:
         w = side.window
-        numbers = [side.first, side.rows, side.width, side.stride, side.fold, side.zero, side.along]
+        numbers = [side.first, side.rows, side.width, side.stride, side.fold, side.zero, int(side.along)]
         if w is not None:
             places = (*w.position, *w.size, *w.kernel, *w.stride, *w.padding, *w.dilation)
-            numbers += [*places, w.transposed, w.channels]
+            numbers += [*places, int(w.transposed), w.channels]
         found.append(numbers)
-    return found
-
-
-def _places(*sides: list[int]) -> list[tuple[Any, ...]]:
-    """Where sides of a product lie, as the native function takes it, from their `_numbers`."""
-    found = []
-    for first, rows, width, stride, fold, zero, along, *w in sides:
-        window = None
-        if w:
-            window = (w[:4], w[4:7], w[7:10], w[10:13], w[13:16], w[16:19], bool(w[19]), w[20])
-        found.append((first, rows, width, stride, fold, zero, window, bool(along)))
     return found
 
 
@@ -575,61 +424,6 @@ def multiply(
         codes: True multiplies bytes and sums in int32; False rounds both sides to bf16, codes to ``q - z``, and sums
             in float32.
     """
-    for x in (a.data, b.data, out, *scales, bias):
-        if x is not None and (not x.is_cpu or x.is_neg()):  # of these the dispatcher would make something else
-            _memory(x, "multiply: a tensor")
-    operator = _OPERATORS[codes]
+    operator = operators.multiply_codes if codes else operators.multiply_halves
     lhs, rhs = _numbers(a, b)
-    operator(a.data, lhs, b.data, rhs, out, [first, stride, taps], scales[0], scales[1], bias)
-
-
-_SIDE = "a side of a product"
-_MULTIPLY = ("multiply: out", _SIDE, _SIDE, "multiply: row scales", "multiply: column scales", "multiply: bias")
-
-
-def _multiply(codes: bool) -> Callable[..., None]:
-    """The kernel of the operator ``lowbit::multiply_codes``, or of ``lowbit::multiply_halves``."""
-
-    def kernel(
-        lhs: Tensor,
-        lhs_rows: list[int],
-        rhs: Tensor,
-        rhs_rows: list[int],
-        out: Tensor,
-        place: list[int],
-        row_scale: Tensor,
-        column_scale: Tensor,
-        bias: Tensor | None,
-    ) -> None:
-        to, a, b, rows, columns, added = _memories(out, lhs, rhs, row_scale, column_scale, bias, names=_MULTIPLY)
-        left, right = _places(lhs_rows, rhs_rows)
-        _cpu.multiply(codes, (a, *left), (b, *right), (to, *place, rows, columns, added))
-
-    return kernel
-
-
-def _fake(*_: object) -> None:
-    """Without values there is nothing to write: the shape of `out` was known before."""
-
-
-def _flops(_lhs: object, lhs_rows: list[int], _rhs: object, rhs_rows: list[int], *_: object, **__: object) -> int:
-    """Two for each multiply-accumulate: ``2 m n k``, as `torch.utils.flop_counter` counts."""
-    (_, rows, width, _, _, _, window, _), (_, other_rows, other_width, _, _, _, _, along) = _places(lhs_rows, rhs_rows)
-    if window is not None:
-        (batch, *_), size, *_, transposed, _ = window
-        if transposed:  # most taps of the larger side reach for nothing
-            rows = batch * math.prod(size)
-    return 2 * int(rows * width * (other_rows if along else other_width))
-
-
-# The products are operators of torch, so that its profiler shows them and its counter of operations counts them.
-_LIBRARY = torch.library.Library("lowbit", "DEF")
-for _name, _codes in (("multiply_codes", True), ("multiply_halves", False)):
-    _LIBRARY.define(
-        f"{_name}(Tensor lhs, int[] lhs_rows, Tensor rhs, int[] rhs_rows, Tensor(a!) out, int[] place, "
-        "Tensor row_scale, Tensor column_scale, Tensor? bias) -> ()"
-    )
-    _LIBRARY.impl(_name, _multiply(_codes), "CPU")
-    torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_LIBRARY)
-    register_flop_formula(getattr(torch.ops.lowbit, _name))(_flops)
-_OPERATORS = {True: torch.ops.lowbit.multiply_codes.default, False: torch.ops.lowbit.multiply_halves.default}
+    operator(a.data, lhs, b.data, rhs, out, [first, stride, taps], *scales, bias)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowbit.errors import UsageError
 from lowbit.kernels import cpu
+from lowbit.kernels.memory import is_channels_last, memory_view
 from lowbit.numerics.elements import Integer, Steps
 from lowbit.numerics.formats import BF16, FP32, Format, check_defined
 from lowbit.numerics.parts import NUMBERS, NUMBERS_OR_NONE, Listed, unlisted
@@ -338,7 +339,7 @@ def _natively(
     if not cpu.runs(x) or x.dtype != torch.float32 or x.numel() == 0 or not _is_native(fmt):
         return None
     view, dims = sharing.view, sharing.dims
-    memory = cpu.memory_view(x, view, dims)
+    memory = memory_view(x, view, dims)
     if memory is None or fmt.scale is None or (observed is not None and observed[0].numel() > 1):
         return None
     if observed is not None:
@@ -370,7 +371,7 @@ def native_grid(steps: Steps, key: tuple[int, int] | None) -> cpu.Grid:
 
 def _round_bf16(x: Tensor) -> Tensor:
     """The nearest bfloat16 of each number, in the dtype of `x`."""
-    if cpu.runs(x) and x.dtype == torch.float32 and (x.is_contiguous() or cpu.is_channels_last(x)):
+    if cpu.runs(x) and x.dtype == torch.float32 and (x.is_contiguous() or is_channels_last(x)):
         return cpu.round_bf16(x)
     return x.to(torch.bfloat16).to(x.dtype)
 

@@ -1,4 +1,4 @@
-// The passes over memory as functions of Python.
+// The passes over memory as functions of Python, whose arguments are those of the schemas in `operators.py`.
 
 #include <algorithm>
 #include <functional>
@@ -9,8 +9,9 @@
 namespace lowbit {
 namespace {
 
-using Shape = std::tuple<int64_t, int64_t, int64_t, bool>;
-using Key = std::optional<std::tuple<uint32_t, uint32_t>>;
+using Shape = std::array<int64_t, 4>;  // outer, channels, inner, whether channels are last
+using Key = std::array<uint32_t, 2>;
+using MaybeKey = std::optional<Key>;
 
 const void* floats(Call& call, const char* name, const Memory& m, int64_t count) {
     return call.take(name, m, kFloats, count, count, false);
@@ -24,11 +25,11 @@ uint8_t* write_codes(Call& call, const Memory& m, int64_t count) {
 
 // The view of x's memory; all of it.
 View view_of(const Call& call, const Shape& s, const Memory& x) {
-    const auto& [outer, channels, inner, last] = s;
+    const auto [outer, channels, inner, last] = s;
     if (call.times(call.times(outer, channels), inner) != count_of(x))
         call.refuse("a view of " + std::to_string(outer) + " x " + std::to_string(channels) + " x " +
                     std::to_string(inner) + " of a tensor of " + std::to_string(count_of(x)) + " numbers");
-    return {outer, channels, inner, last};
+    return {outer, channels, inner, last != 0};
 }
 
 // Rows of so many channels.
@@ -46,16 +47,11 @@ void check_taps(const Call& call, const View& view, bool one_scale, int64_t taps
               "records are not whole taps, or have their channels last");
 }
 
-Key key_or(const Key& key) { return key ? key : Key({0, 0}); }
-
-// (scale, zero, low, high, offset, key)
-using GridArgs = std::tuple<Memory, Memory, float, float, bool, Key>;
-
-Grid grid_of(Call& call, const GridArgs& args, int64_t channels) {
-    const auto& [scale, zero, low, high, offset, key] = args;
+Grid grid_of(Call& call, const Memory& scale, const Memory& zero, float low, float high, bool offset,
+             const MaybeKey& key, int64_t channels) {
     const int64_t scales = count_of(scale);
     call.need(scales == 1 || scales == channels, "there are neither one scale nor one for each channel");
-    const auto [first, second] = *key_or(key);
+    const auto [first, second] = key.value_or(Key{});
     return {call.reads<float>("scale", scale, scales),
             call.may_read<float>("zero", zero, scales),
             scales,
@@ -67,25 +63,18 @@ Grid grid_of(Call& call, const GridArgs& args, int64_t channels) {
             second};
 }
 
-// (codes, scale, zero point)
-using CodesArgs = std::tuple<Memory, Memory, int>;
-
-CodeRows codes_of(Call& call, const char* name, const CodesArgs& args, int64_t count) {
-    const auto& [q, scale, zero] = args;
+CodeRows codes_of(Call& call, const char* name, const Memory& q, const Memory& scale, int zero, int64_t count) {
     call.need(zero >= 0 && zero <= 255, "the zero point is not a code");
-    return {call.reads<uint8_t>(name, q, count), call.reads<float>("scale", scale, 1), zero};
+    return {call.reads<uint8_t>(name, q, count), call.reads<float>("code_scale", scale, 1), zero};
 }
-
-// (total, mean, sigma, argmax, argmin, slopes)
-using StatisticsArgs = std::tuple<Memory, Memory, Memory, Memory, Memory, Memory>;
 
 template <class T>
 T* writable(const T* p) {
     return const_cast<T*>(p);
 }
 
-Statistics statistics_of(Call& call, const StatisticsArgs& args, int64_t rows, int64_t channels) {
-    const auto& [total, mean, sigma, argmax, argmin, slopes] = args;
+Statistics statistics_of(Call& call, const Memory& total, const Memory& mean, const Memory& sigma, const Memory& argmax,
+                         const Memory& argmin, const Memory& slopes, int64_t rows, int64_t channels) {
     const int64_t chunks = count_of(slopes), all = call.times(chunks, channels);
     const Statistics stats{chunks ? writable(call.reads<int64_t>("total", total, channels)) : nullptr,
                            writable(call.reads<float>("mean", mean, channels)),
@@ -138,18 +127,15 @@ void observe(const Memory& x, int64_t samples, const Memory& range, float moment
     passes().observe(from, type_of(x), count_of(x), samples, running, to_lo, to_hi);
 }
 
-// (symmetric, levels, floor, samples or 0, lo, hi, key)
-using RuleArgs = std::tuple<bool, float, float, int64_t, Memory, Memory, Key>;
-
-int quantize(const Memory& x, const Shape& shape, const RuleArgs& args, int64_t taps, const Memory& codes,
-             const Memory& scale) {
+void quantize(const Memory& x, const Shape& shape, bool symmetric, float levels, float floor, int64_t samples,
+              const Memory& lo, const Memory& hi, const MaybeKey& key, int64_t taps, const Memory& codes,
+              const Memory& scale, const Memory& zero) {
     Call call("quantize");
-    const auto& [symmetric, levels, floor, samples, lo, hi, key] = args;
     const View view = view_of(call, shape, x);
     const int64_t scales = samples ? 1 : view.channels;
     if (samples) check_samples(call, count_of(x), samples);
     check_taps(call, view, scales == 1, taps);
-    const auto [first, second] = *key_or(key);
+    const auto [first, second] = key.value_or(Key{});
     const void* from = floats(call, "x", x, count_of(x));
     const Rule rule{symmetric,
                     levels,
@@ -163,23 +149,25 @@ int quantize(const Memory& x, const Shape& shape, const RuleArgs& args, int64_t 
     call.need(!rule.lo == !rule.hi, "only one end of a range is given");
     uint8_t* to = write_codes(call, codes, count_of(x));
     float* to_scale = call.writes<float>("scale", scale, scales);
+    int32_t* to_zero = symmetric ? nullptr : call.writes<int32_t>("zero", zero, 1);
     call.check_apart();
     const nb::gil_scoped_release release;
-    return passes().quantize(from, type_of(x), view, rule, taps, to, to_scale);
+    const int found = passes().quantize(from, type_of(x), view, rule, taps, to, to_scale);
+    if (to_zero) *to_zero = found;
 }
 
-void code_statistics(const CodesArgs& args, int64_t channels, const std::vector<int64_t>& starts,
-                     const StatisticsArgs& to) {
+void code_statistics(const Memory& q, const Memory& scale, int zero, int64_t channels,
+                     const std::vector<int64_t>& starts, const Memory& slopes, const Memory& total, const Memory& mean,
+                     const Memory& sigma, const Memory& argmax, const Memory& argmin) {
     Call call("code_statistics");
-    const auto& [total, mean, sigma, argmax, argmin, slopes] = to;
-    const int64_t rows = rows_of(call, std::get<0>(args), channels), chunks = count_of(slopes);
+    const int64_t rows = rows_of(call, q, channels), chunks = count_of(slopes);
     call.need(chunks > 0 && static_cast<int64_t>(starts.size()) == chunks + 1,
               "chunks and their slopes differ in number");
     call.need(starts[0] == 0 && starts[chunks] == rows && rows <= std::numeric_limits<int32_t>::max() &&
                   std::adjacent_find(starts.begin(), starts.end(), std::greater_equal<>()) == starts.end(),
               "chunks are not all rows, in their order");
     const int64_t all = call.times(chunks, channels);
-    const CodeRows codes = codes_of(call, "codes", args, count_of(std::get<0>(args)));
+    const CodeRows codes = codes_of(call, "codes", q, scale, zero, count_of(q));
     const Statistics found{call.writes<int64_t>("total", total, channels),
                            call.writes<float>("mean", mean, channels),
                            call.writes<float>("sigma", sigma, channels),
@@ -192,12 +180,14 @@ void code_statistics(const CodesArgs& args, int64_t channels, const std::vector<
     passes().code_statistics(codes, channels, starts.data(), found);
 }
 
-void normalize(const CodesArgs& args, const StatisticsArgs& stats_args, float eps, bool narrowest, bool inside,
-               const Memory& gamma, const Memory& beta, bool rectify, const Memory& d, const Memory& y) {
+void normalize(const Memory& q, const Memory& scale, int zero, const Memory& total, const Memory& mean,
+               const Memory& sigma, const Memory& argmax, const Memory& argmin, const Memory& slopes, float eps,
+               bool narrowest, bool inside, const Memory& gamma, const Memory& beta, bool rectify, const Memory& d,
+               const Memory& y) {
     Call call("normalize");
-    const int64_t channels = count_of(d), rows = rows_of(call, std::get<0>(args), channels);
-    const CodeRows codes = codes_of(call, "codes", args, rows * channels);
-    const Statistics stats = statistics_of(call, stats_args, rows, channels);
+    const int64_t channels = count_of(d), rows = rows_of(call, q, channels);
+    const CodeRows codes = codes_of(call, "codes", q, scale, zero, rows * channels);
+    const Statistics stats = statistics_of(call, total, mean, sigma, argmax, argmin, slopes, rows, channels);
     const float *g = call.may_read<float>("gamma", gamma, channels), *b = call.may_read<float>("beta", beta, channels);
     float* to_d = call.writes<float>("d", d, channels);
     void* to = write_floats(call, "y", y, rows * channels);
@@ -206,12 +196,14 @@ void normalize(const CodesArgs& args, const StatisticsArgs& stats_args, float ep
     passes().normalize(codes, rows, channels, stats, eps, narrowest, inside, g, b, rectify, to_d, to, type_of(y));
 }
 
-void rectify_backward(const CodesArgs& args, const StatisticsArgs& stats_args, const Memory& gamma, const Memory& beta,
-                      const Memory& d, int y_type, const Memory& g, const Memory& to) {
+void rectify_backward(const Memory& q, const Memory& scale, int zero, const Memory& total, const Memory& mean,
+                      const Memory& sigma, const Memory& argmax, const Memory& argmin, const Memory& slopes,
+                      const Memory& gamma, const Memory& beta, const Memory& d, int y_type, const Memory& g,
+                      const Memory& to) {
     Call call("rectify_backward");
-    const int64_t channels = count_of(d), rows = rows_of(call, std::get<0>(args), channels);
-    const CodeRows codes = codes_of(call, "codes", args, rows * channels);
-    const Statistics stats = statistics_of(call, stats_args, rows, channels);
+    const int64_t channels = count_of(d), rows = rows_of(call, q, channels);
+    const CodeRows codes = codes_of(call, "codes", q, scale, zero, rows * channels);
+    const Statistics stats = statistics_of(call, total, mean, sigma, argmax, argmin, slopes, rows, channels);
     const float *a = call.may_read<float>("gamma", gamma, channels), *b = call.may_read<float>("beta", beta, channels);
     const float* divisors = call.reads<float>("d", d, channels);
     const void* from = floats(call, "g", g, rows * channels);
@@ -223,14 +215,15 @@ void rectify_backward(const CodesArgs& args, const StatisticsArgs& stats_args, c
                               result);
 }
 
-void normalize_backward(const CodesArgs& g_args, const CodesArgs& args, const StatisticsArgs& stats_args, bool inside,
-                        const Memory& gamma, const Memory& d, const Memory& grad_gamma, const Memory& grad_beta,
-                        const Memory& dx) {
+void normalize_backward(const Memory& g_q, const Memory& g_scale, int g_zero, const Memory& q, const Memory& scale,
+                        int zero, const Memory& total, const Memory& mean, const Memory& sigma, const Memory& argmax,
+                        const Memory& argmin, const Memory& slopes, bool inside, const Memory& gamma, const Memory& d,
+                        const Memory& grad_gamma, const Memory& grad_beta, const Memory& dx) {
     Call call("normalize_backward");
-    const int64_t channels = count_of(d), rows = rows_of(call, std::get<0>(args), channels);
-    const CodeRows g = codes_of(call, "g", g_args, rows * channels),
-                   codes = codes_of(call, "codes", args, rows * channels);
-    const Statistics stats = statistics_of(call, stats_args, rows, channels);
+    const int64_t channels = count_of(d), rows = rows_of(call, q, channels);
+    const CodeRows g = codes_of(call, "g", g_q, g_scale, g_zero, rows * channels),
+                   codes = codes_of(call, "codes", q, scale, zero, rows * channels);
+    const Statistics stats = statistics_of(call, total, mean, sigma, argmax, argmin, slopes, rows, channels);
     const float *a = call.may_read<float>("gamma", gamma, channels), *divisors = call.reads<float>("d", d, channels);
     float* to_gamma = call.writes<float>("grad_gamma", grad_gamma, channels);
     float* to_beta = call.writes<float>("grad_beta", grad_beta, channels);
@@ -263,11 +256,12 @@ void affine(const Memory& q, const Memory& a, const Memory& b, bool relu, const 
     passes().affine(codes, rows, channels, scale, add, relu, to, type_of(y));
 }
 
-void encode(const Memory& x, const Shape& shape, const GridArgs& args, int64_t taps, const Memory& codes) {
+void encode(const Memory& x, const Shape& shape, const Memory& scale, const Memory& zero, float low, float high,
+            bool offset, const MaybeKey& key, int64_t taps, const Memory& codes) {
     Call call("encode");
     const View view = view_of(call, shape, x);
     const void* from = floats(call, "x", x, count_of(x));
-    const Grid grid = grid_of(call, args, view.channels);
+    const Grid grid = grid_of(call, scale, zero, low, high, offset, key, view.channels);
     check_taps(call, view, grid.scales == 1, taps);
     uint8_t* to = write_codes(call, codes, count_of(x));
     call.check_apart();
@@ -275,11 +269,12 @@ void encode(const Memory& x, const Shape& shape, const GridArgs& args, int64_t t
     passes().encode(from, type_of(x), view, grid, taps, to);
 }
 
-void fake_quantize(const Memory& x, const Shape& shape, const GridArgs& args, const Memory& y) {
+void fake_quantize(const Memory& x, const Shape& shape, const Memory& scale, const Memory& zero, float low, float high,
+                   bool offset, const MaybeKey& key, const Memory& y) {
     Call call("fake_quantize");
     const View view = view_of(call, shape, x);
     const void* from = floats(call, "x", x, count_of(x));
-    const Grid grid = grid_of(call, args, view.channels);
+    const Grid grid = grid_of(call, scale, zero, low, high, offset, key, view.channels);
     void* to = write_floats(call, "y", y, count_of(x));
     call.need(type_of(x) == type_of(y), "types of x and y differ");
     call.check_apart();
@@ -296,11 +291,11 @@ void round_bf16(const Memory& x, const Memory& y) {
     passes().round_bf16(from, count_of(x), to);
 }
 
-void noise(uint32_t key0, uint32_t key1, const Memory& u) {
+void noise(const Key& key, const Memory& u) {
     Call call("noise");
     float* to = call.writes<float>("u", u, count_of(u));
     const nb::gil_scoped_release release;
-    passes().noise(count_of(u), key0, key1, to);
+    passes().noise(count_of(u), key[0], key[1], to);
 }
 
 }  // namespace

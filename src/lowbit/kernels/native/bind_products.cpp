@@ -8,16 +8,17 @@
 namespace lowbit {
 namespace {
 
-using Three = std::array<int64_t, 3>;
-// (position, size, kernel, stride, padding, dilation, transposed, channels)
-using WindowArgs = std::tuple<std::array<int64_t, 4>, Three, Three, Three, Three, Three, bool, int64_t>;
-// (data, first number, rows, length, stride, fold, zero point, window or None, whether width-major)
-using SideArgs = std::tuple<Memory, int64_t, int64_t, int64_t, int64_t, int64_t, int, std::optional<WindowArgs>, bool>;
+// Where a side of a product lies, beside its data: first number, rows, length, stride, fold, zero point, whether
+// width-major; then, of a convolution, its window: batch and sizes of the positions, and, each three numbers, sizes of
+// what taps reach for, kernel, stride, padding, dilation; whether transposed, channels.
+using Place = std::vector<int64_t>;
+constexpr size_t kPlain = 7, kUnfolded = kPlain + 4 + 5 * 3 + 2;
 
 // Fills `window`, and returns how many pixels it may reach.
-int64_t window_of(const Call& call, const WindowArgs& args, int64_t rows, int64_t width, Window& window) {
+int64_t window_of(const Call& call, const int64_t* numbers, int64_t rows, int64_t width, Window& window) {
     constexpr int64_t most = std::numeric_limits<int32_t>::max();
-    const auto& [position, size, kernel, step, padding, dilation, transposed, channels] = args;
+    const int64_t *position = numbers, *size = numbers + 4, *kernel = size + 3, *step = kernel + 3, *padding = step + 3,
+                  *dilation = padding + 3, transposed = dilation[3], channels = dilation[4];
     int64_t positions = 1, pixels = position[0], taps = 1;
     for (int i = 0; i < 4; i++) {
         call.need(position[i] <= most, "a window has too many positions");
@@ -36,7 +37,7 @@ int64_t window_of(const Call& call, const WindowArgs& args, int64_t rows, int64_
         pixels = call.times(pixels, size[i]);
         taps = call.times(taps, kernel[i]);
     }
-    window.transposed = transposed;
+    window.transposed = transposed != 0;
     window.channels = channels;
     call.need(channels > 0 && positions == rows && positions <= std::numeric_limits<uint32_t>::max() &&
                   call.times(taps, channels) == width,
@@ -44,12 +45,16 @@ int64_t window_of(const Call& call, const WindowArgs& args, int64_t rows, int64_
     return pixels;
 }
 
-Side side_of(Call& call, const char* name, const SideArgs& args, int types, Window& window) {
-    const auto& [data, first, rows, length, stride, fold, zero, w, width_major] = args;
+Side side_of(Call& call, const char* name, const Memory& data, const Place& place, int types, Window& window) {
+    call.need(place.size() == kPlain || place.size() == kUnfolded, "a side has too few numbers, or too many");
+    const bool unfolded = place.size() == kUnfolded;
+    const int64_t first = place[0], rows = place[1], length = place[2], stride = place[3], fold = place[4],
+                  zero = place[5], width_major = place[6];
     call.need(first >= 0 && fold >= 0 && (fold == 0 || rows % fold == 0),
               "rows begin before their memory, or do not fold");
     call.need(zero >= -255 && zero <= 255, "the zero point is not a code");
-    const int64_t steps = w ? window_of(call, *w, rows, length, window) : rows, of_step = w ? window.channels : length;
+    const int64_t steps = unfolded ? window_of(call, &place[kPlain], rows, length, window) : rows,
+                  of_step = unfolded ? window.channels : length;
     // From the first number to the end of the last row, or pixel.
     const int64_t reach = steps && of_step ? call.plus(call.times(steps - 1, stride), of_step) : 0;
     call.need(rows >= 0 && length >= 0 && stride >= 0, "sizes are less than 0");
@@ -62,26 +67,27 @@ Side side_of(Call& call, const char* name, const SideArgs& args, int types, Wind
             length,
             stride,
             fold,
-            w ? &window : nullptr,
-            zero,
+            unfolded ? &window : nullptr,
+            static_cast<int>(zero),
             width_major ? Order::width_major : Order::depth_major};
 }
 
-// (data, first number, stride, taps, row scales, column scales, bias)
-using ResultArgs = std::tuple<Memory, int64_t, int64_t, int64_t, Memory, Memory, Memory>;
-
-void multiply(bool codes, const SideArgs& lhs_args, const SideArgs& rhs_args, const ResultArgs& result) {
+// `at`: first number of the result, numbers between its rows, taps.
+template <bool codes>
+void multiply(const Memory& lhs_data, const Place& lhs_place, const Memory& rhs_data, const Place& rhs_place,
+              const Memory& data, const std::array<int64_t, 3>& at, const Memory& row, const Memory& column,
+              const Memory& bias) {
     Call call("multiply");
     Window lhs_window, rhs_window;
     const int types = codes ? kBytesOnly : kNumbers;
-    const Side lhs = side_of(call, "the left side", lhs_args, types, lhs_window);
-    const Side rhs = side_of(call, "the right side", rhs_args, types, rhs_window);
+    const Side lhs = side_of(call, "the left side", lhs_data, lhs_place, types, lhs_window);
+    const Side rhs = side_of(call, "the right side", rhs_data, rhs_place, types, rhs_window);
     const auto width = [](const Side& s) { return s.order == Order::width_major ? s.rows : s.length; };
     const auto depth = [](const Side& s) { return s.order == Order::width_major ? s.length : s.rows; };
     const int64_t m = width(lhs), n = width(rhs), k = depth(lhs);
     call.need(k == depth(rhs), "the two sides sum over different numbers");
     call.need(k > 0 || !m || !n, "the two sides sum over no numbers: the result is the bias alone");
-    const auto& [data, first, stride, taps, row, column, bias] = result;
+    const auto [first, stride, taps] = at;
     const int64_t rows = count_of(row), columns = count_of(column);
     call.need(rows == 1 || rows == m, "there are neither one row scale nor one for each row");
     call.need(columns > 0 && n % columns == 0, "column scales do not repeat over the columns");
@@ -110,6 +116,9 @@ void multiply(bool codes, const SideArgs& lhs_args, const SideArgs& rhs_args, co
 
 }  // namespace
 
-void bind_products(nb::module_& m) { m.def("multiply", &multiply); }
+void bind_products(nb::module_& m) {
+    m.def("multiply_codes", &multiply<true>);
+    m.def("multiply_halves", &multiply<false>);
+}
 
 }  // namespace lowbit

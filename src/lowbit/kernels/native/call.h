@@ -1,6 +1,6 @@
 // One call from Python: whether it stays inside its tensors, checked before anything is read or written.
 //
-// `lowbit.kernels.cpu` says where tensors lie.
+// `lowbit.kernels.operators` says where tensors lie.
 #pragma once
 
 #include <nanobind/nanobind.h>

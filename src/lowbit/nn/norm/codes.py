@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowbit.engines.int8 import takes
 from lowbit.kernels import cpu
+from lowbit.kernels.memory import in_memory, is_channels_last
 from lowbit.methods.recipe import Constant, RangeNorm
 from lowbit.nn.norm.definition import _per_channel, range_batch_norm_backward
 from lowbit.nn.norm.setting import NormSetting
@@ -29,7 +30,7 @@ def _codes(x: Tensor, setting: NormSetting, operand: str) -> cpu.Codes | None:
     if setting.engine != "int8" or not cpu.runs(x) or fmt.zero != "integer" or not takes(fmt):
         return None
     bits, scale_of = setting.width(operand), fmt.scale
-    if bits > 8 or x.numel() == 0 or not cpu.is_channels_last(x) or scale_of is None:
+    if bits > 8 or x.numel() == 0 or not is_channels_last(x) or scale_of is None:
         return None
     key = None
     if fmt.stochastic:
@@ -132,12 +133,12 @@ class _RangeBatchNormOfCodes(torch.autograd.Function):
 
 def _float(v: Tensor | None) -> Tensor | None:
     """As native passes read it."""
-    return None if v is None else cpu.in_memory(v.detach().float()).contiguous()
+    return None if v is None else in_memory(v.detach().float()).contiguous()
 
 
 def _as_given(fixed: tuple[Tensor, Tensor]) -> cpu.Statistics:
     """Statistics that are not of this batch."""
-    mean, sigma = (cpu.in_memory(v.float()).contiguous() for v in fixed)
+    mean, sigma = (in_memory(v.float()).contiguous() for v in fixed)
     return cpu.Statistics(mean=mean, sigma=sigma)
 
 
@@ -172,8 +173,8 @@ def _backward_of_codes(
     dx: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, in `dx` or of its dtype, gamma and beta; by the definition where g gets no codes."""
-    grad_output = cpu.in_memory(grad_output)
-    if not cpu.is_channels_last(grad_output):
+    grad_output = in_memory(grad_output)
+    if not is_channels_last(grad_output):
         grad_output = strides.laid_out(grad_output, strides.channels_last(grad_output.shape))
     weight, bias = parameters
     if setting.rectify:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.functional import autocast_device
-from lowbit.kernels import cpu
+from lowbit.kernels.memory import in_memory, is_channels_last
 from lowbit.nn.norm.codes import _codes, _RangeBatchNormOfCodes
 from lowbit.nn.norm.definition import _RangeBatchNorm
 from lowbit.nn.norm.setting import NormSetting
@@ -50,8 +50,8 @@ def range_batch_norm(
                 f"{setting.layer or 'Range BN'}: {what} of shape {tuple(v.shape)} for an input of shape "
                 f"{tuple(x.shape)}: give one number for each of {x.shape[1]} channels"
             )
-    x, dtype, wanted = cpu.in_memory(x), x.dtype, strides.of_normalization(x)
-    if setting.engine == "int8" and x.device.type == "cpu" and not cpu.is_channels_last(x) and x.dim() > 1:
+    x, dtype, wanted = in_memory(x), x.dtype, strides.of_normalization(x)
+    if setting.engine == "int8" and x.device.type == "cpu" and not is_channels_last(x) and x.dim() > 1:
         x = strides.laid_out(x, strides.channels_last(x.shape))
     codes = _codes(x, setting, "input") if fixed is not None or x.numel() > x.shape[1] else None
     expected = ("grad_input",) if torch.is_grad_enabled() and x.requires_grad else ()

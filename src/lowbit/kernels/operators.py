@@ -1,0 +1,139 @@
+"""The native functions as operators of torch: the one doorway into native code.
+
+A `Native` says of every tensor where it lies, what its numbers are and how many; the native function then checks that
+the call stays inside, before it reads or writes anything. Calls raise TypeError for a tensor of another type, in other
+memory or with gaps in it, and ValueError for one of another length or one that overlaps what is written.
+
+Each is an operator ``lowbit::name`` too, with a schema and a fake kernel. A call goes through torch's dispatcher where
+somebody looks on: a profiler, or a dispatch mode such as `FlopCounterMode`. Otherwise it goes straight to the same
+native function, since the dispatcher takes longer than a small product.
+"""
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from lowbit.kernels.memory import NOWHERE, TYPES, memory_of
+
+INSTALLED = importlib.util.find_spec("lowbit.kernels._cpu") is not None
+_CPU: Any = importlib.import_module("lowbit.kernels._cpu") if INSTALLED else None
+_LIBRARY = torch.library.Library("lowbit", "DEF")
+
+
+def instruction_sets() -> list[str] | None:
+    """Instruction sets that native kernels use here, e.g. ``["avx2", "avx512", "avx512vnni"]``; None without them."""
+    return list(_CPU.instruction_sets()) if INSTALLED else None
+
+
+class Native:
+    """A native function, which is an operator of torch.
+
+    Args:
+        name: of the function and of the operator.
+        schema: of the operator, without its name; arguments count as the native function takes them.
+    """
+
+    def __init__(self, name: str, schema: str) -> None:
+        self._native: Any = getattr(_CPU, name, None)
+        _LIBRARY.define(name + schema)
+        self.operator = getattr(torch.ops.lowbit, name).default
+        arguments = self.operator._schema.arguments
+        # The native function takes an address for each tensor, whose name messages say.
+        self._tensors = [(i, f"{name}: {a.name}") for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
+        _LIBRARY.impl(name, self._run, "CPU")
+        # Without values there is nothing to write; the caller made what is written.
+        torch.library.register_fake(f"lowbit::{name}", lambda *_: None, lib=_LIBRARY)
+
+    def __call__(self, *arguments: Any) -> None:
+        """Run it on the arguments of the schema, in their order."""
+        if torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack():
+            for i, name in self._tensors:  # of others the dispatcher would make something else
+                if arguments[i] is not None and (not arguments[i].is_cpu or arguments[i].is_neg()):
+                    memory_of(arguments[i], name)
+            self.operator(*arguments)
+        else:
+            self._run(*arguments)
+
+    def _run(self, *arguments: Any) -> None:
+        given = list(arguments)
+        for i, name in self._tensors:
+            x = arguments[i]
+            if x is None:
+                given[i] = NOWHERE
+                continue
+            kind, count = TYPES.get(x.dtype), x.numel()
+            dense = kind is not None and x.is_cpu and x.is_contiguous() and not x.is_neg()
+            if dense and x.untyped_storage().nbytes() >= (x.storage_offset() + count) * x.element_size():
+                given[i] = x.data_ptr(), kind, count
+            else:
+                given[i] = memory_of(x, name)
+        self._native(*given)
+
+
+_CODES = "Tensor codes, Tensor code_scale, int code_zero"
+_STATISTICS = "Tensor? total, Tensor mean, Tensor sigma, Tensor? argmax, Tensor? argmin, Tensor? slopes"
+_GRID = "Tensor scale, Tensor? zero, float low, float high, bool offset, int[]? key"
+_SIDES = "Tensor lhs, int[] lhs_rows, Tensor rhs, int[] rhs_rows, Tensor(a!) out, int[] place"
+_ADDED = "Tensor row_scale, Tensor column_scale, Tensor? bias"
+
+extremes = Native("extremes", "(Tensor x, int[] view, Tensor(a!) lo, Tensor(b!) hi) -> ()")
+observe = Native(
+    "observe",
+    "(Tensor x, int samples, Tensor(a!) running, float momentum, bool first, bool training, Tensor(b!) lo, "
+    "Tensor(c!) hi) -> ()",
+)
+quantize = Native(
+    "quantize",
+    "(Tensor x, int[] view, bool symmetric, float levels, float floor, int samples, Tensor? lo, Tensor? hi, "
+    "int[]? key, int taps, Tensor(a!) codes, Tensor(b!) scale, Tensor(c!)? zero) -> ()",
+)
+sums = Native("sums", "(Tensor x, Tensor(a!) sums) -> ()")
+code_statistics = Native(
+    "code_statistics",
+    f"({_CODES}, int channels, int[] starts, Tensor slopes, Tensor(a!) total, Tensor(b!) mean, Tensor(c!) sigma, "
+    "Tensor(d!) argmax, Tensor(e!) argmin) -> ()",
+)
+normalize = Native(
+    "normalize",
+    f"({_CODES}, {_STATISTICS}, float eps, bool narrowest, bool inside, Tensor? gamma, Tensor? beta, bool rectify, "
+    "Tensor(a!) d, Tensor(b!) y) -> ()",
+)
+rectify_backward = Native(
+    "rectify_backward",
+    f"({_CODES}, {_STATISTICS}, Tensor? gamma, Tensor? beta, Tensor d, int y_type, Tensor g, Tensor(a!) to) -> ()",
+)
+normalize_backward = Native(
+    "normalize_backward",
+    f"(Tensor g, Tensor g_scale, int g_zero, {_CODES}, {_STATISTICS}, bool inside, Tensor? gamma, Tensor d, "
+    "Tensor(a!) grad_gamma, Tensor(b!) grad_beta, Tensor(c!) dx) -> ()",
+)
+code_sums = Native("code_sums", "(Tensor a, Tensor? b, Tensor(a!) sums, Tensor(b!) products) -> ()")
+affine = Native("affine", "(Tensor q, Tensor a, Tensor b, bool rectify, Tensor(a!) y) -> ()")
+encode = Native("encode", f"(Tensor x, int[] view, {_GRID}, int taps, Tensor(a!) codes) -> ()")
+fake_quantize = Native("fake_quantize", f"(Tensor x, int[] view, {_GRID}, Tensor(a!) y) -> ()")
+round_bf16 = Native("round_bf16", "(Tensor x, Tensor(a!) y) -> ()")
+noise = Native("noise", "(int[] key, Tensor(a!) u) -> ()")
+multiply_codes = Native("multiply_codes", f"({_SIDES}, {_ADDED}) -> ()")
+multiply_halves = Native("multiply_halves", f"({_SIDES}, {_ADDED}) -> ()")
+
+
+def _flops(_lhs: object, lhs: Sequence[int], _rhs: object, rhs: Sequence[int], *_: object, **__: object) -> int:
+    """Two for each multiply-accumulate: ``2 m n k``, as `torch.utils.flop_counter` counts.
+
+    Args:
+        lhs: where the left side lies, as `lowbit.kernels.cpu.multiply` says it.
+        rhs: likewise the right side.
+    """
+    rows, width, window = lhs[1], lhs[2], lhs[7:]
+    if window and window[19]:  # transposed: most taps of the larger side reach for nothing
+        rows = window[0] * math.prod(window[4:7])
+    return 2 * rows * width * rhs[1 if rhs[6] else 2]
+
+
+for _native in (multiply_codes, multiply_halves):
+    register_flop_formula(_native.operator.overloadpacket)(_flops)
