@@ -15,16 +15,16 @@ from lowbit.engines.int8 import takes
 from lowbit.kernels import cpu
 from lowbit.kernels.memory import in_memory, is_channels_last
 from lowbit.methods.recipe import Constant, RangeNorm
-from lowbit.nn.norm.definition import _per_channel, range_batch_norm_backward
+from lowbit.nn.norm.definition import per_channel, range_batch_norm_backward, refuse_second_derivative
 from lowbit.nn.norm.setting import NormSetting
-from lowbit.nn.norm.statistics import KAPPA, Statistics, chunk_lengths
+from lowbit.nn.norm.statistics import Statistics, chunk_lengths, slopes
 from lowbit.numerics.elements import Steps
 from lowbit.numerics.formats import Format, largest_code
 from lowbit.numerics.quantizer import Grid, Quantized, sharing_of
 from lowbit.products import strides, watch
 
 
-def _codes(x: Tensor, setting: NormSetting, operand: str) -> cpu.Codes | None:
+def codes_of(x: Tensor, setting: NormSetting, operand: str) -> cpu.Codes | None:
     """Codes of x as rows by channels; None where the native passes do not take it."""
     fmt: Format = getattr(setting.norm, operand)
     if setting.engine != "int8" or not cpu.runs(x) or fmt.zero != "integer" or not takes(fmt):
@@ -70,8 +70,8 @@ def _values(codes: cpu.Codes, shape: torch.Size) -> Tensor:
     return (_in_rows(shape, torch.float32, codes.q).float() - codes.zero) * codes.scale
 
 
-class _RangeBatchNormOfCodes(torch.autograd.Function):
-    """The same on codes: one pass to encode, one for statistics, one to normalise; codes are kept for the backward."""
+class RangeBatchNormOfCodes(torch.autograd.Function):
+    """As `RangeBatchNorm`, in a pass to encode, one for statistics, one to normalise; it keeps codes for backward."""
 
     @staticmethod
     def forward(
@@ -84,6 +84,7 @@ class _RangeBatchNormOfCodes(torch.autograd.Function):
         codes: cpu.Codes,
         expected: tuple[str, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """y, mu and sigma."""
         norm = setting.norm
         stats = code_statistics(codes, x.shape[1], norm) if fixed is None else _as_given(fixed)
         y = torch.empty_like(x)
@@ -108,10 +109,8 @@ class _RangeBatchNormOfCodes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "Range BN has no second derivative here: call backward without create_graph=True, or restore_ the layer"
-            )
+        """Gradients of x, gamma and beta."""
+        refuse_second_derivative()
         q, weight, bias, mean, sigma, d = ctx.saved_tensors
         setting, scale, zero, stats, shape, dtype = ctx.kept
         dx, grad_weight, grad_bias = _backward_of_codes(
@@ -151,9 +150,8 @@ def _in_rows(shape: torch.Size, dtype: torch.dtype, numbers: Tensor | None = Non
 
 @cache
 def _slopes(constant: Constant, lengths: tuple[int, ...]) -> Tensor:
-    """The derivative of sigma for the range of each chunk, float32 ``(K,)``; not to be changed."""
-    slopes = [KAPPA[constant] / len(lengths) / math.sqrt(2 * math.log(n)) for n in lengths]
-    return torch.tensor(slopes, dtype=torch.float32, device="cpu")
+    """`slopes` as the native pass reads them, float32 ``(K,)``; not to be changed."""
+    return torch.tensor(slopes(constant, lengths), dtype=torch.float32, device="cpu")
 
 
 def code_statistics(codes: cpu.Codes, channels: int, norm: RangeNorm) -> cpu.Statistics:
@@ -181,7 +179,7 @@ def _backward_of_codes(
         grad_output = cpu.rectify_backward(
             grad_output, codes, stats, gamma=_float(weight), beta=_float(bias), d=d, dtype=dx.dtype
         )
-    g = _codes(grad_output, setting, "grad_output")
+    g = codes_of(grad_output, setting, "grad_output")
     place = setting.norm.epsilon
     if g is not None:
         grads = cpu.normalize_backward(g, codes, stats, inside=place == "inside", gamma=_float(weight), d=d, dx=dx)
@@ -189,7 +187,7 @@ def _backward_of_codes(
         return dx, *grads
     # Recorded noise, or more than 8 bits.
     values = _values(codes, dx.shape)
-    normalized = (values - _per_channel(stats.mean, values)) / _per_channel(d, values)
+    normalized = (values - per_channel(stats.mean, values)) / per_channel(d, values)
     grad = setting.quantized(grad_output.float(), "grad_output").values
     found = _by_value(stats)
     found_dx, *found_grads = range_batch_norm_backward(grad, normalized, weight, stats.sigma, d, found, place)

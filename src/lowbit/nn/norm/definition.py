@@ -11,10 +11,12 @@ from torch import Tensor
 
 from lowbit.methods.recipe import EpsilonPlace
 from lowbit.nn.norm.setting import NormSetting
-from lowbit.nn.norm.statistics import Statistics, _bounded, divisor, range_statistics
+from lowbit.nn.norm.statistics import Statistics, bounded, divisor, range_statistics
 
 
-class _RangeBatchNorm(torch.autograd.Function):
+class RangeBatchNorm(torch.autograd.Function):
+    """Values of the input's format, normalised; the gradient takes its format before the backward."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -25,19 +27,20 @@ class _RangeBatchNorm(torch.autograd.Function):
         fixed: tuple[Tensor, Tensor] | None,
         expected: tuple[str, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """y, mu and sigma."""
         hat = setting.quantized(x, "input", expected)
         values, norm = hat.values, setting.norm
         stats = None
         if fixed is None:
             stats = range_statistics(values, constant=norm.constant, chunks=norm.chunks, fewest=norm.fewest_per_chunk)
             mean, sigma = stats.mean, stats.sigma
-            d = divisor(_bounded(stats, hat.grid, norm.narrowest), setting.eps, norm.epsilon)
+            d = divisor(bounded(stats, hat.grid, norm.narrowest), setting.eps, norm.epsilon)
         else:
             mean, sigma = fixed
             d = divisor(sigma, setting.eps, norm.epsilon)
-        normalized = (values - _per_channel(mean, x)).div_(_per_channel(d, x))
-        y = normalized.clone() if weight is None else normalized * _per_channel(weight, x)
-        y = y if bias is None else y.add_(_per_channel(bias, x))
+        normalized = (values - per_channel(mean, x)).div_(per_channel(d, x))
+        y = normalized.clone() if weight is None else normalized * per_channel(weight, x)
+        y = y if bias is None else y.add_(per_channel(bias, x))
         ctx.save_for_backward(normalized, weight, sigma, d)
         ctx.kept = (setting, stats, bias is not None)
         ctx.mark_non_differentiable(mean, sigma)
@@ -45,10 +48,8 @@ class _RangeBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "Range BN has no second derivative here: call backward without create_graph=True, or restore_ the layer"
-            )
+        """Gradients of x, gamma and beta."""
+        refuse_second_derivative()
         normalized, weight, sigma, d = ctx.saved_tensors
         setting, stats, has_bias = ctx.kept
         grads = range_batch_norm_backward(
@@ -61,6 +62,14 @@ class _RangeBatchNorm(torch.autograd.Function):
             setting.norm.epsilon,
         )
         return grads[0], grads[1] if weight is not None else None, grads[2] if has_bias else None, None, None, None
+
+
+def refuse_second_derivative() -> None:
+    """Raise in a backward that autograd records."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "Range BN has no second derivative here: call backward without create_graph=True, or restore_ the layer"
+        )
 
 
 def range_batch_norm_backward(
@@ -82,9 +91,9 @@ def range_batch_norm_backward(
     grad_bias = g.sum(axes)
     gamma = torch.ones_like(d) if weight is None else weight
     if stats is None:
-        return g * _per_channel(gamma / d, g), grad_weight, grad_bias
+        return g * per_channel(gamma / d, g), grad_weight, grad_bias
     count = g.numel() // g.shape[1]
-    dx = (g - _per_channel(grad_bias / count, g)).mul_(_per_channel(gamma / d, g)).contiguous()
+    dx = (g - per_channel(grad_bias / count, g)).mul_(per_channel(gamma / d, g)).contiguous()
     slope_d = sigma / d if place == "inside" else torch.ones_like(d)
     grad_sigma = -gamma * grad_weight / d * slope_d
     share = grad_sigma[:, None] * stats.slope
@@ -94,7 +103,8 @@ def range_batch_norm_backward(
     return dx, grad_weight, grad_bias
 
 
-def _per_channel(v: Tensor, x: Tensor) -> Tensor:
+def per_channel(v: Tensor, x: Tensor) -> Tensor:
+    """`v` of shape ``(C,)`` so that it broadcasts against `x`."""
     return v.reshape(1, -1, *[1] * (x.dim() - 2))
 
 

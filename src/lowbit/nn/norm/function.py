@@ -9,10 +9,52 @@ from torch import Tensor
 
 from lowbit.functional import autocast_device
 from lowbit.kernels.memory import in_memory, is_channels_last
-from lowbit.nn.norm.codes import _codes, _RangeBatchNormOfCodes
-from lowbit.nn.norm.definition import _RangeBatchNorm
+from lowbit.nn.norm.codes import RangeBatchNormOfCodes, codes_of
+from lowbit.nn.norm.definition import RangeBatchNorm
 from lowbit.nn.norm.setting import NormSetting
 from lowbit.products import strides
+
+
+class Tape:
+    """What autograd keeps of a function for its backward, where the backward is asked for separately.
+
+    Attributes:
+        saved_tensors: as of a context of autograd.
+        kept: what else the function keeps.
+        rectified: the result, where a ReLU after the function made it.
+        function: the function that ran.
+    """
+
+    saved_tensors: tuple[Tensor | None, ...] = ()
+    kept: Any = None
+    rectified: Tensor | None = None
+    function: Any = None
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep tensors."""
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *_: Tensor) -> None:
+        """Nothing: whoever asks for the backward asks for that of y."""
+
+    @torch.no_grad()
+    def backward(self, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of input, gamma and beta."""
+        if self.rectified is not None:
+            g = g * (self.rectified > 0)
+        g = g.float() if self.function is RangeBatchNorm and g.dtype in (torch.bfloat16, torch.float16) else g
+        with torch.autocast(autocast_device(g), enabled=False):
+            dx, d_gamma, d_beta, *_ = self.function.backward(self, g, None, None)
+        return dx, d_gamma, d_beta
+
+
+def _run(function: Any, tape: Tape | None) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """A function of autograd, or its forward alone, which keeps on a tape."""
+    if tape is None:
+        applied: Callable[..., tuple[Tensor, Tensor, Tensor]] = function.apply
+        return applied
+    tape.function = function
+    return partial(function.forward, tape)
 
 
 def range_batch_norm(
@@ -22,7 +64,7 @@ def range_batch_norm(
     *,
     setting: NormSetting,
     fixed: tuple[Tensor, Tensor] | None = None,
-    tape: "Tape | None" = None,
+    tape: Tape | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Range Batch-Norm with its quantisers, differentiable in x, weight and bias.
 
@@ -53,60 +95,18 @@ def range_batch_norm(
     x, dtype, wanted = in_memory(x), x.dtype, strides.of_normalization(x)
     if setting.engine == "int8" and x.device.type == "cpu" and not is_channels_last(x) and x.dim() > 1:
         x = strides.laid_out(x, strides.channels_last(x.shape))
-    codes = _codes(x, setting, "input") if fixed is not None or x.numel() > x.shape[1] else None
+    codes = codes_of(x, setting, "input") if fixed is not None or x.numel() > x.shape[1] else None
     expected = ("grad_input",) if torch.is_grad_enabled() and x.requires_grad else ()
     if codes is not None:
         with torch.autocast("cpu", enabled=False):
-            run = _run(_RangeBatchNormOfCodes, tape)
+            run = _run(RangeBatchNormOfCodes, tape)
             y, mean, sigma = run(x, weight, bias, setting, fixed, codes, expected)
         return strides.laid_out(y, wanted), mean, sigma
     x = x.float() if dtype in (torch.bfloat16, torch.float16) else x
     with torch.autocast(autocast_device(x), enabled=False):
-        y, mean, sigma = _run(_RangeBatchNorm, tape)(x, weight, bias, setting, fixed, expected)
+        y, mean, sigma = _run(RangeBatchNorm, tape)(x, weight, bias, setting, fixed, expected)
     y = strides.laid_out(y.to(dtype), wanted)
     y = y.relu() if setting.rectify else y
     if tape is not None and setting.rectify:
         tape.rectified = y
     return y, mean, sigma
-
-
-class Tape:
-    """What autograd keeps of a function for its backward, where the backward is asked for apart.
-
-    Attributes:
-        saved_tensors: as of a context of autograd.
-        kept: what else the function keeps.
-        rectified: the result, where a ReLU after the function made it.
-        function: the function that ran.
-    """
-
-    saved_tensors: tuple[Tensor | None, ...] = ()
-    kept: Any = None
-    rectified: Tensor | None = None
-    function: Any = None
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        """Keep tensors."""
-        self.saved_tensors = tensors
-
-    def mark_non_differentiable(self, *_: Tensor) -> None:
-        """Nothing: whoever asks for the backward asks for that of y."""
-
-    @torch.no_grad()
-    def backward(self, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of input, gamma and beta."""
-        if self.rectified is not None:
-            g = g * (self.rectified > 0)
-        g = g.float() if self.function is _RangeBatchNorm and g.dtype in (torch.bfloat16, torch.float16) else g
-        with torch.autocast(autocast_device(g), enabled=False):
-            dx, d_gamma, d_beta, *_ = self.function.backward(self, g, None, None)
-        return dx, d_gamma, d_beta
-
-
-def _run(function: Any, tape: Tape | None) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """A function of autograd, or its forward alone, which keeps on a tape."""
-    if tape is None:
-        applied: Callable[..., tuple[Tensor, Tensor, Tensor]] = function.apply
-        return applied
-    tape.function = function
-    return partial(function.forward, tape)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.nn.callstack import others_look_on
-from lowbit.nn.norm.layers import _RangeBatchNormNd
+from lowbit.nn.norm.layers import RangeBatchNormNd
 
 
 class FusedSequential(nn.Sequential):
@@ -43,13 +43,13 @@ def has_fused_pair(module: nn.Module) -> bool:
     return type(module) is nn.Sequential and any(is_fusible(*pair) for pair in itertools.pairwise(module))
 
 
-def is_fusible(norm: nn.Module, relu: nn.Module | None) -> TypeGuard[_RangeBatchNormNd]:
+def is_fusible(norm: nn.Module, relu: nn.Module | None) -> TypeGuard[RangeBatchNormNd]:
     """Whether these are a Range BN and a ReLU that could run as one, and the engine of the first makes it a gain."""
-    return isinstance(norm, _RangeBatchNormNd) and type(relu) is nn.ReLU and norm.site.engine == "int8"
+    return isinstance(norm, RangeBatchNormNd) and type(relu) is nn.ReLU and norm.site.engine == "int8"
 
 
 # What a plain call of either module runs.
-_PLAIN_FORWARDS = (_RangeBatchNormNd.forward, nn.ReLU.forward)
+_PLAIN_FORWARDS = (RangeBatchNormNd.forward, nn.ReLU.forward)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 

@@ -65,7 +65,7 @@ class NormSite(Site):
         return y.clone() if y is x else y, mean.clone(), sigma.clone(), backward
 
 
-class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
+class RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
     """Range BN with the parameters and buffers of batch normalisation.
 
     `running_mean` and `running_var` hold running averages of mu and sigma squared, so that the plain layer that
@@ -90,7 +90,7 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
 
     @classmethod
     def weights(cls, layer: Any) -> list[Tensor]:  # noqa: ARG003 - always so
-        """None: gamma multiplies each channel apart."""
+        """None: gamma multiplies each channel separately."""
         return []
 
     @classmethod
@@ -183,19 +183,19 @@ class _RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_((sigma * sigma).to(self.running_var), weight)
 
 
-class RangeBatchNorm1d(_RangeBatchNormNd, nn.BatchNorm1d):
+class RangeBatchNorm1d(RangeBatchNormNd, nn.BatchNorm1d):
     """Range BN of ``(B, C)`` or ``(B, C, L)`` in place of `torch.nn.BatchNorm1d`."""
 
     plain = nn.BatchNorm1d
 
 
-class RangeBatchNorm2d(_RangeBatchNormNd, nn.BatchNorm2d):
+class RangeBatchNorm2d(RangeBatchNormNd, nn.BatchNorm2d):
     """Range BN of ``(B, C, H, W)`` in place of `torch.nn.BatchNorm2d`."""
 
     plain = nn.BatchNorm2d
 
 
-class RangeBatchNorm3d(_RangeBatchNormNd, nn.BatchNorm3d):
+class RangeBatchNorm3d(RangeBatchNormNd, nn.BatchNorm3d):
     """Range BN of ``(B, C, D, H, W)`` in place of `torch.nn.BatchNorm3d`."""
 
     plain = nn.BatchNorm3d

@@ -5,6 +5,7 @@ Notation: as in `lowbit.nn.norm`.
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +73,7 @@ def range_statistics(x: Tensor, *, constant: Constant, chunks: int, fewest: int 
     high = [part.max(2) for part in parts]
     low = [part.min(2) for part in parts]
     spread = torch.cat([h.values - w.values for h, w in zip(high, low, strict=True)], 1)
-    slope = x.new_tensor([KAPPA[constant] / number / math.sqrt(2 * math.log(n)) for n in lengths])
+    slope = x.new_tensor(slopes(constant, lengths))
     return Statistics(
         mean=rows.mean(1),
         sigma=(spread * slope).sum(1),
@@ -90,12 +91,17 @@ def chunk_lengths(count: int, chunks: int, fewest: int) -> tuple[list[int], list
     return lengths, [0, *itertools.accumulate(lengths[:-1])]
 
 
+def slopes(constant: Constant, lengths: Sequence[int]) -> list[float]:
+    """D sigma / d R_k of each chunk, from the chunks' lengths."""
+    return [KAPPA[constant] / len(lengths) / math.sqrt(2 * math.log(n)) for n in lengths]
+
+
 def divisor(sigma: Tensor, eps: float, place: EpsilonPlace) -> Tensor:
     """d: ``sqrt(sigma**2 + eps)`` (inside), as BatchNorm divides, or ``sigma + eps`` (outside)."""
     return torch.sqrt(sigma * sigma + eps) if place == "inside" else sigma + eps
 
 
-def _bounded(stats: Statistics, grid: Grid | None, narrowest: Narrowest) -> Tensor:
+def bounded(stats: Statistics, grid: Grid | None, narrowest: Narrowest) -> Tensor:
     """The batch's sigma, and where all codes of a channel are equal that of the narrowest ranges.
 
     Divided by ``sqrt(eps)`` alone, their gradient, and what a rounded mean leaves of them, would grow by hundreds.
