@@ -1,9 +1,6 @@
-"""Gates: a small network that chooses bits for each block of a model and each sample, and the cost it is trained by.
+"""The gates of a model: what is gated, and what runs before and around each block.
 
-Notation: B samples, n blocks, K choices, p probabilities ``(B, K)``, m MACs of a block per sample, w, a, g bits of
-`weight`, `input` and `grad_output`.
-
-Source: Fu et al. 2020, FracTrain, arXiv:2012.13113, section 3.2; sizes, mixing and sign rule as in the authors' code.
+Notation: as in `lowbit.nn.gate`.
 """
 
 import threading
@@ -11,85 +8,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit.errors import UsageError, shown
 from lowbit.inputs.checks import check_keys, is_like
 from lowbit.methods.recipe import Gating
+from lowbit.nn.gate.cost import SKIP, _bits_at, direction, products_cost
+from lowbit.nn.gate.mixing import _At, _output_mixed, _shortcut, _with_skips
+from lowbit.nn.gate.network import RecurrentGate, pooled
 from lowbit.nn.layers import sites_of
 from lowbit.nn.site import Site, is_recomputing, runs_eagerly
 from lowbit.numerics.elements import Zero
 from lowbit.numerics.formats import check_bits
 from lowbit.products.setting import Samples
 from lowbit.products.watch import ProductCall, counted_by
-
-# A full-precision multiplication counts as one of 32 by 32 bits.
-_FULL = 32 * 32
-SKIP = (0, 0)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The largest of each row as one-hot, the first one of a tie; its gradient goes to the row as it is."""
-
-    @staticmethod
-    def forward(ctx: Any, p: Tensor) -> Tensor:  # noqa: ARG004 - autograd's signature
-        return F.one_hot(p.argmax(1), p.shape[1]).to(p.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_mask: Tensor) -> Tensor:  # noqa: ARG004
-        return grad_mask
-
-
-class RecurrentGate(nn.Module):
-    """One LSTM step and a projection: ``p = softmax(W h + b)``, of which the largest is chosen.
-
-    Args:
-        features: inputs of the LSTM.
-        state: its hidden units.
-        choices: K.
-    """
-
-    def __init__(self, *, features: int, state: int, choices: int) -> None:
-        super().__init__()
-        self.cell = nn.LSTMCell(features, state)
-        self.projection = nn.Linear(state, choices)
-
-    def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Map ``(B, features)`` and the state after the block before (None: zeros) to ``(B, K)`` one-hot and the state.
-
-        The gradient of the one-hot mask is passed to p as it is: no noise, no temperature.
-        """
-        state = self.cell(x, state)
-        mask: Tensor = _StraightThrough.apply(torch.softmax(self.projection(state[0]), 1))
-        return mask, state
-
-
-def pooled(x: Tensor, *, channels_last: bool) -> Tensor:
-    """The mean over all axes but samples and channels: ``(B, C)`` in float32."""
-    x = x.float()
-    if channels_last:
-        return x.flatten(1, -2).mean(1) if x.dim() > 2 else x
-    return x.flatten(2).mean(2) if x.dim() > 2 else x
-
-
-def direction(cost: float, *, target: float, band: float, inside: float) -> float:
-    """The factor of the cost term: +1 above the target, -1 below it, `inside` times that within the band.
-
-    Args:
-        cost: of the present batch, in percent of full precision.
-        target: what it should be, in percent.
-        band: half the width of the band, in percent; 0: none.
-        inside: factor within the band.
-    """
-    if cost >= target + band:
-        return 1.0
-    if cost < target - band:
-        return -1.0
-    return inside if cost >= target else -inside
 
 
 @dataclass(eq=False)
@@ -457,97 +392,6 @@ def gates_of(module: nn.Module) -> Gates | None:
     """The gates that choose the bits of this block; None for any other module."""
     gates: Gates | None = module.__dict__.get("_lowbit_gates", (None,))[0]
     return gates
-
-
-def products_cost(bits: Tensor | None) -> float:
-    """Full-precision multiplications per MAC of the three products: ``(w a + w g + a g) / 32**2``.
-
-    Args:
-        bits: widths of the operands, int64 ``(6,)`` in the order of `lowbit.recipe.SLOTS`.
-    """
-    assert bits is not None
-    b = bits.tolist()
-    return float(b[0] * b[1] + b[2] * b[3] + b[4] * b[5]) / _FULL
-
-
-def _bits_at(site: Site, pair: tuple[int, int]) -> Tensor | None:
-    """The site's bits with those of a choice; None for the choice that skips."""
-    if pair == SKIP:
-        return None
-    bits = site.widths().clone()
-    bits[list(site.slots("input"))] = pair[0]
-    bits[list(site.slots("grad_output"))] = pair[1]
-    return bits
-
-
-class _At(Protocol):
-    """Runs a block on some samples, each at its choice, and tells their mask its gradient."""
-
-    def __call__(self, part: Tensor, chosen: Tensor, told: Tensor | None = None, /) -> Any: ...
-
-
-def _shortcut(block: nn.Module) -> nn.Module | None:
-    """The child `shortcut` or `downsample` of a block, where it does anything."""
-    for name in ("shortcut", "downsample"):
-        path = getattr(block, name, None)
-        if isinstance(path, nn.Module) and not isinstance(path, nn.Identity):
-            return path
-    return None
-
-
-def _weighed(values: Tensor, weights: Tensor) -> Tensor:
-    """Each sample times its weight."""
-    return values * weights.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
-
-
-def _output_mixed(
-    x: Tensor, mask: Tensor, choices: Sequence[tuple[int, int]], at: _At, shortcut: Callable[[Tensor], Tensor] | None
-) -> Tensor:
-    """``sum_k mask_k block_k(x)``: the block runs all samples at every choice, as in the authors' CIFAR code."""
-    total: Tensor | None = None
-    for k, pair in enumerate(choices):
-        if pair == SKIP:
-            y = x if shortcut is None else shortcut(x)
-        else:
-            y = at(x, torch.full((len(x),), k, dtype=torch.int64, device=x.device))
-        if not isinstance(y, Tensor) or (total is not None and y.shape != total.shape):
-            raise UsageError(_cannot_mix(x, y))
-        term = _weighed(y, mask[:, k])
-        total = term if total is None else total + term
-    assert total is not None
-    return total
-
-
-def _with_skips(
-    x: Tensor, mask: Tensor, choice: Tensor, skip: int, at: _At, shortcut: Callable[[Tensor], Tensor] | None
-) -> Tensor:
-    """The block for the samples that do not skip it, the way past it for the others.
-
-    The mask of the skip receives its gradient from the samples that skip, and from the others too where the way past
-    the block is the sample itself.
-    """
-    skips = choice == skip
-    kept, left = (~skips).nonzero().squeeze(1), skips.nonzero().squeeze(1)
-    parts: list[Tensor] = []
-    if len(kept):
-        y = at(x[kept], choice[kept], mask[kept])
-        if not isinstance(y, Tensor) or (shortcut is None and y.shape != x[kept].shape):
-            raise UsageError(_cannot_mix(x, y))
-        parts.append(y + _weighed(x[kept], mask[kept, skip]) if shortcut is None else y)
-    if len(left):
-        past = x[left] if shortcut is None else shortcut(x[left])
-        parts.append(_weighed(past, mask[left, skip]))
-    if len(parts) == 2 and parts[0].shape[1:] != parts[1].shape[1:]:
-        raise UsageError(_cannot_mix(x, parts[0]))
-    return torch.cat(parts)[torch.cat([kept, left]).argsort()]
-
-
-def _cannot_mix(x: Tensor, y: object) -> str:
-    given = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
-    return (
-        f"a gated block maps {tuple(x.shape)} to {given}: to be skipped or to have its outputs mixed, a block gives "
-        "one tensor, of the shape of its input or of what its child `shortcut` or `downsample` makes of that"
-    )
 
 
 def _check_width(site: Site, operand: str, bits: int, zero: Zero) -> None:
