@@ -3,7 +3,9 @@
 Notation: as in `lowbit.nn.gate`.
 """
 
-from torch import Tensor
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 from lowbit.nn.site import Site
 
@@ -28,22 +30,43 @@ def direction(cost: float, *, target: float, band: float, inside: float) -> floa
     return inside if cost >= target else -inside
 
 
-def products_cost(bits: Tensor | None) -> float:
+def products_cost(bits: Tensor) -> float:
     """Full-precision multiplications per MAC of the three products: ``(w a + w g + a g) / 32**2``.
 
     Args:
-        bits: widths of the operands, int64 ``(6,)`` in the order of `lowbit.recipe.SLOTS`.
+        bits: widths of the operands, int64 ``(6,)`` in the order of `lowbit.methods.recipe.SLOTS`.
     """
-    assert bits is not None
     b = bits.tolist()
     return float(b[0] * b[1] + b[2] * b[3] + b[4] * b[5]) / _FULL
 
 
-def _bits_at(site: Site, pair: tuple[int, int]) -> Tensor | None:
-    """The site's bits with those of a choice; None for the choice that skips."""
-    if pair == SKIP:
-        return None
+def bits_at(site: Site, pair: tuple[int, int]) -> Tensor:
+    """The site's bits with those of a choice that does not skip."""
     bits = site.widths().clone()
     bits[list(site.slots("input"))] = pair[0]
     bits[list(site.slots("grad_output"))] = pair[1]
     return bits
+
+
+def shortcut_of(block: nn.Module) -> nn.Module | None:
+    """The child `shortcut` or `downsample` of a block, where it does anything."""
+    for name in ("shortcut", "downsample"):
+        path = getattr(block, name, None)
+        if isinstance(path, nn.Module) and not isinstance(path, nn.Identity):
+            return path
+    return None
+
+
+def cost_of(block: nn.Module, macs: Mapping[Site, float], pair: tuple[int, int]) -> float:
+    """MACs of full precision that one sample costs at a choice; of its way past the block where it skips.
+
+    Args:
+        block: what is gated.
+        macs: MACs of one sample at each site of the block.
+        pair: the choice.
+    """
+    if pair == SKIP:
+        path = shortcut_of(block)
+        on_path = set() if path is None else set(path.modules())
+        return sum(m * products_cost(site.widths()) for site, m in macs.items() if site in on_path)
+    return sum(m * products_cost(bits_at(site, pair) if site.gated else site.widths()) for site, m in macs.items())

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lowbit.errors import UsageError, shown
 from lowbit.inputs.checks import check_keys, is_like
 from lowbit.methods.recipe import Gating
-from lowbit.nn.gate.cost import SKIP, _bits_at, direction, products_cost
-from lowbit.nn.gate.mixing import _At, _output_mixed, _shortcut, _with_skips
+from lowbit.nn.gate.cost import SKIP, bits_at, cost_of, direction, shortcut_of
+from lowbit.nn.gate.mixing import At, output_mixed, with_skips
 from lowbit.nn.gate.network import RecurrentGate, pooled
 from lowbit.nn.layers import sites_of
 from lowbit.nn.site import Site, is_recomputing, runs_eagerly
@@ -272,10 +272,10 @@ class Gates(nn.Module):
         self._measure_first(index, x, at)
         with self._measured(index):
             if mixes_outputs:
-                return _output_mixed(x, mask, self.choices, at, shortcut)
+                return output_mixed(x, mask, self.choices, at, shortcut)
             if SKIP not in self.choices:
                 return at(x, choice, mask)
-            return _with_skips(x, mask, choice, self.choices.index(SKIP), at, shortcut)
+            return with_skips(x, mask, choice, self.choices.index(SKIP), at, shortcut)
 
     def _decide(self, index: int, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -288,7 +288,7 @@ class Gates(nn.Module):
 
     def _way_past(self, block: Block) -> Callable[[Tensor], Tensor] | None:
         """What a sample takes that skips the block, at the recipe's bits; None for the sample itself."""
-        path = _shortcut(block.module)
+        path = shortcut_of(block.module)
         if path is None:
             return None
 
@@ -309,7 +309,7 @@ class Gates(nn.Module):
     def _execute(self, block: Block, choice: Tensor, mask: Tensor | None, run: Callable[[], Any]) -> Any:
         """Run the block with these choices at its gated sites."""
         for site in block.gated:
-            bits = tuple(None if b is None else tuple(b.tolist()) for b in (_bits_at(site, p) for p in self.choices))
+            bits = tuple(None if p == SKIP else tuple(bits_at(site, p).tolist()) for p in self.choices)
             site.samples = Samples(choice=choice, bits=bits, mask=mask)
         try:
             return run()
@@ -336,7 +336,7 @@ class Gates(nn.Module):
             yield
         self._keep_sizes(index, {site: macs[site] / samples[site] for site in macs})
 
-    def _measure_first(self, index: int, x: Tensor, at: "_At") -> None:
+    def _measure_first(self, index: int, x: Tensor, at: At) -> None:
         """Where the first batch may skip a block whole: learn the block's MACs from one sample, changing nothing."""
         block = self._blocks[index]
         if SKIP not in self.choices or not block.module.training or self.sizes[index] > 0:
@@ -363,17 +363,8 @@ class Gates(nn.Module):
         if macs:
             block = self._blocks[index]
             self.sizes[index] = sum(macs.values())
-            costs = [self._cost_of(block, macs, pair) for pair in self.choices]
+            costs = [cost_of(block.module, macs, pair) for pair in self.choices]
             self.costs[index] = torch.tensor(costs, dtype=torch.float32, device=self.costs.device)
-
-    @staticmethod
-    def _cost_of(block: Block, macs: dict[Site, float], pair: tuple[int, int]) -> float:
-        """MACs of full precision that one sample costs at a choice; of its way past the block where it skips."""
-        if pair == SKIP:
-            path = _shortcut(block.module)
-            on_path = set() if path is None else set(path.modules())
-            return sum(m * products_cost(site.widths()) for site, m in macs.items() if site in on_path)
-        return sum(m * products_cost(_bits_at(site, pair) if site.gated else site.widths()) for site, m in macs.items())
 
 
 def release(model: nn.Module) -> None:

@@ -7,25 +7,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowbit.errors import UsageError
 from lowbit.nn.gate.cost import SKIP
 
 
-class _At(Protocol):
+class At(Protocol):
     """Runs a block on some samples, each at its choice, and tells their mask its gradient."""
 
-    def __call__(self, part: Tensor, chosen: Tensor, told: Tensor | None = None, /) -> Any: ...
-
-
-def _shortcut(block: nn.Module) -> nn.Module | None:
-    """The child `shortcut` or `downsample` of a block, where it does anything."""
-    for name in ("shortcut", "downsample"):
-        path = getattr(block, name, None)
-        if isinstance(path, nn.Module) and not isinstance(path, nn.Identity):
-            return path
-    return None
+    def __call__(self, part: Tensor, chosen: Tensor, told: Tensor | None = None, /) -> Any:
+        """The block's output for the samples `part` at the choices `chosen`; `told` is their mask."""
 
 
 def _weighed(values: Tensor, weights: Tensor) -> Tensor:
@@ -33,8 +25,8 @@ def _weighed(values: Tensor, weights: Tensor) -> Tensor:
     return values * weights.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
 
 
-def _output_mixed(
-    x: Tensor, mask: Tensor, choices: Sequence[tuple[int, int]], at: _At, shortcut: Callable[[Tensor], Tensor] | None
+def output_mixed(
+    x: Tensor, mask: Tensor, choices: Sequence[tuple[int, int]], at: At, shortcut: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
     """``sum_k mask_k block_k(x)``: the block runs all samples at every choice, as in the authors' CIFAR code."""
     total: Tensor | None = None
@@ -51,8 +43,8 @@ def _output_mixed(
     return total
 
 
-def _with_skips(
-    x: Tensor, mask: Tensor, choice: Tensor, skip: int, at: _At, shortcut: Callable[[Tensor], Tensor] | None
+def with_skips(
+    x: Tensor, mask: Tensor, choice: Tensor, skip: int, at: At, shortcut: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
     """The block for the samples that do not skip it, the way past it for the others.
 
