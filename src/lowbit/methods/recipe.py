@@ -7,7 +7,7 @@ import dataclasses
 import os
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -231,23 +231,20 @@ class Recipe:
             schedule nor gates; None: they follow like any layer.
     """
 
+    # Equal recipes share a name, and a recipe is looked up at every product: its hash is that of the name.
     name: str
-    summary: str
-    source: str
-    output: Output
-    grad_input: GradInput
-    grad_weight: GradWeight
-    bias: Format = FP32
-    normalization: RangeNorm | None = None
-    first: Policy = "convert"
-    last: Policy = "convert"
-    schedule: Scheduling | None = None
-    gates: Gating | None = None
-    depthwise: tuple[int, int] | None = None
-
-    def __hash__(self) -> int:
-        """That of the name, which equal recipes share: a recipe is looked up at every product."""
-        return hash(self.name)
+    summary: str = field(hash=False)
+    source: str = field(hash=False)
+    output: Output = field(hash=False)
+    grad_input: GradInput = field(hash=False)
+    grad_weight: GradWeight = field(hash=False)
+    bias: Format = field(default=FP32, hash=False)
+    normalization: RangeNorm | None = field(default=None, hash=False)
+    first: Policy = field(default="convert", hash=False)
+    last: Policy = field(default="convert", hash=False)
+    schedule: Scheduling | None = field(default=None, hash=False)
+    gates: Gating | None = field(default=None, hash=False)
+    depthwise: tuple[int, int] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
