@@ -491,7 +491,7 @@ def test_a_download_is_hashed_before_it_is_unpacked(monkeypatch: pytest.MonkeyPa
     altered = {name: gzip.compress(gzip.decompress(content), 1) for name, content in files.items()}
     monkeypatch.setattr(urllib.request, "urlopen", fake_mirror(altered))
     read: list[Path] = []
-    monkeypatch.setattr(data, "_read", read.append)
+    monkeypatch.setattr("lowbit.inputs.files.read_whole", read.append)
 
     with pytest.raises(RunError, match=r"train-images-idx3-ubyte.gz has SHA-256 \w+, expected"):
         data.load("fashion-mnist", batch_size=4, seed=0)

@@ -166,7 +166,7 @@ class ImageFolder:
         count = len(self.paths)
         chosen = torch.linspace(0, count - 1, min(64, count), dtype=torch.float32, device="cpu").long()
         for at in chosen.tolist():
-            content.update(hashlib.sha256(_read(self.paths[at])).digest())
+            content.update(hashlib.sha256(files.read_whole(self.paths[at])).digest())
         return {
             "names": hashlib.sha256(names.encode()).hexdigest()[:16],
             "images": content.hexdigest()[:16],
@@ -500,7 +500,7 @@ def _idx_pair(images_path: Path, labels_path: Path) -> tuple[Tensor, Tensor]:
 
 def _idx(path: Path, *, dims: int) -> Tensor:
     """The uint8 tensor of a gzipped idx file: magic number, one 32-bit size for each dim, the bytes."""
-    content = _read(path)
+    content = files.read_whole(path)
     header = 4 + 4 * dims
     _check_size(path, expected=header, found=len(content), at_least=True)
     magic, *shape = struct.unpack(f">{1 + dims}I", content[:header])
@@ -526,13 +526,6 @@ def _check_labels(path: Path, labels: Tensor, classes: int) -> None:
         raise RunError(
             f"{path}: label {int(labels[sample])} of sample {sample} is out of range, allowed are 0 to {classes - 1}."
         )
-
-
-def _read(path: Path, limit: int | None = None) -> bytearray:
-    """The content of a file, decompressed if it ends in ``.gz``, of at most `limit` bytes."""
-    if limit is not None:
-        return files.read(path, limit=limit, hint="Get the file again.")
-    return files.read_whole(path)
 
 
 def _expanded(path: str) -> Path:
@@ -595,7 +588,7 @@ def _fetch(target: Path, get: Callable[[Path], Path]) -> None:
     with tempfile.TemporaryDirectory(dir=target, prefix=".fetch-") as beside:
         found = get(Path(beside))
         for file, expected in FASHION_SHA256.items():
-            digest = hashlib.sha256(_read(found / file)).hexdigest()
+            digest = hashlib.sha256(files.read_whole(found / file)).hexdigest()
             if digest != expected:
                 raise RunError(f"{file} has SHA-256 {digest} once decompressed, expected {expected}")
         for file in FASHION_SHA256:
@@ -710,7 +703,7 @@ def _cifar_folder(name: str) -> Path:
 
 def _cifar_file(path: Path, layout: CifarLayout, records: int) -> tuple[Tensor, Tensor]:
     size = layout.labels + 3 * 32 * 32
-    content = _read(path, records * size)
+    content = files.read(path, limit=records * size, hint="Get the file again.")
     _check_size(path, expected=records * size, found=len(content))
     table = torch.frombuffer(content, dtype=torch.uint8).view(records, size)
     labels = table[:, layout.labels - 1]
@@ -810,7 +803,7 @@ def _box(width: int, height: int, draws: list[float]) -> tuple[float, float, flo
 def _text(path: Path, context: int) -> _Sets:
     if not path.exists():
         raise UsageError(f"text:{path}: no such file.")
-    raw = _read(path)
+    raw = files.read_whole(path)
     content = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8, device="cpu")
     split = len(content) * 9 // 10
     task = Task(kind="text", shape=(context,), classes=256)
