@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -84,7 +85,32 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Images:
+class Source(ABC):
+    """Where samples are read.
+
+    Args:
+        samples: int64, the samples in use.
+        augment: whether a training batch is changed at random.
+    """
+
+    samples: Tensor
+    augment: bool
+
+    @abstractmethod
+    def order(self, noise: Generator | None) -> Tensor:
+        """What `read` takes, for the samples of one epoch; shuffled unless `noise` is ``None``."""
+
+    @abstractmethod
+    def read(self, samples: Tensor, noise: Generator | None, /) -> tuple[Tensor, Tensor]:
+        """Input and labels of one batch of `order`; augmented with `noise` unless it is ``None``."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str | int]:
+        """Hashes of what the samples are, see `Batches.fingerprint`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images(Source):
     """Images held in memory as bytes and normalised as they are read.
 
     Args:
@@ -100,8 +126,6 @@ class Images:
     labels: Tensor
     mean: Tensor
     std: Tensor
-    samples: Tensor
-    augment: bool
 
     def order(self, noise: Generator | None) -> Tensor:
         """The samples of one epoch, shuffled unless `noise` is ``None``."""
@@ -120,7 +144,7 @@ class Images:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFolder:
+class ImageFolder(Source):
     """Image files that are decoded as they are read, to 3 channels and 224×224 pixels.
 
     In training with `augment` a box of 8 % to 100 % of the area and of ratio 3/4 to 4/3, cut to the image's
@@ -137,8 +161,6 @@ class ImageFolder:
 
     paths: tuple[Path, ...]
     labels: Tensor
-    samples: Tensor
-    augment: bool
 
     def order(self, noise: Generator | None) -> Tensor:
         """The samples of one epoch, shuffled unless `noise` is ``None``."""
@@ -175,7 +197,7 @@ class ImageFolder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
+class Text(Source):
     """Windows of a text's bytes, side by side; each epoch shifts them all by one random offset.
 
     Args:
@@ -187,8 +209,6 @@ class Text:
 
     content: Tensor
     context: int
-    samples: Tensor
-    augment: bool
 
     def order(self, noise: Generator | None) -> Tensor:
         """The first byte of each window of one epoch, shuffled unless `noise` is ``None``."""
@@ -209,9 +229,6 @@ class Text:
     def fingerprint(self) -> dict[str, str | int]:
         """Hashes of what the samples are, see `Batches.fingerprint`."""
         return {"bytes": len(self.content), "text": _hash(self.content)}
-
-
-Source = Images | ImageFolder | Text
 
 
 class Batches:
