@@ -22,8 +22,10 @@ from lowbit.cli import main as cli
 from lowbit.errors import RunError, Stopped, UsageError
 from lowbit.evidence.ledger import Ledger
 from lowbit.inputs import files
-from lowbit.train import checkpoint, data, models, trainer
+from lowbit.train import checkpoint, models, trainer
 from lowbit.train.config import lr_factor
+from lowbit.train.data import named
+from lowbit.train.data.source import Sets
 from lowbit.train.lock import LOCK, locked, refuse_held
 from lowbit.train.rows import Rows
 
@@ -550,14 +552,14 @@ def test_damaged_changes_are_named(text: str, stopped: Path) -> None:
 
 def with_one_label_changed() -> Any:
     """The digits with another label of the first image."""
-    task, train, test = data._digits()
+    task, train, test = named._digits()
     train.labels[0] = 9 - train.labels[0]
-    return data._Sets(task, train, test)
+    return Sets(task, train, test)
 
 
 def test_changed_data_are_noticed(halfway: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One changed label is an error that says what changed; with the flag the run goes on and records it."""
-    monkeypatch.setitem(data._NAMED, "digits", with_one_label_changed)
+    monkeypatch.setitem(named.NAMED, "digits", with_one_label_changed)
 
     with pytest.raises(
         RunError, match=r"digits changed since step 7: train labels \(was \w+, is \w+\)\. .*--data-changed"
