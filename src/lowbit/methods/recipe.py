@@ -7,6 +7,7 @@ import dataclasses
 import os
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -476,6 +477,19 @@ def from_toml(name: str, text: str) -> Recipe:
     Raises:
         UsageError: no TOML, or a name or value that does not exist.
     """
+    recipe: Recipe = parsed(Recipe, name, text, base_of=Recipe.from_name)
+    return recipe
+
+
+def parsed(cls: type[Any], name: str, text: str, *, base_of: Callable[[str], Any]) -> Any:
+    """The recipe in a text, see `from_toml`.
+
+    Args:
+        cls: the class of recipes.
+        name: the recipe's.
+        text: TOML.
+        base_of: the recipe of a name, for the text's `base`.
+    """
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -507,7 +521,7 @@ def from_toml(name: str, text: str) -> Recipe:
         data["depthwise"] = _frozen(data["depthwise"])
     inherited: dict[str, Any] = {}
     if "base" in data:
-        base = Recipe.from_name(data.pop("base"))
+        base = base_of(data.pop("base"))
         inherited = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
     for key, table in (
         ("output", Output),
@@ -517,7 +531,7 @@ def from_toml(name: str, text: str) -> Recipe:
     ):
         if key in data:
             data[key] = resolved(table, key, data[key])
-    result: Recipe = resolved(Recipe, f"recipe {name}", {**inherited, **data, "name": name})
+    result = resolved(cls, f"recipe {name}", {**inherited, **data, "name": name})
     if unused:
         raise UsageError(f"recipe {name}: no product uses the format {sorted(unused)[0]!r}")
     return result
