@@ -19,7 +19,8 @@ from lowbit.evidence.plan import plan
 from lowbit.evidence.probe import Probe, probe
 from lowbit.evidence.proof import Proof
 from lowbit.evidence.verify import VerificationError, tripwire, verify
-from lowbit.methods.recipe import Recipe, recipes
+from lowbit.methods.names import recipes
+from lowbit.methods.recipe import Recipe
 from lowbit.numerics import formats as formats
 from lowbit.precision.controller import PrecisionController
 from lowbit.precision.range_test import RangeTestResult, range_test

@@ -1,26 +1,16 @@
+"""Recipes as values, and those that come with the package."""
+
 import dataclasses
 
 import pytest
 
 import lowbit
 from lowbit.errors import UsageError
-from lowbit.methods.recipe import SLOTS, GradInput, GradWeight, Output, RangeNorm, Recipe, from_toml, recipes
+from lowbit.methods.recipe import SLOTS, GradInput, GradWeight, Output, RangeNorm, Recipe, recipes
 from lowbit.numerics.formats import BF16, FP32, integer
 from lowbit.numerics.scales import SampleMean
 
 STORED = [name for name in recipes() if name != "wXaYgZ"]
-
-MINIMAL = """
-summary = "a"
-source = "b"
-output = { input = "x", weight = "x" }
-grad_input = { grad_output = "x", weight = "x" }
-grad_weight = { grad_output = "bf16", input = "x" }
-
-[formats.x]
-bits = 8
-zero = "symmetric"
-"""
 X = integer(bits=8, zero="symmetric")
 
 
@@ -135,50 +125,6 @@ class TestStored:
         assert (recipe.first, recipe.last) == ("convert", "leave")
 
 
-class TestNames:
-    """Asking for recipes by name."""
-
-    @pytest.mark.parametrize(("weight", "input_", "grad"), [(4, 4, 6), (3, 8, 8), (8, 2, 16)])
-    def test_bits_in_a_name_are_the_bits_of_the_recipe(self, weight: int, input_: int, grad: int) -> None:
-        """A name wXaYgZ gives X-bit weights, Y-bit inputs, Z-bit gradients in all products of sbm8-cpt."""
-        name = f"w{weight}a{input_}g{grad}"
-        bits = {"weight": weight, "input": input_, "grad_output": grad}
-
-        recipe = Recipe.from_name(name)
-
-        assert recipe.name == name
-        assert {(operand, fmt.bits) for _, operand, fmt in recipe.operands()} == set(bits.items())
-        assert recipe.with_bits(weight=8, input=8, grad_output=8).output == Recipe.from_name("sbm8-cpt").output
-        assert recipe.last == "leave"
-
-    def test_eight_bits_are_sbm8_cpt(self) -> None:
-        """w8a8g8 differs from sbm8-cpt in its name and summary only."""
-        plain = Recipe.from_name("sbm8-cpt")
-
-        assert Recipe.from_name("w8a8g8").replace(name=plain.name, summary=plain.summary) == plain
-
-    @pytest.mark.parametrize("name", ["w0a4g4", "w4a0g4", "w4a4g0", "w33a8g8", "w8a8g99"])
-    def test_bits_out_of_range_are_refused(self, name: str) -> None:
-        """The error says which bits are allowed."""
-        with pytest.raises(UsageError, match="whole numbers from 1 to 32"):
-            Recipe.from_name(name)
-
-    @pytest.mark.parametrize(
-        ("name", "nearest"),
-        [("sbm-8", "sbm8"), ("sbm8-cpd", "sbm8-cpt"), ("bfp16", "bf16"), ("sbm8_hoffer", "sbm8-hoffer")],
-    )
-    def test_a_misspelt_name_is_answered_with_the_nearest(self, name: str, nearest: str) -> None:
-        """The error names the nearest recipe and lists all."""
-        with pytest.raises(UsageError, match=f"unknown recipe '{name}'. Did you mean '{nearest}'.* sbm8, sbm8-cpt"):
-            Recipe.from_name(name)
-
-    @pytest.mark.parametrize("name", ["", "w4a4", "w4a4g", "w-4a4g4", "w4.0a4g4", "../sbm8", "sbm8.toml", "xw4a4g4"])
-    def test_what_is_no_name_is_refused(self, name: str) -> None:
-        """Paths, file names and half patterns are unknown names."""
-        with pytest.raises(UsageError, match="unknown recipe"):
-            Recipe.from_name(name)
-
-
 class TestWithBits:
     """Changing widths."""
 
@@ -257,159 +203,6 @@ class TestValue:
         """A recipe without meaning is an error that says why."""
         with pytest.raises(UsageError, match=message):
             _sbm8().replace(**changes)
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"constant": "author"}, "Did you mean 'authors'"),
-            ({"epsilon": "in"}, "unknown epsilon 'in'"),
-            ({"chunks": 0}, "at least one chunk"),
-            ({"fewest_per_chunk": 1}, "at least two values"),
-            ({"momentum": 0.0}, r"in \(0, 1\]"),
-            ({"momentum": 1.5}, r"in \(0, 1\]"),
-        ],
-    )
-    def test_a_normalisation_without_meaning_is_refused(self, changes: dict[str, object], message: str) -> None:
-        """Range BN settings check themselves."""
-        with pytest.raises(UsageError, match=message):
-            RangeNorm(**{"input": X, "grad_output": X, **changes})
-
-
-class TestToml:
-    """Recipes as text."""
-
-    def test_names_of_formats_become_formats(self) -> None:
-        """What a table calls x is the format of that name; bf16 and fp32 need no definition."""
-        recipe = from_toml("mine", MINIMAL)
-
-        assert recipe == Recipe(
-            name="mine",
-            summary="a",
-            source="b",
-            output=Output(input=X, weight=X),
-            grad_input=GradInput(grad_output=X, weight=X),
-            grad_weight=GradWeight(grad_output=BF16, input=X),
-        )
-
-    def test_normalisation_and_bias_may_be_given(self) -> None:
-        """Both name formats too."""
-        text = 'bias = "x"\nnormalization = { input = "x", grad_output = "fp32", chunks = 4 }\n' + MINIMAL
-
-        recipe = from_toml("mine", text)
-
-        assert recipe.bias == X
-        assert recipe.normalization == RangeNorm(input=X, grad_output=FP32, chunks=4)
-
-    @pytest.mark.parametrize(
-        ("old", "new", "message"),
-        [
-            ("summary", "sumary", "unknown field of recipe mine 'sumary'. Did you mean 'summary'"),
-            ("bits = 8", "bit = 8", "unknown field of formats.x 'bit'. Did you mean 'bits'"),
-            ("{ input", "{ inputs", "unknown field of output 'inputs'. Did you mean 'input'"),
-            ('"bf16"', '"bfloat16"', "unknown format of grad_weight.grad_output 'bfloat16'. Did you mean 'bf16'"),
-            (
-                "grad_weight =",
-                "grad_weights =",
-                "unknown field of recipe mine 'grad_weights'. Did you mean 'grad_weight'",
-            ),
-            ('"symmetric"', '"symetric"', "unknown zero 'symetric'. Did you mean 'symmetric'"),
-            ("bits = 8", "bits = 80", "bits=80 .*from 2 to 16"),
-            ("bits = 8", 'bits = "8"', "whole numbers"),
-            ('source = "b"', "", "recipe mine lacks source"),
-            (', weight = "x" }\ngrad_input', " }\ngrad_input", "output lacks weight"),
-            ('zero = "symmetric"', "", "formats.x lacks zero"),
-        ],
-    )
-    def test_a_mistake_is_named(self, old: str, new: str, message: str) -> None:
-        """Unknown fields, formats and values and missing fields raise, naming the place and the nearest name."""
-        assert old in MINIMAL
-
-        with pytest.raises(UsageError, match=message):
-            from_toml("mine", MINIMAL.replace(old, new, 1))
-
-    def test_what_is_no_toml_is_refused(self) -> None:
-        """The error is that of the TOML reader, with its line."""
-        with pytest.raises(UsageError, match="line 1"):
-            from_toml("mine", "= 3")
-
-    @pytest.mark.parametrize(
-        ("old", "new"),
-        [
-            ('input = "x"', 'input = { bits = 8, zero = "symmetric" }'),
-            ("summary", 'name = "other"\nsummary'),
-            ("[formats.x]", "[formats.bf16]"),
-        ],
-    )
-    def test_likely_mistakes_are_usage_errors(self, old: str, new: str) -> None:
-        """An inline format, a name beside the file's and a format called bf16 are refused in words."""
-        assert old in MINIMAL
-        with pytest.raises(UsageError):
-            from_toml("mine", MINIMAL.replace(old, new, 1))
-
-
-def test_the_family_of_recipes_asks_for_widths() -> None:
-    """The name wXaYgZ itself is refused with an example of what to write."""
-    with pytest.raises(UsageError, match="w4a4g6"):
-        Recipe.from_name("wXaYgZ")
-
-
-def test_width_errors_name_the_recipe() -> None:
-    """Bits out of range are reported with the name that asked for them."""
-    with pytest.raises(UsageError, match="w4a0g99"):
-        Recipe.from_name("w4a0g99")
-
-
-@pytest.mark.parametrize("granularity", ["sample", "row", "kept-channel"])
-def test_range_norm_takes_formats_per_tensor_only(granularity: str) -> None:
-    """A granularity that Range BN would ignore is refused."""
-    fmt = integer(bits=8, zero="integer", granularity=granularity)
-
-    with pytest.raises(UsageError, match="per tensor"):
-        RangeNorm(input=fmt, grad_output=fmt)
-
-
-SCHEDULED = """
-summary = "s"
-source = "s"
-base = "sbm8-cpt"
-[schedule]
-forward = { kind = "cyclic", low = 4, high = 6, cycles = 2 }
-backward = 7
-"""
-
-
-def test_a_recipe_takes_the_fields_of_its_base() -> None:
-    """What the text leaves out is the base's; what it has is its own."""
-    mine, base = from_toml("mine", SCHEDULED), Recipe.from_name("sbm8-cpt")
-
-    assert (mine.output, mine.grad_weight, mine.last) == (base.output, base.grad_weight, "leave")
-    assert (mine.name, mine.summary) == ("mine", "s")
-    assert mine.schedule is not None
-    assert mine.schedule.forward.build(total_steps=8).max_bits == 6
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("cyclic", "cylic", "Did you mean 'cyclic'"),
-        ("low = 4", "lo = 4", "unknown setting of a cyclic schedule 'lo'"),
-        ("low = 4, ", "", "a cyclic schedule lacks low"),
-        ("low = 4", "low = 7", "low=7, high=6"),
-        ("low = 4", 'low = "test"', "low='test'"),
-        ('kind = "cyclic", ', "", "schedule.forward lacks kind"),
-        ("backward = 7", "backwards = 7", "Did you mean 'backward'"),
-        ("backward = 7", "backward = 99", "bits=99"),
-        ('base = "sbm8-cpt"', 'base = "sbm8-cpd"', "Did you mean 'sbm8-cpt'"),
-        ("[schedule]", "[gates]\nchoices = [[3, 6], [8, 8]]\ntargets = [3.0]\n[schedule]", "not both"),
-        ("[schedule]", "depthwise = [8]\n[schedule]", "depthwise=.8,.: give a tuple"),
-    ],
-)
-def test_a_wrong_schedule_is_refused_at_once(old: str, new: str, message: str) -> None:
-    """A recipe whose schedule no run could have does not load, and the error says where."""
-    assert old in SCHEDULED
-
-    with pytest.raises(UsageError, match=message):
-        from_toml("mine", SCHEDULED.replace(old, new))
 
 
 def test_depthwise_bits_need_something_to_be_exempt_from() -> None:

@@ -9,7 +9,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lowbit.errors import UsageError, shown
-from lowbit.methods.recipe import Recipe, recipes
+from lowbit.methods.names import recipes
+from lowbit.methods.recipe import Recipe
 from lowbit.nn import kinds
 from lowbit.nn.kinds import plain_type
 from lowbit.nn.layers import QuantLayer

@@ -13,7 +13,8 @@ from lowbit.engines.int8 import Int8
 from lowbit.engines.int_mm import IntMM
 from lowbit.engines.reference import Reference
 from lowbit.errors import UsageError
-from lowbit.methods.recipe import SLOTS, Recipe
+from lowbit.methods.operands import SLOTS
+from lowbit.methods.recipe import Recipe
 from lowbit.numerics.formats import FP32, Format, check_defined
 from lowbit.products.operators import Op
 from lowbit.products.setting import Slot, shares, sharing, slot

@@ -21,7 +21,8 @@ from lowbit.evidence.names import name_of_source
 from lowbit.evidence.proof import WANTED_COSINE, OperandProof
 from lowbit.evidence.records import OPERANDS, Total, per_layer
 from lowbit.inputs.checks import checked, is_finite
-from lowbit.methods.recipe import SLOTS, Recipe
+from lowbit.methods.operands import SLOTS
+from lowbit.methods.recipe import Recipe
 from lowbit.nn.gate import release
 from lowbit.nn.layers import QuantLayer, converted_layers, sites_of
 from lowbit.nn.site import Site

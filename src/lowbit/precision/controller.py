@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from lowbit.errors import UsageError, shown
 from lowbit.inputs.checks import check_keys, check_type, check_whole, checked, is_finite, is_whole
-from lowbit.methods.recipe import Gating, Recipe, recipes
+from lowbit.methods.dynamic import Gating
+from lowbit.methods.names import recipes
+from lowbit.methods.recipe import Recipe
 from lowbit.nn.gate import Gates, release
 from lowbit.nn.kinds import is_depthwise
 from lowbit.nn.site import Site

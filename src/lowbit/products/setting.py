@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import UsageError
-from lowbit.methods.recipe import SLOTS, Recipe
+from lowbit.methods.operands import SLOTS
+from lowbit.methods.recipe import Recipe
 from lowbit.numerics.formats import Format, check_defined, largest_code
 from lowbit.numerics.quantizer import Sharing, blocked
 from lowbit.numerics.rounding import Noise

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import UsageError, shown
 from lowbit.inputs.checks import check_keys, is_like
-from lowbit.methods.recipe import Gating
+from lowbit.methods.dynamic import Gating
 from lowbit.nn.gate.cost import SKIP, bits_at, cost_of, direction, shortcut_of
 from lowbit.nn.gate.mixing import At, output_mixed, with_skips
 from lowbit.nn.gate.network import RecurrentGate, pooled

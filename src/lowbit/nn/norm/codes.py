@@ -14,7 +14,7 @@ from torch import Tensor
 from lowbit.engines.int8 import takes
 from lowbit.kernels import cpu
 from lowbit.kernels.memory import in_memory, is_channels_last
-from lowbit.methods.recipe import Constant, RangeNorm
+from lowbit.methods.normalization import Constant, RangeNorm
 from lowbit.nn.norm.definition import per_channel, range_batch_norm_backward, refuse_second_derivative
 from lowbit.nn.norm.setting import NormSetting
 from lowbit.nn.norm.statistics import Statistics, chunk_lengths, slopes

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.methods.recipe import EpsilonPlace
+from lowbit.methods.normalization import EpsilonPlace
 from lowbit.nn.norm.setting import NormSetting
 from lowbit.nn.norm.statistics import Statistics, bounded, divisor, range_statistics
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.methods.recipe import RangeNorm
+from lowbit.methods.normalization import RangeNorm
 from lowbit.numerics.formats import Format, largest_code
 from lowbit.numerics.quantizer import Quantized, quantize
 from lowbit.numerics.rounding import Noise, field_of

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.methods.recipe import Constant, EpsilonPlace, Narrowest
+from lowbit.methods.normalization import Constant, EpsilonPlace, Narrowest
 from lowbit.numerics.quantizer import Grid
 
 # The authors' constant makes sigma nearly the standard deviation of a normal x; the paper's is 1.7 to 1.85 of it.

@@ -1,0 +1,128 @@
+"""A recipe as TOML."""
+
+import dataclasses
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lowbit.errors import RunError, UsageError, shown, unknown
+from lowbit.inputs import files
+from lowbit.inputs.checks import is_whole
+from lowbit.methods.dynamic import Gating, Scheduling
+from lowbit.methods.normalization import RangeNorm
+from lowbit.methods.operands import GradInput, GradWeight, Output
+from lowbit.numerics.formats import NAMED, Format, from_table
+from lowbit.numerics.parts import construct
+from lowbit.schedules import Template
+
+
+def read_file(path: Path) -> str:
+    """The text of a recipe's file.
+
+    Raises:
+        RunError: it cannot be read, is longer than 1 MiB, or is not UTF-8.
+    """
+    try:
+        return files.read(path, limit=1 << 20, hint="It is not a recipe.").decode()
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path} cannot be read: it is not UTF-8.") from error
+
+
+def parsed(cls: type[Any], name: str, text: str, *, base_of: Callable[[str], Any]) -> Any:
+    """The recipe in a text, see `from_toml`.
+
+    Args:
+        cls: the class of recipes.
+        name: the recipe's.
+        text: TOML.
+        base_of: the recipe of a name, for the text's `base`.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"recipe {name}: no TOML: {error}") from error
+    formats: dict[str, Format] = dict(NAMED)
+    own = _table(f"recipe {name}: formats", data.pop("formats", {}))
+    if taken := sorted(own.keys() & formats.keys()):
+        raise UsageError(f"recipe {name}: the format {taken[0]!r} exists already: choose another name")
+    if "name" in data:
+        raise UsageError(f"recipe {name}: its name is that of its file; leave `name` out")
+    formats.update({key: from_table(f"formats.{key}", _table(f"formats.{key}", fields)) for key, fields in own.items()})
+    unused = set(own)
+
+    def resolved(table: type[Any], where: str, fields: dict[str, Any]) -> Any:
+        operands = {f.name for f in dataclasses.fields(table) if f.type is Format}
+        unused.difference_update(v for k, v in _table(where, fields).items() if k in operands and isinstance(v, str))
+        return _construct(
+            table,
+            where,
+            {k: _named(formats, f"{where}.{k}", v) if k in operands else v for k, v in fields.items()},
+        )
+
+    if "schedule" in data:
+        data["schedule"] = _scheduling(name, data["schedule"])
+    if "gates" in data:
+        gates = _table(f"recipe {name}: gates", data["gates"])
+        data["gates"] = _construct(Gating, "gates", {key: _frozen(value) for key, value in gates.items()})
+    if "depthwise" in data:
+        data["depthwise"] = _frozen(data["depthwise"])
+    inherited: dict[str, Any] = {}
+    if "base" in data:
+        base = base_of(data.pop("base"))
+        inherited = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+    for key, table in (
+        ("output", Output),
+        ("grad_input", GradInput),
+        ("grad_weight", GradWeight),
+        ("normalization", RangeNorm),
+    ):
+        if key in data:
+            data[key] = resolved(table, key, data[key])
+    result = resolved(cls, f"recipe {name}", {**inherited, **data, "name": name})
+    if unused:
+        raise UsageError(f"recipe {name}: no product uses the format {sorted(unused)[0]!r}")
+    return result
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, to any depth."""
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _scheduling(name: str, fields: object) -> Scheduling:
+    where = f"recipe {name}: schedule"
+    schedules = {key: _template(f"{where}.{key}", value) for key, value in _table(where, fields).items()}
+    result: Scheduling = _construct(Scheduling, where, schedules)
+    return result
+
+
+def _template(where: str, value: object) -> Template:
+    if is_whole(value):
+        return Template(kind="constant", settings=(("bits", value),))
+    settings = dict(_table(where, value))
+    if "kind" not in settings:
+        raise UsageError(f"{where} lacks kind: give a number of bits, or a table with kind and its settings")
+    return Template(kind=settings.pop("kind"), settings=tuple((key, _frozen(value)) for key, value in settings.items()))
+
+
+def _table(where: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{where} is {shown(value)}: give a table of fields")
+    return value
+
+
+def _named(formats: dict[str, Format], where: str, name: object) -> Format:
+    if isinstance(name, Format):  # of the recipe that this one is based on
+        return name
+    if not isinstance(name, str):
+        raise UsageError(
+            f"{where} is {shown(name)}: give the name of a format; a format's fields stand under [formats.NAME]"
+        )
+    if name not in formats:
+        raise unknown(f"format of {where}", name, formats)
+    return formats[name]
+
+
+def _construct(cls: type[Any], where: str, fields: object) -> Any:
+    return construct(cls, where, _table(where, fields))
