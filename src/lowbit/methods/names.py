@@ -16,19 +16,29 @@ def is_file_name(text: str) -> bool:
 
 def is_family(name: str) -> bool:
     """Whether a name ends in the widths of its operands, ``wXaYgZ``."""
-    return _WIDTHS.fullmatch(name) is not None
+    return widths_in(name) is not None
+
+
+def widths_in(name: str) -> tuple[str, int, int, int] | None:
+    """The recipe that a name changes, and its bits of `weight`, `input` and `grad_output`; None without any."""
+    match = _WIDTHS.fullmatch(name)
+    if match is None:
+        return None
+    base, weight, input_, grad_output = match.groups(default="sbm8-cpt")
+    return base, int(weight), int(input_), int(grad_output)
 
 
 def recipes() -> tuple[str, ...]:
     """The names of all recipes; ``wXaYgZ`` stands for any widths, e.g. ``w4a4g6``."""
-    return (*_stored(), ON_THE_FLY)
+    return (*stored(), ON_THE_FLY)
 
 
-def _folder() -> Traversable:
+def folder() -> Traversable:
     """The folder of stored recipes; data only."""
     return resources.files("lowbit") / "methods" / "recipes"
 
 
 @cache
-def _stored() -> tuple[str, ...]:
-    return tuple(sorted(f.name.removesuffix(".toml") for f in _folder().iterdir() if f.name.endswith(".toml")))
+def stored() -> tuple[str, ...]:
+    """The names of the stored recipes, sorted."""
+    return tuple(sorted(f.name.removesuffix(".toml") for f in folder().iterdir() if f.name.endswith(".toml")))

@@ -41,7 +41,8 @@ class GradWeight:
         check_fields(self)
 
 
-def _check_operand(where: str, operand: str, fmt: Format) -> None:
+def check_operand(where: str, operand: str, fmt: Format) -> None:
+    """Raise a UsageError where no operand of that name can have the format."""
     if operand != "input" and fmt.running is not None:
         raise UsageError(f"{where}: only `input` keeps a running range")
     if operand != "weight" and fmt.granularity == "output-channel":
@@ -51,7 +52,8 @@ def _check_operand(where: str, operand: str, fmt: Format) -> None:
         raise UsageError(f"{where}: a weight has no samples")
 
 
-def _range_of(fmt: Format) -> tuple[object, ...] | None:
+def range_of(fmt: Format) -> tuple[object, ...] | None:
+    """What of a format says which running range it keeps, to compare; None without a scale."""
     s = fmt.scale
     return None if s is None else (s.range, s.running, s.running_start, s.granularity)
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 from lowbit.errors import RunError, UsageError, shown, unknown
 from lowbit.inputs.checks import check_fields, check_type, checked
 from lowbit.methods.dynamic import Gating, Scheduling
-from lowbit.methods.names import _WIDTHS, ON_THE_FLY, _folder, _stored, is_family, is_file_name, recipes
+from lowbit.methods.names import ON_THE_FLY, folder, is_family, is_file_name, recipes, stored, widths_in
 from lowbit.methods.normalization import RangeNorm
-from lowbit.methods.operands import SLOTS, GradInput, GradWeight, Output, _check_operand, _range_of
-from lowbit.methods.toml import _frozen, parsed, read_file
+from lowbit.methods.operands import SLOTS, GradInput, GradWeight, Output, check_operand, range_of
+from lowbit.methods.toml import frozen, parsed, read_file
 from lowbit.numerics.formats import FP32, Format
 
 __all__ = [
@@ -97,9 +97,9 @@ class Recipe:
                 f"output.input has transform={self.output.input.transform.kind!r}, which gates cannot differentiate"
             )
         for product, operand, fmt in self.operands():
-            _check_operand(f"{product}.{operand}", operand, fmt)
+            check_operand(f"{product}.{operand}", operand, fmt)
         kept, used = self.output.input, self.grad_weight.input
-        if used.running is not None and _range_of(kept) != _range_of(used):
+        if used.running is not None and range_of(kept) != range_of(used):
             raise UsageError(
                 "grad_weight.input keeps another running range than output.input: a layer has one running input range"
             )
@@ -140,7 +140,7 @@ class Recipe:
             if name not in known:
                 has = f"it has {', '.join(known)}" if known else "its bits are constant"
                 raise UsageError(f"recipe {self.name!r} has no setting {name!r}: {has}")
-        settings = {name: _frozen(value) for name, value in settings.items()}
+        settings = {name: frozen(value) for name, value in settings.items()}
         if self.schedule is not None:
             forward = self.schedule.forward.replace(**settings)
             return self.replace(schedule=dataclasses.replace(self.schedule, forward=forward))
@@ -186,9 +186,8 @@ class Recipe:
             UsageError: no such recipe, bits out of range, or a recipe that has no bits to set.
         """
         check_type("name", name, str)
-        if match := _WIDTHS.fullmatch(name):
-            base, *digits = match.groups(default="sbm8-cpt")
-            weight, input_, grad_output = map(int, digits)
+        if widths := widths_in(name):
+            base, weight, input_, grad_output = widths
             try:
                 recipe = Recipe.from_name(base)
                 if recipe.is_dynamic:
@@ -204,7 +203,7 @@ class Recipe:
             )
         if name == ON_THE_FLY:
             raise UsageError(f"{name} stands for a family of recipes: put widths in, e.g. w4a4g6")
-        if name not in _stored():
+        if name not in stored():
             raise unknown("recipe", name, recipes())
         return _load(name)
 
@@ -218,7 +217,7 @@ class Recipe:
         file = Path(path)
         if file.suffix != ".toml":
             raise UsageError(f"recipe file {shown(str(path))}: give a file whose name ends in .toml")
-        if file.stem in _stored() or is_family(file.stem):
+        if file.stem in stored() or is_family(file.stem):
             raise UsageError(f"recipe file {shown(str(path))}: {file.stem!r} is a recipe of lowbit; rename the file")
         try:
             return from_toml(file.stem, read_file(file))
@@ -233,7 +232,7 @@ class Recipe:
 
 @cache
 def _load(name: str) -> Recipe:
-    return from_toml(name, (_folder() / f"{name}.toml").read_text(encoding="utf-8"))
+    return from_toml(name, (folder() / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def from_toml(name: str, text: str) -> Recipe:

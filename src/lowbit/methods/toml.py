@@ -64,9 +64,9 @@ def parsed(cls: type[Any], name: str, text: str, *, base_of: Callable[[str], Any
         data["schedule"] = _scheduling(name, data["schedule"])
     if "gates" in data:
         gates = _table(f"recipe {name}: gates", data["gates"])
-        data["gates"] = _construct(Gating, "gates", {key: _frozen(value) for key, value in gates.items()})
+        data["gates"] = _construct(Gating, "gates", {key: frozen(value) for key, value in gates.items()})
     if "depthwise" in data:
-        data["depthwise"] = _frozen(data["depthwise"])
+        data["depthwise"] = frozen(data["depthwise"])
     inherited: dict[str, Any] = {}
     if "base" in data:
         base = base_of(data.pop("base"))
@@ -85,9 +85,9 @@ def parsed(cls: type[Any], name: str, text: str, *, base_of: Callable[[str], Any
     return result
 
 
-def _frozen(value: Any) -> Any:
+def frozen(value: Any) -> Any:
     """Lists as tuples, to any depth."""
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+    return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
 
 
 def _scheduling(name: str, fields: object) -> Scheduling:
@@ -103,7 +103,7 @@ def _template(where: str, value: object) -> Template:
     settings = dict(_table(where, value))
     if "kind" not in settings:
         raise UsageError(f"{where} lacks kind: give a number of bits, or a table with kind and its settings")
-    return Template(kind=settings.pop("kind"), settings=tuple((key, _frozen(value)) for key, value in settings.items()))
+    return Template(kind=settings.pop("kind"), settings=tuple((key, frozen(value)) for key, value in settings.items()))
 
 
 def _table(where: str, value: object) -> dict[str, Any]:
