@@ -243,7 +243,7 @@ def from_toml(name: str, text: str) -> Recipe:
     number of bits, and may have one for `backward`; `[gates]` has the fields of `Gating`.
 
     Raises:
-        UsageError: no TOML, or a name or value that does not exist.
+        UsageError: it is not TOML, or has a name or value that does not exist.
     """
     recipe: Recipe = parsed(Recipe, name, text, base_of=Recipe.from_name)
     return recipe

@@ -41,7 +41,7 @@ def parsed(cls: type[Any], name: str, text: str, *, base_of: Callable[[str], Any
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"recipe {name}: no TOML: {error}") from error
+        raise UsageError(f"recipe {name} is not TOML: {error}") from error
     formats: dict[str, Format] = dict(NAMED)
     own = _table(f"recipe {name}: formats", data.pop("formats", {}))
     if taken := sorted(own.keys() & formats.keys()):
