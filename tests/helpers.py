@@ -15,7 +15,10 @@ from torch import Tensor
 
 from conftest import ORACLES
 from lowbit.methods.recipe import SLOTS, GradInput, GradWeight, Output, Recipe
+from lowbit.numerics.element import Element
 from lowbit.numerics.formats import Format
+from lowbit.numerics.quantizer import quantize
+from lowbit.numerics.scales import Scale
 from lowbit.schedules import Schedule
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -88,3 +91,9 @@ def range_by_loop(x: Tensor, kappa: float, chunks: int = 16, fewest: int = 16) -
         means.append(sum(values) / len(values))
         sigmas.append(kappa * sum(terms) / number)
     return means, sigmas
+
+
+def rounded(x: Tensor, element: Element, noise: Tensor | None = None, scale: Scale | None = None) -> Tensor:
+    """Values of an element, on the CPU's plain or native pass as `quantize` chooses."""
+    rounding = "nearest" if noise is None else "stochastic"
+    return quantize(x, Format(element=element, scale=scale, rounding=rounding), noise=noise).values

@@ -19,7 +19,8 @@ from helpers import threads
 from lowbit.kernels import cpu, native_instruction_sets
 from lowbit.kernels.cpu import Codes, Grid
 from lowbit.kernels.memory import View
-from lowbit.numerics.elements import Integer, Steps
+from lowbit.numerics.element import Steps
+from lowbit.numerics.elements import Integer
 from lowbit.numerics.formats import Format, integer
 from lowbit.numerics.quantizer import native_grid
 from lowbit.numerics.rounding import uniform_noise

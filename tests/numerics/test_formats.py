@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from lowbit.errors import UsageError, check_choice
-from lowbit.numerics.elements import FixedPoint, Integer, Minifloat, PowerOfTwo, Real, Zero
+from lowbit.numerics.element import Zero
+from lowbit.numerics.elements import FixedPoint, Integer, Minifloat, PowerOfTwo, Real
 from lowbit.numerics.formats import BF16, FP32, Format, check_bits, check_defined, from_table, integer
 from lowbit.numerics.scales import E4M3, Constant, IntegerScale, MinMax, PowerOfTwoScale, SampleMean, Scale
 from lowbit.numerics.transforms import NO_TRANSFORM, Clip, Hadamard, TanhMax

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowbit.numerics.elements import Element, FixedPoint, Integer, Minifloat, PowerOfTwo, Steps, Zero
+from lowbit.numerics.element import Element, Steps, Zero
+from lowbit.numerics.elements import FixedPoint, Integer, Minifloat, PowerOfTwo
 from lowbit.numerics.formats import BF16, FP32, Format, Rounding, integer, largest_code
 from lowbit.numerics.quantizer import Codes, encode, quantize
 from lowbit.numerics.rounding import CounterNoise, step_key

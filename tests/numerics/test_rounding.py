@@ -1,5 +1,6 @@
 import math
 import zlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from lowbit.numerics.rounding import (
     CounterNoise,
     RecordedNoise,
+    exponent_of,
     noise_key,
+    power_of_two,
     round_nearest,
     round_stochastic,
     step_key,
@@ -394,3 +397,24 @@ def test_elements_a_row_apart_are_independent(lag: int) -> None:
         chi_square = ((counts - expected) ** 2 / expected).sum().item()
 
         assert abs(chi_square - 1023) < 6 * math.sqrt(2 * 1023)
+
+
+class TestExponents:
+    """Exponents by extraction."""
+
+    @pytest.mark.parametrize(
+        "move", [lambda x: x, lambda x: torch.nextafter(x, x * 2), lambda x: torch.nextafter(x, x * 0)]
+    )
+    def test_they_are_exact_at_the_ends_of_binades(self, move: Callable[[Tensor], Tensor]) -> None:
+        """At every power of two of float32 and at the numbers beside it, where float32 logarithms are wrong."""
+        x = move(2.0 ** torch.arange(-149, 128, dtype=torch.float64).float())
+        x = x[x > 0].double()
+
+        assert exponent_of(x).tolist() == [math.frexp(v)[1] - 1 for v in x.tolist()]
+
+    def test_powers_are_exact_and_stay_normal(self) -> None:
+        """From -1022 to 1023 they are the powers; beyond, the nearest of these."""
+        exponents = torch.arange(-1022, 1024)
+
+        assert power_of_two(exponents).tolist() == [2.0**e for e in range(-1022, 1024)]
+        assert power_of_two(torch.tensor([-2000, 2000])).tolist() == [2.0**-1022, 2.0**1023]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import UsageError
-from lowbit.numerics.elements import Element, Integer, Minifloat, PowerOfTwo
+from lowbit.numerics.element import Element
+from lowbit.numerics.elements import Integer, Minifloat, PowerOfTwo
 from lowbit.numerics.formats import Format, integer
 from lowbit.numerics.quantizer import encode, quantize
 from lowbit.numerics.scales import (

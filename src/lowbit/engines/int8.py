@@ -16,7 +16,8 @@ from lowbit.engines.codes import MOST_SUMMED, Codes, Operand, Values, are_codes,
 from lowbit.engines.int8_convolutions import convolution
 from lowbit.kernels import cpu, operators
 from lowbit.kernels.cpu import Rows
-from lowbit.numerics.elements import Integer, Steps
+from lowbit.numerics.element import Steps
+from lowbit.numerics.elements import Integer
 from lowbit.numerics.formats import BF16, FP32, Format
 from lowbit.numerics.parts import NUMBERS, NUMBERS_OR_NONE, Listed, unlisted
 from lowbit.numerics.quantizer import Grid, Quantized

@@ -1,95 +1,21 @@
-"""Elements: what one code of an operand is, as frozen values with their definitions in plain torch, on any device.
+"""The kinds of elements, as frozen values with their definitions in plain torch, on any device.
 
-Notation: x real value, S scale, z zero point, o float offset, q code, n the largest code, u noise in [0, 1). A code is
-a number held in the float dtype of x: ``x ~ (q - z) S + o``.
+Notation: as in `lowbit.numerics.element`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import UsageError, check_choice, shown
 from lowbit.inputs.checks import check_fields, is_whole
-from lowbit.numerics.rounding import round_nearest, round_stochastic
+from lowbit.numerics.element import Element, Scaled, Step, Steps, Zero, bound
+from lowbit.numerics.rounding import round_nearest, round_to, round_to_float
 
-Zero = Literal["symmetric", "integer", "offset"]
-Scaled = Literal["always", "never", "either"]
 Top = Literal["ieee", "nan", "finite"]
 Overflow = Literal["saturate", "infinite"]
-
-# Makes the scale of what spans so much in so many steps, see `lowbit.numerics.scales.Scale.step`.
-Step = Callable[[Tensor, Tensor | float], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Steps:
-    """Where codes lie: ``x ~ (q - zero) * scale + offset`` with ``low <= q <= high``.
-
-    Args:
-        scale: broadcasts against x; not 0.
-        zero: integer zero points held in float, or None for 0.
-        offset: float offsets, or None for 0.
-        low: the smallest code, a number or a scalar tensor.
-        high: the largest code.
-    """
-
-    scale: Tensor
-    zero: Tensor | float | None = None
-    offset: Tensor | None = None
-    low: Tensor | float
-    high: Tensor | float
-
-
-class Element(Protocol):
-    """What one code is."""
-
-    kind: ClassVar[str]
-    # Whether its bits can be set apart from the format, by a schedule or a gate.
-    has_width: ClassVar[bool]
-    scaled: ClassVar[Scaled]
-
-    @property
-    def bits(self) -> int:
-        """The width of a code, sign included."""
-
-    @property
-    def zero(self) -> Zero:
-        """Where real zero lies; ``"symmetric"`` where it is the code 0."""
-
-    @property
-    def code_range(self) -> tuple[float, float]:
-        """The smallest and the largest code."""
-
-    @property
-    def margin(self) -> float:
-        """How far beyond the largest code a value may lie that still rounds to it: half of the last step."""
-
-    def steps(self, lo: Tensor, hi: Tensor, levels: Tensor | float, step: Step) -> Steps:
-        """Where codes lie for values from `lo` to `hi`, `levels` being the largest code."""
-
-    def fixed_steps(self, x: Tensor) -> Steps | None:
-        """Where codes lie without a scale; None where `codes` gives the values themselves."""
-
-    def codes(self, x: Tensor, steps: Steps | None, noise: Tensor | None) -> Tensor:
-        """The codes of `x`, a new tensor; `noise` rounds stochastically, else to nearest with halves to even."""
-
-    def __str__(self) -> str:
-        """As reports name it."""
-
-
-def round_to(t: Tensor, noise: Tensor | None) -> Tensor:
-    """Whole numbers, nearest or by noise."""
-    return round_nearest(t) if noise is None else round_stochastic(t, noise)
-
-
-def bound(t: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """Clamp `t` in place; nan stays nan."""
-    if isinstance(high, Tensor):
-        return t.clamp_(low.to(t) if isinstance(low, Tensor) else t.new_tensor(low), high.to(t))
-    return t.clamp_(float(low), high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,29 +122,6 @@ class Integer:
 
     def __str__(self) -> str:
         return f"{self.bits}-bit {self.zero}"
-
-
-def exponent_of(t: Tensor) -> Tensor:
-    """``floor(log2 |t|)`` of float64, exactly, by extraction; -1 of 0."""
-    return torch.frexp(t).exponent - 1
-
-
-def power_of_two(exponent: Tensor) -> Tensor:
-    """``2**exponent`` as float64, exactly; the nearest of its normal powers for exponents outside -1022 to 1023."""
-    return ((exponent.to(torch.int64).clamp(-1022, 1023) + 1023) << 52).view(torch.float64)
-
-
-def round_to_float(t: Tensor, mantissa: int, lowest: int, noise: Tensor | None) -> Tensor:
-    """`t` rounded to `mantissa` bits after the leading one, with subnormals below ``2**lowest``; float64.
-
-    Args:
-        t: float64.
-        mantissa: bits after the leading one.
-        lowest: the exponent of the smallest normal number.
-        noise: draws in [0, 1); None rounds to nearest, halves to even.
-    """
-    step = power_of_two(exponent_of(t).clamp(min=lowest) - mantissa)
-    return round_to(t / step, None if noise is None else noise.to(t)) * step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from lowbit.errors import UsageError, shown, unknown
 from lowbit.inputs.checks import check_fields, is_whole
-from lowbit.numerics.elements import ELEMENTS, Element, Integer, Minifloat, Real, Zero
+from lowbit.numerics.element import Element, Zero
+from lowbit.numerics.elements import ELEMENTS, Integer, Minifloat, Real
 from lowbit.numerics.parts import by_kind, check_again, check_part, construct
 from lowbit.numerics.scales import (
     FLOAT32,

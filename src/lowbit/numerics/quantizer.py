@@ -12,7 +12,8 @@ from torch import Tensor
 from lowbit.errors import UsageError
 from lowbit.kernels import cpu
 from lowbit.kernels.memory import is_channels_last, memory_view
-from lowbit.numerics.elements import Integer, Steps
+from lowbit.numerics.element import Steps
+from lowbit.numerics.elements import Integer
 from lowbit.numerics.formats import BF16, FP32, Format, check_defined
 from lowbit.numerics.parts import NUMBERS, NUMBERS_OR_NONE, Listed, unlisted
 from lowbit.numerics.ranges import extremes

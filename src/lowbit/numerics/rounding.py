@@ -45,6 +45,34 @@ def round_stochastic(t: Tensor, noise: Tensor) -> Tensor:
     return down.add_((t - down).sub_(noise).ceil_())
 
 
+def round_to(t: Tensor, noise: Tensor | None) -> Tensor:
+    """Whole numbers, nearest or by noise."""
+    return round_nearest(t) if noise is None else round_stochastic(t, noise)
+
+
+def exponent_of(t: Tensor) -> Tensor:
+    """``floor(log2 |t|)`` of float64, exactly, by extraction; -1 of 0."""
+    return torch.frexp(t).exponent - 1
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """``2**exponent`` as float64, exactly; the nearest of its normal powers for exponents outside -1022 to 1023."""
+    return ((exponent.to(torch.int64).clamp(-1022, 1023) + 1023) << 52).view(torch.float64)
+
+
+def round_to_float(t: Tensor, mantissa: int, lowest: int, noise: Tensor | None) -> Tensor:
+    """`t` rounded to `mantissa` bits after the leading one, with subnormals below ``2**lowest``; float64.
+
+    Args:
+        t: float64.
+        mantissa: bits after the leading one.
+        lowest: the exponent of the smallest normal number.
+        noise: draws in [0, 1); None rounds to nearest, halves to even.
+    """
+    step = power_of_two(exponent_of(t).clamp(min=lowest) - mantissa)
+    return round_to(t / step, None if noise is None else noise.to(t)) * step
+
+
 Word = TypeVar("Word", int, Tensor)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lowbit.errors import UsageError
 from lowbit.inputs.checks import check_fields
-from lowbit.numerics.elements import exponent_of, power_of_two, round_to_float
 from lowbit.numerics.parts import LARGEST, SMALLEST, check_interval, check_part
+from lowbit.numerics.rounding import exponent_of, power_of_two, round_to_float
 
 Granularity = Literal["tensor", "sample", "row", "kept-channel", "output-channel", "block", "square"]
 RunningStart = Literal["first", "zero"]

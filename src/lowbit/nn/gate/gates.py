@@ -21,7 +21,7 @@ from lowbit.nn.gate.mixing import At, output_mixed, with_skips
 from lowbit.nn.gate.network import RecurrentGate, pooled
 from lowbit.nn.layers import sites_of
 from lowbit.nn.site import Site, is_recomputing, runs_eagerly
-from lowbit.numerics.elements import Zero
+from lowbit.numerics.element import Zero
 from lowbit.numerics.formats import check_bits
 from lowbit.products.setting import Samples
 from lowbit.products.watch import ProductCall, counted_by

@@ -18,7 +18,7 @@ from lowbit.methods.normalization import Constant, RangeNorm
 from lowbit.nn.norm.definition import per_channel, range_batch_norm_backward, refuse_second_derivative
 from lowbit.nn.norm.setting import NormSetting
 from lowbit.nn.norm.statistics import Statistics, chunk_lengths, slopes
-from lowbit.numerics.elements import Steps
+from lowbit.numerics.element import Steps
 from lowbit.numerics.formats import Format, largest_code
 from lowbit.numerics.quantizer import Grid, Quantized, sharing_of
 from lowbit.products import strides, watch
