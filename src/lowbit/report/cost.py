@@ -6,7 +6,6 @@ A `Cost` is a view of a ledger as text, JSON or CSV; it computes and keeps nothi
 import csv
 import dataclasses
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,36 +15,15 @@ from lowbit.errors import RunError, UsageError
 from lowbit.evidence import metrics
 from lowbit.evidence.ledger import Ledger
 from lowbit.evidence.metrics import METRICS, Terms
-from lowbit.evidence.records import PRODUCTS, Convention, Product, Total, per_layer
+from lowbit.evidence.records import PRODUCTS, Convention, Product, Total
 from lowbit.hardware import Accelerator, Estimate, total
 from lowbit.inputs import userfile
 from lowbit.inputs.checks import check_fields, check_type
+from lowbit.report.rows import Row, _estimate, _first_layers, _flat, _named
 from lowbit.tables import json_text, text_table
 
 CONVENTIONS: tuple[Convention, ...] = ("as-ran", "as-charged")
 FULL_PRECISION = (32, 32)  # bits of the operands that savings are against
-
-
-@dataclass(frozen=True)
-class Row:
-    """One product of one layer at one pair of widths, over the whole run.
-
-    Args:
-        total: the product and its calls.
-        once: what one call costs on the hardware; None without hardware, or where it has no model of it.
-        reason: why there is no estimate.
-        first_layer: whether its layer reads the network's input.
-    """
-
-    total: Total
-    once: Estimate | None = None
-    reason: str = ""
-    first_layer: bool = False
-
-    @property
-    def estimate(self) -> Estimate | None:
-        """What all calls cost on the hardware."""
-        return None if self.once is None else self.once * self.total.calls
 
 
 @dataclass(frozen=True)
@@ -319,43 +297,6 @@ class Cost:
         return text.getvalue()
 
 
-def _first_layers(totals: Sequence[Total]) -> set[str]:
-    """The layers that read the network's input: those that trained their weight and had no `grad_input`."""
-    return {
-        layer
-        for layer, each in per_layer(totals)
-        if any(t.product.grad_input_bits for t in each) and not any(t.product.product == "grad_input" for t in each)
-    }
-
-
-def _named(product: Product) -> str:
-    """The layer of a product, for a message."""
-    return product.layer or "(model)"
-
-
-def _flat(row: Row) -> dict[str, Any]:
-    product, calls = row.total
-    data: dict[str, Any] = {
-        "layer": product.layer,
-        "kind": product.kind,
-        "product": product.product,
-        "engine": product.engine,
-        "bits": f"{product.bits[0]}x{product.bits[1]}",
-        "input": "x".join(map(str, product.input)),
-        "weight": "x".join(map(str, product.weight)),
-        "output": "x".join(map(str, product.output)),
-        "calls": calls,
-        "macs": row.total.macs,
-        "effective_macs": metrics.effective_macs([row.total]).total,
-        "gbitops": metrics.gbitops([row.total]).total,
-        "operand_bytes": metrics.operand_bytes([row.total]).total,
-    }
-    if row.once is not None and row.estimate is not None:
-        data |= _estimate(row.estimate)
-        data["loops"] = " ".join(f"{loop.name}:{loop.count}x{loop.size}" for loop in row.once.loops)
-    return data | ({"not_estimated": row.reason} if row.reason else {})
-
-
 def _hardware_cells(name: str, e: Estimate) -> list[str]:
     return [
         name,
@@ -368,22 +309,6 @@ def _hardware_cells(name: str, e: Estimate) -> list[str]:
         f"{e.operations_per_cycle:.1f}",
         f"{e.operations_per_memory_bit:.3f}",
     ]
-
-
-def _estimate(e: Estimate) -> dict[str, Any]:
-    return {
-        "cycles": e.cycles,
-        "stall_cycles": e.stall_cycles,
-        "seconds": e.seconds,
-        "energy_nj": e.energy_nj,
-        "core_nj": e.core_nj,
-        **{f"{store.name}_nj": store.energy_nj for store in e.stores},
-        "macs_per_cycle": e.operations_per_cycle,
-        f"macs_per_{e.outermost.name}_bit": e.operations_per_memory_bit
-        if math.isfinite(e.operations_per_memory_bit)
-        else None,
-        "bound": e.bound,
-    }
 
 
 def _terms(terms: Terms) -> dict[str, float]:
