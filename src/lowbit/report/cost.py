@@ -19,7 +19,7 @@ from lowbit.evidence.records import PRODUCTS, Convention, Product, Total
 from lowbit.hardware import Accelerator, Estimate, total
 from lowbit.inputs import userfile
 from lowbit.inputs.checks import check_fields, check_type
-from lowbit.report.rows import Row, _estimate, _first_layers, _flat, _named
+from lowbit.report.rows import Row, estimate_values, first_layers, layer_of, row_values
 from lowbit.tables import json_text, text_table
 
 CONVENTIONS: tuple[Convention, ...] = ("as-ran", "as-charged")
@@ -58,13 +58,13 @@ class Cost:
     def rows(self) -> list[Row]:
         """A row for each layer, product, shape and pair of widths that ran."""
         totals = self.ledger.totals()
-        first = _first_layers(totals)
+        first = first_layers(totals)
         return [self._row(total, first_layer=total.product.layer in first) for total in totals]
 
     def _row(self, ran: Total, *, first_layer: bool) -> Row:
         if self.hardware is None:
             return Row(ran, first_layer=first_layer)
-        name, asked = f"{type(self.hardware).__name__}.product", f"{ran.product.product} of {_named(ran.product)}"
+        name, asked = f"{type(self.hardware).__name__}.product", f"{ran.product.product} of {layer_of(ran.product)}"
         try:
             with userfile.blamed(f"{name} raises for {asked}:", userfile.file_of(self.hardware), RunError):
                 once = self.hardware.product(ran.product, first_layer=first_layer)
@@ -109,7 +109,7 @@ class Cost:
         ]
         for row in wide:
             if row.estimate is None:
-                raise UsageError(f"{_named(row.total.product)}: {row.reason}")
+                raise UsageError(f"{layer_of(row.total.product)}: {row.reason}")
         return total(row.estimate for row in wide if row.estimate is not None)
 
     def notes_on_hardware(self) -> dict[str, list[str]]:
@@ -259,7 +259,7 @@ class Cost:
                 }
                 for metric in METRICS
             ],
-            "layers": [_flat(row) for row in self.rows],
+            "layers": [row_values(row) for row in self.rows],
             "evaluations": {
                 "number": len(ledger.evaluations),
                 "macs": metrics.macs(ledger.totals(evaluations=True)).total,
@@ -271,7 +271,7 @@ class Cost:
             "notes": ledger.notes,
         }
         if self.hardware is not None:
-            data["hardware"] = {name: _estimate(e) for name, e in self.on_hardware().items()}
+            data["hardware"] = {name: estimate_values(e) for name, e in self.on_hardware().items()}
             data["not_estimated"] = self.not_estimated()
             data["assumed"] = self.notes_on_hardware()
             data["in_full_precision"] = self._full_precision_data()
@@ -279,7 +279,7 @@ class Cost:
 
     def _full_precision_data(self) -> dict[str, Any] | None:
         try:
-            return _estimate(self.in_full_precision())
+            return estimate_values(self.in_full_precision())
         except UsageError:
             return None
 
@@ -289,7 +289,7 @@ class Cost:
 
     def to_csv(self) -> str:
         """A line for each row, with a header."""
-        flat = [_flat(row) for row in self.rows]
+        flat = [row_values(row) for row in self.rows]
         text = io.StringIO()
         writer = csv.DictWriter(text, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
         writer.writeheader()

@@ -32,7 +32,7 @@ class Row:
         return None if self.once is None else self.once * self.total.calls
 
 
-def _first_layers(totals: Sequence[Total]) -> set[str]:
+def first_layers(totals: Sequence[Total]) -> set[str]:
     """The layers that read the network's input: those that trained their weight and had no `grad_input`."""
     return {
         layer
@@ -41,12 +41,13 @@ def _first_layers(totals: Sequence[Total]) -> set[str]:
     }
 
 
-def _named(product: Product) -> str:
+def layer_of(product: Product) -> str:
     """The layer of a product, for a message."""
     return product.layer or "(model)"
 
 
-def _flat(row: Row) -> dict[str, Any]:
+def row_values(row: Row) -> dict[str, Any]:
+    """A row as plain values, by the names of CSV columns."""
     product, calls = row.total
     data: dict[str, Any] = {
         "layer": product.layer,
@@ -64,12 +65,13 @@ def _flat(row: Row) -> dict[str, Any]:
         "operand_bytes": metrics.operand_bytes([row.total]).total,
     }
     if row.once is not None and row.estimate is not None:
-        data |= _estimate(row.estimate)
+        data |= estimate_values(row.estimate)
         data["loops"] = " ".join(f"{loop.name}:{loop.count}x{loop.size}" for loop in row.once.loops)
     return data | ({"not_estimated": row.reason} if row.reason else {})
 
 
-def _estimate(e: Estimate) -> dict[str, Any]:
+def estimate_values(e: Estimate) -> dict[str, Any]:
+    """An estimate as plain values; a ratio that is not finite is None."""
     return {
         "cycles": e.cycles,
         "stall_cycles": e.stall_cycles,
