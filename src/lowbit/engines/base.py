@@ -75,7 +75,7 @@ class Engine(Protocol):
         """One operand of one product, in its format, with the noise and the range of the call."""
 
     def multiply(self, product: Product, a: Operand, b: Operand, bias: Tensor | None) -> Tensor:
-        """The product of two operands, in the order of `lowbit.recipe.SLOTS`; in its dtype, or a wider one."""
+        """The product of two operands, in the order of `lowbit.methods.operands.SLOTS`, in its dtype or a wider one."""
 
     def values(self, operand: Operand, slot: Slot) -> Quantized:
         """The real values that the product saw, in the operand's shape, and their grid."""

@@ -144,7 +144,7 @@ def in_order(x: Tensor, layout: Layout) -> Tensor:
 
 
 def encode_by_torch(x: Tensor, slot: Slot, *, noise: Tensor | None, observed: tuple[Tensor, Tensor] | None) -> Codes:
-    """As `encode_operand` with torch's own operators, on any device; `noise` has a draw in [0, 1) for each number."""
+    """Codes by `lowbit.numerics.quantizer.encode`, on any device; `noise` has a draw in [0, 1) for each number."""
     view, fmt = slot.sharing.view, slot.format
     x = x.float()
     noise = None if noise is None else noise.reshape(view)

@@ -73,7 +73,7 @@ class Reference:
         return ""
 
     def encode(self, x: Tensor, slot: Slot, setting: Setting) -> Rounded:
-        """See `lowbit.quantizer.quantize`; a meta tensor has a shape and no values."""
+        """See `lowbit.numerics.quantizer.quantize`; a meta tensor has a shape and no values."""
         x, fmt = in_full(x), slot.format
         if x.is_meta:
             return Rounded(numbers=x if fmt == FP32 else torch.empty_like(x), grid=None, exact=fmt == FP32)

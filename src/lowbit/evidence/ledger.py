@@ -31,7 +31,7 @@ class Ledger(History):
     """What a run computed: products, programs, steps and evaluations, in memory and, where it has one, in a file.
 
     `create` and `resume` give a ledger that writes each record as it comes; `load` reads one. `lowbit.Meter` fills
-    it; `lowbit.metrics` and `lowbit.cost` read it.
+    it; `lowbit.metrics` and `lowbit.Cost` read it.
 
     Args:
         model: the model's name, for reports.

@@ -395,7 +395,7 @@ class Site(nn.Module):
 
 
 def product_site(*, name: str, recipe: Recipe, clock: Clock, engine: str, part: str = "", leads: bool = True) -> Site:
-    """A site for the three products, with the recipe's own bits in the order of `lowbit.recipe.SLOTS`."""
+    """A site for the three products, with the recipe's own bits in the order of `lowbit.methods.operands.SLOTS`."""
     bits = [fmt.bits for _, _, fmt in recipe.operands()]
     return Site(
         name=name,

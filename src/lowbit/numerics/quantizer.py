@@ -250,7 +250,7 @@ def quantize(
         dims: see there.
         axis: see there.
         levels: as for `encode`.
-        noise: as for `encode`, or the two words of a noise field of `lowbit.rounding`, made as it is needed.
+        noise: as for `encode`, or the two words of a noise field of `lowbit.numerics.rounding`, made as it is needed.
         observed: as for `encode`, broadcasting against the view.
 
     Returns:

@@ -106,7 +106,7 @@ class ProductCall:
         product: ``"output"``, ``"grad_input"`` or ``"grad_weight"``.
         kind: what was computed, e.g. ``"conv2d"``.
         engine: how it was executed.
-        bits: the widths of its two operands, in the order of `lowbit.recipe.SLOTS`.
+        bits: the widths of its two operands, in the order of `lowbit.methods.operands.SLOTS`.
         op: the operator, for its `macs`.
         input: shape of the layer's input.
         weight: shape of its weight.

@@ -70,7 +70,7 @@ void encode(const void* x, Type type, View view, const Grid& grid, int64_t taps,
     });
 }
 
-// Scale and zero point of a range, in the steps of `lowbit.quantizer.grid_of`; nan stays nan.
+// Scale and zero point of a range, as `lowbit.numerics.elements.Integer.steps` places them; nan stays nan.
 void grid_of(const Rule& rule, float lo, float hi, float* scale, float* zero) {
     float span = -lo > hi || lo != lo ? -lo : hi;
     if (!rule.symmetric) {

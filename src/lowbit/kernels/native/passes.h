@@ -26,7 +26,7 @@ struct Grid {
     uint32_t key0, key1;  // of the noise
 };
 
-// How a grid is made of a range, as `lowbit.quantizer.grid_of` makes it.
+// How a grid is made of a range, as `lowbit.numerics.elements.Integer.steps` makes it.
 struct Rule {
     bool symmetric;
     float levels, floor;   // the largest code, the smallest scale

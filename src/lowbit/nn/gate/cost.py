@@ -34,7 +34,7 @@ def products_cost(bits: Tensor) -> float:
     """Full-precision multiplications per MAC of the three products: ``(w a + w g + a g) / 32**2``.
 
     Args:
-        bits: widths of the operands, int64 ``(6,)`` in the order of `lowbit.methods.recipe.SLOTS`.
+        bits: widths of the operands, int64 ``(6,)`` in the order of `lowbit.methods.operands.SLOTS`.
     """
     b = bits.tolist()
     return float(b[0] * b[1] + b[2] * b[3] + b[4] * b[5]) / _FULL
