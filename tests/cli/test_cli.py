@@ -331,7 +331,8 @@ def test_missing_extra_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without Lightning, training exits with 1 and the command that installs it."""
-    monkeypatch.delitem(sys.modules, "lowbit.train.trainer", raising=False)
+    for name in ("callbacks", "fitting", "module", "trainer"):
+        monkeypatch.delitem(sys.modules, f"lowbit.train.{name}", raising=False)
     monkeypatch.delattr("lowbit.train.trainer", raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == "lightning"]:
         monkeypatch.delitem(sys.modules, name)

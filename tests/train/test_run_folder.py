@@ -23,10 +23,12 @@ from lowbit.errors import RunError, Stopped, UsageError
 from lowbit.evidence.ledger import Ledger
 from lowbit.inputs import files
 from lowbit.train import checkpoint, models, trainer
+from lowbit.train.callbacks import TrainingRows
 from lowbit.train.config import lr_factor
 from lowbit.train.data import named
 from lowbit.train.data.source import Sets
 from lowbit.train.lock import LOCK, locked, refuse_held
+from lowbit.train.module import Module
 from lowbit.train.rows import Rows
 
 
@@ -77,7 +79,7 @@ def signal_at(step: int, number: int, patch: pytest.MonkeyPatch, times: int = 1)
             for _ in range(times):
                 os.kill(os.getpid(), number)
 
-    patch.setattr(trainer._Rows, "on_train_batch_end", send)
+    patch.setattr(TrainingRows, "on_train_batch_end", send)
 
 
 def same_end(out: Path, whole: Path) -> bool:
@@ -214,7 +216,7 @@ def test_a_signal_in_an_evaluation_waits_for_it(whole: Path, tmp_path: Path, mon
             sent.append(os.kill(os.getpid(), signal.SIGTERM))
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Module, "on_validation_epoch_start", send_before(send, trainer._Module))
+        patch.setattr(Module, "on_validation_epoch_start", send_before(send, Module))
         with pytest.raises(Stopped, match=f"starts from step {STEPS}"):
             trainer.train(config(out))
     assert last(out)["global_step"] == STEPS
@@ -234,7 +236,7 @@ def send_before(send: Callable[..., None], module: Any) -> Callable[..., None]:
     return both
 
 
-@pytest.mark.parametrize("moment", ["_assemble", "write_sources", "_prove", "_make_trainer"])
+@pytest.mark.parametrize("moment", ["assemble", "write_sources", "_prove", "make_trainer"])
 def test_a_signal_before_the_first_step_ends_at_once(moment: str, tmp_path: Path, monkeypatch: Any) -> None:
     """During set-up there is nothing to finish; the run begins at step 0 when it is given again or resumed."""
     out, original = tmp_path / "run", getattr(trainer, moment)
@@ -245,10 +247,10 @@ def test_a_signal_before_the_first_step_ends_at_once(moment: str, tmp_path: Path
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, moment, send)
-        with pytest.raises(Stopped, match="give the command again" if moment == "_assemble" else "from step 0"):
+        with pytest.raises(Stopped, match="give the command again" if moment == "assemble" else "from step 0"):
             trainer.train(config(out, max_steps=1))
 
-    assert (trainer.train(config(out, max_steps=1)) if moment == "_assemble" else trainer.resume(out)).steps == 1
+    assert (trainer.train(config(out, max_steps=1)) if moment == "assemble" else trainer.resume(out)).steps == 1
 
 
 def test_a_signal_while_a_checkpoint_is_written_waits_for_it(tmp_path: Path, monkeypatch: Any) -> None:
@@ -398,7 +400,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path, monkeypatch: py
             module.model.head.weight.data[0, 0] = float("nan")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Rows, "on_train_batch_end", ruin)
+        patch.setattr(TrainingRows, "on_train_batch_end", ruin)
         with pytest.raises(RunError, match=r"after step 9 is not finite.*head\.weight.*of step 6.*resume .* --lr"):
             trainer.train(config(out, checkpoint_every=3))
 
@@ -414,7 +416,7 @@ def test_an_optimizer_that_is_not_finite_is_not_saved(tmp_path: Path, monkeypatc
         if trainer_.global_step == 3:
             next(iter(trainer_.optimizers[0].state.values()))["momentum_buffer"].flatten()[0] = float("inf")
 
-    monkeypatch.setattr(trainer._Rows, "on_train_batch_end", ruin)
+    monkeypatch.setattr(TrainingRows, "on_train_batch_end", ruin)
 
     with pytest.raises(RunError, match=r"after step 3 is not finite.*momentum_buffer"):
         trainer.train(config(tmp_path / "run", checkpoint_every=3))

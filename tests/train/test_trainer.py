@@ -27,6 +27,9 @@ from lowbit.schedules import Cyclic
 from lowbit.train import TrainConfig, checkpoint, models, trainer
 from lowbit.train.config import lr_factor
 from lowbit.train.measured import read as read_measured
+from lowbit.train.module import Module
+from lowbit.train.rows import Rows
+from lowbit.train.step import explain_non_finite, step_seed
 
 STEPS = 5  # in an epoch of `config`
 same = script("kills").same
@@ -148,7 +151,7 @@ def test_step_divides_by_ten_twice() -> None:
 
 def test_step_seeds_do_not_repeat_for_the_next_seed() -> None:
     """No two of 50 seeds times 50 steps share the 32 bits that torch's CPU generator uses."""
-    seeds = {trainer.step_seed(seed, step) % 2**32 for seed in range(50) for step in range(50)}
+    seeds = {step_seed(seed, step) % 2**32 for seed in range(50) for step in range(50)}
 
     assert len(seeds) == 2500  # a collision among random 32-bit values has probability 0.0007
 
@@ -264,14 +267,14 @@ def test_explanation_names_the_first_bad_layer() -> None:
 
     model = nn.Sequential(nn.Flatten(), Log(), nn.Linear(2, 2))
 
-    reason = trainer.explain_non_finite(model, torch.tensor([[-1.0, 1.0]]))
+    reason = explain_non_finite(model, torch.tensor([[-1.0, 1.0]]))
 
     assert reason == "the first layer whose output is not finite is 1"
 
 
 def test_explanation_tells_what_enters_a_layer() -> None:
     """A value that is bad before the first layer is not blamed on the layer."""
-    reason = trainer.explain_non_finite(nn.Sequential(nn.Identity()), torch.tensor([math.inf]))
+    reason = explain_non_finite(nn.Sequential(nn.Identity()), torch.tensor([math.inf]))
 
     assert reason == "the first value that is not finite enters the layer 0"
 
@@ -281,7 +284,7 @@ def test_explanation_names_a_bad_parameter() -> None:
     model = nn.Linear(1, 1)
     nn.init.constant_(model.weight, math.inf)
 
-    assert trainer.explain_non_finite(model, torch.zeros(1)).startswith("the parameter weight is not finite")
+    assert explain_non_finite(model, torch.zeros(1)).startswith("the parameter weight is not finite")
 
 
 def test_warning_of_a_model_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,12 +460,13 @@ def test_changed_schedule_on_resume_is_refused(tmp_path: Path) -> None:
 
 
 KILLED_IN_STEP = """
-training_step = trainer._Module.training_step
+from lowbit.train.module import Module
+training_step = Module.training_step
 def step(self, batch):
     if self.global_step == 8:
         os.kill(os.getpid(), signal.SIGKILL)
     return training_step(self, batch)
-trainer._Module.training_step = step
+Module.training_step = step
 """
 
 KILLED_IN_WRITE = """
@@ -544,7 +548,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer._Module, "on_train_batch_start", interrupted)
+    monkeypatch.setattr(Module, "on_train_batch_start", interrupted)
 
     with pytest.raises(KeyboardInterrupt, match="lowbit resume"):
         trainer.train(config(tmp_path / "run"))
@@ -599,7 +603,7 @@ def test_log_on_a_full_disk_is_a_run_error(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(trainer.Rows, "save", full)
+    monkeypatch.setattr(Rows, "save", full)
 
     with pytest.raises(RunError, match=r"No space left.*lowbit resume"):
         trainer.train(config(tmp_path / "run"))

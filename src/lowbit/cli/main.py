@@ -226,9 +226,9 @@ def _resume(run: Path, *, data_changed: bool, drop_damaged: bool, **changes: Any
 
 
 def _range_test(config: RangeTestConfig) -> None:
-    from lowbit.train import trainer
+    from lowbit.train.range_test import range_test
 
-    _print(str(trainer.range_test(config)))
+    _print(str(range_test(config)))
 
 
 def _inspect(

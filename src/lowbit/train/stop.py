@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Leave(BaseException):
-    """Ends a run from within; only `lowbit.train.trainer` sees it."""
+    """Ends a run from within; it does not leave `lowbit.train.trainer`."""
 
 
 class Stop:

@@ -1,0 +1,197 @@
+"""What happens beside a run's steps: times, ledger, logs, bits, checkpoints, the end, and a line on the terminal."""
+
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+import lowbit
+from lowbit.inputs import files
+from lowbit.precision.range_test import RangeTestResult
+from lowbit.train.config import TrainConfig
+from lowbit.train.folder import (
+    CHECKPOINT,
+    RANGE_TEST,
+)
+from lowbit.train.module import Module, log_row
+from lowbit.train.stop import Leave, Stop
+
+_WARM_UP = 5  # steps of each start whose time is not counted
+_LOG_EVERY = 10  # steps between two rows of metrics.csv
+
+
+class StepTimer(Callback):
+    """Wall seconds of each step: forward, backward and update."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.seconds.append(time.perf_counter() - self._began)
+
+    def median(self) -> float | None:
+        """The median of the steps that count; None where too few ran."""
+        counted = self.seconds[_WARM_UP:]
+        return statistics.median(counted) if counted else None
+
+
+class MeterSteps(Callback):
+    """Ends the ledger's steps and evaluations where those of the run end, and adds up the run's cost from them."""
+
+    def __init__(self, meter: lowbit.Meter) -> None:
+        self.meter = meter
+
+    def on_train_batch_end(self, _: Trainer, pl_module: LightningModule, *__: object) -> None:
+        assert isinstance(pl_module, Module)
+        self.meter.step()
+        pl_module.add_cost(self.meter.ledger.last_step())
+
+    def on_validation_end(self, _: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Module)
+        name = "test_bits_per_byte" if pl_module.text else "test_accuracy"
+        self.meter.evaluated(name, pl_module.test[name], higher_is_better=not pl_module.text)
+
+    def on_save_checkpoint(self, *_: object) -> None:
+        self.meter.ledger.sync()  # a checkpoint never knows of a step that the ledger lost
+
+
+class TrainingRows(Callback):
+    """A row of training figures every few steps, before that step's checkpoint (Lightning's come after)."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: object) -> None:
+        assert isinstance(pl_module, Module)
+        if trainer.global_step % _LOG_EVERY == 0:
+            names = {"loss": "task_loss", "accuracy": "accuracy", "lr": "lr"}
+            values = {f"train_{name}": float(outputs[key]) for name, key in names.items()}
+            log_row(trainer, values | pl_module.precision())
+
+
+class NextBits(Callback):
+    """Sets the bits of the next batch once the present one is logged, and before it is saved."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def on_train_batch_end(self, _: Trainer, pl_module: LightningModule, outputs: Any, *__: object) -> None:
+        assert isinstance(pl_module, Module)
+        if pl_module.controller is not None:
+            pl_module.controller.step(outputs["task_loss"])
+            test = pl_module.controller.range_test
+            if test is not None and test.done and not (self.out / RANGE_TEST).exists():
+                files.write_text(self.out / RANGE_TEST, f"{RangeTestResult.of(test)}\n")
+
+
+class StopAtEnd(Callback):
+    """Ends the run at `max_steps` with an evaluation; Lightning's `max_steps` loses an epoch on resume."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        assert isinstance(pl_module, Module)
+        trainer.should_stop = trainer.global_step >= pl_module.total_steps
+
+
+class Checkpoints(Callback):
+    """Saves at each epoch's end once it has been evaluated, within an epoch by steps and minutes, and on a signal."""
+
+    def __init__(self, config: TrainConfig, stop: Stop) -> None:
+        assert config.out is not None
+        self.path = config.out / CHECKPOINT
+        self.every = config.checkpoint_every
+        self.seconds = math.inf if config.checkpoint_minutes is None else 60 * config.checkpoint_minutes
+        self.stop = stop
+        self.saved_at = time.monotonic()
+
+    def on_train_start(self, *_: object) -> None:
+        self.stop.install()  # Lightning took the signals when it began
+        self.stop.patient = True
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        due = self.every is not None and trainer.global_step % self.every == 0
+        due = due or self.stop.signal is not None or time.monotonic() - self.saved_at >= self.seconds
+        # The last batch waits for the evaluation: a run resumed from between would never do it.
+        if due and not (trainer.is_last_batch or trainer.should_stop):
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Module)
+        self._save(trainer, complete=trainer.global_step >= pl_module.total_steps)
+
+    def _save(self, trainer: Trainer, *, complete: bool = False) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # else a kill loses rows from before the checkpoint
+        trainer.save_checkpoint(self.path)
+        self.stop.saved, self.saved_at = trainer.global_step, time.monotonic()
+        if self.stop.signal is not None and not complete:
+            raise Leave
+
+
+class Bar(Callback):
+    """One line that moves with the steps of an epoch, and one that stays for each evaluation."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[state]}"),
+            expand=True,
+            transient=True,
+        )
+        self.line: TaskID | None = None
+
+    def on_train_start(self, *_: object) -> None:
+        self.progress.start()
+
+    @staticmethod
+    def _precision(module: LightningModule) -> str:
+        """The bits of the next batch, or the gates' cost, and the bit operations of the run so far."""
+        assert isinstance(module, Module)
+        if module.controller is None:
+            return ""
+        so_far = f"  {module.cost['bit_operations'] / max(module.cost['macs'], 1):.1f} bit ops/MAC"
+        if module.gates is not None and module.gates.cost is not None:
+            return f"  cost {module.gates.cost:.2f} % of {module.gates.target:g} %{so_far}"
+        test = module.controller.range_test
+        testing = "  range test" if test is not None and not test.done else ""
+        return (
+            f"  bits {module.controller.forward_bits or '-'}/{module.controller.backward_bits or '-'}{testing}{so_far}"
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, _: object, batch_idx: int
+    ) -> None:
+        if self.line is None:
+            name = f"epoch {trainer.current_epoch + 1}/{self.config.epochs}"
+            self.line = self.progress.add_task(name, total=int(trainer.num_training_batches), state="")
+        loss, accuracy, lr = (float(outputs[name]) for name in ("task_loss", "accuracy", "lr"))
+        state = f"loss {loss:.3f}  accuracy {accuracy:.3f}  lr {lr:.2g}{self._precision(pl_module)}"
+        self.progress.update(self.line, completed=batch_idx + 1, state=state)
+
+    def on_validation_start(self, *_: object) -> None:
+        if self.line is not None:
+            self.progress.update(self.line, state="testing")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.line is not None:
+            self.progress.remove_task(self.line)
+            self.line = None
+        assert isinstance(pl_module, Module)
+        if pl_module.test:
+            name = f"epoch {trainer.current_epoch + 1}/{self.config.epochs}"
+            scores = [f"{key.replace('_', ' ')} {value:.4f}" for key, value in pl_module.test.items()]
+            self.progress.console.print("  ".join([name, *scores]), highlight=False)
+
+    def on_train_end(self, *_: object) -> None:
+        self.progress.stop()
+
+    def on_exception(self, *_: object) -> None:
+        self.progress.stop()

@@ -1,0 +1,138 @@
+"""Lightning's Trainer, set up so that a run does what its settings say and nothing else."""
+
+import contextlib
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
+
+import lowbit
+from lowbit.train import checkpoint, data
+from lowbit.train.assembly import accelerator
+from lowbit.train.callbacks import Bar, Checkpoints, MeterSteps, NextBits, StepTimer, StopAtEnd, TrainingRows
+from lowbit.train.config import TrainConfig
+from lowbit.train.folder import (
+    CHECKPOINT,
+)
+from lowbit.train.module import Module
+from lowbit.train.rows import Rows
+from lowbit.train.step import NotFiniteError
+from lowbit.train.stop import Leave, Stop
+
+
+def make_trainer(
+    config: TrainConfig,
+    timer: StepTimer,
+    start: dict[str, Any] | None,
+    meter: lowbit.Meter,
+    stop: Stop,
+    module: Module,
+) -> Trainer:
+    """A Trainer on one device, which keeps the checkpoints and writes the logs of this run."""
+    assert config.out is not None
+    callbacks = [
+        MeterSteps(meter),
+        timer,
+        TrainingRows(),
+        NextBits(config.out),
+        StopAtEnd(),
+        Checkpoints(config, stop),
+    ]
+    if sys.stdout.isatty():
+        callbacks.append(Bar(config))
+    never_finite = {"state_dict": module.state_dict(), "lowbit": {"state": lowbit.state_dict(module.model)}}
+    return Trainer(
+        accelerator=accelerator(),
+        devices=1,
+        precision="bf16-mixed" if config.amp == "bf16" else "32-true",
+        max_epochs=config.epochs,
+        logger=_loggers(config.out, 0 if start is None else start["global_step"]),
+        log_every_n_steps=1,  # `TrainingRows` logs; a larger value is a warning where an epoch is shorter
+        callbacks=callbacks,
+        # One process: Lightning would read a cluster's environment variables and change what the run does.
+        plugins=[_CheckpointIO(start, config.keep, set(checkpoint.not_finite(never_finite))), LightningEnvironment()],
+        default_root_dir=config.out,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        inference_mode=False,  # tensors that a layer keeps from the evaluation must serve the next step
+    )
+
+
+def _loggers(out: Path, began: int) -> list[Rows | TensorBoardLogger]:
+    """Loggers that carry on where the checkpoint of step `began` was written."""
+    # With this step TensorBoard drops what a killed process wrote after its checkpoint.
+    board = TensorBoardLogger(out, name="", version="tensorboard", purge_step=began + 1)
+    return [Rows(out / "csv" / "metrics.csv", step=began), board]
+
+
+def fit(trainer: Trainer, module: Module, loaded: data.Data, stop: Stop, *, resumed: bool) -> None:
+    """Train to the end."""
+    path = trainer.default_root_dir + "/" + CHECKPOINT  # `_CheckpointIO` has read it
+    try:
+        trainer.fit(module, loaded.train, loaded.test, ckpt_path=path if resumed else None, weights_only=True)
+    except SystemExit as ended:  # Lightning's answer to a KeyboardInterrupt, which a signal does not raise here
+        if not isinstance(ended.__context__, KeyboardInterrupt):
+            raise
+        stop.signal = signal.SIGINT
+        raise Leave from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hide what Lightning says about itself; warnings about the run stay."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # "GPU available", advertisements, "`Trainer.fit` stopped"
+    try:
+        with warnings.catch_warnings():
+            # Lightning 2.6 asks torch's tree utilities in a way that torch 2.13 deprecates.
+            message = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
+            warnings.filterwarnings("ignore", message, FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+class _CheckpointIO(CheckpointIO):
+    """Lightning's own writes through the system's temporary folder, which may be another file system.
+
+    Args:
+        start: the checkpoint that the run goes on from, which is read already.
+        keep: how many checkpoints to keep.
+        never_finite: names of tensors that hold an inf or nan from the beginning, as a mask does.
+    """
+
+    def __init__(self, start: dict[str, Any] | None, keep: int, never_finite: set[str]) -> None:
+        self.start = start
+        self.keep = keep
+        self.never_finite = never_finite
+
+    def save_checkpoint(self, content: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        assert storage_options is None
+        bad = sorted(set(checkpoint.not_finite(content)) - self.never_finite)
+        if bad:
+            raise NotFiniteError(
+                f"the state after step {content['global_step']} is not finite, so it is not saved: "
+                f"{bad[0]} has an inf or nan{f', and so have {len(bad) - 1} others' if bad[1:] else ''}."
+            )
+        checkpoint.save(Path(path), content, keep=self.keep)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        assert path is not None
+        assert map_location is None
+        assert weights_only
+        assert self.start is not None
+        return self.start
+
+    def remove_checkpoint(self, path: Any) -> None:
+        raise AssertionError(f"a run keeps its checkpoints by itself, and {path} was to be removed")
