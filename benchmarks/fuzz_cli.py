@@ -31,6 +31,7 @@ import torch
 import yaml
 
 from lowbit.cli import main as cli
+from lowbit.cli.parser import make_parser
 from lowbit.errors import RunError
 
 ALLOWED = {0, 1, 2}
@@ -87,7 +88,7 @@ COMMANDS = tuple(BASE)
 
 def options(command: str) -> list[str]:
     """The options of a command, as its parser knows them."""
-    parser = cli._parser()._subcommands_action.choices[command]
+    parser = make_parser()._subcommands_action.choices[command]
     return sorted(
         option[2:] for action in parser._actions for option in action.option_strings[-1:] if option.startswith("--")
     )

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from lowbit.cli import main as cli
+from lowbit.cli import recipes as recipes_command
 from lowbit.errors import RunError, UsageError
 from lowbit.methods.recipe import recipes
 
@@ -349,7 +350,7 @@ def test_missing_extra_is_one_line(
 def failing(error: BaseException) -> Any:
     """A command that raises `error`."""
 
-    def command(*_: object) -> None:
+    def command(**_: object) -> None:
         raise error
 
     return command
@@ -359,7 +360,7 @@ def failing(error: BaseException) -> Any:
 def test_traceback_on_demand(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """With ``LOWBIT_TRACEBACK=1`` an error is raised, so that Python shows where."""
     monkeypatch.setenv("LOWBIT_TRACEBACK", "1")
-    monkeypatch.setattr(cli, "_recipes", failing(error))
+    monkeypatch.setattr(recipes_command, "run", failing(error))
 
     with pytest.raises(type(error), match="bad"):
         cli.main(["recipes"])
@@ -367,7 +368,7 @@ def test_traceback_on_demand(error: Exception, monkeypatch: pytest.MonkeyPatch) 
 
 def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Ctrl-C is no error: a line that says how to go on, and the shell's code for an interrupt."""
-    monkeypatch.setattr(cli, "_recipes", failing(KeyboardInterrupt("interrupted at step 3; continue with …")))
+    monkeypatch.setattr(recipes_command, "run", failing(KeyboardInterrupt("interrupted at step 3; continue with …")))
 
     code = cli.main(["recipes"])
 
@@ -377,7 +378,7 @@ def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 def test_bug_is_not_disguised(monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception that is none of the two errors keeps its traceback."""
-    monkeypatch.setattr(cli, "_recipes", failing(ZeroDivisionError()))
+    monkeypatch.setattr(recipes_command, "run", failing(ZeroDivisionError()))
 
     with pytest.raises(ZeroDivisionError):
         cli.main(["recipes"])

@@ -100,12 +100,13 @@ def test_the_flag_of_a_new_schedule_reaches_its_bits() -> None:
     lines = run(
         """
 from lowbit import PrecisionController, Recipe, convert_
-from lowbit.cli.main import _parser, main
+from lowbit.cli.main import main
+from lowbit.cli.parser import make_parser
 from lowbit.methods.recipe import Scheduling
 from lowbit.train.config import TrainConfig
 from torch import nn
 given = ["train", "--model", "mlp", "--data", "digits", "--tread", "3"]
-config = TrainConfig(**{k: v for k, v in _parser().parse_args(given).train.items() if k != "config"})
+config = TrainConfig(**{k: v for k, v in make_parser().parse_args(given).train.items() if k != "config"})
 stairs = schedules.Template(kind="stairs", settings=(("tread", 1),))
 recipe = Recipe.from_name("w8a8g8").replace(schedule=Scheduling(forward=stairs), last="convert")
 model = nn.Sequential(nn.Linear(4, 4))

@@ -1,0 +1,53 @@
+"""``lowbit recipes``: the recipes there are, or the number formats of one."""
+
+from typing import Any
+
+from lowbit.cli.output import table_of, write
+
+DESCRIPTION = "List the recipes, or show the number formats of one."
+HELP = "list the recipes, or show one"
+
+
+def add_arguments(parser: Any) -> None:
+    """What the command takes."""
+    parser.add_argument("name", type=str, nargs="?", help="the recipe to show")
+
+
+def run(name: str | None) -> None:
+    """Print a table of all recipes, or what one says."""
+    from lowbit.methods.recipe import Recipe, recipes
+
+    if name is None:
+        table = table_of("recipe", "what it does", "source")
+        for known in recipes():
+            # The last entry stands for a family of recipes: show one of them.
+            recipe = Recipe.from_name("w4a4g6" if known == "wXaYgZ" else known)
+            table.add_row(known, recipe.summary, recipe.source)
+        write(table)
+        return
+    recipe = Recipe.find(name)
+    write(f"{recipe.name}: {recipe.summary}\nsource: {recipe.source}\n")
+    operands = ("input", "weight", "grad_output")
+    table = table_of("product", *operands)
+    for product in ("output", "grad_input", "grad_weight"):
+        formats = [getattr(getattr(recipe, product), operand, None) for operand in operands]
+        table.add_row(product, *("" if format_ is None else str(format_) for format_ in formats))
+    write(table)
+    if recipe.schedule is not None:
+        backward = "as forward says" if recipe.schedule.backward is None else recipe.schedule.backward
+        write(f"over the run: forward bits {recipe.schedule.forward}; backward bits {backward}")
+    if recipe.gates is not None:
+        choices = ", ".join(f"{a}/{g}" for a, g in recipe.gates.choices)
+        targets = ", then ".join(f"{target:g} %" for target in recipe.gates.targets)
+        write(f"gates choose input/gradient bits by block and sample: {choices}; cost {targets} of full precision")
+    if recipe.depthwise is not None:
+        write("depthwise convolutions: forward {} bits, backward {} bits".format(*recipe.depthwise))
+    norm = recipe.normalization
+    write(f"bias: {recipe.bias}; first layer: {recipe.first}; last layer: {recipe.last}")
+    if norm is None:
+        write("batch normalisation: kept, in full precision")
+    else:
+        write(
+            f"batch normalisation: Range BN, input {norm.input}; grad_output {norm.grad_output}; "
+            f"constant of the {norm.constant}, epsilon {norm.epsilon}, at most {norm.chunks} chunks"
+        )
