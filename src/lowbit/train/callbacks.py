@@ -32,9 +32,11 @@ class StepTimer(Callback):
         self._began = 0.0
 
     def on_train_batch_start(self, *_: object) -> None:
+        """Start the clock."""
         self._began = time.perf_counter()
 
     def on_train_batch_end(self, *_: object) -> None:
+        """Keep the step's seconds."""
         self.seconds.append(time.perf_counter() - self._began)
 
     def median(self) -> float | None:
@@ -50,16 +52,19 @@ class MeterSteps(Callback):
         self.meter = meter
 
     def on_train_batch_end(self, _: Trainer, pl_module: LightningModule, *__: object) -> None:
+        """End the step in the ledger, and add up its cost."""
         assert isinstance(pl_module, Module)
         self.meter.step()
         pl_module.add_cost(self.meter.ledger.last_step())
 
     def on_validation_end(self, _: Trainer, pl_module: LightningModule) -> None:
+        """Write the score into the ledger."""
         assert isinstance(pl_module, Module)
         name = "test_bits_per_byte" if pl_module.text else "test_accuracy"
         self.meter.evaluated(name, pl_module.test[name], higher_is_better=not pl_module.text)
 
     def on_save_checkpoint(self, *_: object) -> None:
+        """Bring the ledger to the disk."""
         self.meter.ledger.sync()  # a checkpoint never knows of a step that the ledger lost
 
 
@@ -67,6 +72,7 @@ class TrainingRows(Callback):
     """A row of training figures every few steps, before that step's checkpoint (Lightning's come after)."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: object) -> None:
+        """Write a row where one is due."""
         assert isinstance(pl_module, Module)
         if trainer.global_step % _LOG_EVERY == 0:
             names = {"loss": "task_loss", "accuracy": "accuracy", "lr": "lr"}
@@ -81,6 +87,7 @@ class NextBits(Callback):
         self.out = out
 
     def on_train_batch_end(self, _: Trainer, pl_module: LightningModule, outputs: Any, *__: object) -> None:
+        """Step the controller; keep the table of a range test that is done."""
         assert isinstance(pl_module, Module)
         if pl_module.controller is not None:
             pl_module.controller.step(outputs["task_loss"])
@@ -93,6 +100,7 @@ class StopAtEnd(Callback):
     """Ends the run at `max_steps` with an evaluation; Lightning's `max_steps` loses an epoch on resume."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        """Ask for the end after the last step."""
         assert isinstance(pl_module, Module)
         trainer.should_stop = trainer.global_step >= pl_module.total_steps
 
@@ -109,10 +117,12 @@ class Checkpoints(Callback):
         self.saved_at = time.monotonic()
 
     def on_train_start(self, *_: object) -> None:
-        self.stop.install()  # Lightning took the signals when it began
+        """Take the signals, which Lightning took when it began."""
+        self.stop.install()
         self.stop.patient = True
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        """Save where steps, minutes or a signal say so."""
         due = self.every is not None and trainer.global_step % self.every == 0
         due = due or self.stop.signal is not None or time.monotonic() - self.saved_at >= self.seconds
         # The last batch waits for the evaluation: a run resumed from between would never do it.
@@ -120,6 +130,7 @@ class Checkpoints(Callback):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the evaluated epoch."""
         assert isinstance(pl_module, Module)
         self._save(trainer, complete=trainer.global_step >= pl_module.total_steps)
 
@@ -149,6 +160,7 @@ class Bar(Callback):
         self.line: TaskID | None = None
 
     def on_train_start(self, *_: object) -> None:
+        """Show the line."""
         self.progress.start()
 
     @staticmethod
@@ -169,6 +181,7 @@ class Bar(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, _: object, batch_idx: int
     ) -> None:
+        """Move the line on."""
         if self.line is None:
             name = f"epoch {trainer.current_epoch + 1}/{self.config.epochs}"
             self.line = self.progress.add_task(name, total=int(trainer.num_training_batches), state="")
@@ -177,10 +190,12 @@ class Bar(Callback):
         self.progress.update(self.line, completed=batch_idx + 1, state=state)
 
     def on_validation_start(self, *_: object) -> None:
+        """Say that the model is tested."""
         if self.line is not None:
             self.progress.update(self.line, state="testing")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the scores of the epoch."""
         if self.line is not None:
             self.progress.remove_task(self.line)
             self.line = None
@@ -191,7 +206,9 @@ class Bar(Callback):
             self.progress.console.print("  ".join([name, *scores]), highlight=False)
 
     def on_train_end(self, *_: object) -> None:
+        """Take the line away."""
         self.progress.stop()
 
     def on_exception(self, *_: object) -> None:
+        """Take the line away."""
         self.progress.stop()

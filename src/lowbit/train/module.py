@@ -41,9 +41,11 @@ class Module(LightningModule):
         self.sources: dict[str, str] = {}
 
     def on_train_batch_start(self, *_: object) -> None:
+        """Seed torch for the step."""
         torch.manual_seed(step_seed(self.config.seed, self.global_step))
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        """The loss of a batch, with what the logs and the controller want to know."""
         x, y = batch
         loss, accuracy = loss_and_accuracy(self.model(x), y)
         if not loss.isfinite():
@@ -80,20 +82,24 @@ class Module(LightningModule):
         return {name: float(value) for name, value in values.items() if value is not None}
 
     def on_validation_epoch_start(self) -> None:
+        """Begin the sums of loss, accuracy and labels."""
         self.sums = torch.zeros(3, dtype=torch.float64, device="cpu")
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Add a batch to the sums."""
         x, y = batch
         loss, accuracy = loss_and_accuracy(self.model(x), y)
         self.sums += self.sums.new_tensor([loss.item(), accuracy.item(), 1.0]) * y.numel()
 
     def on_validation_epoch_end(self) -> None:
+        """Turn the sums into the scores, and log them."""
         loss, accuracy, _ = (self.sums / self.sums[2]).tolist()
         score = {"test_bits_per_byte": loss / math.log(2)} if self.text else {"test_accuracy": accuracy}
         self.test = {"test_loss": loss, **score}
         log_row(self.trainer, self.test)
 
     def configure_optimizers(self) -> Any:
+        """The optimizer of model and gates, and the schedule of its rate by steps."""
         config = self.config
         gates = [] if self.gates is None else list(self.gates.parameters())
         optimizer = make_optimizer(config, [*self.model.parameters(), *gates])
@@ -103,6 +109,7 @@ class Module(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what lowbit keeps."""
         checkpoint["lowbit"] = {
             "config": self.config.to_dict(),
             "state": lowbit.state_dict(self.model),
@@ -115,6 +122,7 @@ class Module(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take back what lowbit kept, and apply settings that have changed."""
         _retune(checkpoint, self.config, self.total_steps)
         lowbit.load_state_dict(self.model, checkpoint["lowbit"]["state"])
         # Lightning restores a loader too, but not at the end of an epoch.
