@@ -208,12 +208,12 @@ def test_recorded_noise_replays() -> None:
     [
         (Linear(), "int8", ""),
         (Linear(), "cpt-int8", ""),
-        (Linear(), "sbm8", "grad_weight: a bf16 operand has no int8 engine on cuda"),
+        (Linear(), "sbm8", "grad_weight: the int8 engine on cuda does not take a bf16 operand"),
         (Linear(), "sbm8-cpt", "output: a float offset is not an integer code"),
         (
             Convolution(stride=(1,), padding=(0,), dilation=(1,)),
             "int8",
-            "output: a convolution has no int8 engine on cuda, only linear layers have",
+            "output: the int8 engine on cuda takes linear layers only, not a convolution",
         ),
     ],
 )
@@ -228,7 +228,9 @@ def test_other_layers_that_moved_there_run_on_the_reference_and_say_so_once() ->
     arguments = ("int8", op, Recipe.from_name("int8"), None, 4, (torch.float32,) * 3, "cuda")
     choice._warn_once.cache_clear()
 
-    with pytest.warns(RuntimeWarning, match="reference engine on cuda: output: a convolution has no int8 engine"):
+    with pytest.warns(
+        RuntimeWarning, match="reference engine on cuda: output: the int8 engine on cuda takes linear layers"
+    ):
         first = choice.choose(*arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

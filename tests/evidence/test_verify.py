@@ -788,7 +788,7 @@ class TestQuantisersThatDoNothing:
         assert all(0.5 < row.cosine < 1 for row in proof.rows)
 
     def test_values_off_the_grid(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """More distinct values under one scale than the bits can tell apart were not quantised."""
+        """More distinct values under one scale than the bits can distinguish were not quantised."""
         model = nn.Sequential(nn.Linear(64, 32))
         lowbit.convert_(model, "sbm8", engine="reference")
         monkeypatch.setattr(Reference, "encode", lambda _, x, *__: Rounded(numbers=x, grid=None))

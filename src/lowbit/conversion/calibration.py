@@ -1,7 +1,7 @@
 """How long layers take on this machine in full precision and on each engine: measured once, kept, looked up.
 
-Times are of one layer alone: forward and backward of a step, float32 in and out. A table is a file in the user's cache
-folder, one for each machine, number of threads and pair of versions.
+A time is that of one layer alone: forward and backward of a step, float32 in and out. A table is a file in the user's
+cache folder, one for each machine, number of threads and pair of versions.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class Shape:
 
     @classmethod
     def of(cls, op: Op, weight: torch.Size) -> "Shape":
-        """What the products of an operator with a weight of this shape are looked up by."""
+        """The shape by which the products of an operator with such a weight are looked up."""
         if op.geometry is None:
             outputs, inputs = weight
             return cls(kind="linear", inputs=max(inputs, 1), outputs=max(outputs, 1))
@@ -73,7 +73,7 @@ class Shape:
         return f"{self.kind} {self.inputs} to {self.outputs}{taps}{groups}"
 
     def distance(self, other: "Shape") -> float:
-        """Doublings of channels, taps and groups between two shapes: those of the MACs where all go one way."""
+        """How many doublings of channels, taps and groups lie between two shapes; those of the MACs if all grow."""
         pairs = zip(dataclasses.astuple(self)[1:], dataclasses.astuple(other)[1:], strict=True)
         return sum(abs(math.log2(a / b)) for a, b in pairs)
 
@@ -197,19 +197,19 @@ def load() -> tuple[Table | None, str]:
     """The table of this machine with the threads that torch has now.
 
     Returns:
-        the table, or None where there is none or it cannot be used; and in words what was found.
+        the table, or None where there is none or it cannot be used; and what was found, in words.
     """
     file = path()
     threads = f"{here().threads} thread{'s' * (here().threads != 1)} and with these versions"
     measure_it = "`lowbit bench --calibrate` measures it"
     if not file.exists():
-        return None, f"this machine, at {threads}, was not measured; {measure_it}"
+        return None, f"this machine was not measured at {threads}; {measure_it}"
     try:
         content = json.loads(files.read(file, limit=1 << 24, hint="It is not such a table."))
         machine, entries = content["machine"], content["timings"]
         table = Table(tuple(Timing(**{**entry, "shape": Shape(**entry["shape"])}) for entry in entries))
     except (RunError, ValueError, TypeError, KeyError, RecursionError) as error:
-        return None, f"{file} is damaged ({type(error).__name__}: {error}) and not used; {measure_it} again"
+        return None, f"{file} is damaged ({type(error).__name__}: {error}) and is not used; {measure_it} again"
     if machine != dataclasses.asdict(here()):
         return None, f"{file} was measured elsewhere ({machine}) and is not used; {measure_it}"
     return table, f"times of this machine in {file}"
@@ -232,8 +232,8 @@ def save(table: Table) -> Path:
 def measure(grid: Sequence[tuple[Shape, int]] = GRID, rounds: int = ROUNDS) -> Table:
     """Time every shape in full precision and on both engines, for each of the recipes in `STANDINS`.
 
-    Takes 10 to 60 seconds. The smallest time of the rounds counts: other programs only ever add to a time, and few
-    rounds have no steady median.
+    This takes 10 to 60 seconds. The smallest time of the rounds counts: other programs only ever add to a time, and
+    the median of few rounds is not steady.
 
     Args:
         grid: shapes, each with the height and width of a convolution's input.
@@ -241,7 +241,7 @@ def measure(grid: Sequence[tuple[Shape, int]] = GRID, rounds: int = ROUNDS) -> T
 
     Raises:
         UsageError: fewer than 1 round.
-        ValueError: a kind of layer is not in the grid.
+        ValueError: a kind of layer is missing from the grid.
     """
     timings: list[Timing] = []
     for shape, size in grid:

@@ -1,4 +1,4 @@
-"""How converted layers are executed: on the engine asked for; with ``"auto"`` on int8 units where that is faster."""
+"""Which engine executes each converted layer: the one asked for, or with ``"auto"`` int8 where that is faster."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from lowbit.methods.recipe import Recipe
 from lowbit.nn.layers import QuantLayer
 from lowbit.products.strides import suggests_channels_last
 
-# Channels of one group below which a grouped convolution leaves 32-wide tiles mostly idle; engine="auto" then takes
-# the reference engine, where this machine was not measured.
+# A grouped convolution with fewer channels in a group leaves 32-wide tiles mostly idle: on a machine that was not
+# measured, engine="auto" then takes the reference engine.
 FEW_CHANNELS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """How a layer is executed: on the engine `wanted`, or why not, and the timing that ``"auto"`` looked at."""
+    """How a layer is executed: on the engine `wanted`, unless `why` is given; and the timing that ``"auto"`` used."""
 
     wanted: str = "int8"
     why: str = ""
@@ -33,7 +33,7 @@ class Choice:
 
 
 def choose_all(plans: Sequence[Plan], engine: str, table: Table | None) -> dict[str, Choice]:
-    """For each layer to convert how it is executed.
+    """How each layer that is converted is to be executed.
 
     Raises:
         UsageError: an engine was asked for that cannot run a layer.
@@ -56,7 +56,7 @@ def choose_all(plans: Sequence[Plan], engine: str, table: Table | None) -> dict[
 
 
 def _choose(layer: nn.Module, twin: type[QuantLayer], recipe: Recipe, engine: str, table: Table | None) -> Choice:
-    """What runs a layer: what can, and with ``"auto"`` what is faster, by the table or else by a rule."""
+    """What runs a layer: an engine that can, and with ``"auto"`` the faster one, by the table or else by a rule."""
     wanted = "int8" if engine == "auto" else engine
     why = twin.engine_refusal(layer, recipe, wanted)
     op, weight = twin.operator(layer), twin.largest_weight(layer)
@@ -74,7 +74,7 @@ def _choose(layer: nn.Module, twin: type[QuantLayer], recipe: Recipe, engine: st
 
 
 def memory_notes(plans: Sequence[Plan], choices: dict[str, Choice]) -> list[str]:
-    """That convolutions with contiguous weights make the int8 engine copy, whose memory is channels last."""
+    """A note that convolutions with contiguous weights make the int8 engine copy: it works in channels last."""
     names = [
         plan.name
         for plan in plans
@@ -90,7 +90,7 @@ def memory_notes(plans: Sequence[Plan], choices: dict[str, Choice]) -> list[str]
 
 
 def choice_notes(choices: dict[str, Choice], found: str) -> list[str]:
-    """What ``"auto"`` went by, and which layers it leaves to the reference engine and why, a line for each reason."""
+    """What ``"auto"`` went by, and the layers that it leaves to the reference engine, a line for each reason."""
     lines = []
     if any(choice.timing is not None for choice in choices.values()):
         lines.append(f"engines chosen by {found}")

@@ -40,26 +40,26 @@ def convert_(
 ) -> Report:
     """Convert every layer with products in place, so that it trains and evaluates in the formats of a recipe.
 
-    Parameters stay the same objects under the same names; `state_dict()` does not change. Warns where less than half of
-    the model's weights, of those that neither a rule nor the recipe leaves, is converted; see `Report`.
+    Parameters stay the same objects under the same names, and `state_dict()` does not change. Of the model's weights
+    that neither a rule nor the recipe leaves, a warning says if less than half is converted; see `Report`.
 
     Args:
-        model: any module, also a single layer.
+        model: any module, even a single layer.
         recipe: a recipe, its name, or a TOML file of one, e.g. ``"mine.toml"``, see `lowbit.Recipe.load`.
         rules: pairs (which layers, recipe or name or None). Which: an exact name, a compiled regular expression that
-            matches a whole name, or an exact type. The first rule that matches a layer decides, also over the
+            matches a whole name, or an exact type. The first rule that matches a layer decides, even against the
             recipe's policy for first and last layers; None leaves the layer alone.
-        strict: True raises where a layer should be converted and cannot, or is converted already, as a shared encoder
-            is; False leaves it and says so in the report.
+        strict: whether to raise if a layer should be converted but cannot, or is converted already, as a shared
+            encoder is. False leaves such a layer and says so in the report.
         engine: ``"auto"`` or one of `lowbit.engines.choice.ENGINES`.
-        seed: of all noise in stochastic rounding, 0 to ``2**64 - 1``. Parts of one model that are converted apart need
-            a seed each.
+        seed: of all noise in stochastic rounding, 0 to ``2**64 - 1``. Parts of one model that are converted separately
+            need different seeds.
 
     Returns:
         The report, a row per layer.
 
     Raises:
-        UsageError: an argument of another type, unknown recipe or engine, a rule that decided no layer, a layer that
+        UsageError: an argument of another type, an unknown recipe or engine, a rule that decided no layer, a layer that
             cannot be converted or is converted already, nothing to convert, a model that is compiled. The model is then
             unchanged.
     """
@@ -79,7 +79,7 @@ def convert_(
         reasons = "; ".join(f"{p.name or 'the model'} ({type_name(p.layer)}): {p.reason}" for p in plans[:5])
         raise UsageError(f"nothing in this model would be converted. {reasons or 'It has no layer with products'}")
 
-    with torch.inference_mode(mode=False):  # tensors that training changes in place
+    with torch.inference_mode(mode=False):  # for tensors that training changes in place
         clock = Clock(seed, free=engine == "auto")
         for plan in plans:
             if plan.twin is not None and plan.recipe is not None:
@@ -112,7 +112,7 @@ def _warn_once_without_kernels() -> None:
     """Say once in a process that an install without a compiler runs on the reference engine."""
     if native_instruction_sets() is None:
         warnings.warn(
-            "lowbit was installed without its native kernels (no C++17 compiler was found): every layer runs on the "
+            "lowbit was installed without its native kernels (no C++17 compiler was found), so every layer runs on the "
             "reference engine, which simulates low precision and is slower than fp32. Install a compiler and reinstall",
             RuntimeWarning,
             stacklevel=3,
@@ -123,7 +123,7 @@ def _check_model(model: nn.Module) -> None:
     check_type("model", model, nn.Module)
     for name, module in model.named_modules():
         where = f"{name!r}" if name else "the model"
-        # Where the compiler was never imported, nothing can be compiled; importing it takes a second.
+        # If the compiler was never imported, nothing can be compiled, and importing it takes a second.
         compiler = sys.modules.get("torch._dynamo")
         if module._compiled_call_impl is not None or (compiler and isinstance(module, compiler.OptimizedModule)):
             raise UsageError(f"{where} is compiled: convert the plain model first, then compile it")
@@ -137,7 +137,7 @@ def _notes(clock: Clock) -> tuple[str, ...]:
     kept = sum(site.input_format.running is not None for site in clock.sites)
     if kept:
         notes.append(
-            f"evaluation takes the running input range of {kept} layers; until training recorded one, that of its batch"
+            f"evaluation takes the running input range of {kept} layers, or its batch's until training recorded one"
         )
     for name in dict.fromkeys(site.recipe.name for site in clock.sites if site.recipe.is_dynamic):
         notes.append(

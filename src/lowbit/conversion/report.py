@@ -28,10 +28,10 @@ class Row:
         reason: why it was left, or a remark.
         bits: widths of the operands by product, e.g. ``{"output": "8x8"}``.
         engines: how each product is executed.
-        speed: how many times as fast as in full precision this machine was on that engine with the most similar
-            layer; None where nothing was measured or ``"auto"`` did not choose.
+        speed: how many times as fast as in full precision the most similar layer that was measured here is on that
+            engine; None where nothing was measured or ``"auto"`` did not choose.
         weights: numbers in the weights of its matrix products and convolutions, see `lowbit.Report`.
-        left_by: whether a ``"rule"`` leaves it as it is, the ``"recipe"``, for the first or last layer, or an earlier
+        left_by: what leaves it as it is: a ``"rule"``, the ``"recipe"`` (first or last layer), or an earlier
             ``"conversion"``, which converted it.
     """
 
@@ -56,8 +56,8 @@ class Report:
     """What `convert_` did, a row per layer; `print` shows it as a table.
 
     Its first line says which share of the weights of matrix products and convolutions is converted. These are the
-    parameters with two axes or more of every layer that has products, and of a layer of unknown type those with two
-    axes longer than 1; each tensor counts once. Embeddings and normalisations have none, unless an embedding is also
+    parameters with two axes or more of every layer that has products, and those with two axes longer than 1 of a layer
+    of unknown type. Each tensor counts once. Embeddings and normalisations do not count, unless an embedding is also
     the weight of a layer.
     """
 
@@ -67,9 +67,9 @@ class Report:
 
     @property
     def share(self) -> float | None:
-        """The converted share of these weights, 0 to 1, of what neither a rule nor an earlier conversion leaves.
+        """The converted share of these weights, 0 to 1, without those that a rule or an earlier conversion leaves.
 
-        None without any.
+        None if there are none.
         """
         return _share([row for row in self.rows if row.left_by not in _NOT_ASKED_FOR])
 
@@ -141,7 +141,7 @@ def _share(rows: Sequence[Row]) -> float | None:
 
 
 def warn_of_a_small_share(report: Report, model: nn.Module) -> None:
-    """Say it where less than half of what neither a rule nor the recipe leaves is converted."""
+    """Warn if less than half of what neither a rule nor the recipe leaves is converted."""
     share = _share([row for row in report.rows if row.left_by is None])
     if share is not None and share < 0.5:
         warnings.warn(
@@ -154,7 +154,7 @@ def warn_of_a_small_share(report: Report, model: nn.Module) -> None:
 
 
 def count_weights(plans: Sequence[Plan]) -> dict[str, int]:
-    """How many numbers each layer multiplies by, see `Report`; a shared tensor counts with a converted layer."""
+    """How many numbers each layer multiplies by, see `Report`; a shared tensor counts for a converted layer."""
     counts: dict[str, int] = {}
     seen: set[Tensor] = set()
     for plan in sorted(plans, key=lambda plan: plan.twin is None):
@@ -185,5 +185,5 @@ def row_of(plan: Plan, choice: Choice | None) -> Row:
 
 
 def _unit(engine: str, formats: tuple[Format, ...]) -> str:
-    """The units that a product runs on, as its engine: of the int8 engine bf16 where one of its operands is bf16."""
+    """The units that a product runs on: its engine's name, but bf16 on the int8 engine where an operand is bf16."""
     return "bf16" if engine == "int8" and BF16 in formats else engine

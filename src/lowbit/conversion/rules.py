@@ -107,7 +107,7 @@ def _check_rules(
         elif which in modules and first_names[modules[which]] in layers:
             hint = f"that layer is shared, and its first name {first_names[modules[which]]!r} counts"
         elif which in modules:
-            hint = f"{which!r} is no layer but holds some: use re.compile(r'{re.escape(which)}\\..*')"
+            hint = f"{which!r} is not a layer but holds some: use re.compile(r'{re.escape(which)}\\..*')"
         raise UsageError(f"rule {i + 1}, {shown!r}, decided nothing: {hint}")
 
 
@@ -134,7 +134,7 @@ def as_recipe(given: object) -> Recipe:
 
 
 def as_rules(rules: object) -> list[Rule]:
-    """The rules as they are; a UsageError unless each is a pair that begins with what can match."""
+    """The rules as they are; a UsageError unless each is a pair whose first entry can match."""
     if not isinstance(rules, list | tuple):
         raise UsageError(f"rules={shown(rules)}: rules are pairs (which layers, recipe or None) in a list")
     for rule in rules:
@@ -156,7 +156,7 @@ def _pattern(names: Sequence[str]) -> str:
 
 
 def _mark_shared_parameters(plans: list[Plan]) -> None:
-    """Say in the remark of a layer that it shares a parameter with an earlier one."""
+    """Add to the remark of a layer that it shares a parameter with an earlier one."""
     owner: dict[Tensor, str] = {}
     for i, plan in enumerate(plans):
         shared = {owner[p] for p in plan.layer.parameters(recurse=False) if p in owner}

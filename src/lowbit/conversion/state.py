@@ -28,7 +28,7 @@ def clocks(model: nn.Module) -> list[Clock]:
 def replaced(model: nn.Module) -> dict[Site, str]:
     """The sites of layers that were converted with this model and are no longer in it, and what stands there now.
 
-    A layer whose place a converted one has taken is not among them, nor is one of a model that this is a part of.
+    This leaves out a layer whose place a converted one has taken, and a layer of a model that this one is a part of.
     """
     here = sites_of(model)
     gone: dict[Site, str] = {}
@@ -47,10 +47,10 @@ def replaced(model: nn.Module) -> dict[Site, str]:
 
 @checked
 def state_dict(model: nn.Module) -> dict[str, Any]:
-    """Lowbit's own state, apart from `model.state_dict()`: seed, step, recipes, bits, running ranges, engines.
+    """The state that `model.state_dict()` lacks: seed, step, recipes, bits, running ranges, engines.
 
-    It holds what is in `model`: of a part of a converted model the layers of that part. Warns of converted layers that
-    were replaced since, names them, and forgets them: no later state has them, and `verify` misses them no more.
+    It holds the layers in `model`, which may be a part of a converted model. If converted layers were replaced since, a
+    warning names them, and they are forgotten: later states lack them, and `verify` no longer misses them.
 
     Returns:
         Tensors and plain values only, so that it loads with ``torch.load(..., weights_only=True)``.
@@ -76,7 +76,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
     return {"version": 1, "groups": [_state_of(clock, here) for clock in groups]}
 
 
-# What is saved of a site, and what besides where a controller sets its bits.
+# What is saved of a site, and what is saved besides if a controller sets its bits.
 _SITE = ("recipe", "formats", "engine", "uses", "bits", "running_range")
 _CONTROLLED = "evaluation_bits"
 
@@ -107,10 +107,10 @@ def _of(clock: Clock, here: Mapping[Site, QuantLayer]) -> list[Site]:
 
 
 def _fingerprint(recipe: Recipe) -> int:
-    """A number that tells recipes of one name apart: a CRC of all their fields.
+    """A number that distinguishes recipes of one name: a CRC of all their fields.
 
-    How a range test finds the lowest bits is left out. The state of the controller has it, and there are runs from
-    before it was a setting of recipes.
+    How a range test finds the lowest bits is left out: the state of the controller has it, and some runs are older than
+    this setting of recipes.
     """
     text = repr(recipe)
     if recipe.schedule is not None:
@@ -121,15 +121,15 @@ def _fingerprint(recipe: Recipe) -> int:
 
 @checked
 def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
-    """Give a converted model the state that `state_dict` returned; nothing changes where any part of it does not fit.
+    """Give a converted model the state that `state_dict` returned; if any part does not fit, nothing changes.
 
     A model converted with ``engine="auto"`` takes the saved engines too, whatever it chose itself: the run goes on as
-    it began, also where this machine was measured since. Where a controller set the bits of the saved model, this one
-    needs a controller too before it trains, made before or after; it evaluates at the saved evaluation bits.
+    it began, even if this machine was measured since. If a controller set the bits of the saved model, this one needs a
+    controller too before it trains, made before or after. It evaluates at the saved evaluation bits.
 
     Raises:
-        UsageError: the state is of another version, model or recipe, or damaged; or it is of another engine than the
-            one that was asked for at conversion, or than a layer can run on here.
+        UsageError: the state is damaged, or of another version, model or recipe; or its engine is not the one that was
+            asked for at conversion, or cannot run a layer here.
     """
     groups = clocks(model)
     if not isinstance(state, dict) or not is_whole(state.get("version")) or state["version"] != 1:
@@ -163,7 +163,7 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
 def _check_group(clock: Clock, here: Mapping[Site, QuantLayer], saved: Any) -> None:
     """Raise unless a saved group has a seed, a step, and the sites of this clock, with the same recipes and engines.
 
-    A clock that is free in its engines takes any.
+    A clock that may choose its engines takes any.
     """
     check_keys("load_state_dict: a conversion", saved, ("seed", "step", "sites"))
     check_whole("load_state_dict: seed", saved["seed"], 0, MOST_SEED)
@@ -227,5 +227,5 @@ def _check_engines(clock: Clock, saved: dict[str, Any], layers: Mapping[Site, Qu
         if why := layers[site].engine_refusal(layers[site], site.recipe, engine):
             raise UsageError(
                 f"load_state_dict: {site.name!r} was saved on the {engine} engine, which cannot run it here: {why}. "
-                "Go on where it began; another engine gives other last digits"
+                "Continue on the machine where it began; another engine gives other last digits"
             )

@@ -16,7 +16,7 @@ from lowbit.products.operators import Op
 from lowbit.products.setting import Setting, Slot
 
 # One operand as an engine has it: a dataclass whose `numbers` are its one large tensor, which autograd keeps for the
-# backward apart from the rest. An engine gets its own operands and no others.
+# backward separately from the rest. An engine gets only operands that it encoded itself.
 Operand = Any
 
 
@@ -59,7 +59,7 @@ class Pair:
 class Engine(Protocol):
     """A way to execute products."""
 
-    # What a layer asks for it by.
+    # The name by which a layer asks for it.
     name: ClassVar[str]
     # Types of devices that it runs on; None: on all.
     devices: ClassVar[Sequence[str] | None]
@@ -84,4 +84,4 @@ class Engine(Protocol):
         """The sum of grad_output over all but its channels."""
 
     def ran(self, product: Product, a: Operand, b: Operand) -> tuple[str, str]:
-        """The units that multiplied two operands, as reports name them, and the operator that did it."""
+        """The units that multiplied two operands, as reports name them, and the operator that did."""

@@ -25,7 +25,7 @@ REFERENCE = Reference()
 _ENGINES: tuple[Engine, ...] = (REFERENCE, Int8(), IntMM())
 
 ENGINES = tuple(dict.fromkeys(engine.name for engine in _ENGINES))
-"""What a layer can ask for."""
+"""The names of engines that a layer can ask for."""
 
 PRODUCTS = tuple(dict.fromkeys(product for product, _ in SLOTS))
 
@@ -64,7 +64,7 @@ def refusal(
 def refusal_of_tensor(x: Tensor, engine: str) -> str:
     """Why an engine does not take a layer with such a parameter; empty where it does.
 
-    A layer is converted where it is before it moves, so of the engines of one name the first counts, that of the CPU.
+    A layer is converted before it moves to another device, so the first engine of a name counts, that of the CPU.
     """
     found = next(e for e in _ENGINES if e.name == engine)
     if x.device.type in (found.devices or (x.device.type,)) and x.dtype in (found.dtypes or (x.dtype,)):
@@ -92,7 +92,7 @@ def _refusal_of(engine: Engine, op: Op, recipe: Recipe, bits: Sequence[int] | No
 
 
 def _is_kept(op: Op, product: str, operand: str, fmt: Format, dim: int) -> bool:
-    """Whether every axis with scales of its own is one that the product keeps."""
+    """Whether the product keeps every axis along which scales differ."""
     if fmt.granularity == "tensor":
         return True
     if fmt.granularity == "sample":
@@ -110,17 +110,17 @@ _EIGHT = (8,) * len(SLOTS)
 
 @lru_cache(maxsize=4096)
 def _why(name: str, op: Op, recipe: Recipe, widths: tuple[int, ...] | None, dim: int, device: str) -> str:
-    """`refusal` of an engine, found once; empty where there is none of that name."""
+    """`refusal` of an engine, found once; empty where none has that name."""
     engine = _on(name, device)
     return "" if engine is None else _refusal_of(engine, op, recipe, widths, dim)
 
 
 @cache
 def _warn_once(recipe: str, device: str, why: str) -> None:
-    """Say once that layers converted for an engine and moved to another device run on the reference engine there."""
+    """Warn once that layers that were converted for an engine and then moved run on the reference engine there."""
     warnings.warn(
         f"recipe {recipe!r} runs on the reference engine on {device}: {why}. The reference engine simulates low "
-        "precision and is slower than fp32. Convert with engine='reference' where that is meant",
+        "precision and is slower than fp32. If that is what you want, convert with engine='reference'",
         RuntimeWarning,
         stacklevel=4,
     )
@@ -138,21 +138,21 @@ def choose(
 ) -> Engine:
     """The engine that executes the products of a call.
 
-    It is the one that was asked for where the device, the dtypes and the bits of the moment fit it, and the reference
-    engine elsewhere.
+    It is the one that was asked for if the device, the dtypes and the bits of the moment fit it; otherwise it is the
+    reference engine.
 
     Args:
         name: what was asked for, one of `ENGINES`.
         op: the operator.
         recipe: the formats.
-        widths: of all operands, in the order of `SLOTS`, where they are set apart from the recipe.
+        widths: of all operands, in the order of `SLOTS`; None: the recipe's own.
         dim: axes of the weight.
         dtypes: of input, weight and output.
         device: the type of device that they lie on.
         layer: for messages.
 
     Raises:
-        UsageError: an engine was asked for that does not exist, or that cannot run this recipe at any bits.
+        UsageError: the engine that was asked for does not exist, or cannot run this recipe at any bits.
     """
     if name == REFERENCE.name:
         return REFERENCE
@@ -185,8 +185,8 @@ class Route:
         keeps_bias: whether a bias is added as it is.
         slots: the six operands, by product and operand.
         shares_input: whether the input's codes in `output` are those in `grad_weight`.
-        shares_weight: whether the weight's in `output` are those in `grad_input`.
-        shares_grad_output: whether grad_output's in `grad_input` are those in `grad_weight`.
+        shares_weight: whether the weight's codes in `output` are those in `grad_input`.
+        shares_grad_output: whether grad_output's codes in `grad_input` are those in `grad_weight`.
     """
 
     engine: Engine
@@ -211,7 +211,7 @@ def route(
     device: str,
     layer: str = "",
 ) -> Route:
-    """How a call is executed; arguments and errors as of `choose`, with the shapes of input and weight.
+    """How a call is executed; arguments and errors are those of `choose`, with the shapes of input and weight.
 
     Raises:
         RuntimeError: shapes that do not multiply.

@@ -22,9 +22,9 @@ class Codes:
 
     Args:
         numbers: uint8 or int8, in the memory order that products read.
-        scale: float32, one or one for each row or channel that the product keeps.
+        scale: float32, one in all, or one for each row or channel that the product keeps.
         zero: the code of a real zero.
-        shape: of the tensor the codes were made of.
+        shape: of the tensor that was encoded.
         layout: of the memory: as it is (``"matrix"``), (B, *size, C) or (first axis, taps, second axis).
     """
 
@@ -94,7 +94,7 @@ def _ordered_view(x: Tensor, whole: bool, view: tuple[int, ...], dims: tuple[int
 
 @dataclass(frozen=True, kw_only=True)
 class Passes:
-    """How the native passes take an operand: its memory, one scale or one for each channel, taps to transpose."""
+    """How the native passes take an operand: its memory, one scale or one for each channel, and taps to transpose."""
 
     memory: View
     whole: bool
@@ -105,7 +105,7 @@ class Passes:
 def passes(
     shape: torch.Size, stride: tuple[int, ...], layout: Layout, sharing: Sharing, stochastic: bool
 ) -> Passes | None:
-    """The passes over an operand of such memory; None where they do not take it."""
+    """The passes over an operand that lies so in memory; None where they do not take it."""
     x = torch.empty_strided(shape, stride, dtype=torch.float32, device="meta")
     view, dims = sharing.view, sharing.dims
     weight = layout == "weight"
@@ -114,7 +114,7 @@ def passes(
     whole = len(dims) == len(view) or (memory is not None and memory[1] == 1)  # one scale
     last = memory is not None and memory[3]
     ordered = weight and is_channels_last(x) and not x.is_contiguous()
-    if ordered:  # its memory is in the wanted order already; noise numbers would not be
+    if ordered:  # its memory is already in the wanted order; noise is numbered in another
         memory = None if stochastic else _ordered_view(x, len(dims) == len(view), view, dims)
     transposed = not last and not ordered and taps > 1
     if transposed and memory is not None:
@@ -129,7 +129,7 @@ def passes(
 
 
 def _whole(zero: Tensor | float | None) -> int:
-    """A zero point as a number; 0 where it is nan, and the scale with it."""
+    """A zero point as a number; 0 where it is nan, as its scale is then nan too."""
     value = 0.0 if zero is None else float(zero)
     return 0 if math.isnan(value) else int(value)
 
@@ -159,12 +159,12 @@ def encode_by_torch(x: Tensor, slot: Slot, *, noise: Tensor | None, observed: tu
 
 
 def most_summed(a: Operand, b: Operand) -> int:
-    """The largest number of products of two operands' numbers whose sum the units hold; without end on bf16 units."""
+    """How many products of two operands' numbers the units can sum; without limit on bf16 units."""
     return MOST_SUMMED[a.numbers.dtype, b.numbers.dtype] if are_codes(a, b) else 2**62
 
 
 def are_codes(a: Operand, b: Operand) -> bool:
-    """Whether both are codes, which int8 units multiply; bf16 units do the rest."""
+    """Whether both are codes, which int8 units multiply; bf16 units multiply everything else."""
     return type(a) is Codes and type(b) is Codes
 
 

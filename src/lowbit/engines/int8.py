@@ -49,9 +49,12 @@ _TAKEN: Listed = {
 
 @cache
 def self_test() -> str:
-    """Multiply scattered and extreme codes, compare with exact arithmetic, once in a process: what is wrong, or empty.
+    """Multiply scattered and extreme codes, once in a process, and compare with exact arithmetic.
 
-    Processors without 8-bit units that sum in 32 bits saturate in between: then results of extreme codes differ.
+    Processors without 8-bit units that sum in 32 bits saturate on the way, so products of extreme codes differ.
+
+    Returns:
+        What is wrong, or ``""``.
     """
     one = torch.ones(1, dtype=torch.float32, device="cpu")
     for rows, k, columns in ((1, 1, 1), (33, 130, 40), (5, 4096, 17)):
@@ -81,7 +84,7 @@ def _count(number: int) -> Tensor:
 
 
 def missing(unit: Unit) -> str:
-    """Why this machine has not the units; empty where it has."""
+    """Why this machine lacks the units, or ``""``."""
     sets = operators.instruction_sets()
     if sets is None:
         return "lowbit was installed without its native kernels (no compiler): reinstall with a C++17 compiler"
@@ -100,7 +103,7 @@ class Int8:
     adds_bias: ClassVar[bool] = True
 
     def refusal(self, pair: Pair) -> str:
-        """Formats that it does not list, scales along what the product sums over, and units that are missing."""
+        """It refuses formats that it does not list, scales along what the product sums over, and missing units."""
         if why := refusal_of_codes(pair, _OPERATORS, _TAKEN):
             return why
         return missing("bf16" if BF16 in pair.formats else "int8")
@@ -109,8 +112,8 @@ class Int8:
         """Codes, in one or two passes over memory; values where the format is bf16."""
         fmt, layout, key = slot.format, slot.layout, None
         if fmt.scale is None or slot.levels is None:
-            # The numbers may lie in x itself; saved as those of a detached x, a change of them raises torch's usual
-            # error.
+            # The numbers may be the memory of x itself: saved as a detached x, torch raises its usual error if they are
+            # changed in place.
             return Values(numbers=in_order(x.detach(), layout), shape=x.shape, layout=layout)
         if slot.stochastic:
             key = None if setting.noise is None else setting.noise.words(slot.product, slot.operand)
@@ -144,7 +147,7 @@ class Int8:
         geometry = product.op.geometry
         if geometry is not None:
             return convolution(a, b, product, geometry, bias)
-        # Of ``(..., width)`` rows, either along what is summed or each one index of it.
+        # Each operand has ``(..., width)`` rows, which lie along what is summed, or are one index of it each.
         sides = []
         for t, runs_along in ((a, product.name != "grad_weight"), (b, product.name == "output")):
             width = t.shape[-1]
@@ -153,23 +156,23 @@ class Int8:
         return _matrix(sides[0], sides[1], (a, b), product.shape, bias, product.dtype)
 
     def values(self, operand: Operand, slot: Slot) -> Quantized:
-        """Of the codes, or rounded to bf16."""
+        """The values of the codes, or those rounded to bf16."""
         return values_of(operand, slot)
 
     def sum_bias(self, op: Op, g: Tensor) -> Tensor:
-        """In float32, in an order that does not depend on the number of threads."""
+        """It sums in float32, in an order that does not depend on the number of threads."""
         rows = g if op.geometry is None else g.movedim(1, -1)
         return cpu.sums(rows.contiguous(), rows.shape[-1])
 
     def ran(self, product: Product, a: Operand, b: Operand) -> tuple[str, str]:  # noqa: ARG002 - operands say it
-        """Codes by codes on int8 units, all else on bf16 units."""
+        """Codes times codes run on int8 units, everything else on bf16 units."""
         return ("int8", "lowbit::multiply_codes") if are_codes(a, b) else ("bf16", "lowbit::multiply_halves")
 
 
 def _matrix(
     a: Rows, b: Rows, of: tuple[Operand, Operand], shape: torch.Size, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The product of two matrices; sums too long for 32 bits are cut, and their parts added in float32."""
+    """The product of two matrices; sums too long for 32 bits are cut, and the parts are added in float32."""
     out = torch.empty(shape, dtype=dtype, device="cpu")
     k = a.width if a.along else a.rows
     if k == 0 or out.numel() == 0:
@@ -189,14 +192,14 @@ def _matrix(
 
 
 def _part(t: Rows, start: int, count: int) -> Rows:
-    """Of what is summed over, at most `count` numbers from `start` on; without a window."""
+    """A part of what is summed over: at most `count` numbers from `start` on, without a window."""
     if t.along:
         return replace(t, first=t.first + start, width=min(count, t.width - start))
     return replace(t, first=t.first + start * t.stride, rows=min(count, t.rows - start))
 
 
 def refusal_of_codes(pair: Pair, operators: Sequence[type[Op]], listed: Listed) -> str:
-    """Why two operands are not 8-bit codes, or bf16 values, of a product with one sum; empty where they are.
+    """Why two operands are not 8-bit codes, or bf16 values, of a product that sums once, or ``""``.
 
     Args:
         pair: the two operands.
@@ -230,7 +233,7 @@ def takes(fmt: Format) -> bool:
 
 
 def values_of(operand: Operand, slot: Slot) -> Quantized:
-    """The real values of codes and their grid; of bf16 values alone."""
+    """The real values of codes with their grid; bf16 values have none."""
     if isinstance(operand, Values):
         return Quantized(operand.values())
     high = slot.levels or 0.0

@@ -37,7 +37,7 @@ def _three(values: tuple[int, ...], fill: int) -> tuple[int, int, int]:
 
 
 def _window(geometry: Geometry, kernel: torch.Size, rows: torch.Size, reached: torch.Size, transposed: bool) -> Window:
-    """Rows count the positions of shape `rows`, taps reach for the side of shape `reached`, both (B, C, *size)."""
+    """The window whose rows count the positions of `rows` and whose taps reach into `reached`, both (B, C, *size)."""
     return Window(
         position=(rows[0], *_three(tuple(rows[2:]), 1)),
         size=_three(tuple(reached[2:]), 1),
@@ -80,8 +80,8 @@ def _convolve(
 ) -> Tensor:
     """The output or the gradient of an input.
 
-    Taps reach from each position of the smaller side, and w is (N, T, C): N of the result, C of `a`; or `transposed`
-    from each position of the larger side, and w is (C, T, N).
+    Taps reach from each position of the smaller side, and w is (N, T, C), where the result has N channels and `a` C.
+    If `transposed`, taps reach from each position of the larger side, and w is (C, T, N).
     """
     out = _new(shape, dtype)
     groups, taps = geometry.groups, math.prod(w.shape[2:])
@@ -137,7 +137,7 @@ def _weight(
 def _pieces(window: Window, most: int) -> Iterator[tuple[int, int, Window]]:
     """Cut the positions that rows count into runs of at most `most`: (first row, first sample, the run as a window).
 
-    Each run is a range of one axis, whole in the axes after it, at one index of those before it.
+    Each run is a range of one axis, at one index of the axes before it, with all of the axes after it.
     """
     position = window.position
     axis = next(a for a in range(4) if a == 3 or math.prod(position[a + 1 :]) <= most)
@@ -149,7 +149,7 @@ def _pieces(window: Window, most: int) -> Iterator[tuple[int, int, Window]]:
             count = min(length, position[axis] - start)
             at = [*index, start, *[0] * (3 - axis)]
             size = [*[1] * axis, count, *position[axis + 1 :]]
-            # Positions count from 0 again, so the taps reach further by where the run begins.
+            # Positions count from 0 again, so the taps are shifted by where the run begins.
             padding = [p - a * s for p, a, s in zip(window.padding, at[1:], window.stride, strict=True)]
             run = replace(
                 window,

@@ -43,10 +43,10 @@ _TAKEN: Listed = {
     NoTransform: {},
 }
 
-# What torch._int_mm takes on CUDA: more than 16 rows; k and n in whole eights.
+# What torch._int_mm takes on CUDA: more than 16 rows, and multiples of 8 as k and n.
 _LEAST_ROWS = 17
 _WHOLE = 8
-# So many products of bytes, 255 by 255 at the most, stay below 2**31; in whole eights.
+# The sum of so many products of bytes, 255 by 255 at most, stays below 2**31; a multiple of 8.
 MOST_SUMMED = (2**31 - 1) // 255**2 // _WHOLE * _WHOLE
 
 
@@ -59,12 +59,12 @@ class IntMM:
     adds_bias: ClassVar[bool] = True
 
     def refusal(self, pair: Pair) -> str:
-        """Anything but linear layers of integers that it lists."""
+        """It refuses everything but linear layers of the integers that it lists."""
         if pair.op.geometry is not None:
-            return "a convolution has no int8 engine on cuda, only linear layers have"
+            return "the int8 engine on cuda takes linear layers only, not a convolution"
         if why := refusal_of_codes(pair, _OPERATORS, _TAKEN):
             return why
-        return "a bf16 operand has no int8 engine on cuda" if BF16 in pair.formats else ""
+        return "the int8 engine on cuda does not take a bf16 operand" if BF16 in pair.formats else ""
 
     def encode(self, x: Tensor, slot: Slot, setting: Setting) -> Codes:
         """See `lowbit.engines.codes.encode_by_torch`."""
@@ -86,15 +86,15 @@ class IntMM:
         return multiply_codes(lhs, rhs, zeros, scales, added, product.dtype).view(product.shape)
 
     def values(self, operand: Codes, slot: Slot) -> Quantized:
-        """Of the codes."""
+        """The values of the codes."""
         return values_of(operand, slot)
 
     def sum_bias(self, op: Op, g: Tensor) -> Tensor:  # noqa: ARG002 - a matrix
-        """In float32."""
+        """It sums in float32."""
         return g.flatten(0, -2).sum(0, dtype=torch.float32)
 
     def ran(self, product: Product, a: Codes, b: Codes) -> tuple[str, str]:  # noqa: ARG002 - all alike
-        """One operator for all."""
+        """One operator runs them all."""
         return self.name, "aten::_int_mm"
 
 
@@ -103,8 +103,8 @@ def multiply_codes(
 ) -> Tensor:
     """``sum_k (a - z_a)(b - z_b)`` times the scales plus bias, in `dtype`.
 
-    Shapes that the operator does not take are padded with zeros; sums too long for 32 bits are cut, and their
-    parts added in float32.
+    Shapes that the operator does not take are padded with zeros. Sums too long for 32 bits are cut, and the parts are
+    added in float32.
 
     Args:
         a: int8 or uint8 ``(m, k)``, any strides.
@@ -118,7 +118,7 @@ def multiply_codes(
         ``(m, n)`` on the device of `a`: exact sums, each scaled in float32.
 
     Raises:
-        TypeError: codes that are no bytes.
+        TypeError: codes that are neither int8 nor uint8.
         ValueError: shapes that do not multiply.
     """
     for q in (a, b):
@@ -137,7 +137,7 @@ def multiply_codes(
 
 
 def _signed(q: Tensor, zero: int) -> tuple[Tensor, int]:
-    """Codes as int8 and their zero point: 128 less of both where they are uint8."""
+    """Codes as int8 and their zero point; of uint8 codes, both are 128 less."""
     return (q, zero) if q.dtype == torch.int8 else (q.view(torch.int8).bitwise_xor(-128), zero - 128)
 
 

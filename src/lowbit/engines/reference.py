@@ -17,7 +17,7 @@ from lowbit.products.setting import Setting, Slot
 
 
 def in_full(x: Tensor) -> Tensor:
-    """The dtype that products are computed in: float32 for the 16-bit types, else the tensor's own."""
+    """The tensor in the dtype that products are computed in: float32 for the 16-bit types, else its own."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -33,7 +33,7 @@ _FLOAT32 = {
 def in_float32(device: str) -> Iterator[None]:
     """Multiply float32 as float32 in this context, not as TF32 or bf16: cuDNN's convolutions take TF32 unasked.
 
-    Of the 8 bits of a code TF32 keeps all, of its product with a scale 11.
+    TF32 keeps all 8 bits of a code, but only 11 of the code times its scale.
     """
     changed = [(b, b.fp32_precision) for b in _FLOAT32.get(device, ()) if b.fp32_precision not in ("none", "ieee")]
     for backend, _ in changed:
@@ -69,11 +69,11 @@ class Reference:
     adds_bias: ClassVar[bool] = False
 
     def refusal(self, pair: Pair) -> str:  # noqa: ARG002 - whatever it is
-        """It runs all that is defined."""
+        """It runs everything that is defined."""
         return ""
 
     def encode(self, x: Tensor, slot: Slot, setting: Setting) -> Rounded:
-        """See `lowbit.numerics.quantizer.quantize`; a meta tensor has a shape and no values."""
+        """See `lowbit.numerics.quantizer.quantize`; a meta tensor has a shape but no values."""
         x, fmt = in_full(x), slot.format
         if x.is_meta:
             return Rounded(numbers=x if fmt == FP32 else torch.empty_like(x), grid=None, exact=fmt == FP32)
@@ -107,7 +107,7 @@ class Reference:
         return op.grad_weight(a, b, product.shape)
 
     def values(self, operand: Rounded, slot: Slot) -> Quantized:  # noqa: ARG002 - the grid knows it
-        """As they are."""
+        """The values as they are."""
         return Quantized(operand.numbers, operand.grid)
 
     def sum_bias(self, op: Op, g: Tensor) -> Tensor:
@@ -115,5 +115,5 @@ class Reference:
         return op.grad_bias(in_full(g))
 
     def ran(self, product: Product, a: Rounded, b: Rounded) -> tuple[str, str]:  # noqa: ARG002 - all alike
-        """The operator of torch."""
+        """The operator of torch that multiplied."""
         return self.name, product.op.kernel(product.name)

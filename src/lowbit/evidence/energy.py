@@ -1,4 +1,4 @@
-"""Energy of a stretch of work, where the machine tells it: measured and not modelled."""
+"""The energy that work takes, if the machine reports it: measured, not modelled."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Energy:
-    """Joules that the machine reports for a stretch of work; complete when `measured_energy` ends.
+    """Joules that the machine reports for some work; complete when `measured_energy` ends.
 
     Attributes:
         joules: of processors, memory and accelerators, all that the machine reports; None where it reports none.
@@ -22,8 +22,8 @@ class Energy:
 def measured_energy() -> Iterator[Energy]:
     """Measure energy with RAPL (processors, memory) and NVML (NVIDIA cards) through the optional package `zeus`.
 
-    The counters are the machine's: what other processes use is in them. Where the package or the counters are missing
-    or cannot be read, the result says so and nothing fails.
+    The counters are those of the machine, so they include what other processes use. If the package or the counters are
+    missing or cannot be read, the result says so, and nothing fails.
     """
     energy = Energy()
     try:
@@ -33,7 +33,7 @@ def measured_energy() -> Iterator[Energy]:
         if not (monitor.gpu_indices or monitor.cpu_indices):
             raise RuntimeError("neither RAPL nor NVML reports anything on this machine")
         monitor.begin_window("lowbit")
-    except Exception as error:  # each kind of missing counter raises an exception of its own
+    except Exception as error:  # each kind of missing counter raises another exception
         hint = ": pip install 'lowbit[energy]'" if isinstance(error, ImportError) else f" ({_first_line(error)})"
         energy.reason = f"not available here{hint}"
         yield energy

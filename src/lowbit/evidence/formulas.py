@@ -1,7 +1,7 @@
 """What torch's operators multiply, from their arguments and result: one formula for each kind.
 
-One fused multiply-add is one multiply-accumulate (MAC). Operators go by their names, so that a torch without some of
-them is fine.
+One fused multiply-add is one multiply-accumulate (MAC). Operators are known by name, so that a torch
+that lacks some of them works.
 """
 
 import math
@@ -67,7 +67,7 @@ def multiplication(
     times: int = 1,
     counted: int | None = None,
 ) -> Multiplication:
-    """The product of two tensors, in `shapes` where they are not multiplied as they are."""
+    """The product of two tensors; `shapes` gives theirs if they are not multiplied as they are."""
     first, second = (a.shape, b.shape) if shapes is None else shapes
     return Multiplication(
         op=op,
@@ -101,10 +101,10 @@ def _scaled(args: Arguments, _: Any) -> list[Multiplication]:
 
 
 def _grouped(args: Arguments, _: Any) -> list[Multiplication]:
-    """Each group's rows, or its part of what is summed, with that group's matrix; all rows are of some group.
+    """Each group's rows, or its part of what is summed, with that group's matrix; every row is in a group.
 
-    One factor is cut into groups along an axis, so that all together multiply as one matrix; where both have an axis of
-    groups it is a batched product.
+    One factor is cut into groups along an axis, so that together they multiply as one matrix. If both factors have an
+    axis of groups, it is a batched product.
     """
     a, b = args["self"], args["mat2"]
     groups = (a.shape[0],) if a.dim() == b.dim() == 3 else ()
@@ -161,7 +161,7 @@ def _convolution(transposed: bool = False) -> Formula:
 
 
 def _window(args: Arguments, transposed: bool = False) -> Convolution:
-    """The convolution that an operator's arguments mean, by their names."""
+    """The convolution that an operator's arguments describe."""
     axes = args["weight"].dim() - 2
 
     def each(name: str, default: int) -> tuple[int, ...]:
@@ -247,7 +247,7 @@ def named(text: str, namespace: str = "aten") -> list[str]:
 
 
 # Operators of the forward pass and what they multiply, from their arguments and result. An operator in place, such as
-# addmm_, goes by the name without the underscore.
+# addmm_, is known by its name without the underscore.
 FORWARD: dict[str, Formula] = {
     "aten::linear": _linear("input", "weight"),
     "aten::mm": _matmul("self", "mat2"),
@@ -324,7 +324,7 @@ def _backward_of_layer(args: Arguments) -> int:
 
 
 def _backward_of_all(args: Arguments) -> int:
-    """The forward once for the input and the states, once for the weights."""
+    """The forward once for the input and the states, and once for the weights."""
     mask = args["output_mask"]
     return (any(mask[:3]) + bool(mask[3])) * total_macs(_recurrent_of_all(args, None))
 

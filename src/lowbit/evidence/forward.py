@@ -20,14 +20,14 @@ from lowbit.products.watch import ProductCall
 
 
 class Forward:
-    """What one watched forward ran outside converted layers; it stands for all of its signature.
+    """What one watched forward ran outside converted layers; it stands for all forwards of its signature.
 
     Attributes:
         calls: how often each product ran.
-        due: the gradients that its backward computes at most.
-        seen: those that the backward of the watched forward did compute.
+        due: the gradients that its backward may compute.
+        seen: the gradients that the backward of the watched forward did compute.
         uncounted: operators that were not counted.
-        held: bytes that it left to its backward.
+        held: bytes that it kept for its backward.
     """
 
     def __init__(self, watch: "ForwardWatcher", held: int, ledger: Ledger) -> None:
@@ -44,7 +44,7 @@ class Forward:
                 self.due[index] += found.times
 
     def gradients(self) -> Counter[int]:
-        """What a backward computes: as seen, or all that may be where none was watched."""
+        """What a backward computes: what was seen, or everything that is due if no backward was watched."""
         return self.seen or self.due
 
 
@@ -55,7 +55,7 @@ class _Found:
         self.layer = layer
         self.what = what
         self.times = what.times
-        self.result = result  # autograd gives it its node after the operator
+        self.result = result  # autograd gives it a node after the operator
         self.indices: list[int] = []
         recorded = torch.is_grad_enabled()
         self.gradients = [
@@ -65,7 +65,7 @@ class _Found:
         ]
 
     def product(self, product: str) -> Product:
-        """Its record; a gradient has the width of the first factor's dtype."""
+        """The record of one of its products; a gradient has the width of the first factor's dtype."""
         first, second = self.what.bits
         bits = (first, first) if product == "grad_weight" else (first, second)
         charged = (first, second) if product == "grad_weight" and "grad_input" not in self.gradients else None
@@ -78,7 +78,7 @@ class ForwardWatcher:
     def __init__(self, model: nn.Module) -> None:
         self.found: list[_Found] = []
         self.uncounted: Counter[str] = Counter()
-        # What a fused container dispatches itself is of the Range BN in it.
+        # What a fused container dispatches itself belongs to the Range BN in it.
         converted = (QuantLayer, FusedSequential)
         self._converted = {name for name, module in model.named_modules() if isinstance(module, converted)}
 

@@ -1,4 +1,4 @@
-"""What a run computed, in memory: records are added to it, and it is asked for sums."""
+"""What a run computed, in memory: records are added, and sums are asked for."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ class History(ABC):
     Args:
         model: the model's name, for reports.
         layers: names of the layers that are expected to run, to name those that never did.
-        first_step: number of the first step, where earlier ones are not in it.
+        first_step: number of the first step, if earlier ones are not in it.
     """
 
     @checked
@@ -44,7 +44,7 @@ class History(ABC):
     # Adding records.
 
     def intern(self, product: Product) -> int:
-        """The index of a product, which is added where it is new."""
+        """The index of a product, which is added if it is new."""
         index = self._product_index.get(product)
         if index is None:
             self._write("product", {"index": len(self.products), **fields_of(product)})
@@ -53,7 +53,7 @@ class History(ABC):
         return index
 
     def intern_program(self, program: Program) -> int:
-        """The index of a program, which is added where it is new."""
+        """The index of a program, which is added if it is new."""
         index = self._program_index.get(program)
         if index is None:
             for product, calls in program.calls:
@@ -65,7 +65,7 @@ class History(ABC):
         return index
 
     def add_step(self, program: Program | int, *, samples: int) -> None:
-        """Add the next step, with its program or the index of one that is there."""
+        """Add the next step, with its program or the index of a known one."""
         index = program if isinstance(program, int) else self.intern_program(program)
         if not 0 <= index < len(self.programs):
             raise UsageError(f"program {index}: this ledger has {len(self.programs)}")
@@ -111,7 +111,7 @@ class History(ABC):
 
     @property
     def held_bytes(self) -> int | None:
-        """The most that one forward pass of a step left to its backward; see `Program`."""
+        """The most bytes that one forward pass of a step kept for its backward; see `Program`."""
         known = [self.programs[number].held_bytes for number in set(self._program_numbers(False))]
         return max((held for held in known if held is not None), default=None)
 
@@ -120,9 +120,9 @@ class History(ABC):
         """Each product with its number of calls over all steps, in the order of first appearance.
 
         Args:
-            convention: ``"as-ran"``; or ``"as-charged"``: as the papers count, each layer whose weight was trained
-                also has a `grad_input`, though nothing needs the one of the first layer.
-            evaluations: of the evaluations instead of the steps.
+            convention: ``"as-ran"``, or ``"as-charged"``, as the papers count: each layer whose weight was trained also
+                has a `grad_input`, although nothing needs that of the first layer.
+            evaluations: whether to count the evaluations instead of the steps.
         """
         check_choice("convention", convention, Convention)
         calls: Counter[Product] = Counter()
@@ -164,12 +164,14 @@ class History(ABC):
         """The first evaluation with the best score; None where no score is a number.
 
         Raises:
-            UsageError: scores of several names or directions.
+            UsageError: the scores have several names or directions.
         """
         scored = [e for e in self.evaluations if e.score is not None and not math.isnan(e.score)]
         kinds = {(e.name, e.higher_is_better) for e in scored}
         if len(kinds) > 1:
-            raise UsageError(f"scores of {sorted(str(name) for name, _ in kinds)}: the best of one kind only")
+            raise UsageError(
+                f"scores of {sorted(str(name) for name, _ in kinds)}: give only one kind to ask for the best"
+            )
         sign = 1 if scored and scored[0].higher_is_better else -1
         return max(scored, key=lambda e: (sign * (e.score or 0.0), -e.step), default=None)
 
@@ -182,10 +184,10 @@ class History(ABC):
 
     @classmethod
     def merged(cls, ledgers: Sequence["History"]) -> Self:
-        """The ledgers of the ranks of one run as one: calls and samples of each step add up.
+        """The ledgers of the ranks of one run as one ledger: calls and samples of each step add up.
 
         Raises:
-            UsageError: there is none, or they do not cover the same steps.
+            UsageError: no ledger is given, or they do not cover the same steps.
         """
         if any(led._next - led.first_step != len(led.steps) for led in ledgers):
             raise UsageError("a ledger that lacks steps in its middle cannot be merged")

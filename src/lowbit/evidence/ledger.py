@@ -3,7 +3,7 @@
 A product (its layer, shapes and bits) is written once, and so is a program: which products one step ran, and how
 often each. A step is then one short line that names its program. So a ledger has the bits of every step, and stays
 small. Nothing in it depends on the clock or the machine: the same run writes the same bytes. Each line ends with its
-checksum (``crc``, the CRC-32 of what stands before it); ledgers of older versions, without, are read as they are.
+checksum (``crc``, the CRC-32 of what stands before it). Ledgers of older versions lack checksums and are still read.
 """
 
 import io
@@ -36,17 +36,17 @@ class Ledger(History):
     Args:
         model: the model's name, for reports.
         layers: names of the layers that are expected to run, to name those that never did.
-        first_step: number of the first step, where earlier ones are not in this ledger.
+        first_step: number of the first step, if earlier ones are not in this ledger.
     """
 
-    _lost: set[tuple[str, int]] | None = None  # definitions in lines that were dropped; None: none may be
+    _lost: set[tuple[str, int]] | None = None  # definitions in lines that were dropped; None: no line may be dropped
     _file: BinaryIO | None = None
 
     # Reading and writing files.
 
     @classmethod
     def create(cls, path: Path | str, *, model: str = "", layers: Iterable[str] = (), first_step: int = 0) -> Self:
-        """An empty ledger that writes to a new file; one that is there is replaced.
+        """An empty ledger that writes to a new file, which replaces an old one.
 
         Raises:
             RunError: the file cannot be written.
@@ -63,7 +63,8 @@ class Ledger(History):
 
         Args:
             path: the file.
-            drop_damaged: leave out damaged lines and what cannot be understood without them, and count them in a note.
+            drop_damaged: whether to leave out damaged lines and what cannot be understood without them; a note counts
+                them.
 
         Raises:
             UsageError: there is no such file.
@@ -74,12 +75,12 @@ class Ledger(History):
 
     @classmethod
     def resume(cls, path: Path | str, *, steps: int, drop_damaged: bool = False) -> Self:
-        """Go on in the file of a run that continues after `steps` steps: later records are removed from it.
+        """Continue the file of a run that goes on after `steps` steps: later records are removed from it.
 
         Args:
             path: the file.
             steps: steps done.
-            drop_damaged: go on although lines are damaged; they stay in the file, and a note counts them.
+            drop_damaged: whether to go on although lines are damaged; they stay in the file, and a note counts them.
 
         Raises:
             UsageError: there is no such file, or `steps` is negative.
@@ -96,7 +97,7 @@ class Ledger(History):
             )
         ledger._next = steps
         dropped = [note for note in ledger.notes if note.startswith(_DROPPED)]
-        ledger.notes.clear()  # of lines that are removed now
+        ledger.notes.clear()  # they speak of lines that are removed now
         ledger._open(path, os.O_WRONLY | os.O_APPEND)
         assert ledger._file is not None
         ledger._file.truncate(end)
@@ -138,7 +139,7 @@ class Ledger(History):
             raise RunError(f"cannot write the ledger {path}: {error.strerror or error}") from error
 
     def _write(self, record: str, values: dict[str, Any]) -> None:
-        """One record as one line, handed to the system at once so that a killed process loses at most this line."""
+        """Write one record as one line, at once, so that a killed process loses at most this line."""
         if self._file is not None and self._file.closed:
             raise UsageError(f"the ledger's file {self._file.name} is closed: go on with Ledger.resume")
         if self._file is not None:
@@ -148,7 +149,7 @@ class Ledger(History):
 
     @classmethod
     def _read(cls, path: Path, *, until: int | None, drop_damaged: bool) -> tuple[Self, int]:
-        """The ledger in a file up to the end of step `until`, and the offset in bytes where that ends."""
+        """The ledger in a file up to the end of step `until`, and the offset in bytes of that end."""
         content = _content(path)
         whole = content.rfind(b"\n") + 1
         ledger: Self | None = None
@@ -209,12 +210,12 @@ class Ledger(History):
         return cls(model=record["model"], layers=record["layers"], first_step=record["first_step"])
 
     def _has(self, kind: str, index: int) -> bool:
-        """Whether a definition is there: read, and not in a line that was dropped."""
+        """Whether a definition was read and its line was not dropped."""
         known = len(self.products if kind == "product" else self.programs)
         return 0 <= index < known and (kind, index) not in (self._lost or ())
 
     def _define(self, kind: str, known: list[_T], index_of: dict[_T, int], index: int, definition: _T) -> None:
-        """Enter a definition; where lines before it were dropped, it stands in for theirs, which nothing may use."""
+        """Enter a definition; if lines before it were dropped, it also takes their places, which nothing may use."""
         if index != len(known) and (self._lost is None or index < len(known)):
             raise ValueError(f"{kind} {index} where {kind} {len(known)} belongs")
         while len(known) < index:
@@ -270,12 +271,12 @@ def _content(path: Path) -> bytes:
         raise UsageError(f"there is no ledger {path}")
     content = bytes(files.read_whole(path))
     if b"\n" not in content:
-        raise RunError(f"{path} is empty or no ledger: its first line is not complete")
+        raise RunError(f"{path} is empty or not a ledger: its first line is not complete")
     return content
 
 
 def _parse(line: bytes, *, checked: bool) -> dict[str, Any]:
-    """The record in a line, whose checksum must be right where it has one, and must be there where `checked`."""
+    """The record in a line. A checksum must be right, and if `checked` there must be one."""
     match = _CRC.search(line)
     if match is None or match.end() != len(line):
         if checked:

@@ -1,4 +1,4 @@
-"""Memory that a forward pass holds for its backward, measured and not modelled."""
+"""Memory that a forward pass holds for its backward: measured, not modelled."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class Held:
-    """Bytes that a forward pass leaves to its backward; complete when `held_for_backward` ends."""
+    """Bytes that a forward pass keeps for its backward; complete when `held_for_backward` ends."""
 
     bytes: int = 0
 
@@ -20,17 +20,17 @@ class Held:
 def held_for_backward(kept_anyway: Iterable[Tensor] = ()) -> Iterator[Held]:
     """Count what autograd saves in this context: the activations that memory must hold until the backward.
 
-    Counted are the bytes of the distinct storages behind the tensors that operators save, at the size of the storage,
-    batch included. Not counted: `kept_anyway`, what a function keeps aside of `save_for_backward`, what gradient
-    checkpointing computes again, and whatever the backward itself allocates. Saving only adds up within one forward,
-    so the sum at its end is its peak.
+    It counts the bytes of the distinct storages behind the tensors that operators save, at the size of the storage,
+    batch included. It does not count `kept_anyway`, what a function keeps outside `save_for_backward`, what gradient
+    checkpointing computes again, or what the backward itself allocates. Within one forward the sum only grows, so the
+    sum at its end is the peak.
 
     Args:
-        kept_anyway: tensors that stay in memory without a backward too, such as parameters and buffers.
+        kept_anyway: tensors that stay in memory even without a backward, such as parameters and buffers.
     """
     held = Held()
     known = {t.untyped_storage()._cdata for t in kept_anyway}
-    # The storages are kept until the end of the context: the address of one that is freed would serve another.
+    # The storages are kept until the end of the context: another could get the address of a freed one.
     storages: list[Any] = []
 
     def pack(t: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """The meter: counts every product of a model as it runs, into a ledger.
 
-Products of converted layers report themselves, each with the bits of its moment. Those of plain layers and of
+Products of converted layers report themselves, each with its bits at that moment. Those of plain layers and of
 functions such as attention are counted at the width of their dtype (32 bits for float32): the first forward pass of
 each distinct signature (shapes and dtypes of the input, mode, which parameters are trained) is watched operator by
-operator, and counts for all later ones of that signature. Watching takes that one pass longer; every other step costs
-microseconds for each converted product.
+operator, and stands for all later ones of that signature. Only a watched pass takes notably longer; every other step
+costs microseconds for each converted product.
 """
 
 import sys
@@ -35,9 +35,9 @@ from lowbit.products.watch import ProductCall
 class Meter:
     """Counts what a model runs, step by step, into a ledger.
 
-    As a context manager, or between `attach` and `close`. After each update of the weights call `step`; what ran since
-    the last one is one step, however many forwards it took. What runs in evaluation mode is kept apart, and
-    `evaluated` gives it a score. Closing ends a step that is open.
+    Use it as a context manager, or between `attach` and `close`. Call `step` after each update of the weights: what ran
+    since the last call is one step, however many forwards it took. What runs in evaluation mode is counted separately,
+    and `evaluated` gives it a score. Closing ends a step that is open.
 
     >>> with lowbit.Meter(model) as meter:
     ...     for x, y in loader:
@@ -52,7 +52,7 @@ class Meter:
         ledger: where records go; None for a new one in memory.
 
     Raises:
-        UsageError: `model` is no module.
+        UsageError: `model` is not a module.
     """
 
     @checked
@@ -79,7 +79,7 @@ class Meter:
         self._names = layers_of(self._model)
         self._attached.enter_context(watch.counted_by(self._count))
         before = self._model.register_forward_pre_hook(self._before, with_kwargs=True)
-        # First of all hooks, so that two meters leave their modes in the opposite order of entering them.
+        # Before all other hooks, so that two meters leave their modes in the opposite order of entering them.
         after = self._model.register_forward_hook(self._after, prepend=True, with_kwargs=True, always_call=True)
         self._attached.callback(before.remove)
         self._attached.callback(after.remove)
@@ -97,12 +97,12 @@ class Meter:
         return self.attach()
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:  # what raised is no step
+        if kind is not None:  # what raised is not a step
             self._training, self._evaluation = _Pending(), _Pending()
         self.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy of the model takes hooks along that belong to the original; they ignore it."""
+        """The same meter: its hooks in a copy of the model belong to the original, and ignore the copy."""
         return self
 
     def __reduce__(self) -> Any:
@@ -134,7 +134,7 @@ class Meter:
 
     @checked
     def evaluated(self, name: str, score: float, *, higher_is_better: bool = True) -> None:
-        """Give what ran in evaluation mode since the last step a score; the best one marks the best checkpoint.
+        """Score what ran in evaluation mode since the last step; the best score marks the best checkpoint.
 
         Args:
             name: of the score, the same each time, e.g. ``"test_accuracy"``.
@@ -163,13 +163,13 @@ class Meter:
         self._is_attached = False
         self._attached.close()
         watching = self._local.__dict__.pop("watching", None)
-        if watching is not None:  # a forward that an interrupt ended, which runs no hook
+        if watching is not None:  # an interrupt ended a forward, so its hook did not run
             watching.close()
 
     # Products of converted layers.
 
     def _count(self, call: ProductCall) -> None:
-        """Take in one product of a converted layer: this runs for each product, so it only looks it up."""
+        """Count one product of a converted layer. This runs for every product, so it does little but look it up."""
         source, product = call.source, call.product
         if source is None and not self._is_of_this_model(call):
             return
@@ -179,7 +179,7 @@ class Meter:
             if product == "grad_input":
                 self._without_grad_input.discard(place)
             else:
-                # The gradient of the input comes before that of the weight, if it comes.
+                # If the gradient of the input comes, it comes before that of the weight.
                 if product == "grad_weight" and place in self._without_grad_input and isinstance(source, Site):
                     charged = _widths_of_grad_input(source)
                 self._without_grad_input.add(place)
@@ -201,11 +201,11 @@ class Meter:
     def _learn(
         self, key: object, call: ProductCall, place: tuple[object, str], charged: tuple[int, int] | None
     ) -> int | None:
-        """The index of a product that comes for the first time; None for one of another model."""
+        """The index of a product that is seen for the first time; None for one of another model."""
         name: str | None = call.layer or call.kind
         if place[0] is not None:
             if place not in self._names:
-                self._names |= layers_of(self._model)  # converted since
+                self._names |= layers_of(self._model)  # it was converted since
             name = self._names.get(place)
         index = None if name is None else self.ledger.intern(record(name, call, call.bits, charged))
         self._known[key] = index
@@ -214,7 +214,7 @@ class Meter:
     # Products outside them.
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a forward of the model: watch it where its signature is new."""
+        """Begin a forward of the model, and watch it if its signature is new."""
         local = self._local
         if module is not self._model:
             return
@@ -244,7 +244,7 @@ class Meter:
             local.watching.enter_context(watched_by(local.watch, module))
 
     def _after(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        """End a forward of the model: count it, and see to its backward."""
+        """End a forward of the model: count it, and prepare to count its backward."""
         local = self._local
         if module is not self._model:
             return
@@ -261,7 +261,7 @@ class Meter:
         with self._lock:
             if watching is not None:
                 forward = Forward(local.watch, local.held.bytes, self.ledger)
-                # Where no gradient can be seen to come in, as with an output of a class of its own, each forward is
+                # If no gradient can be seen to arrive, e.g. because the output is of a user's class, each forward is
                 # watched.
                 if ends or not forward.due:
                     self._forwards[local.signature] = forward
@@ -291,7 +291,7 @@ class Meter:
 
 
 class _Pending:
-    """What ran and has no record yet."""
+    """What ran and is not recorded yet."""
 
     def __init__(self) -> None:
         self.calls: Counter[int] = Counter()
@@ -315,14 +315,14 @@ class _Pending:
 
 
 def _signature(argument: Any) -> object:
-    """What of an argument decides which operators run: shape and dtype, or a flag, a number, a name."""
+    """What decides, of an argument, which operators run: shape and dtype, or a flag, a number, a name."""
     if isinstance(argument, Tensor):
         return argument.shape, argument.dtype, argument.requires_grad
     return argument if isinstance(argument, bool | int | str | None) else type(argument)
 
 
 def _widths_of_grad_input(site: Site) -> tuple[int, int]:
-    """The widths that the gradient of a layer's input has now, whether it runs or not."""
+    """The widths that a layer's `grad_input` has now, whether it runs or not."""
     setting = Setting(recipe=site.recipe, bits=site.widths_now())
     return (
         setting.width("grad_input", "grad_output"),

@@ -1,7 +1,7 @@
 """The cost metrics of the literature, each a pure function of a ledger's totals, named by its source.
 
 Notation: m MACs of a product (one fused multiply-add is one), a and b the widths of its two operands in bits; w, a, g
-the widths of weight, input and grad_output. Sums run over all calls, so over the bits of every step, never over mean
+the widths of weight, input and grad_output. Sums run over all calls and thus the bits of every step, never over mean
 bits. Each metric has three terms, one for each product.
 """
 
@@ -77,7 +77,7 @@ def effective_macs(totals: Iterable[Total]) -> Terms:
 
 
 def relative_cost(totals: Iterable[Total]) -> Terms:
-    """cp: ``100 sum m a b / (1024 sum m)``, percent of the same products in 32 by 32 bits; 0 of nothing.
+    """cp: ``100 sum m a b / (1024 sum m)``, percent of the same products in 32 by 32 bits; 0 without products.
 
     Both sums run over all three products, so the terms add up.
 
@@ -107,7 +107,7 @@ def bitops(totals: Iterable[Total]) -> Terms:
 def dorefa_complexity(totals: Iterable[Total]) -> Terms:
     """``sum m a b / sum m`` over `output`, plus the same of `grad_input` over the MACs of `output`: ``w a + w g``.
 
-    Without the term of `grad_weight`. Layers of one width give w a + w g exactly, if every layer has a `grad_input`
+    The term of `grad_weight` is left out. Layers of one width give w a + w g exactly, if every layer has a `grad_input`
     (the convention ``"as-charged"``).
 
     Source: the column "training complexity" of Zhou et al. 2016, arXiv:1606.06160.
@@ -121,7 +121,7 @@ def dorefa_complexity(totals: Iterable[Total]) -> Terms:
 def bops(totals: Iterable[Total]) -> Terms:
     """``sum m (w a + w + a + log2 K)`` over `output`, K the products that are summed up in one output value.
 
-    The forward pass only; K is ``k k C`` for a convolution of C channels in a group.
+    It counts the forward pass only. K is ``k k C`` for a convolution of C channels in a group.
 
     Source: UNIQ (Baskin et al. 2018, arXiv:1804.10969).
     """
@@ -134,7 +134,7 @@ def bops(totals: Iterable[Total]) -> Terms:
 
 
 def summed(product: Product) -> int:
-    """K: how many products one value of the layer's output is the sum of, taps on the padding included."""
+    """K: how many products are summed in one value of the layer's output, taps on the padding included."""
     if product.transposed:
         return max(1, product.weight[0] // product.groups * math.prod(product.weight[2:]))
     if product.kind.startswith("conv"):
@@ -145,8 +145,8 @@ def summed(product: Product) -> int:
 def operand_bytes(totals: Iterable[Total]) -> Terms:
     """Bytes of both operands of every product, each read once at its width: ``sum (n_a a + n_b b) / 8``.
 
-    n counts elements. Results, which are written in full precision, are not in it, nor is what a cache or a second
-    reading of an operand adds or saves.
+    n counts elements. It leaves out results, which are written in full precision, and what a cache or a second reading
+    of an operand saves or adds.
     """
 
     def each(product: Product) -> int:

@@ -1,4 +1,4 @@
-"""Names of the layers in one model: by their sites, and by what a product says of its source."""
+"""Names of the layers in one model, by their sites and by what a product says of its source."""
 
 from collections.abc import Callable
 
@@ -19,10 +19,10 @@ def site_names(model: nn.Module) -> dict[object, str]:
 
 
 def name_of_source(model: nn.Module) -> Callable[[object], str | None]:
-    """What tells the name of the layer of this model that a product came from; None for another model's, or nobody's.
+    """A function from a product's source to the layer's name; None for another model's source, or for none.
 
-    Layers are told by their sites, not by their names, which another model may share. The replicas of
-    `torch.nn.DataParallel`, which no clock knows, go by the clock and the name that they share with their layer.
+    Layers are known by their sites, not by their names, which another model may share. The clock does not know the
+    replicas of `torch.nn.DataParallel`; they are known by the clock and the name that they share with their layer.
     """
     names = site_names(model)
     replicated = {(site.clock, site.name): name for site, name in names.items() if isinstance(site, Site)}
@@ -49,7 +49,7 @@ def plain_name(name: str) -> str:
 
 
 def layer_names(model: nn.Module) -> list[str]:
-    """The layers of a model that are expected to multiply, once each, attention without the modules inside it."""
+    """The layers of a model that are expected to multiply, once each; of attention, not the modules inside it."""
     names: list[str] = []
     for full_name, layer in model.named_modules():
         name = plain_name(full_name)

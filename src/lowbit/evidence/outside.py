@@ -3,9 +3,9 @@
 `lowbit.verify` lists them as they are dispatched, forward and backward; `lowbit.Meter` counts those of the forward
 pass and what their backward will be.
 
-Every operator of torch whose name looks like a product (`LOOKS_LIKE_A_PRODUCT`) is in one of four: `FORWARD` and
-`BACKWARD` have a formula, `UNCOUNTED` is listed without a count, a composite one is seen as the operators it calls,
-and `NO_PRODUCTS` says why the rest is none.
+Every operator of torch whose name looks like a product (`LOOKS_LIKE_A_PRODUCT`) is in one of four groups: those in
+`FORWARD` and `BACKWARD` have a formula, those in `UNCOUNTED` are listed without a count, composite ones are seen as the
+operators they call, and `NO_PRODUCTS` says why the rest are not products.
 """
 
 import re
@@ -21,7 +21,7 @@ from lowbit.products.operators import Matmul
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
-# Operators that multiply and whose MACs do not follow from shapes, or that few will meet: listed without a count.
+# Operators that multiply, but whose MACs do not follow from shapes, or that few people meet: listed without a count.
 UNCOUNTED = frozenset(
     [
         *named("_transformer_encoder_layer_fwd _native_multi_head_attention _triton_multi_head_attention"),
@@ -66,7 +66,7 @@ UNCOUNTED = frozenset(
         *named("mps_convolution_backward mps_convolution_transpose_backward"),
         *named("_async_input_mm fused_all_gather_matmul fused_matmul_reduce_scatter", "symm_mem"),
         *named("fused_all_gather_scaled_matmul fused_scaled_matmul_reduce_scatter", "symm_mem"),
-        # Another library's.
+        # Operators of another library.
         *named("deform_conv2d _deform_conv2d_backward", "torchvision"),
     ]
 )
@@ -77,7 +77,7 @@ LOOKS_LIKE_A_PRODUCT = re.compile(
     r"geqrf|orgqr|ormqr|(^|_)det$|correlat"
 )
 
-# Why operators that look like a product are none, by patterns of whole names.
+# Why operators that look like a product are not one, by patterns of whole names.
 NO_PRODUCTS: tuple[tuple[re.Pattern[str], str], ...] = (
     (
         re.compile(
@@ -98,7 +98,7 @@ NO_PRODUCTS: tuple[tuple[re.Pattern[str], str], ...] = (
 
 
 def why_no_product(name: str) -> str:
-    """Why an operator multiplies nothing although its name looks like it; empty where nothing is known."""
+    """Why an operator does not multiply although its name looks like it; empty where nothing is known."""
     return next((why for pattern, why in NO_PRODUCTS if pattern.fullmatch(name)), "")
 
 
@@ -108,7 +108,7 @@ def is_composite(name: str) -> bool:
 
 
 def name_of(func: Any) -> str:
-    """The operator without overload and without the underscore of those in place, e.g. ``"aten::addmm"``."""
+    """The operator's name without its overload and the underscore of in-place ones, e.g. ``"aten::addmm"``."""
     name: str = func._schema.name
     return name.rstrip("_")
 
@@ -119,7 +119,7 @@ def arrives_whole(func: Any) -> bool:
 
 
 def call_parts(func: Any, args: Sequence[Any], kwargs: Arguments) -> Any:
-    """Execute a composite operator that arrived whole: a mode that is on sees its parts."""
+    """Execute a composite operator that arrived whole, so that an active mode sees its parts."""
     return func._op_dk(_COMPOSITE, *args, **kwargs)
 
 
@@ -130,7 +130,7 @@ def multiplies(func: Any) -> bool:
 
 
 def multiplications(func: Any, args: Sequence[Any], kwargs: Arguments, out: Any) -> list[Multiplication] | None:
-    """What an operator of the forward pass multiplies; None for one that does not, or that nobody has a formula for.
+    """What an operator of the forward pass multiplies; None if it does not multiply, or if no formula is known.
 
     Args:
         func: the operator, e.g. ``torch.ops.aten.mm.default``.
@@ -161,6 +161,6 @@ def macs(func: Any, args: Sequence[Any], kwargs: Arguments, out: Any) -> int | N
 
 
 def _by_name(func: Any, args: Sequence[Any], kwargs: Arguments) -> Arguments:
-    """All arguments in the order of the schema, those left out at their defaults."""
+    """All arguments in the order of the schema, those that were left out at their defaults."""
     rest = {a.name: kwargs.get(a.name, a.default_value) for a in func._schema.arguments[len(args) :]}
     return dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | rest

@@ -1,7 +1,7 @@
 """The ledger of a run before it runs: the shapes of one step without values, and the bits of a schedule.
 
-The model runs on torch's meta device, where tensors have shapes and no values, so that a plan of any network at any
-batch takes moments and no memory. One step runs for each pair of widths that the schedules take.
+The model runs on torch's meta device, where tensors have shapes but no values, so a plan of any network at any batch
+takes moments and no memory. One step runs for each pair of widths that the schedules take.
 """
 
 import copy
@@ -44,8 +44,8 @@ def plan(
     """The ledger that training would give, without training.
 
     Args:
-        model: converted or plain, on any device, the meta device too; it is not changed.
-        inputs: one batch: what the model is called with; a tuple for several arguments, a dict for named ones.
+        model: converted or plain, on any device, even the meta device; it is not changed.
+        inputs: one batch, with which the model is called; a tuple for several arguments, a dict for named ones.
         steps: updates of the weights, up to 10 million: the ledger has a record of each.
         forward: bits of `input` and `weight` at each step; None: the recipes' own.
         backward: bits of `grad_output`; where a recipe has it in two formats (gradient bifurcation) only those of
@@ -58,8 +58,8 @@ def plan(
         A ledger in memory. Evaluations are not in it.
 
     Raises:
-        UsageError: no step, a schedule of another length, bits that a format lacks, or a schedule for a model that
-            nothing of has bits.
+        UsageError: no step, a schedule of another length, bits that a format lacks, or a schedule for a model in which
+            nothing has bits.
         RunError: the model needs values to run, e.g. a size that depends on its input.
     """
     check_whole("steps", steps, 1, _MOST_STEPS)
@@ -69,7 +69,7 @@ def plan(
     has_bits = any(site.slots("input", "weight", "grad_output") for site in sites_of(model))
     if any(source is not None for source in sources) and not has_bits:
         raise UsageError(
-            "a schedule was given and nothing in this model has bits to set: convert it to integer formats"
+            "a schedule was given, but nothing in this model has bits to set: convert it to integer formats"
         )
     batch = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, inputs)
     ledger = Ledger(model=name or type(model).__name__, layers=layer_names(model))
@@ -87,13 +87,13 @@ def plan(
 def _source(what: str, bits: Bits, steps: int) -> Source | None:
     schedule = as_source(what, bits)
     if schedule is not None and schedule.total_steps not in (None, steps):
-        raise UsageError(f"the {what} schedule has total_steps={schedule.total_steps} and the run {steps} steps")
+        raise UsageError(f"the {what} schedule has total_steps={schedule.total_steps}, but the run has {steps} steps")
     return schedule
 
 
 @contextmanager
 def _at_bits(model: nn.Module, forward: int | None, backward: int | None) -> Iterator[None]:
-    """The model at these bits, also where its recipe has a schedule of its own; None leaves the recipe's."""
+    """Hold the model at these bits, even if its recipe has its own schedule; None leaves the recipe's bits."""
     everywhere: LayerRule = (lambda _: True, (forward, backward))
     controller = PrecisionController(model, rules=[everywhere])
     try:
@@ -103,7 +103,7 @@ def _at_bits(model: nn.Module, forward: int | None, backward: int | None) -> Ite
 
 
 def _one_step(model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None, ledger: Ledger) -> tuple[int, int]:
-    """The index of what one step runs, which is added to `ledger`, and its samples."""
+    """The index of the program of one step, which is added to `ledger`, and its number of samples."""
     step = Ledger()
     try:
         with Meter(model, step) as meter:
@@ -145,12 +145,12 @@ _GRAMMAR = "8 | 3-8 | 3-8x32 | RTH:3-8x8 | 4,6@80ep,8@0.9"
 def parse_schedule(text: str, *, total_steps: int, steps_per_epoch: int | None = None) -> Schedule:
     """A schedule from a short text, as on the command line.
 
-    ``"8"`` is constant; ``"3-8x32"`` is CPT's cosine from 3 to 8 bits in 32 cycles (32 where left out);
-    ``"RTH:3-8x8"`` one of the ten of Wolfe and Kyrillidis (8 cycles where left out); ``"4,6@80ep,8@0.9"`` has 4 bits,
-    from epoch 80 on 6, and 8 in the last tenth (a start may also be a step).
+    ``"8"`` is constant. ``"3-8x32"`` is CPT's cosine from 3 to 8 bits in 32 cycles (the default number).
+    ``"RTH:3-8x8"`` is one of the ten of Wolfe and Kyrillidis (8 cycles by default). ``"4,6@80ep,8@0.9"`` has 4 bits,
+    then 6 from epoch 80 on, and 8 in the last tenth (a start may also be a step).
 
     Raises:
-        UsageError: none of these, or values that the schedule refuses.
+        UsageError: the text is none of these, or the schedule refuses its values.
     """
     if re.fullmatch(r"\d{1,9}", text):
         return Constant(bits=int(text))

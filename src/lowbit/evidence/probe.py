@@ -43,9 +43,9 @@ class OperandError(OperandProof):
 
     Attributes:
         layer: the layer's name.
-        product: ``"output"``, ``"grad_input"`` or ``"grad_weight"``; a normalisation has operands and no product.
+        product: ``"output"``, ``"grad_input"`` or ``"grad_weight"``; a normalisation has operands but no product.
         operand: its name.
-        underflowed: share of the values that are not 0 and became 0.
+        underflowed: share of the values that are not 0 but became 0.
     """
 
     layer: str
@@ -62,12 +62,12 @@ class OperandError(OperandProof):
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """What happens when one layer alone goes to other bits.
+    """What happens if one layer alone gets other bits.
 
     Args:
         layer: its name.
         bits: of its `input` and `weight`, in all products.
-        loss_change: L then, minus L as the model is.
+        loss_change: L with these bits, minus L of the model as it is.
         bit_operations: of this layer's three products in one step at these bits.
     """
 
@@ -84,7 +84,7 @@ class Suggestion:
     Args:
         rules: for ``convert_(model, recipe, rules=...)``: the layers whose bits differ from what they have.
         share: bit operations of the probed layers as a share of what they take now.
-        loss_change: the sum of the layers' own loss changes; together they may change it by another amount.
+        loss_change: the sum of the loss changes of single layers; together they may change the loss by another amount.
     """
 
     rules: list[tuple[str, Recipe]]
@@ -107,12 +107,12 @@ class Probe:
     """What `probe` found; `print` shows it.
 
     Args:
-        loss: L as the model is.
+        loss: L of the model as it is.
         operands: a row for each operand of each product.
         sensitivities: a row for each layer and width; its present width is among them, with no change.
         recipes: of each probed layer.
         present: present bits of each probed layer.
-        idle: converted layers that these batches did not run, of which nothing is known.
+        idle: converted layers that these batches did not run, so that nothing is known of them.
     """
 
     loss: float
@@ -162,14 +162,14 @@ class Probe:
     def suggest(self, budget: float) -> Suggestion:
         """The bits of each layer that change the loss least within a budget.
 
-        Of each layer only widths on the lower convex hull of (bit operations, loss change) count; from the cheapest of
-        them, the steps that gain most loss for each bit operation are taken as long as the budget allows.
+        Only the widths on each layer's lower convex hull of (bit operations, loss change) count. Beginning with the
+        cheapest, it takes the steps that lower the loss most for each bit operation, as long as the budget allows.
 
         Args:
             budget: bit operations of the probed layers as a share of what they take now, above 0, at most 1.
 
         Raises:
-            UsageError: a budget outside that, or below what the fewest probed bits need.
+            UsageError: a budget outside this range, or below what the fewest probed bits need.
         """
         if not is_finite(budget) or not 0 < budget <= 1:
             raise UsageError(
@@ -205,7 +205,7 @@ class Probe:
 
 
 def _gain(here: Sensitivity, there: Sensitivity) -> float:
-    """Loss that a step to more bits saves, for each bit operation it costs."""
+    """By how much a step to more bits lowers the loss, for each bit operation that it costs."""
     return (here.loss_change - there.loss_change) / (there.bit_operations - here.bit_operations)
 
 
@@ -241,16 +241,16 @@ def with_forward_bits(recipe: Recipe, bits: int) -> Recipe:
 
 @checked
 def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, *, bits: Sequence[int] = (2, 3, 4, 6)) -> Probe:
-    """Measure a converted model on a few real batches; a copy in training mode runs, the model is not changed.
+    """Measure a converted model on a few real batches. A copy runs in training mode; the model is not changed.
 
     Each batch runs forward and backward once for the errors, and forward once for each layer and each of `bits` for
-    the sensitivities. Noise, dropout and running statistics start alike every time, so that a change of the loss is
-    the bits' doing. Precision is constant in it: where a schedule, a rule or gates would change the bits, the copy has
-    those that its recipe begins from, and the suggested rules are static too.
+    the sensitivities. Noise, dropout and running statistics start alike every time, so only the bits change the loss.
+    Precision is constant: if a schedule, a rule or gates would change the bits, the copy has those that its recipe
+    begins with, and the suggested rules are static too.
 
     Args:
-        model: a converted model, also one with a controller.
-        batches: what `loss` takes beside the model.
+        model: a converted model, with or without a controller.
+        batches: what `loss` takes besides the model.
         loss: from model and batch to a scalar, e.g. ``lambda model, b: F.cross_entropy(model(b[0]), b[1])``.
         bits: widths of `input` and `weight` to try in each layer alone.
 
@@ -310,7 +310,7 @@ def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, *, bits: Sequenc
 
 
 def _static(model: nn.Module) -> nn.Module:
-    """The model without its controllers, each layer at the bits of its recipe, which changes them no more."""
+    """The model without its controllers: each layer has the bits of its recipe, which no longer change."""
     release(model)
     for site in sites_of(model):
         site.recipe = site.recipe.replace(schedule=None, gates=None, depthwise=None)
@@ -323,7 +323,7 @@ def _product_sites(layer: QuantLayer) -> list[Site]:
 
 
 def _check_width(site: Site, operand: str, width: int) -> None:
-    """Raise a UsageError where an operand has bits to set and cannot have so many."""
+    """Raise a UsageError if an operand has bits to set but cannot have so many."""
     fmt: Format = getattr(site.recipe.output, operand)
     if fmt.has_width:
         fmt.with_bits(width)

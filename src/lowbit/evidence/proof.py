@@ -53,7 +53,7 @@ class _Sums:
 
 @dataclass(kw_only=True)
 class _Compared:
-    """What is compared with its full-precision self, over all calls."""
+    """Something that is compared with its full-precision self, over all calls."""
 
     sums: _Sums = field(default_factory=_Sums)
 
@@ -78,7 +78,7 @@ class OperandProof(_Compared):
     """One operand of one product, over all its calls.
 
     Attributes:
-        format: its format, as text, as the shape of the first call made it.
+        format: its format as text, as the shape of the first call made it.
         bits: width of its codes, the smallest of all calls.
         most_bits: the largest.
         elements: number of elements in one call.
@@ -105,12 +105,12 @@ class OperandProof(_Compared):
 
     @property
     def angle_bound(self) -> float | None:
-        """What SBM's theory guarantees for the cosine; None for a float format."""
+        """The cosine that SBM's theory guarantees; None for a float format."""
         return angle_bound(self.bits, self.elements) if self.integer else None
 
     @property
     def bits_needed(self) -> float | None:
-        """Bits that the theory asks for `WANTED_COSINE`; None for a float format."""
+        """The bits that the theory requires for `WANTED_COSINE`; None for a float format."""
         return bits_needed(WANTED_COSINE, self.elements) if self.integer else None
 
 
@@ -138,17 +138,17 @@ class ProofRow(_Compared):
 
     @property
     def engine(self) -> str:
-        """How it was executed; several where calls differ."""
+        """The engine that executed it; several if calls differ."""
         return ", ".join(self.engines)
 
     @property
     def kernel(self) -> str:
-        """The operator that executed it; several where calls differ."""
+        """The operator that executed it; several if calls differ."""
         return ", ".join(self.kernels)
 
     @property
     def bits(self) -> str:
-        """Widths of the operands, e.g. ``"8x8"``, or ``"3-6x8"`` where calls differ."""
+        """Widths of the operands, e.g. ``"8x8"``, or ``"3-6x8"`` if calls differ."""
         return "x".join(o.width for o in self.operands.values())
 
     @property
@@ -163,7 +163,7 @@ class ProofRow(_Compared):
 
     @property
     def bits_needed(self) -> float | None:
-        """The larger of the widths that the theory asks of the operands; None where both are float."""
+        """The larger of the widths that the theory requires of the operands; None where both are float."""
         return max((o.bits_needed for o in self.operands.values() if o.bits_needed is not None), default=None)
 
 
@@ -176,7 +176,7 @@ class OutsideRow:
         module: the innermost module it ran in.
         calls: how often.
         macs: multiply-accumulates of all calls; None where no formula is known.
-        share: of the MACs of all products, inside and outside; None likewise.
+        share: its share of the MACs of all products, inside and outside; None likewise.
         weights: parameters of converted layers that it multiplied by.
     """
 
@@ -195,7 +195,7 @@ class Proof:
     Attributes:
         rows: a row per layer and product.
         outside: products that ran outside converted layers.
-        notes: what should be known although it is not a failure, a sentence each.
+        notes: what should be known although it is not a failure, one sentence each.
     """
 
     rows: list[ProofRow] = field(default_factory=list)
@@ -209,7 +209,7 @@ class Proof:
 
     @property
     def outside_share(self) -> float:
-        """Of the MACs of all products, those outside converted layers, as far as they are counted."""
+        """The share of the MACs of all products that ran outside converted layers, as far as they are counted."""
         return sum(row.share or 0 for row in self.outside)
 
     def __str__(self) -> str:
@@ -247,7 +247,7 @@ class Proof:
             return "\n".join([*parts, "No product ran outside them.", *self.notes])
         hidden = sum(row.calls for row in self.outside if row.macs is None)
         share = f"{'At least ' if hidden else ''}{100 * self.outside_share:.2f} %"
-        parts.append(f"{share} of all MACs ran outside them, in the precision they were given:")
+        parts.append(f"{share} of all MACs ran outside them, in the precision that they were given:")
         rows = [
             [
                 row.module or "(model)",
@@ -285,7 +285,7 @@ class Proof:
         return layers
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary, the tables and what stands around them as plain values; shares from 0 to 1."""
+        """The summary, the tables and the text around them as plain values; shares go from 0 to 1."""
         return {
             "version": 1,
             "macs": self.macs,

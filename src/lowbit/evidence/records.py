@@ -27,7 +27,7 @@ class Product:
     """One product of one layer at one shape and one pair of widths.
 
     Args:
-        layer: the layer's name; for a product outside any layer that of the innermost module, ``""`` the model.
+        layer: the layer's name; outside any layer, the name of the innermost module, which is ``""`` for the model.
         product: ``"output"``, ``"grad_input"`` or ``"grad_weight"``.
         kind: what was computed, e.g. ``"conv2d"``.
         engine: how it was executed; ``"plain"`` outside converted layers.
@@ -39,8 +39,8 @@ class Product:
         stride: of a convolution, one number per spatial axis; else empty.
         groups: of a convolution.
         transposed: whether it is a transposed convolution.
-        grad_input_bits: of a `grad_weight` whose `grad_input` did not run, since nothing asked for the gradient of
-            the layer's input: the widths that it would have had.
+        grad_input_bits: if this is a `grad_weight` whose `grad_input` did not run, since nothing needed the gradient of
+            the layer's input, the widths that it would have had.
     """
 
     layer: str
@@ -68,11 +68,11 @@ class Product:
 
     @property
     def bit_operations(self) -> int:
-        """Of one call: multiply-accumulates times the widths of both operands."""
+        """Bit operations of one call: multiply-accumulates times the widths of both operands."""
         return self.macs * self.bits[0] * self.bits[1]
 
     def charged(self) -> "Product | None":
-        """The `grad_input` that papers charge this layer with although it did not run; None where it did."""
+        """The `grad_input` that papers charge for this layer although it did not run; None where it did."""
         if self.grad_input_bits is None:
             return None
         return dataclasses.replace(self, product="grad_input", bits=self.grad_input_bits, grad_input_bits=None)
@@ -84,10 +84,10 @@ class Program:
 
     Args:
         calls: pairs (index of a product, how often it ran), in order of the index.
-        uncounted: pairs (operator, how often it ran in forward passes) of what was not counted, outside converted
-            layers; views and the creation of tensors left out.
-        held_bytes: bytes that one forward pass left to its backward, at most; None where none was looked at. See
-            `lowbit.evidence.memory` for what is in it.
+        uncounted: pairs (operator, how often it ran in forward passes) of what was not counted outside converted
+            layers, without views and the creation of tensors.
+        held_bytes: the most bytes that one forward pass kept for its backward; None if none was watched. See
+            `lowbit.evidence.memory` for what is counted.
     """
 
     calls: tuple[tuple[int, int], ...]
@@ -160,7 +160,7 @@ def per_layer(totals: Iterable[Total]) -> Iterator[tuple[str, list[Total]]]:
 
 
 def fields_of(record: Any) -> dict[str, Any]:
-    """The fields of a dataclass; those that have their default are left out where they follow the others."""
+    """The fields of a dataclass, without those that have their default value."""
     return {
         field.name: getattr(record, field.name)
         for field in dataclasses.fields(record)

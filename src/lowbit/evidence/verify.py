@@ -23,7 +23,7 @@ from lowbit.products.watch import OperandRun, ProductRun
 
 # The largest share of an operand's values that a healthy layer clips, see docs/limitations.md.
 MOST_CLIPPED = 0.2
-# The largest share of an operand's values under the floor of the scale that is not worth a word.
+# The largest share of an operand's values at the floor of the scale that is not worth a note.
 MOST_FLOORED = 0.01
 
 
@@ -35,7 +35,7 @@ class _Collector:
     """The observer that turns runs into rows and remembers what was promised and what was wrong.
 
     Args:
-        model: whose layers' runs count; those of other models are not looked at.
+        model: the model whose layers are watched; other models are not.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -82,7 +82,7 @@ class _Collector:
             if operand.format.has_width and values > 2**operand.bits:
                 self.failures.append(
                     f"{layer}: {name} of {run.product} has {values:,} distinct values under one scale, more than "
-                    f"{operand.bits} bits can tell apart"
+                    f"{operand.bits} bits can distinguish"
                 )
         exact = run.full_precision()
         row.sums.add(exact, run.result)
@@ -93,7 +93,7 @@ class _Collector:
         self.promised.update((layer, product) for product in run.expected)
 
     def missing(self, model: nn.Module, users: Callable[[str], list[OutsideRow]]) -> Iterator[str]:
-        """A sentence for each quantiser that should have run and did not; `users` tells who multiplied in its place."""
+        """A sentence for each quantiser that should have run but did not; `users` says what multiplied instead."""
         ran, names = set(self.rows), site_names(model)
         for name, layer in converted_layers(model).items():
             idle = [names[site] for site in layer.sites() if (names[site], "output") not in ran]
@@ -106,7 +106,7 @@ class _Collector:
                 yield f"{name}: {product} was due in the backward and did not run"
 
     def unproven(self) -> Iterator[str]:
-        """A sentence where an operand has a nan or inf, from which no figure of its products follows."""
+        """A sentence if an operand has a nan or inf, which makes every figure of its products meaningless."""
         if self.not_finite:
             (layer, product), name = next(iter(self.not_finite.items()))
             yield (
@@ -116,7 +116,7 @@ class _Collector:
             )
 
     def clipped(self, model: nn.Module) -> Iterator[str]:
-        """A sentence for each operand of which more than `MOST_CLIPPED` lay outside its grid."""
+        """A sentence for each operand that had more than `MOST_CLIPPED` of its values outside its grid."""
         names = site_names(model)
         layers = {names[site]: name for name, layer in converted_layers(model).items() for site in layer.sites()}
         for row in self.rows.values():
@@ -149,10 +149,10 @@ class _Collector:
 
 
 def _instead(layer: str, users: list[OutsideRow]) -> str:
-    """What multiplied by the weight of a layer that did not run, where that was seen, and how to leave the layer."""
+    """What multiplied by the weight of a layer that did not run, if it was seen, and how to leave the layer."""
     leave = f"leave the layer as it is with rules=[({layer!r}, None)]"
     if not users:
-        return f". Where a forward reads its parameters and does not call it, or never needs it, {leave}"
+        return f". If a forward reads its parameters but does not call it, or never needs it, {leave}"
     seen = ", ".join(f"{row.op} in {row.module or 'the model'} by {' and '.join(row.weights)}" for row in users)
     return (
         f". Its weight was multiplied in full precision: {seen}. That code reads the parameter and does not call the "
@@ -160,16 +160,16 @@ def _instead(layer: str, users: list[OutsideRow]) -> str:
     )
 
 
-# How many numbers of an operand are counted at most: sorting all of a layer of 100 M weights takes minutes.
+# The most numbers of an operand that are counted: sorting all of a layer of 100 M weights takes minutes.
 _MOST_COUNTED = 2**22
 
 
 def distinct_values(operand: OperandRun) -> int:
     """The largest number of distinct values that share a scale in a quantised operand; 0 where it is not known.
 
-    Of a large operand an even sample is counted: of each scale at least four times as many numbers as its codes can
-    tell apart, and of the scales as many as that leaves. Not counted are blocks, values that a transform mixes after
-    they were rounded, and an operand with nan or inf.
+    A large operand is sampled evenly: at least four numbers of each scale for each value that its codes can have, and
+    as many scales as that leaves room for. It is not known for blocks, for values that a transform mixes after they
+    were rounded, or for an operand with nan or inf.
     """
     if operand.dims is None or operand.format.transform.along_axis:
         return 0
@@ -193,10 +193,10 @@ def _evenly(x: Tensor, dim: int, most: int) -> Tensor:
 
 
 class _Weights:
-    """Finds the weights of converted layers among the arguments of operators, also as views and as casts of them.
+    """Finds the weights of converted layers, and views and casts of them, among the arguments of operators.
 
     Args:
-        model: whose converted layers' parameters of two axes or more are looked for.
+        model: its converted layers' parameters of two axes or more are looked for.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -229,7 +229,7 @@ class _Weights:
 
 
 def _memory(x: Tensor) -> int:
-    """What a tensor shares with its views; 0 where it has no memory of one piece."""
+    """The address that a tensor shares with its views; 0 if its memory is not in one piece."""
     return 0 if x.layout != torch.strided or x.is_nested else int(x.untyped_storage()._cdata)
 
 
@@ -237,7 +237,7 @@ class _Outside:
     """The watcher that lists the products that run outside converted layers, forward and backward.
 
     Args:
-        model: whose products these are.
+        model: the model whose products are listed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -284,7 +284,7 @@ def verify(model: nn.Module) -> Iterator[Proof]:
 
     Run one training step (forward and backward) inside. Every product of a converted layer is computed a second time
     in full precision, so this is for a step, not for a run. A compiled model runs eagerly here. Other models that run
-    meanwhile are not looked at, nor is what other threads multiply outside converted layers.
+    meanwhile are not watched, nor are products that other threads compute outside converted layers.
 
     Args:
         model: a converted model.
@@ -294,13 +294,12 @@ def verify(model: nn.Module) -> Iterator[Proof]:
 
     Raises:
         UsageError: nothing in the model is converted.
-        VerificationError: at the end of the context, where a converted layer's quantisers did not run, where a nonzero
-            product with an operand off its grid equals the full-precision product exactly, where a converted layer was
-            replaced by one that is not, where an operand has a nan or inf, or where more than `MOST_CLIPPED` of it lay
-            outside its grid.
+        VerificationError: at the end of the context, if a converted layer's quantisers did not run, a nonzero product
+            with an operand off its grid equals the full-precision product exactly, a converted layer was replaced by a
+            plain one, an operand has a nan or inf, or more than `MOST_CLIPPED` of an operand lay outside its grid.
 
     Warns:
-        RuntimeWarning: values are so small that the floor of a format's scale decided, see `Proof.notes`.
+        RuntimeWarning: values are so small that the floor of a format's scale decided; see `Proof.notes`.
     """
     if not converted_layers(model):
         raise UsageError("verify: nothing in this model is converted; call lowbit.convert_ first")
@@ -329,10 +328,10 @@ def verify(model: nn.Module) -> Iterator[Proof]:
 
 @contextmanager
 def tripwire(model: nn.Module | None = None) -> Iterator[None]:
-    """Raise at the first operand of any product in this context that is not finite, naming layer and operand.
+    """Raise at the first operand of a product in this context that is not finite, and name layer and operand.
 
     Args:
-        model: whose layers are watched and named; None: those of all models, in every thread.
+        model: the model whose layers are watched and named; None: all models, in every thread.
 
     Raises:
         RunError: an inf or nan reached an operand.

@@ -1,4 +1,4 @@
-"""The watcher: every operator that runs outside the products of converted layers, and the module that it runs in.
+"""The watcher: it sees every operator that runs outside the products of converted layers, and in which module.
 
 `lowbit.verify` watches a step and lists the products among them; `lowbit.Meter` watches a forward and counts them.
 """
@@ -30,7 +30,7 @@ class Operation:
         kwargs: its keyword arguments.
         result: what it gave.
         module: the innermost module of the watched model that it ran in, ``""`` outside its modules' calls; in a
-            backward the module that made the node. None: only another model's modules ran.
+            backward, the module that made the node. None if only another model's modules ran.
     """
 
     func: Any
@@ -46,7 +46,7 @@ class Operation:
 
     @property
     def is_view(self) -> bool:
-        """Whether it only looks at the memory of its argument in another way."""
+        """Whether its result is only another view of its argument's memory."""
         return bool(self.func.is_view) or self.func._overloadpacket is torch.ops.aten._unsafe_view
 
     @property

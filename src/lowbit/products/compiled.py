@@ -1,11 +1,11 @@
 """The products of a layer as one operator each, which `torch.compile` and export see whole.
 
-A layer's products count steps, keep ranges and choose engines, none of which a compiler can follow. So while a model is
-compiled a layer becomes a call of `lowbit::products`, which names its site by a number and does at run time what the
-layer does eagerly; a change of bits or of the step compiles nothing anew. `lowbit::advance` begins a step: it changes
-the tensor that every product of the step reads, so that no compiler moves one before the other.
+A layer's products count steps, keep ranges and choose engines, none of which a compiler can follow. In a compiled model
+a layer is therefore a call of `lowbit::products`, which names its site by a number and does at run time what the layer
+does eagerly. A change of bits or of the step does not compile anything again. `lowbit::advance` begins a step: it
+changes the tensor that every product of the step reads, so that no compiler moves a product before it.
 
-What the backward needs lies in memory that a tensor owns, the memo, and goes when the tensor goes.
+What the backward needs lies in memory that a tensor owns, the memo, and is freed with that tensor.
 """
 
 import itertools
@@ -28,7 +28,7 @@ class Products(Protocol):
     def forward_products(
         self, x: Tensor, w: Tensor, bias: Tensor | None, op: Op, dtype: torch.dtype, needs: Needs
     ) -> tuple[Tensor, Callable[[Tensor], Grads]]:
-        """The output, and what gives the gradients of input, weight and bias of that of the output."""
+        """The output, and a function from its gradient to those of input, weight and bias."""
 
 
 class Normalization(Protocol):
@@ -44,7 +44,7 @@ class Normalization(Protocol):
         rectify: bool,
         needs: Needs,
     ) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Grads]]:
-        """A normalisation with mean and deviation, and what gives the gradients of input, gamma and beta."""
+        """The normalised values, mean and deviation, and what gives the gradients of input, gamma and beta."""
 
 
 class Ticker(Protocol):
@@ -59,14 +59,14 @@ _callers: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
 def register(caller: object) -> int:
-    """A number by which operators know a site or a clock, one of the protocols above, for as long as it lives."""
+    """The number by which operators know a site or a clock, one of the protocols above, while it lives."""
     number = next(_numbers)
     _callers[number] = caller
     return number
 
 
 class _Memory(bytearray):
-    """Memory of a tensor, with what belongs to it."""
+    """The memory of a tensor, with what the tensor keeps."""
 
     kept: Any
 
@@ -89,7 +89,7 @@ def kept_by(tensor: Tensor) -> Any:
 
 
 def _op(transposed: bool, numbers: list[list[int]], groups: int) -> Op:
-    """The operator that these arguments say; a matrix product where there is no stride."""
+    """The operator that these arguments describe; without a stride it is a matrix product."""
     stride, padding, dilation, output_padding = numbers
     if not stride:
         return Linear()
@@ -124,7 +124,7 @@ def _products(
 
 
 def _fake_products(x: Tensor, w: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Shapes and strides alone; those of a convolution are what torch's own gives."""
+    """Only shapes and strides; a convolution has those of torch's own."""
     *_, transposed, stride, padding, dilation, output_padding, groups, dtype, _ = arguments
     op = _op(transposed, [stride, padding, dilation, output_padding], groups)
     if op.geometry is None:
@@ -160,7 +160,7 @@ def _fake_range_norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
 def _backward(
     g: Tensor, kept: Tensor, shapes: list[int], strides: list[int], axes: list[int], dtypes: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients, laid out as they were promised."""
+    """The gradients, in the strides that were promised."""
     made = list(_fake_backward(g, kept, shapes, strides, axes, dtypes))
     for i, grad in enumerate(kept_by(kept)(g)):
         if grad is not None:
@@ -183,7 +183,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep the memo, and shape and strides of each gradient, one after the other; those of none are empty."""
+    """Keep the memo, and the shape and strides of each gradient in turn; a gradient that is not needed has none."""
     ctx.needs, ctx.count = inputs[-1], len(inputs)
     ctx.save_for_backward(output[-1])
     ctx.mark_non_differentiable(*output[1:])
@@ -199,7 +199,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradients(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    """Of input, weight and bias; None of all other arguments."""
+    """The gradients of input, weight and bias; None for all other arguments."""
     grads = torch.ops.lowbit.backward(g, *ctx.saved_tensors, *ctx.promised)
     needed = [grad if wanted else None for grad, wanted in zip(grads, ctx.needs, strict=True)]
     return (*needed, *[None] * (ctx.count - 3))

@@ -16,7 +16,7 @@ from lowbit.products import strides
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """The convolution that a layer's products are, with one to three axes; a linear layer has none."""
+    """The convolution that a layer computes, with one to three axes; a linear layer does not have one."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -60,20 +60,20 @@ class Op(Protocol):
         """Multiply-accumulates of each of the three products, one fused multiply-add counted as one."""
 
     def view(self, operand: str, shape: torch.Size) -> tuple[int, ...]:
-        """The shape, same elements in the same order, in which the axes below are meant."""
+        """The shape that the axes below count in: it has the same elements in the same order."""
 
     def summed(self, product: str, operand: str, dim: int) -> tuple[int, ...]:
-        """The axes of the view, of `dim` axes, that the product sums over."""
+        """Of the `dim` axes of the view, those that the product sums over."""
 
     def output_channels(self, dim: int) -> tuple[int, ...]:
         """The axes of the weight's view that count output channels."""
 
     def bias_length(self, w: torch.Size) -> int:
-        """How many numbers a bias beside a weight of this shape has: one for each output channel."""
+        """How many numbers the bias of a weight of this shape has: one for each output channel."""
 
     @property
     def has_rows(self) -> bool:
-        """Whether operands are matrices whose last axis is one row."""
+        """Whether operands are matrices, whose rows lie along the last axis."""
 
     @property
     def geometry(self) -> Geometry | None:
@@ -127,7 +127,7 @@ class Linear:
         return tuple(shape) if operand == "weight" else (math.prod(shape[:-1]), shape[-1])
 
     def summed(self, product: str, operand: str, dim: int) -> tuple[int, ...]:  # noqa: ARG002 - always two axes
-        """One axis of the two."""
+        """One of the two axes."""
         return {
             ("output", "input"): (1,),
             ("output", "weight"): (1,),
@@ -187,7 +187,7 @@ class Matmul:
         return y.numel() * x[-1]
 
     def view(self, operand: str, shape: torch.Size) -> tuple[int, ...]:  # noqa: ARG002 - all operands alike
-        """As it is."""
+        """The shape as it is."""
         return tuple(shape)
 
     def summed(self, product: str, operand: str, dim: int) -> tuple[int, ...]:
@@ -196,7 +196,7 @@ class Matmul:
         return (dim - 1,) if (product, operand) in last else (dim - 2,)
 
     def output_channels(self, dim: int) -> tuple[int, ...]:
-        """The last axis of (..., K, N), apart for each matrix."""
+        """The last axis of (..., K, N), separately for each matrix."""
         return (*range(dim - 2), dim - 1)
 
     def bias_length(self, w: torch.Size) -> int:
@@ -230,7 +230,7 @@ class Convolution:
 
     @property
     def geometry(self) -> Geometry:
-        """Without the output padding, which the shape of the result says."""
+        """The geometry, without the output padding, which follows from the shape of the result."""
         return Geometry(
             stride=self.stride,
             padding=self.padding,
@@ -263,7 +263,7 @@ class Convolution:
                 sizes.append((size - 1) * self.stride[i] - 2 * self.padding[i] + reach + padding[i] + 1)
             else:
                 sizes.append((size + 2 * self.padding[i] - reach - 1) // self.stride[i] + 1)
-        # As torch does: a batch may be empty, an axis of samples that are there may not; a transposed result may be.
+        # As in torch, a batch may be empty, but if it is not, its samples may not be; a transposed result may be empty.
         hollow = 0 in x[2:] and 0 not in x[:2]
         if x[1] != wanted or hollow or min(sizes) < (0 if self.transposed else 1):
             raise RuntimeError(
@@ -313,7 +313,7 @@ class Convolution:
         return (*shape[:split], self.groups, shape[split] // self.groups, *shape[split + 1 :])
 
     def summed(self, product: str, operand: str, dim: int) -> tuple[int, ...]:
-        """Channels of one side within a group with the window, or batch and positions."""
+        """The channels of one side within a group, and the window; or batch and positions."""
         positions = range(3, dim)
         if operand != "weight":
             return (0, *positions) if product == "grad_weight" else (2, *positions)

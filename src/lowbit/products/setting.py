@@ -1,4 +1,4 @@
-"""How products are asked for: the recipe, the bits and the noise of one call, and what that makes of each operand."""
+"""How products are asked for: the recipe, bits and noise of one call, and what follows for each operand."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class Samples:
         choice: int64 ``(B,)``, the index of each sample's choice.
         bits: for each choice the widths of all operands as in `Setting.bits`; None for a choice that no sample here
             has.
-        mask: float ``(B, K)``, one-hot, whose gradient tells what each choice would have changed; None where nobody
-            asks.
+        mask: float ``(B, K)``, one-hot, whose gradient says what each choice would have changed; None if it is not
+            wanted.
     """
 
     choice: Tensor
@@ -43,8 +43,8 @@ class Setting:
     Args:
         recipe: the formats.
         noise: where noise comes from; needed where a format rounds stochastically.
-        bits: the width of each operand in the order of `recipe.SLOTS`; None: the recipe's own. Float formats have the
-            width they have.
+        bits: the width of each operand in the order of `lowbit.methods.operands.SLOTS`; None: the recipe's own. Float
+            formats keep their own width.
         input_range: lo and hi for `input` where its format keeps a running range; None: of the batch.
         layer: name for reports and errors.
         engine: how products are executed, one of `lowbit.engines.choice.ENGINES`.
@@ -77,7 +77,7 @@ class Setting:
         return self.bits[slot_of(self.recipe, product, operand)]
 
     def noise_of(self, product: str, operand: str) -> Noise:
-        """Where the noise of an operand that rounds stochastically comes from."""
+        """The noise of an operand that rounds stochastically."""
         if self.noise is None:
             raise ValueError(
                 f"{self.layer or 'a product'}: {operand} in {product} rounds stochastically and got no noise"
@@ -87,7 +87,7 @@ class Setting:
 
 @lru_cache(maxsize=4096)
 def slot_of(recipe: Recipe, product: str, operand: str) -> int:
-    """Where the width of an operand stands: in the first slot that has the same operand in the same format."""
+    """The slot that has the width of an operand: the first with the same operand in the same format."""
     formats = {(p, o): fmt for p, o, fmt in recipe.operands()}
     return next(i for i, slot in enumerate(SLOTS) if slot[1] == operand and formats[slot] == formats[product, operand])
 
@@ -105,9 +105,9 @@ class Slot:
         stochastic: whether it needs noise.
         symmetric: whether real zero is the code 0.
         sharing: what shares a scale.
-        samples: whose extremes the range of the tensor is a mean of; None: the range rule knows none.
-        layout: how memory is read where codes have an order of their own: as it is (``"matrix"``), channels last
-            (``"activation"``) or (first axis, taps, second axis) (``"weight"``).
+        samples: the samples of whose extremes the range is a mean; None: the range rule does not look at samples.
+        layout: the order of codes in memory: that of the tensor (``"matrix"``), channels last (``"activation"``) or
+            (first axis, taps, second axis) (``"weight"``).
         keeps_range: whether it takes the range that its layer keeps.
     """
 
@@ -140,7 +140,7 @@ def slot(
         widths: of all operands, in the order of `SLOTS`; None: the formats' own.
 
     Raises:
-        UsageError: a format that is defined nowhere, or blocks that an operand of this shape does not have.
+        UsageError: a format that is not defined, or blocks that an operand of this shape cannot have.
     """
     fmt: Format = getattr(getattr(recipe, product), operand)
     check_defined(fmt)
@@ -179,14 +179,14 @@ def sharing(op: Op, product: str, operand: str, fmt: Format, shape: torch.Size) 
     dim = len(view)
     summed = op.summed(product, operand, dim)
     if fmt.granularity == "square" and not op.has_rows:
-        raise UsageError(f"{operand} in {product} is {fmt}: a {op.kind} has no square blocks, only matrices have")
+        raise UsageError(f"{operand} in {product} is {fmt}: only matrices have square blocks, a {op.kind} does not")
     dims = {
         "tensor": tuple(range(dim)),
         "row": (dim - 1,) if op.has_rows else tuple(range(dim)),
         "kept-channel": summed,
         "output-channel": tuple(d for d in range(dim) if d not in op.output_channels(dim)),
     }.get(fmt.granularity, ())
-    # The axis counts where something lies along it; else operands of two products would differ in nothing but this.
+    # If nothing lies along the axis, it must not be what operands of two products differ in.
     axis = summed[0] if turned or fmt.granularity == "block" else dim - 1
     return blocked(fmt, Sharing(view=view, dims=dims, axis=axis))
 

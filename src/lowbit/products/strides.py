@@ -12,7 +12,7 @@ from torch import Tensor
 
 Strides = tuple[int, ...]
 
-# The channels last that torch has a name for, by the number of axes.
+# The forms of channels last that torch has a name for, by the number of axes.
 _NAMED = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -24,7 +24,7 @@ def contiguous(shape: torch.Size) -> Strides:
 
 @lru_cache(maxsize=4096)
 def channels_last(shape: torch.Size) -> Strides:
-    """The strides of channels last, also where torch has no name for it."""
+    """The strides of channels last, even if torch lacks a name for it."""
     return _dense(shape, (1, *range(len(shape) - 1, 1, -1), 0))
 
 
@@ -39,7 +39,7 @@ def _dense(shape: torch.Size, order: Iterable[int]) -> Strides:
 
 @lru_cache(maxsize=4096)
 def suggests_channels_last(shape: torch.Size, strides: Strides) -> bool:
-    """Whether torch takes such a tensor for channels last: the strides decide, also with gaps or axes of size 1.
+    """Whether torch takes such a tensor for channels last: its strides decide, even with gaps or axes of size 1.
 
     Source: ATen's ``is_channels_last_strides_2d`` and ``_3d``, which ``suggest_memory_format`` goes by.
     """
@@ -68,8 +68,8 @@ def of_normalization(x: Tensor) -> Strides:
 
 
 def laid_out(y: Tensor, wanted: Strides) -> Tensor:
-    """`y` with these strides and not a view of another tensor: itself where it is so; differentiable."""
+    """`y` with these strides, and not a view of another tensor: itself if it is so already; differentiable."""
     if y.stride() != wanted:
         return torch.empty_strided(y.shape, wanted, dtype=y.dtype, device=y.device).copy_(y)
-    # A view made in a custom autograd function must not be changed in place, as user code may change an output.
+    # User code may change an output in place, which torch forbids for a view made in a custom autograd function.
     return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y

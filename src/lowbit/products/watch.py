@@ -1,4 +1,4 @@
-"""Who looks on while products run: observers see operands, counters see shapes. Without any of them nothing is shown.
+"""Who watches while products run: observers see operands, and counters see shapes.
 
 What is watched is what runs: observers get the operands of the engine itself, and no path depends on being watched.
 """
@@ -27,7 +27,7 @@ class OperandRun:
         bits: its width.
         exact: the values before.
         quantized: the values after: those of the codes that were multiplied.
-        view: a shape with the same elements in the same order, in which `dims` are meant.
+        view: a shape with the same elements in the same order, which `dims` refer to.
         dims: the dims of the view that share a scale; None for blocks.
         grid: where its codes lie; None where nothing has limits.
     """
@@ -42,17 +42,17 @@ class OperandRun:
 
     @property
     def applied(self) -> Format:
-        """The format as this shape made it: where samples have too few values for their own extremes, without them."""
+        """The format as this shape made it: samples that are too small do not have their own extremes."""
         return self.format.applied(math.prod(self.view[1:]))
 
     @property
     def clipped(self) -> float:
-        """The share of values more than half a step outside the grid; measured when it is asked for."""
+        """The share of values more than half a step outside the grid; measured on request."""
         return 0.0 if self.grid is None else self.grid.clipped(self.exact)
 
     @property
     def floored(self) -> float:
-        """The share of values whose scale is the floor of the format; measured when it is asked for."""
+        """The share of values whose scale is the floor of the format; measured on request."""
         return 0.0 if self.grid is None else self.grid.floored(self.exact)
 
 
@@ -98,7 +98,7 @@ class Observer(Protocol):
 class ProductCall:
     """One product that ran, by its shapes: what a meter counts.
 
-    It costs a few microseconds, where an observer's `ProductRun` costs a measurement of every operand.
+    It costs a few microseconds, whereas an observer's `ProductRun` costs a measurement of every operand.
 
     Args:
         source: what ran it, the layer's site; None for a call of `lowbit.functional`.
@@ -145,7 +145,7 @@ class _PerThread(threading.local):
 
 
 thread = _PerThread()
-"""Adding to its `depth` for a while is what `inside` does, for where calls count."""
+"""`inside` adds to its `depth` for a while; code in which each call counts does so directly."""
 
 
 @contextmanager
@@ -169,19 +169,19 @@ def observed_by(observer: Observer) -> Iterator[None]:
 
 
 def is_observed() -> bool:
-    """Whether anybody watches, so that what costs time to show is worth showing. No product runs otherwise for it."""
+    """Whether an observer watches, so that measurements are worth their time. Products run alike either way."""
     return bool(observers)
 
 
 def notify(run: ProductRun) -> None:
     """Show a run to every observer; those of other models ignore it."""
-    for observer in tuple(observers):  # another thread may come or go meanwhile
+    for observer in tuple(observers):  # another thread may add or remove one meanwhile
         observer(run)
 
 
 def count(call: ProductCall) -> None:
     """Show the shapes of a product to every counter."""
-    for counter in tuple(counters):  # another thread may come or go meanwhile
+    for counter in tuple(counters):  # another thread may add or remove one meanwhile
         counter(call)
 
 
