@@ -5,23 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ORACLES = Path(__file__).resolve().parents[2] / "shared" / "oracles"
-
-
-class Vectors:
-    """The arrays of one file of reference vectors as tensors."""
-
-    def __init__(self, path: Path) -> None:
-        import numpy as np
-
-        with np.load(path, allow_pickle=False) as arrays:
-            self._arrays = {name: arrays[name] for name in arrays.files}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(self._arrays[name].copy())
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._arrays
+from helpers import ORACLES, Vectors
 
 
 @pytest.fixture

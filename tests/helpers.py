@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import ORACLES
 from lowbit.methods.recipe import SLOTS, GradInput, GradWeight, Output, Recipe
 from lowbit.numerics.element import Element
 from lowbit.numerics.formats import Format
@@ -21,7 +20,24 @@ from lowbit.numerics.quantizer import quantize
 from lowbit.numerics.scales import Scale
 from lowbit.schedules import Schedule
 
+ORACLES = Path(__file__).resolve().parents[2] / "shared" / "oracles"
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+class Vectors:
+    """The arrays of one file of reference vectors as tensors."""
+
+    def __init__(self, path: Path) -> None:
+        import numpy as np
+
+        with np.load(path, allow_pickle=False) as arrays:
+            self._arrays = {name: arrays[name] for name in arrays.files}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self._arrays[name].copy())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays
 
 
 def script(name: str) -> ModuleType:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import lowbit
-from conftest import ORACLES
+from helpers import ORACLES
 from lowbit import functional
 from lowbit.engines import int8
 from lowbit.errors import UsageError

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lowbit
-from conftest import ORACLES
+from helpers import ORACLES
 from lowbit.evidence import metrics
 from lowbit.evidence.metrics import METRICS
 from lowbit.evidence.plan import plan

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import ORACLES
+from helpers import ORACLES
 from lowbit.errors import UsageError
 from lowbit.hardware import BitFusion, Energies, Estimate, Loop, Store, TrainingEstimate, total
 from lowbit.hardware.array import Layer

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from conftest import ORACLES
+from helpers import ORACLES
 from lowbit.errors import UsageError
 from lowbit.evidence.records import PRODUCTS, Product
 from lowbit.hardware import ACCELERATORS, Accelerator, BitFusion, Energies, Estimate, Store, accelerator, as_matrix

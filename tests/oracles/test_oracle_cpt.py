@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from conftest import Vectors
+from helpers import Vectors
 from lowbit import functional
 from lowbit.methods.recipe import Recipe
 from lowbit.numerics.quantizer import quantize

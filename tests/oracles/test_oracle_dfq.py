@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import Vectors
+from helpers import Vectors
 from lowbit.nn.gate import RecurrentGate
 
 VECTORS = "dynamic/dfq_gate.npz"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import Vectors
+from helpers import Vectors
 from lowbit.methods.recipe import Recipe
 from lowbit.nn.norm import KAPPA, NormSetting, range_batch_norm, range_statistics
 from lowbit.numerics.formats import Format, integer

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import Vectors
+from helpers import Vectors
 from lowbit.methods.recipe import Recipe
 from lowbit.numerics.formats import Format
 from lowbit.numerics.quantizer import encode, quantize

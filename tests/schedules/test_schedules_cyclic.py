@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import Vectors
-from helpers import recorded, sequence
+from helpers import Vectors, recorded, sequence
 from lowbit.schedules import (
     SUITE,
     Cyclic,
