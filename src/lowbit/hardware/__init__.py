@@ -1,4 +1,4 @@
-"""Hardware models: cycles, traffic and energy of a product on an accelerator, BitFusion or one of your own."""
+"""Hardware models: cycles, traffic and energy of a product on an accelerator: BitFusion, or your own."""
 
 from lowbit.hardware.accelerator import Accelerator
 from lowbit.hardware.bitfusion import BitFusion

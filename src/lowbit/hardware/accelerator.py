@@ -10,8 +10,8 @@ from lowbit.hardware.estimate import Estimate
 class Accelerator(Protocol):
     """An accelerator: `lowbit.Cost` and ``lowbit cost --hardware`` ask it for every product of a run.
 
-    A class of your own needs `product` alone. Make it a frozen dataclass: its fields are then its settings, also on
-    the command line.
+    Your own class needs only `product`. Make it a frozen dataclass: its fields are then its settings, on the command
+    line too.
     """
 
     def product(self, product: Product, *, first_layer: bool = False) -> Estimate:
@@ -23,6 +23,6 @@ class Accelerator(Protocol):
             first_layer: whether its layer reads the network's input.
 
         Raises:
-            UsageError: the accelerator cannot run it. Reports then name the layer with this reason.
+            UsageError: the accelerator cannot run it. Reports then name the layer and give this reason.
         """
         ...

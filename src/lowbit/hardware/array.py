@@ -20,7 +20,7 @@ from lowbit.hardware.energies import Bank, Energies, resolved
 from lowbit.hardware.estimate import Estimate
 from lowbit.inputs.checks import is_finite, is_whole
 
-OUTPUT_BITS = 32  # a partial sum, in the output buffer and in DRAM, whatever the widths of the operands
+OUTPUT_BITS = 32  # a partial sum in the output buffer and in DRAM, whatever the widths of the operands
 UNIT_BITS = 16  # the widest operand that Fusion Units are published for
 MAX_BITS = 64  # the widest operand that is estimated
 
@@ -60,8 +60,8 @@ class Layer:
         batch: B, in samples.
         input_bits: a, 1 to 64 bits.
         weight_bits: w, 1 to 64 bits.
-        first_layer: whether the layer reads the network's input, which comes unfolded: a row of the array then
-            gets any of the K*K*I values of a patch, else any of the I channels of a pixel.
+        first_layer: whether the layer reads the network's input, which comes unfolded: a row of the array then gets
+            any of the K*K*I values of a patch; otherwise it gets any of the I channels of a pixel.
 
     Raises:
         UsageError: a size is not a positive whole number, or a width is not a whole number from 1 to 64.
@@ -134,7 +134,7 @@ class Array(ABC):
 
     @cached_property
     def costs(self) -> dict[str, float]:
-        """What each event costs in nJ, by the names of `Energies`: as given, else as published for these sizes."""
+        """What each event costs in nJ, by the names of `Energies`: as given, or as published for these sizes."""
         line = self.pmax**2 // self.pmin
         banks = (
             Bank(buffer="weight", total=self.weight_bytes, banks=self.rows * self.columns, line_bits=line),
@@ -151,8 +151,8 @@ class Array(ABC):
     def peak(self, *, input_bits: int, weight_bits: int) -> float:
         """The roof: multiply-accumulates per cycle with every Fusion Unit busy, ``N M P``.
 
-        Divided by `dram_bits_per_cycle` it is the ridge: the operations per DRAM bit from which on the array,
-        and no longer DRAM, limits the speed.
+        Divided by `dram_bits_per_cycle` it is the ridge: from so many operations per DRAM bit on, the array limits the
+        speed, and no longer DRAM.
 
         Args:
             input_bits: width of `input`, 1 to 64.
@@ -165,11 +165,11 @@ class Array(ABC):
         return float(self.rows * self.columns * self.products_per_unit(*widths))
 
     def products_per_unit(self, input_bits: int, weight_bits: int) -> Fraction:
-        """Products of one Fusion Unit in one cycle, P; below 1 where several units make one product."""
+        """Products of one Fusion Unit in one cycle, P; below 1 if several units make one product."""
         return self._share(input_bits) * self._share(weight_bits)
 
     def _share(self, bits: int) -> Fraction:
-        """Operands of this width that one side of a Fusion Unit takes in."""
+        """How many operands of this width one side of a Fusion Unit takes in."""
         if bits > self.pmax:
             return Fraction(1, ceil_div(bits, self.pmax))
         return Fraction(self.pmax // max(bits, self.pmin))

@@ -1,10 +1,10 @@
 """BitFusion: cycles, traffic and energy of a layer, or of the products of training, at any width.
 
-The formulas and figures are those of the authors' simulator. Ours: widths above `pmax`, `snap_bits`, the mapping of
-training, the roofline, and the refusal of sizes for which no energy is published.
+The formulas and figures are those of the authors' simulator. These are ours: widths above
+`pmax`, `snap_bits`, the mapping of training, the roofline, and the refusal of sizes for which no energy is published.
 
-What is not counted: pooling, normalisation, activation functions, leakage, energy while the array waits, and the
-arithmetic that quantises. Not modelled: groups, dilation, kernels and images that are not square.
+These are not counted: pooling, normalisation, activation functions, leakage, energy while the array waits, and the
+arithmetic that quantises. These are not modelled: groups, dilation, and kernels and images that are not square.
 """
 
 import dataclasses
@@ -27,23 +27,23 @@ class BitFusion(Array):
 
     A Fusion Unit has 2-bit multipliers that it combines: ``P = floor(pmax/max(a,pmin)) floor(pmax/max(w,pmin))``
     products of widths a and w per cycle, so 3 bits run as fast as 4, and 5 to 7 as 8, though they move fewer bits.
-    Ours, for widths above `pmax`: ``1/ceil(a/pmax)`` in place of ``floor(pmax/a)``, several units together making
-    one product, so that 32 x 32 bits take 16 times the cycles of 8 x 8. Energies of such units are not published: a
-    unit is charged as it is below `pmax`. Fusion Units are published for up to 16 bits; an estimate for more has a
-    note that says this rule.
+    Our rule for widths above `pmax` has ``1/ceil(a/pmax)`` in place of ``floor(pmax/a)``: several units together make
+    one product, so that 32 x 32 bits take 16 times the cycles of 8 x 8. Energies of such units are not published, so a
+    unit is charged as below `pmax`. Fusion Units are published for up to 16 bits; an estimate for more has a note that
+    states this rule.
 
     Args:
         rows: N, Fusion Units over which inputs are spread.
         columns: M, Fusion Units over which output channels are spread.
         pmax: widest operand of one Fusion Unit in bits, a power of two up to 16.
         pmin: narrowest operand that is still faster than a wider one, a power of two up to `pmax`.
-        weight_bytes: size of the weight buffer; a tile may fill half of each buffer, as the other half is loading.
+        weight_bytes: size of the weight buffer. A tile may fill half of each buffer, while the other half is loading.
         input_bytes: size of the input buffer.
         output_bytes: size of the output buffer.
         dram_bits_per_cycle: bits to or from DRAM in one cycle.
         frequency: cycles per second.
-        energies: what each event costs. What is left open is what the authors' tables have for these sizes; an array
-            for which they have none is refused until the energy is given.
+        energies: what each event costs. An energy that is left open is that of the authors' tables for these sizes; if
+            they lack it, the array is refused until the energy is given.
         snap_bits: whether widths are first rounded up to a width that the array is made for, ``pmin * 2**i``
             (2, 4, 8, 16, 32, 64), in memory too. The array computes as fast as without, and more bits are moved.
 
@@ -68,10 +68,10 @@ class BitFusion(Array):
     ) -> Estimate:
         """Cycles, traffic and energy of a layer's output: the best of all tilings and loop orders.
 
-        The search tries tiles of every power of two, all loop orders, and takes the fewest cycles, of those the
-        least energy, and of those the one that the authors' simulator meets first. Results are cached.
-        So more bits can cost less energy, which only breaks ties, and even a few cycles less: whatever stays in a
-        buffer is loaded before the first tile, and more of it at fewer bits.
+        The search tries tiles of every power of two and all loop orders. It takes the fewest cycles, of those the least
+        energy, and of those the one that the authors' simulator meets first. Results are cached. Energy only breaks
+        ties, so more bits can cost less of it. They can even cost a few cycles less: whatever stays in a buffer is
+        loaded before the first tile, and at fewer bits more of it stays.
 
         Args:
             kernel: K, in pixels; 1 for a linear layer.
@@ -115,7 +115,7 @@ class BitFusion(Array):
                 convolutions.
 
         Raises:
-            UsageError: nothing is multiplied, or as `estimate`.
+            UsageError: nothing is multiplied; and as for `estimate`.
         """
         layer, times = mapping.layers(product, first_layer=first_layer)
         one = self._run(layer)
@@ -140,11 +140,11 @@ class BitFusion(Array):
     ) -> TrainingEstimate:
         """Cycles, traffic and energy of the three products of a layer in one training step.
 
-        The authors' model has inference only; the mapping onto its layers is ours, see
+        The authors' model has inference only, and the mapping onto its layers is ours: see
         `lowbit.hardware.mapping.square`. The update of the weights and the quantising of operands are not counted.
 
         Args:
-            kernel: as in `estimate`, and so the others that are not here.
+            kernel: as in `estimate`, like all others that are not listed here.
             output_size: O, in pixels.
             stride: S, in pixels.
             in_channels: I.
@@ -154,12 +154,12 @@ class BitFusion(Array):
             weight_bits: width of `weight` in `output` and in `grad_input`.
             grad_bits: width of `grad_output`, 1 to 64.
             input_size: side of the layer's input in pixels, padding left out; 1 for a linear layer.
-            bifurcated_bits: width of `grad_output` in `grad_weight`, where it differs (gradient bifurcation);
+            bifurcated_bits: width of `grad_output` in `grad_weight`, if it differs (gradient bifurcation);
                 None: `grad_bits`.
-            first_layer: whether the layer reads the network's input; there is then no `grad_input`.
+            first_layer: whether the layer reads the network's input; if so, it lacks a `grad_input`.
 
         Raises:
-            UsageError: as `estimate`.
+            UsageError: as for `estimate`.
         """
         check_bits("grad_bits", grad_bits)
         if bifurcated_bits is not None:

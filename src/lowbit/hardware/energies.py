@@ -1,12 +1,12 @@
 """What one event costs on BitFusion, and the sizes of arrays and buffers for which that is published.
 
-An energy belongs to a size. Reading a bit costs what the *bank* costs that holds it: the weight buffer has a bank in
-each Fusion Unit, the input buffer one for each row of the array and the output buffer one for each column. The
-authors' tables have some sizes of banks; others have no energy here until it is given.
+An energy belongs to a size. What reading a bit costs depends on the *bank* that holds it: the weight buffer has a bank
+in each Fusion Unit, the input buffer one for each row of the array, and the output buffer one for each column. The
+authors' tables have some sizes of banks; the energies of others must be given.
 
 Source: hsharma35/bitfusion at 0246bc4. Banks are in ``bitfusion/sram/cacti_sweep.csv`` (CACTI, 45 nm, lines of
 4 bytes), Fusion Units in ``results/systolic_array_synth.csv`` (45 nm, 500 MHz), DRAM in
-``bitfusion/src/simulator/stats.py``, and the rules of looking them up in ``bitfusion/src/simulator/simulator.py``.
+``bitfusion/src/simulator/stats.py``, and the rules for looking them up in ``bitfusion/src/simulator/simulator.py``.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from lowbit.inputs.checks import is_finite
 _LINE_BITS = 32  # bits of one access to a bank of the table
 # nJ of one access, read and write, by bytes of the bank. Weight and input buffers have a port for each.
 _TWO_PORTS = {
-    128: (0.0006837010000000001, 0.0009253169999999999),  # 0.000925317 in the file, and so as the simulator reads it
+    128: (0.0006837010000000001, 0.0009253169999999999),  # 0.000925317 in the file; this is how the simulator reads it
     1024: (0.00113324, 0.00329596),
     2048: (0.00190318, 0.00363853),
     4096: (0.00342953, 0.00431011),
@@ -29,8 +29,8 @@ _TWO_PORTS = {
 }
 # The output buffer has a third port, which does both.
 _THREE_PORTS = {512: (0.00106097, 0.00233869), 4096: (0.00398324, 0.00505131)}
-# Dynamic power in nW by rows and columns of the array. The tables have buffers for no other `pmax` and `pmin` than 8
-# and 2, so these are the only ones here.
+# Dynamic power in nW by rows and columns of the array. The tables have buffers only for `pmax` 8 and `pmin` 2, so these
+# are the only ones here.
 _PMAX, _PMIN = 8, 2
 _POWER = {
     **{(1, 1): 279960, (2, 1): 503845, (4, 1): 969800, (8, 1): 1888400, (16, 1): 3758300},
@@ -47,11 +47,11 @@ BUFFERS = ("weight", "input", "output")
 @final
 @dataclass(frozen=True, kw_only=True)
 class Energies:
-    """What one event costs, in nJ; None is the published figure of the array's sizes, where there is one.
+    """What one event costs, in nJ; None stands for the published figure of the array's sizes, if there is one.
 
     Args:
-        core: one compute cycle of one Fusion Unit. Published for `pmax` 8 and `pmin` 2: arrays of up to 16 units have
-            figures of their own, all others a share of the array of 4 x 4.
+        core: one compute cycle of one Fusion Unit. Published for `pmax` 8 and `pmin` 2: each array of up to 16 units
+            has its figure; all larger ones have that of a unit in the array of 4 x 4.
         weight_read: reading one bit from the weight buffer; the other five likewise. Published for banks of 128,
             1024, 2048, 4096, 8192 and 16384 bytes with `pmax` 8 and `pmin` 2.
         weight_write: writing one bit into it.
@@ -137,7 +137,7 @@ def core(rows: int, columns: int, *, pmax: int, pmin: int) -> float | None:
 def resolved(
     given: Energies, banks: tuple[Bank, ...], *, rows: int, columns: int, pmax: int, pmin: int
 ) -> dict[str, float]:
-    """The cost of every event in nJ: what was given, else what is published for these sizes.
+    """The cost of every event in nJ: what was given, or what is published for these sizes.
 
     Raises:
         UsageError: an energy is neither given nor published; the message says which, and what to give.

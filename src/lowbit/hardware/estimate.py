@@ -27,7 +27,7 @@ class Store:
         energy_nj: energy of both, in nJ.
 
     Raises:
-        UsageError: another name, a negative count, or an energy that is negative or not finite.
+        UsageError: a name that is not allowed, a negative count, or an energy that is negative or not finite.
     """
 
     name: str
@@ -86,10 +86,10 @@ class Estimate:
         core_nj: energy of the units that multiply, in nJ.
         stores: what passes each store, from the units outwards; the last one is the memory outside the chip.
         loops: the tiles and the order of the loops over them, from outer to inner; empty for a sum.
-        notes: what the accelerator assumed for this product beyond what its own page says, one sentence each.
+        notes: what the accelerator assumed for this product besides what its page says, one sentence each.
 
     Raises:
-        UsageError: a negative count, a number that is not finite, no store, or two stores of one name.
+        UsageError: a negative count, a number that is not finite, no store, or two stores with one name.
     """
 
     macs: int
@@ -139,14 +139,14 @@ class Estimate:
 
     @property
     def bound(self) -> Literal["compute", "memory"]:
-        """What limits the speed: the outermost store where it needs more cycles than the units do, else the units."""
+        """What limits the speed: the outermost store if it needs more cycles than the units, else the units."""
         return "memory" if self.memory_cycles > self.compute_cycles else "compute"
 
     def store(self, name: str) -> Store:
         """What passes one store.
 
         Raises:
-            UsageError: there is no store of that name.
+            UsageError: no store has that name.
         """
         found = {store.name: store for store in self.stores}
         if name not in found:
@@ -156,7 +156,7 @@ class Estimate:
     def __add__(self, other: "Estimate") -> "Estimate":
         if self._names() != other._names():
             raise UsageError(
-                f"stores {', '.join(self._names())} and {', '.join(other._names())}: estimates add up where their "
+                f"stores {', '.join(self._names())} and {', '.join(other._names())}: estimates add up only if their "
                 "stores are the same; add those of one accelerator"
             )
         return Estimate(
@@ -220,7 +220,7 @@ def total(estimates: Iterable[Summable]) -> Summable:
         estimates: at least one, all of one type and of one accelerator.
 
     Raises:
-        UsageError: there is none, or their stores differ.
+        UsageError: no estimate is given, or their stores differ.
     """
     check_type("estimates", estimates, Iterable)
     estimates = list(estimates)

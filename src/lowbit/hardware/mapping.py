@@ -1,11 +1,11 @@
 """The products of training as layers that the array of Fusion Units runs: ours, since the authors have inference only.
 
-Notation as in `lowbit.hardware.array`. A convolution of square kernel, stride and images keeps its shape; with
-groups, each is a layer of its own. Everything else runs as matrix products, which are linear layers of R samples, K
+Notation as in `lowbit.hardware.array`. A convolution with square kernel, stride and images keeps its shape; each of its
+groups is a separate layer. Everything else runs as matrix products, which are linear layers of R samples, K
 input and N output channels (`lowbit.hardware.matrix`): linear layers, attention, recurrent steps, and, unfolded,
 convolutions that are 1- or 3-dimensional, transposed or not square.
 
-Not modelled: dilation (a kernel of 3 that spans 5 pixels loads a tile of 3), and how operands are rearranged.
+It does not model dilation (a kernel of 3 that spans 5 pixels loads a tile of 3), or how operands are rearranged.
 """
 
 from lowbit.errors import UsageError, unknown
@@ -47,7 +47,7 @@ def square(
         first_layer: whether the layer reads the network's input; counts for its output.
 
     Raises:
-        UsageError: no such product, or as `Layer`.
+        UsageError: an unknown product; and as for `Layer`.
     """
     check_count("input_size", input_size)
     first, second = bits
@@ -88,7 +88,7 @@ def layers(product: Product, *, first_layer: bool = False) -> tuple[Layer, int]:
             convolutions.
 
     Raises:
-        UsageError: nothing is multiplied, the shapes have too few axes, or as `Layer`.
+        UsageError: nothing is multiplied, or the shapes have too few axes; and as for `Layer`.
     """
     if product.macs == 0:
         raise UsageError("nothing is multiplied")
@@ -124,7 +124,7 @@ def _linear(inputs: int, outputs: int, samples: int, input_bits: int, weight_bit
 
 
 def _is_square(product: Product) -> bool:
-    """Whether it is a convolution that the model has a layer for."""
+    """Whether it is a convolution that the array runs as a layer."""
     if product.kind != "conv2d":
         return False
     pairs = product.weight[2:], product.input[2:], product.output[2:], product.stride

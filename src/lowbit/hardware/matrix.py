@@ -7,7 +7,7 @@ whose `output` is R x K times K x N has
 - `grad_weight` = input (K x R) times grad_output (R x N).
 
 Convolutions are unfolded: R counts positions of all samples, and K the taps of all input channels of a group. Each
-group, and each matrix of a batch of them, is a product of its own.
+group, and each matrix of a batch of them, is a separate product.
 """
 
 import math

@@ -6,8 +6,8 @@ cover I. The kernel is never tiled; rows and columns of the output are tiled ali
 A loop over tiles has five levels, written from outer to inner: ``b`` batch, ``w`` output column, ``h`` output
 row, ``i`` input channels, ``o`` output channels.
 
-All formulas are those of the authors' simulator (hsharma35/bitfusion at 04ec1c8; Sharma et al., Bit Fusion, ISCA
-2018, arXiv:1712.01507), its peculiarities included.
+All formulas, peculiarities included, are those of the authors' simulator (hsharma35/bitfusion at 04ec1c8; Sharma et
+al., Bit Fusion, ISCA 2018, arXiv:1712.01507).
 """
 
 import functools
@@ -28,8 +28,8 @@ NAMES = {"b": "batch", "w": "output_column", "h": "output_row", "i": "in_channel
 # The loops that each stream of data depends on; the others may reuse a tile that is already in the buffer.
 WEIGHT_LOOPS, INPUT_LOOPS, OUTPUT_LOOPS = "io", "bwhi", "bwho"
 
-# Loop orders as the simulator visits them: it iterates over a Python 2 set, and of equally good orders the first
-# one wins. 60 of the 120: exchanging w and h changes no count, so the later order of such a pair never wins.
+# Loop orders as the simulator visits them: it iterates over a Python 2 set, and of equally good orders the first one
+# wins. These are 60 of the 120: exchanging w and h does not change a count, so the later of such a pair never wins.
 ORDERS = """
     oibhw bowih hbwoi biowh obwih oihbw hwoib ohbwi ohibw whibo ihobw boiwh hwiob oiwhb bihow
     obiwh owbih iowbh wihbo wohbi hbiwo ihwbo wbohi bwohi whbio ibohw wiboh hibwo bwhoi bwhio
@@ -79,7 +79,7 @@ class Costs(NamedTuple):
 def all_tiles(array: Array, layer: Layer) -> Tiles:
     """Every tile of the search: ``min(2**i, X)`` in each dimension, output channels in multiples of M.
 
-    In the simulator's order, output channels changing fastest. A first layer has any power of two of them.
+    They are in the simulator's order: output channels change fastest. A first layer has any power of two of them.
     """
     columns = 1 if layer.first_layer else array.columns
 
@@ -96,14 +96,14 @@ def all_tiles(array: Array, layer: Layer) -> Tiles:
 class _Padded(NamedTuple):
     """Work of a tile, rounded up to the array: int64 ``(T, 1)`` each."""
 
-    passes: Tensor  # times that the rows are filled for one output
+    passes: Tensor  # how often the rows are filled for one output
     sums: Tensor  # products that are added for one output, padding included
     oc: Tensor  # output channels, a multiple of M
     weights: Tensor  # weights of one output channel, padding included
 
 
 def _padded(array: Array, layer: Layer, tiles: Tiles) -> _Padded:
-    """Round a tile up to ``N P`` products and M output channels, which the array does at once."""
+    """Round a tile up to the ``N P`` products and M output channels that the array computes at once."""
     at_once = array.rows * array.products_per_unit(layer.input_bits, layer.weight_bits)
     area = layer.kernel**2
 
@@ -141,7 +141,7 @@ def tile_bits(array: Array, layer: Layer, tiles: Tiles) -> _Streams:
 
 
 def _half_buffers(array: Array) -> tuple[int, int, int]:
-    """Bits that a tile may have in the weight, input and output buffer: half of each, the other half is loading."""
+    """Bits that a tile may have in the weight, input and output buffer: half of each, while the other half loads."""
     return 4 * array.weight_bytes, 4 * array.input_bytes, 4 * array.output_bytes
 
 
@@ -155,8 +155,8 @@ def fits(array: Array, layer: Layer, tiles: Tiles) -> Tensor:
 def _walk(tile: Tensor, room: int, loops: str, counts: Tensor, orders: Tensor) -> tuple[Tensor, Tensor]:
     """Bits of one stream over all loops, and the most that stays in its buffer at once.
 
-    From the innermost loop outwards: what a loop goes through is added up; a loop that the stream does not depend
-    on reuses what is in the buffer as long as everything so far is there.
+    It goes from the innermost loop outwards and adds up what each loop goes through. A loop that the stream does not
+    depend on reuses what is in the buffer if everything so far is there.
 
     Args:
         tile: bits of one tile, int64 ``(T, 1)``, at most `room`.
@@ -178,9 +178,9 @@ def _walk(tile: Tensor, room: int, loops: str, counts: Tensor, orders: Tensor) -
 
 
 def _buffer_reads(layer: Layer, tiles: Tiles, padded: _Padded) -> _Streams:
-    """Bits that the array reads from each buffer for one tile, with the operand held still that is best held still.
+    """Bits that the array reads from each buffer for one tile, with one operand held still.
 
-    Held still are inputs, outputs or weights, whichever moves the fewest bits; inputs win a tie, then outputs.
+    Inputs, outputs or weights are held still, whichever moves the fewest bits; inputs win a tie, then outputs.
     """
     a, w = layer.input_bits, layer.weight_bits
     places = tiles.b * tiles.o**2
@@ -203,9 +203,9 @@ def _buffer_reads(layer: Layer, tiles: Tiles, padded: _Padded) -> _Streams:
 def evaluate(array: Array, layer: Layer, tiles: Tiles, orders: Tensor) -> Costs:
     """Cycles and bits of every tile under every loop order.
 
-    Compute cycles are ``n_tiles b o^2 ceil(oc/M) passes``. Tiles are loaded while others are computed: what is not
-    hidden, and the first load and the last store, are stalls. Outputs are 32 bits wide and are loaded even on
-    first touch, so DRAM reads weights, inputs and outputs and writes outputs.
+    Compute cycles are ``n_tiles b o^2 ceil(oc/M) passes``. Tiles are loaded while others are computed. Stalls are the
+    loads that this does not hide, the first load and the last store. Outputs are 32 bits wide and are loaded even when
+    first touched, so DRAM reads weights, inputs and outputs, and writes outputs.
 
     Args:
         array: the accelerator.
@@ -301,7 +301,7 @@ def _estimate(array: Array, layer: Layer, tile: Tiles, costs: Costs, order: str)
 
 
 def _notes(array: Array, layer: Layer) -> tuple[str, ...]:
-    """The rule of widths for which Fusion Units are not published."""
+    """The rule for widths for which Fusion Units are not published."""
     if max(layer.input_bits, layer.weight_bits) <= UNIT_BITS:
         return ()
     part = array.pmax
@@ -314,9 +314,9 @@ def _notes(array: Array, layer: Layer) -> tuple[str, ...]:
 def _check_range(array: Array, layer: Layer) -> None:
     """Refuse a layer whose counts could pass 64 bits in some tiling of the search.
 
-    Each of five dimensions less than doubles when it is cut into tiles; a product moves at most the bits of the widest
-    of operands and output, times the padding of a tile of one value or the overlap of patches. Of one tile, bits are
-    also compared over all products.
+    Each of five dimensions less than doubles when it is cut into tiles. A product moves at most the bits of the widest
+    of operands and output, times the padding of a tile of one value or the overlap of patches. The bits of a single
+    tile are also compared over all products.
     """
     at_once = array.rows * array.products_per_unit(layer.input_bits, layer.weight_bits)
     padding = 1 + max(array.columns, at_once.numerator, at_once.denominator, (layer.kernel + layer.stride) ** 2)

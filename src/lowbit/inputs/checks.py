@@ -1,7 +1,7 @@
 """Checks of what comes from outside, arguments, settings and saved states, against the annotations that document it.
 
 An annotation says what a value may be, and `fits` takes it at its word: True is not a whole number, a text is not a
-list of texts, and every element of a list counts. What an annotation cannot say (a range, what goes together) is
+list of texts, and every element of a list is checked. What an annotation cannot say (a range, what goes together) is
 checked where the value is used.
 """
 
@@ -21,7 +21,7 @@ from lowbit.errors import UsageError, a_or_an, shown, unknown
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Larger whole numbers count nothing here, and Python refuses to print those of more than 4,300 digits.
+# Larger whole numbers never count anything here, and Python refuses to print those of more than 4,300 digits.
 _LARGEST = 2**128
 
 _IN_WORDS: dict[Any, str] = {
@@ -40,7 +40,7 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def is_finite(value: Any) -> TypeGuard[float]:
-    """Whether a value is a number that is neither nan nor inf, nor too large to be one of a computation."""
+    """Whether a value is a number that is neither nan nor inf, nor too large for a float."""
     return fits(value, float) and math.isfinite(value)
 
 
@@ -90,7 +90,7 @@ def _fit(value: Any, kind: type, inner: tuple[Any, ...]) -> bool:
 
 
 def _is_open(hint: Any) -> bool:
-    """Whether nothing can be asked of an annotation at run time: a protocol that was not made for that."""
+    """Whether an annotation cannot be checked at run time: a protocol that was not made for that."""
     return getattr(hint, "_is_protocol", False) and not getattr(hint, "_is_runtime_protocol", False)
 
 
@@ -125,7 +125,7 @@ def check_type(what: str, value: object, hint: Any) -> None:
     """Raise a UsageError that names `what` unless a value is what an annotation says."""
     if fits(value, hint):
         return
-    # None aside, what is allowed may be a list of names.
+    # Apart from None, what is allowed may be a list of names.
     named = [option for option in get_args(hint) if option is not types.NoneType] if _is_union(hint) else [hint]
     options = get_args(named[0])
     if len(named) == 1 and get_origin(named[0]) is Literal and all(isinstance(option, str) for option in options):
@@ -147,7 +147,7 @@ def check_fields(record: Any) -> None:
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a function raise a UsageError that names the argument where one is not what its annotation says."""
+    """Make a function raise a UsageError that names an argument which is not what its annotation says."""
     parameters = inspect.signature(function)
     variadic = {p.name for p in parameters.parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
@@ -156,7 +156,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         try:
             given = parameters.bind(*args, **kwargs).arguments
         except TypeError:
-            return function(*args, **kwargs)  # says better than `bind` what is missing
+            return function(*args, **kwargs)  # it says better than `bind` what is missing
         hints = _hints_of(function)
         for name, value in given.items():
             if name in hints and name not in variadic:
@@ -180,7 +180,7 @@ def check_keys(what: str, given: object, expected: Iterable[str]) -> None:
 
 
 def check_whole(what: str, value: object, low: int, high: int | None = None) -> int:
-    """A value itself; a UsageError unless it is a whole number from `low` to `high` (None: without end)."""
+    """The value itself; a UsageError unless it is a whole number from `low` to `high` (None: without limit)."""
     if not is_whole(value) or not low <= value <= (_LARGEST if high is None else high):
         limit = f"from {low} to {high}" if high is not None else f"of at least {low}"
         raise UsageError(f"{what}={shown(value)}: give a whole number {limit}")

@@ -25,7 +25,7 @@ def write_atomically(
 ) -> None:
     """Replace the file `path` by what `write` writes, or leave it as it was.
 
-    The bytes go to a new file beside `path`, of a name that nobody can guess, and reach the disk before the rename
+    The bytes go to a new file beside `path`, under a name that cannot be guessed, and reach the disk before the rename
     does. A link at `path` is replaced, not followed. A killed process leaves the old file and at most that new one,
     which `remove_parts` removes.
 
@@ -79,12 +79,12 @@ def _write_all(file: BinaryIO, content: bytes) -> None:
 
 
 def is_part(path: Path) -> bool:
-    """Whether `path` has the name of a file that `write_atomically` has not finished."""
+    """Whether `path` is named like a file that `write_atomically` has not finished."""
     return _PART.fullmatch(path.name) is not None
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what killed processes left of files that they were writing in `folder`."""
+    """Remove the unfinished files that killed processes left in `folder`."""
     for path in folder.iterdir():
         if is_part(path):
             with contextlib.suppress(OSError):
@@ -124,10 +124,10 @@ def read(path: Path, *, limit: int, hint: str) -> bytearray:
     Args:
         path: the file.
         limit: bytes, compressed and decompressed; a longer file is refused before its content is in memory.
-        hint: the end of the error's text: what to do where the file is longer.
+        hint: the end of the error's text: what to do if the file is longer.
 
     Raises:
-        RunError: the file cannot be read, is corrupt, or longer than `limit`.
+        RunError: the file cannot be read, is corrupt, or is longer than `limit`.
     """
     try:
         with open_file(path) as file:
@@ -140,7 +140,7 @@ def read(path: Path, *, limit: int, hint: str) -> bytearray:
 
 
 def read_whole(path: Path) -> bytearray:
-    """The same of a file that may be large: data, or what a long run writes. The limit is `MAX_BYTES`."""
+    """The same for a file that may be large: data, or what a long run writes. The limit is `MAX_BYTES`."""
     hint = "Use a shorter file, or set LOWBIT_MAX_BYTES to a higher limit."
     return read(path, limit=limit_of("LOWBIT_MAX_BYTES", MAX_BYTES), hint=hint)
 
@@ -154,7 +154,7 @@ def limit_of(name: str, default: int) -> int:
 
 
 def _read_gzip(path: Path, file: BinaryIO, limit: int, hint: str) -> bytearray:
-    """All members of a gzip file, stopped where they give more than `limit` bytes."""
+    """All members of a gzip file; it stops at more than `limit` bytes."""
     content, rest = bytearray(), file.read(_PIECE)
     try:
         while rest:

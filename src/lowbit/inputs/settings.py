@@ -18,7 +18,7 @@ _WORDS = {"true": True, "false": False, "none": None}
 
 
 def names(cls: type) -> list[str]:
-    """The names of all settings of a class, those of inner dataclasses with a dot; none where it has no fields."""
+    """The names of all settings of a class, those of inner dataclasses with a dot; none if it lacks fields."""
     found: list[str] = []
     for name, hint in _fields(cls).items():
         inner = _inner(hint)
@@ -31,12 +31,12 @@ def make(cls: type[T], given: Sequence[str]) -> T:
 
     Args:
         cls: a dataclass, or a class that is made without arguments.
-        given: texts ``NAME=VALUE``. A value is written as in Python; ``true``, ``false`` and ``none`` are known too,
-            and a text needs no quotes.
+        given: texts ``NAME=VALUE``. A value is written as in Python; ``true``, ``false`` and ``none`` work too, and a
+            text does not need quotes.
 
     Raises:
-        UsageError: a text of another form, an unknown name, a name given twice, a value that does not fit the field's
-            annotation, or a field without default that was not given.
+        UsageError: a text of another form, an unknown name, a name that is given twice, a value that does not fit the
+            field's annotation, or a missing field without a default.
     """
     known = names(cls)
     values: dict[str, str] = {}
@@ -95,7 +95,7 @@ def _required(cls: type) -> list[str]:
 
 
 def _inner(hint: Any) -> type | None:
-    """The dataclass that an annotation is, or may be beside None."""
+    """The dataclass that an annotation is, or may be besides None."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return next((each for each in options if isinstance(each, type) and dataclasses.is_dataclass(each)), None)
 

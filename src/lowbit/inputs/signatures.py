@@ -16,8 +16,8 @@ class Setting:
     Args:
         name: of the argument.
         hint: its annotation.
-        default: its value where it is left out; `inspect.Parameter.empty` where it is needed.
-        text: what the docstring says of it, in one line; "" where it says nothing.
+        default: its value if it is left out; `inspect.Parameter.empty` if it must be given.
+        text: what the docstring says of it, in one line, or "".
     """
 
     name: str
@@ -26,7 +26,7 @@ class Setting:
     text: str
 
     def merged(self, other: "Setting") -> "Setting":
-        """The setting of the same name that two classes have: what either allows, with the first one's default."""
+        """One setting for the same name in two classes: it allows what either does, with the first one's default."""
         if other.hint == self.hint:
             return self
         return replace(self, hint=self.hint | other.hint, text=f"{self.text} {other.text}".strip())

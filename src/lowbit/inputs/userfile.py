@@ -1,6 +1,6 @@
-"""Classes from a user's own Python file, written ``FILE.py:CLASS``, and what to say where such a class fails.
+"""Classes from a user's own Python file, written ``FILE.py:CLASS``, and what to say if such a class fails.
 
-The file is executed. It stands alone: it can import what is installed, and not the files beside it.
+The file is executed. It stands alone: it can import what is installed, but not the files beside it.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from lowbit.errors import RunError, UsageError, shown, unknown
 from lowbit.inputs import files
 
 _LIMIT = 1 << 20  # bytes of a file
-_PREFIX = "_lowbit_file_"  # of the modules that the files are
+_PREFIX = "_lowbit_file_"  # of the modules that the files become
 _numbers = itertools.count()
 
 
 def split(text: str) -> tuple[Path, str] | None:
-    """The file and the class of ``FILE.py:CLASS``; None where a text is a name of another kind."""
+    """The file and the class of ``FILE.py:CLASS``; None if a text is another kind of name."""
     path, colon, name = text.rpartition(":")
     return (Path(path), name) if colon and path.endswith(".py") else None
 
@@ -62,13 +62,13 @@ def class_of(source: bytes, file: Path, name: str) -> type:
 
     Args:
         source: what to execute.
-        file: where it stands, for messages and tracebacks.
+        file: where it is, for messages and tracebacks.
         name: of the class.
 
     Raises:
-        UsageError: the source fails when it is executed, or has no such class.
+        UsageError: the source fails when it is executed, or lacks the class.
     """
-    # A module of its own, that nothing else can be imported by: dataclasses look theirs up by name.
+    # A new module under a name that nothing else imports: dataclasses look up their module by name.
     module = ModuleType(f"{_PREFIX}{next(_numbers)}_{file.stem}")
     module.__file__ = str(file)
     sys.modules[module.__name__] = module
@@ -109,13 +109,13 @@ def blamed(what: str, file: str | None, kind: type[UsageError] | type[RunError] 
 
 
 def file_of(made: object) -> str | None:
-    """The Python file that defines the class of an object; None where there is no file."""
+    """The Python file that defines the class of an object; None if there is none."""
     module: Any = sys.modules.get(type(made).__module__)
     return getattr(module, "__file__", None)
 
 
 def fault(error: BaseException) -> str | None:
-    """What to say of an error that a user's file raised, or what it called; None where it passed no such file."""
+    """What to say of an error that a user's file, or code that it called, raised; None for any other error."""
     files_here = {module.__file__ for name, module in sys.modules.items() if name.startswith(_PREFIX)}
     passed = [frame.filename for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files_here]
     return f"{passed[-1]} raises {_described(error, passed[-1])}" if passed else None
@@ -133,5 +133,5 @@ def _described(error: BaseException, file: str | None) -> str:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name of thousands of letters, or with a null character
+    except (OSError, ValueError):  # a name of thousands of letters, or with a NUL byte
         return False

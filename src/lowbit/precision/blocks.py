@@ -13,7 +13,7 @@ from lowbit.nn.site import Site
 
 
 def named_blocks(model: nn.Module, given: Sequence[str | re.Pattern[str]]) -> list[tuple[str, nn.Module]]:
-    """The blocks of these names or patterns, in the model's order; none lies in another."""
+    """The blocks of these names or patterns, in the model's order; none of them lies in another."""
     modules = dict(model.named_modules())
     if isinstance(given, str | re.Pattern) or not given:
         raise UsageError(f"blocks={given!r}: give a list of the names or patterns of the blocks that gates are for")
@@ -39,7 +39,7 @@ def gated_block(name: str, module: nn.Module, pinned: set[Site]) -> Block:
     layers = list(converted_layers(module).values())
     gated = [site for layer in layers for site in layer.sites() if site not in pinned and len(site.slots("weight")) > 0]
     if not gated:
-        raise UsageError(f"block {name!r} has no converted layer whose bits a gate could choose")
+        raise UsageError(f"block {name!r} lacks a converted layer whose bits a gate could choose")
     for layer in layers:
         if layer.sample_axis != 0:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""The precision controller: what writes the bits of a converted model while it trains.
+"""The precision controller: it writes the bits of a converted model while the model trains.
 
 Notation: t step (the batch counted from 0); forward bits are those of `input` and `weight`, backward bits those of
 `grad_output`.
@@ -41,7 +41,7 @@ _MOST_STEPS = 2**63 - 1
 
 
 class PrecisionController:
-    """Sets the bits of a converted model's layers over a run, like a learning-rate scheduler sets rates.
+    """Sets the bits of a converted model's layers over a run, as a learning-rate scheduler sets rates.
 
     Call `step(loss)` after each step. Batch t trains at the bits of step t, which are set when the controller is made
     and by each `step`; a forward in evaluation mode runs at `eval_bits`. Bits are written in place into tensors, so a
@@ -50,24 +50,24 @@ class PrecisionController:
     Args:
         model: a converted model.
         forward: bits of `input` and `weight`, a schedule, a rule such as `schedules.Progressive`, or a number; None
-            leaves them. A rule such as `schedules.RangeTested`, whose first cycle is a range test, needs the loss.
-        backward: bits of `grad_output` in `grad_input`, and in `grad_weight` where the recipe has the same format in
-            both (it does not bifurcate). None: what the rule in `forward` says, else the recipe's own.
-        rules: pairs (which layers, (forward, backward)) for layers with bits of their own; which: an exact name, a
-            compiled pattern of a whole name, an exact type, or a function of the layer. The first match decides; None
-            in place of the pair leaves a layer to its recipe.
+            leaves them. `schedules.RangeTested`, whose first cycle is a range test, needs the loss of every step.
+        backward: bits of `grad_output` in `grad_input`, and also in `grad_weight` if the recipe has the same format in
+            both (it does not bifurcate). None: what the rule in `forward` says, or the recipe's own.
+        rules: pairs (which layers, (forward, backward)) for layers with other bits. Which: an exact name, a compiled
+            pattern of a whole name, an exact type, or a function of the layer. The first match decides. None in place
+            of the inner pair leaves a layer to its recipe.
         gates: what chooses bits for each sample in `blocks`.
         blocks: names or patterns of names of the blocks that `gates` are for.
-        eval_bits: forward bits in evaluation: ``"highest"`` that each layer ever takes, ``"current"``, or a number for
-            all layers without a rule.
-        steps_per_epoch: steps whose mean loss a plateau rule takes; needed iff there is one.
+        eval_bits: forward bits in evaluation: the ``"highest"`` that each layer ever takes, the ``"current"`` ones, or
+            a number for all layers without a rule.
+        steps_per_epoch: number of steps whose mean loss a plateau rule takes; needed iff there is such a rule.
 
     Attributes:
-        gates: the gates, whose parameters train with the model's; None without.
+        gates: the gates, whose parameters train with those of the model; None without gates.
 
     Raises:
         UsageError: schedules of different lengths, bits that a format cannot have, a rule or block that matches
-            nothing, a model that is not converted, has no bits to set, or has a controller already.
+            nothing, or a model that is not converted, lacks bits to set, or has a controller already.
     """
 
     gates: Gates | None
@@ -124,18 +124,18 @@ class PrecisionController:
         rules: Sequence[LayerRule] = (),
         eval_bits: EvalBits = "highest",
     ) -> "PrecisionController":
-        """The controller that the recipe of a converted model asks for: its schedule or its gates.
+        """The controller for the schedule or the gates of a converted model's recipe.
 
         Args:
             model: a model converted with a recipe such as ``"cpt"``, ``"pfq"``, ``"dfq"``, ``"fractrain"``.
             total_steps: length of the run.
             steps_per_epoch: needed for plateau rules and for times in epochs.
-            blocks: needed for gates: the names of the blocks that they choose bits for.
+            blocks: needed for gates: names or patterns of the blocks that they choose bits for.
             rules: as for the class; they come before the recipe's own for depthwise convolutions.
             eval_bits: as for the class.
 
         Raises:
-            UsageError: the model has no recipe whose bits change, or several; or as for the class.
+            UsageError: the model lacks a recipe whose bits change, or has several; and as for the class.
         """
         layers = quantized_layers(model)
         found = list(dict.fromkeys(s.recipe for _, layer in layers for s in layer.sites() if s.recipe.is_dynamic))
@@ -207,8 +207,8 @@ class PrecisionController:
     def bits(self) -> dict[str, Widths]:
         """The (forward, backward) bits of each controlled layer in the next training forward, by its name.
 
-        Of each the first that can be set: a recipe may have bits that differ between products. None where none can,
-        and where a gate chooses.
+        It gives the first bits of each that can be set, since a recipe may have others in other products. They are None
+        where none can be set, and where a gate chooses.
         """
         return {layer.name: layer.first(layer.training(self._step)) for layer in self._layers}
 
@@ -217,13 +217,13 @@ class PrecisionController:
         return [site for layer in self._layers for site in layer.sites]
 
     def step(self, loss: Tensor | float | None = None) -> None:
-        """Go on to the next batch, after the optimizer's step of the present one.
+        """Go on to the next batch; call it after the optimizer's step.
 
         Args:
-            loss: of the batch, one number; needed by plateau rules and range tests, and by them alone.
+            loss: of the batch, one number; only plateau rules and range tests need it.
 
         Raises:
-            UsageError: past the end of the schedule, or a loss is needed and missing.
+            UsageError: the schedule is over, or a loss is needed and missing.
             RunError: a rule met a loss that is not finite.
         """
         if self.total_steps is not None and self._step >= self.total_steps:
@@ -237,7 +237,7 @@ class PrecisionController:
         self.write()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the controller remembers, the weights of its gates included: plain values and tensors."""
+        """Everything that the controller remembers, including the weights of its gates: plain values and tensors."""
         return {
             "version": 1,
             "fingerprint": self._fingerprint,
@@ -249,7 +249,7 @@ class PrecisionController:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` gave, for the same model and schedules; else nothing changes.
+        """Continue from what `state_dict` gave for the same model and schedules; if it raises, nothing changes.
 
         Raises:
             UsageError: the state is of another version or of other schedules, or damaged.
@@ -273,14 +273,14 @@ class PrecisionController:
         if not isinstance(state["rules"], list) or len(state["rules"]) != len(rules):
             raise UsageError(f"load_state_dict: rules={shown(state['rules'])}: expected a list of {len(rules)} states")
         if self.gates is None and state["gates"] is not None:
-            raise UsageError("load_state_dict: the state is of a controller with gates, and this one has none")
+            raise UsageError("load_state_dict: the state is of a controller with gates, and this one lacks them")
         before = [rule.state_dict() for rule in rules]
         try:
             for rule, saved in zip(rules, state["rules"], strict=True):
                 rule.load_state_dict(saved)
             if self.gates is not None:
                 self.gates.load_state_dict(state["gates"])
-        except Exception as error:  # a rule of a user's own raises what it likes
+        except Exception as error:  # a user's rule may raise anything
             for rule, saved in zip(rules, before, strict=True):
                 rule.load_state_dict(saved)
             raise UsageError(f"load_state_dict: {error}") from error
@@ -291,7 +291,7 @@ class PrecisionController:
         self.write()
 
     def _check_fingerprint(self, saved: object) -> None:
-        """Raise where a state is of other schedules, layers or gates."""
+        """Raise if a state is of other schedules, layers or gates."""
         check_type("load_state_dict: fingerprint", saved, dict[str, str])
         assert isinstance(saved, dict)
         different = [
@@ -304,7 +304,7 @@ class PrecisionController:
             )
 
     def remove(self) -> None:
-        """Let go of the model: hooks and gates go, and every layer has its recipe's bits again."""
+        """Release the model: hooks and gates are removed, and every layer has its recipe's bits again."""
         if self.gates is not None:
             self.gates.detach()
         for site in self.sites():
@@ -362,17 +362,17 @@ class PrecisionController:
         self.write()
 
     def _take(self) -> None:
-        """Be the controller of its sites."""
+        """Become the controller of its sites."""
         for site in self.sites():
             site.controller, site.lost_controller = self, False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy of model and controller together is of both: the copied sites have the copied controller."""
+        """Copied together, model and controller stay together: the copied sites have the copied controller."""
         self.__dict__.update(state)
         self._take()
 
     def check_forward(self) -> None:
-        """Raise where no training forward may begin: the schedule is over."""
+        """Raise if no training forward may begin, as the schedule is over."""
         if self.total_steps is not None and self._step >= self.total_steps:
             raise UsageError(
                 f"a training forward after the last of total_steps={self.total_steps} steps: give the schedule as many "
@@ -380,7 +380,7 @@ class PrecisionController:
             )
 
     def write(self) -> None:
-        """Set the bits of the step that comes next and of an evaluation before it, whatever wrote them since."""
+        """Set the bits of the next step and of an evaluation before it, whatever changed them meanwhile."""
         now: dict[tuple[int, int, bool], tuple[Widths, Widths]] = {}
         for layer in self._layers:
             key = (id(layer.forward), id(layer.backward), layer.has_rule)
@@ -389,7 +389,7 @@ class PrecisionController:
             layer.write(*now[key])
 
     def _follow_plateau(self) -> None:
-        """Take over the target that the plateau rule is at."""
+        """Give the gates the target of the plateau rule's present stage."""
         if self.gates is not None:
             self.gates.target = self._targets[0 if self._plateau is None else self._plateau.stage]
 

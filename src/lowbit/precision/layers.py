@@ -1,4 +1,4 @@
-"""The layers that a controller writes: what the bits of each follow, and where they stand in its sites.
+"""The layers that a controller writes: what the bits of each follow, and where they lie in its sites.
 
 Notation: t step (the batch counted from 0); forward bits are those of `input` and `weight`, backward bits those of
 `grad_output`.
@@ -33,14 +33,14 @@ Widths = tuple[int | None, int | None]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ControlledLayer:
-    """One controlled layer: where its bits come from and which numbers of its sites they are.
+    """One controlled layer: where its bits come from, and which numbers of its sites they are.
 
     Args:
         name: in the model.
-        sites: all of it; they have the same formats.
+        sites: all sites of the layer; they have the same formats.
         forward: what its forward bits follow; None: the recipe's own.
-        backward: what its backward bits follow; None: what `forward` says, else the recipe's own.
-        has_rule: whether a rule decided, so that bits that are given for all layers do not count here.
+        backward: what its backward bits follow; None: what `forward` says, or the recipe's own.
+        has_rule: whether a rule decided, so that bits for all layers do not apply here.
     """
 
     name: str
@@ -56,7 +56,7 @@ class ControlledLayer:
 
     @cached_property
     def places(self) -> tuple[frozenset[int], frozenset[int]]:
-        """The places in a site's bits that forward and backward bits stand at."""
+        """The places of forward and of backward bits among the bits of a site."""
         return frozenset(self.sites[0].slots("input", "weight")), frozenset(self.sites[0].slots("grad_output"))
 
     @property
@@ -65,7 +65,7 @@ class ControlledLayer:
         return self.sites[0].gated
 
     def training(self, step: int) -> Widths:
-        """The bits of a training forward at a step; those of the last step beyond the end of a schedule."""
+        """The bits of a training forward at a step; beyond the end of a schedule, those of its last step."""
         backward = bits_at(self.backward, step)
         if self.backward is None and self.forward is not None:
             backward = self.forward.grad_at(step)
@@ -80,33 +80,33 @@ class ControlledLayer:
         return self.forward.max_bits if own else int(eval_bits), backward
 
     def values(self, widths: Widths) -> list[int]:
-        """All bits of a site: the recipe's own where None is given."""
+        """All bits of a site; None stands for the recipe's own."""
         wide, back = self.places
         given = [widths[0] if i in wide else widths[1] if i in back else None for i in range(len(self.own))]
         return [own if bits is None else bits for own, bits in zip(self.own, given, strict=True)]
 
     def first(self, widths: Widths) -> Widths:
-        """Of forward and backward each the first that can be set; None where none can, and where a gate chooses."""
+        """The first forward and the first backward bits that can be set; None if none can, or a gate chooses."""
         values = self.values(widths)
         places = [None if self.gated else min(places, default=None) for places in self.places]
         forward, backward = (None if place is None else values[place] for place in places)
         return forward, backward
 
     def write(self, training: Widths, evaluation: Widths) -> None:
-        """Write the bits of both modes into the sites, in place: nothing else writes bits in a run."""
+        """Write the bits of both modes into the sites, in place; nothing else writes bits in a run."""
         for site in self.sites:
             site.set_bits(self.values(training), self.values(evaluation))
 
 
 def bits_at(source: Source | None, step: int) -> int | None:
-    """The forward bits of a source at a step, those of its last step beyond its end; None without a source."""
+    """The forward bits of a source at a step; beyond its end, those of its last step. None without a source."""
     if source is None:
         return None
     return source.at(step if source.total_steps is None else min(step, source.total_steps - 1))
 
 
 def as_source(what: str, given: Any) -> Source | None:
-    """A number as a constant schedule, a callable as a source; a UsageError unless it is something with bits."""
+    """A number as a constant schedule, a callable as a source; a UsageError if it cannot give bits."""
     if given is None or isinstance(given, Source):
         return given
     if isinstance(given, Schedule):
@@ -135,18 +135,18 @@ def recipe_of(layer: nn.Module) -> Recipe:
 def controlled_layers(
     model: nn.Module, forward: Source | None, backward: Source | None, rules: Sequence[LayerRule]
 ) -> list[ControlledLayer]:
-    """What each converted layer of a model follows: the first rule that matches it, else `forward` and `backward`.
+    """What each converted layer of a model follows: the first rule that matches it, or `forward` and `backward`.
 
     Raises:
-        UsageError: a layer has a controller, a rule decides nothing, or follows the loss.
+        UsageError: a layer has a controller, or a rule decides nothing or follows the loss.
     """
     planned, used = [], set()
     for name, layer in quantized_layers(model):
         sites = tuple(layer.sites())
         if taken := [site for site in sites if site.controller is not None]:
             raise UsageError(
-                f"{taken[0].name or 'the model'} has a PrecisionController already: a model has one; call remove() "
-                "on the first, or set its layers apart by rules"
+                f"{taken[0].name or 'the model'} has a PrecisionController already, and a model can have one: call "
+                "remove() on the first, or give its layers other bits by rules"
             )
         index = next((i for i, (which, _) in enumerate(rules) if _matches(which, name, layer)), None)
         used.add(index)
@@ -162,7 +162,7 @@ def controlled_layers(
 
 
 def _sources_of_rule(index: int, pair: tuple[Bits | None, Bits | None] | None) -> tuple[Source | None, Source | None]:
-    """The sources of a rule's pair; a UsageError where one follows the loss."""
+    """The sources of a rule's pair; a UsageError if one follows the loss."""
     forward, backward = (as_source(f"rule {index + 1}", bits) for bits in pair or (None, None))
     if isinstance(forward, Rule) or isinstance(backward, Rule):
         raise UsageError(
@@ -223,7 +223,7 @@ def _check_width(site: Site, bits: int, zero: Any) -> None:
 
 
 def table(layers: Iterable[ControlledLayer], step: int) -> str:
-    """The layers with their bits at a step and where they come from, as text."""
+    """The layers, their bits at a step and where these come from, as text."""
     rows = [
         [
             layer.name or "(model)",

@@ -18,12 +18,12 @@ def _zero() -> Tensor:
 
 @dataclass(kw_only=True)
 class Losses:
-    """Gives the losses of a run to what follows them, and remembers those of the epoch that is not over.
+    """Gives the losses of a run to what follows them, and remembers those of the unfinished epoch.
 
     Args:
-        steps_per_epoch: steps whose mean loss a plateau rule takes; None where no rule takes one.
-        sum: of the losses since the last epoch.
-        count: how many these are.
+        steps_per_epoch: number of steps whose mean loss a plateau rule takes; None without such a rule.
+        sum: the sum of the losses since the last epoch.
+        count: the number of these losses.
     """
 
     steps_per_epoch: int | None
@@ -34,7 +34,7 @@ class Losses:
         """Show the loss of a step to the rules that follow it.
 
         Raises:
-            UsageError: a rule needs a loss and there is none, or it is not one number.
+            UsageError: a rule needs a loss and none is given, or it is not one number.
             RunError: a rule met a loss that is not finite.
         """
         per_step, per_epoch = ([f for f in followers if f.follows == what] for what in ("step", "epoch"))
@@ -77,7 +77,7 @@ def _mean_over_ranks(value: Tensor) -> float:
     """The mean of one number over all processes of a distributed run, bit for bit the same on each of them."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return float(value)
-    # Gathered and summed in the order of ranks: a reduction may add in another order on another rank.
+    # Numbers are gathered and summed in the order of ranks: a reduction may add in another order on another rank.
     every = [torch.zeros_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(every, value)
     return float(torch.stack(every).mean())

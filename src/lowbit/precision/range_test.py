@@ -1,4 +1,4 @@
-"""CPT's precision range test on its own: which is the lowest precision at which a model makes progress.
+"""CPT's precision range test by itself: it finds the lowest precision at which a model makes progress.
 
 The rule is `lowbit.schedules.RangeTest`; here it drives a model's bits and is shown as a table and a plot.
 """
@@ -28,12 +28,12 @@ class RangeTestResult:
 
     Args:
         bits: the chosen width, `low` of a cyclic schedule.
-        rows: what each width that was trained at gained.
+        rows: what was gained at each width that was trained.
         history: (bits, measure) of every step.
         threshold: the gain that is progress.
         better: whether the measure should get ``"higher"`` or ``"lower"``.
-        significance: standard errors that a gain must exceed too; None: none.
-        state: of the test at its end, see `lowbit.schedules.RangeTest.state_dict`.
+        significance: how many standard errors a gain must also exceed; None: no such condition.
+        state: the state of the test at its end, see `lowbit.schedules.RangeTest.state_dict`.
     """
 
     bits: int
@@ -107,23 +107,23 @@ def range_test(
     """Train a converted model at `low` bits, then at one bit more, ... until a width makes progress.
 
     The model is trained in place and stays as the test leaves it: go on from there, as CPT does in its first cycle, or
-    load what you saved before. Its bits are the recipe's again afterwards.
+    load what you saved before. Afterwards its bits are those of the recipe again.
 
     Args:
         model: a converted model without a controller.
         step_fn: does one whole training step (forward, backward, update) and returns the measure of that batch, e.g.
             its training accuracy.
         low: the first width of inputs and weights.
-        high: the last; chosen, untrained, where no lower one makes progress.
+        high: the last width; it is chosen, without training, if no lower one makes progress.
         backward: bits of gradients; None: the recipe's own.
-        rules: layers with bits of their own, as for `lowbit.PrecisionController`.
-        steps_per_bit: steps at each width, 4 or more, without `significance` 2.
-        threshold: the gain that is progress; of an accuracy 0.01 is one point.
-        better: whether the measure should get ``"higher"``, and a gain is a difference, or ``"lower"``, and it is a
-            relative fall.
-        significance: standard errors that a gain must exceed too, so that noise is no progress; None: the threshold
-            decides alone. See `lowbit.schedules.RangeTest`.
-        every: True trains at each width up to `high` for the table; the choice is the same.
+        rules: layers with other bits, as for `lowbit.PrecisionController`.
+        steps_per_bit: steps at each width, 4 or more; without `significance` 2 or more.
+        threshold: the gain that counts as progress; 0.01 of an accuracy is one point.
+        better: whether the measure should get ``"higher"`` (a gain is a difference) or ``"lower"`` (a gain is a
+            relative fall).
+        significance: how many standard errors a gain must also exceed, so that noise does not count as progress; None:
+            the threshold decides alone. See `lowbit.schedules.RangeTest`.
+        every: whether to train at each width up to `high`, for the table; the choice is the same.
 
     Raises:
         UsageError: a value outside the above, or a model that is not converted or has a controller.
@@ -157,7 +157,7 @@ def plot(history: Sequence[tuple[int, float]]) -> str:
     """The measure over the steps as a column chart of text, with the widths below it.
 
     Args:
-        history: (bits, measure) of every step; neighbouring steps are averaged where they are more than the columns.
+        history: (bits, measure) of every step; if there are more steps than columns, neighbours are averaged.
     """
     columns = min(len(history), _WIDTH)
     bounds = [round(i * len(history) / columns) for i in range(columns + 1)]

@@ -37,7 +37,7 @@ def check_count(what: str, given: int) -> int:
 
 
 def as_measure(what: str, given: Any) -> float:
-    """One number that the run measured, also as a tensor; a UsageError where it is not one."""
+    """One number that the run measured, possibly a tensor; a UsageError if it is not one number."""
     if not (isinstance(given, Tensor) and given.numel() == 1 and not given.is_meta and not given.is_complex()):
         check_type(what, given, float)
     return float(given)

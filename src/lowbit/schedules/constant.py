@@ -1,4 +1,4 @@
-"""The same bits all the time: training at a static precision, and what a schedule's saving is measured against."""
+"""The same bits all the time: training at static precision, against which savings are measured."""
 
 from dataclasses import dataclass
 

@@ -14,8 +14,8 @@ def bit_operations(schedule: Schedule, grad_bits: int | Schedule) -> float:
     """Bit operations per MAC of `output`, summed over the three products and averaged over the steps: b² + 2 b g.
 
     One multiplication of an m-bit by an n-bit number counts as m n bit operations: b b in `output`, b g in each of
-    `grad_input` and `grad_weight`. The whole run is counted, with the bits of each step. Additions, quantization,
-    normalisation, optimizer, evaluation and memory traffic are not.
+    `grad_input` and `grad_weight`. The whole run is counted, with the bits of each step. Additions, quantisation,
+    normalisation, optimizer, evaluation and memory traffic are not counted.
 
     Args:
         schedule: bits of `input` and `weight`.
@@ -38,7 +38,7 @@ def bit_operations(schedule: Schedule, grad_bits: int | Schedule) -> float:
 
 
 def saving(schedule: Schedule, *, grad_bits: int = 8, high: int = 8) -> float:
-    """Percent of bit operations that a schedule saves against `high` bits all the time, gradients alike in both.
+    """Percent of bit operations that a schedule saves against `high` bits all the time, with the same gradients.
 
     Args:
         schedule: bits of `input` and `weight`.
@@ -46,7 +46,7 @@ def saving(schedule: Schedule, *, grad_bits: int = 8, high: int = 8) -> float:
         high: bits of `input` and `weight` in the static run.
 
     Returns:
-        ``100 (1 - mean(b² + 2 b g) / (high² + 2 high g))``, see `bit_operations`; negative where it costs more.
+        ``100 (1 - mean(b² + 2 b g) / (high² + 2 high g))``, see `bit_operations`; negative if it costs more.
     """
     check_type("grad_bits", grad_bits, int)
     check_bits("high", high)

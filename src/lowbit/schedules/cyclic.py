@@ -30,8 +30,8 @@ class Cyclic(PureSchedule):
     - ``"rex"``: ``1 - (1-u)/(0.1 + 0.9 (1-u))``: stays low and rises late;
     - ``"exponential"``: ``1 - exp(-4 u)``: rises early and ends 1.8 % of the span below `high` before rounding.
 
-    ``"repeated"`` cycles all grow and jump back to `low`. ``"triangular-..."`` cycles 0, 2, 4, ... fall and the
-    others grow; falling is growth reflected in the vertical direction, ``1 - G(u)``, or in the horizontal one,
+    ``"repeated"`` cycles all grow and jump back to `low`. Of ``"triangular-..."`` cycles, those with numbers 0, 2,
+    4, ... fall and the others grow. A fall is growth reflected vertically, ``1 - G(u)``, or horizontally,
     ``G(1 - u)``. The defaults are CPT's schedule, bit for bit.
 
     Args:
@@ -41,9 +41,8 @@ class Cyclic(PureSchedule):
         total_steps: length of the run in steps, at least `cycles`.
         profile: how bits grow in a cycle, the profile G.
         shape: whether every cycle grows, or cycles fall and grow by turns.
-        final: ``"high"``: the ``total_steps % cycles`` steps after the last cycle are at `high`, and the last step
-            of the run where none are left over. None: they begin another cycle, which in CPT's code ends the run at
-            `low`.
+        final: ``"high"``: the ``total_steps % cycles`` steps after the last cycle are at `high`; if none are left over,
+            the last step of the run is. None: they begin another cycle, which in CPT's code ends the run at `low`.
 
     Raises:
         UsageError: a value outside the above.
@@ -88,7 +87,7 @@ class Cyclic(PureSchedule):
 
     @property
     def max_bits(self) -> int:
-        """The highest bits it ever takes; fewer than `high` where all cycles are too short to reach it."""
+        """The highest bits it ever takes; fewer than `high` if all cycles are too short to reach it."""
         # A growing cycle is highest at its end, a falling one at its start.
         return max(map(self.at, (0, self.period - 1, self.total_steps - 1)))
 
@@ -101,7 +100,7 @@ class Cyclic(PureSchedule):
         done, left = position / self.period, (self.period - position) / self.period
         if self.shape == "repeated" or cycle % 2:
             return round(self._between(self.low, self.high, done, left))
-        # Cosine and linear are their own mirror image: computed in one way, ties cannot tell the two shapes apart.
+        # Cosine and linear are their own mirror image: if both are computed in one way, ties cannot differ either.
         if self.shape == "triangular-vertical" or self.profile in ("cosine", "linear"):
             return round(self._between(self.high, self.low, done, left))
         return round(self._between(self.low, self.high, 1 - done, 1 - left))
@@ -109,8 +108,8 @@ class Cyclic(PureSchedule):
     def _between(self, start: int, end: int, done: float, left: float) -> float:
         """The unrounded value after the part `done` of a cycle from `start` to `end`.
 
-        Algebra is not free here: each line is in the order of operations of the authors' code, since the last bit
-        decides ties such as 3.5. CPT's code and Wolfe's write the cosine in different ways.
+        Do not simplify: each line has the order of operations of the authors' code, since the last bit decides ties
+        such as 3.5. CPT's code and Wolfe's write the cosine in different ways.
         """
         span = end - start
         match self.profile:

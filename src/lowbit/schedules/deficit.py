@@ -21,8 +21,8 @@ class Deficit(PureSchedule):
         schedule: what runs outside the window; its own steps go on during the window.
         bits: bits inside the window, 1 to the highest of `schedule`.
         start: first step of the window; a step, ``"10ep"``, or ``"0.5"`` of the schedule's total steps.
-        length: steps in the window, in the same units; 0 is an empty window. It ends within the schedule.
-        steps_per_epoch: needed where `start` or `length` is in epochs.
+        length: steps in the window, in the same units; 0 is an empty window. The window ends within the schedule.
+        steps_per_epoch: needed if `start` or `length` is in epochs.
 
     Raises:
         UsageError: a value outside the above.
@@ -69,12 +69,12 @@ class Deficit(PureSchedule):
 
     @property
     def max_bits(self) -> int:
-        """The highest bits it ever takes, which the window may hide."""
+        """The highest bits of the schedule, which the window may hide."""
         highest = self.schedule.max_bits
         if self.total_steps is None or any(self(step) == highest for step in range(self.total_steps)):
             return highest
         return max(map(self, range(self.total_steps)))
 
     def at(self, step: int) -> int:
-        """Few bits inside the window, the schedule's outside."""
+        """Few bits inside the window, and the schedule's bits outside."""
         return self.bits if step in self._window else self.schedule(step)

@@ -1,4 +1,4 @@
-"""Constant bits on each of several pieces of the run, as learning rates often fall: in steps at stated times."""
+"""Constant bits on each of several pieces of the run, as learning rates often fall in steps at stated times."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Piecewise(PureSchedule):
         pieces: pairs (start, bits) in order of time; the first starts at 0. A start is a step, ``"10ep"``, or
             ``"0.9"`` of the run (see `parse_steps`), e.g. ``[[0, 4], ["0.9", 8]]``.
         total_steps: length of the run in steps; every piece starts before it.
-        steps_per_epoch: needed where a start is in epochs.
+        steps_per_epoch: needed if a start is in epochs.
 
     Raises:
         UsageError: a value outside the above.

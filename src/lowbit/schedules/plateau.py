@@ -1,4 +1,4 @@
-"""PFQ's plateau rule: the next of several stages whenever the loss of the epochs has settled.
+"""PFQ's plateau rule: the next of several stages begins whenever the loss of the epochs has settled.
 
 Source: Fu et al. 2020, FracTrain, arXiv:2012.13113, algorithm 1.
 """
@@ -15,7 +15,7 @@ from lowbit.inputs.checks import is_finite
 from lowbit.schedules.checks import MOST_STEPS, as_measure, check_count, load_record
 from lowbit.schedules.source import Follower, Follows
 
-# The authors' code fixes both: how many epochs must agree, and how many the scale is the mean of.
+# The authors' code fixes both: how many epochs must agree, and the mean of how many is the scale.
 _PLATEAU_EPOCHS = 5
 _SCALE_EPOCHS = 10
 
@@ -29,7 +29,7 @@ class _Plateau:
         stage: how often it found a plateau.
         epochs: how many losses it saw.
         first_losses: sum of the first 10 of them.
-        window: the losses since the last switch, the newest 5 at most.
+        window: the losses since the last switch, at most the newest 5.
     """
 
     threshold: float
@@ -72,14 +72,15 @@ class _Plateau:
 
 
 class PlateauRule(Follower):
-    """PFQ's plateau rule: the next of several stages whenever the loss of the epochs has settled.
+    """PFQ's plateau rule: the next of several stages begins whenever the loss of the epochs has settled.
 
-    After each epoch, with its mean loss L: sigma is the mean of the losses so far, from epoch 10 on that of the first
-    ten. A stage ends when it saw five epochs or more and the last five agree: ``|L_j - L| / sigma <= threshold`` for
-    each of the four before the newest. Then the next stage begins, the five are forgotten, and after the first and
-    the second switch ``threshold <- threshold * decay``. It never goes back to an earlier stage.
+    It is applied after each epoch, whose mean loss is L. Sigma is the mean of the losses so far, and of the first ten
+    from epoch 10 on. A stage ends when it saw five epochs or more and the last five agree:
+    ``|L_j - L| / sigma <= threshold`` for each of the four before the newest. Then the next stage begins, the five are
+    forgotten, and after the first and the second switch ``threshold <- threshold * decay``. It never goes back to an
+    earlier stage.
 
-    It is a small state machine: `update` is its only transition and `state_dict` all that it remembers.
+    It is a small state machine: `update` is its only transition, and `state_dict` is all that it remembers.
 
     Args:
         stages: how many there are.
@@ -130,14 +131,14 @@ class PlateauRule(Follower):
         return self._state.scale
 
     def update(self, epoch_loss: float | Tensor) -> bool:
-        """Take the mean loss of the epoch that just ended; what follows is of the present stage.
+        """Take the mean loss of the epoch that just ended; later steps are of the present stage.
 
         Returns:
             Whether a new stage began.
 
         Raises:
-            RunError: the loss is inf or nan; nothing changed.
-            UsageError: the mean of the first losses is negative, so that changes cannot be measured by it.
+            RunError: the loss is inf or nan; nothing changes.
+            UsageError: the mean of the first losses is negative, so changes cannot be measured by it.
         """
         loss = as_measure("epoch_loss", epoch_loss)
         if not math.isfinite(loss):
@@ -156,11 +157,11 @@ class PlateauRule(Follower):
         return switched
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `update` depends on besides the arguments, as plain numbers and one list of them."""
+        """Everything that `update` depends on besides the arguments, as plain numbers and one list of them."""
         return asdict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` gave; a UsageError where it is not the state of such a rule."""
+        """Continue from what `state_dict` gave; a UsageError if it is not the state of such a rule."""
         loaded: _Plateau = load_record("a plateau rule", state, _Plateau)
         if not 0 <= loaded.stage < self._stages:
             raise UsageError(

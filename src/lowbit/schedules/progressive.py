@@ -1,4 +1,4 @@
-"""PFQ, progressive fractional quantization: a list of bits, and the next one whenever the loss has settled.
+"""PFQ, progressive fractional quantization: a list of bits, of which the next begins when the loss has settled.
 
 Source: Fu et al. 2020, FracTrain, arXiv:2012.13113, section 3.1.
 """
@@ -16,7 +16,7 @@ from lowbit.schedules.source import Follows, Rule
 
 
 class Progressive(Rule):
-    """A list of bits, and the next one whenever the loss of the epochs has settled (see `PlateauRule`).
+    """A list of bits, of which the next begins when the loss of the epochs has settled (see `PlateauRule`).
 
     Args:
         bits: bits of `input` and `weight` in each stage, never falling, e.g. ``[3, 4, 6, 8]``.
@@ -27,7 +27,7 @@ class Progressive(Rule):
     Raises:
         UsageError: a value outside the above.
 
-    Source: as `PlateauRule`.
+    Source: that of `PlateauRule`.
     """
 
     def __init__(self, *, bits: Sequence[int], grad_bits: Sequence[int], threshold: float, decay: float) -> None:
@@ -111,11 +111,11 @@ class Progressive(Rule):
         return self._plateau.update(epoch_loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the plateau rule."""
+        """The state of the plateau rule."""
         return self._plateau.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` gave; a UsageError where it is not the state of such a rule."""
+        """Continue from what `state_dict` gave; a UsageError if it is not the state of such a rule."""
         self._plateau.load_state_dict(state)
 
 

@@ -29,7 +29,7 @@ class Tried:
         first: mean of the measure over the first half of them.
         last: mean over the last half.
         gain: how much the measure got better, see `RangeTest`.
-        error: standard error of the gain, from the variances of the two halves; None where a half is one step.
+        error: standard error of the gain, from the variances of the two halves; None if a half is one step.
         progress: whether the gain counts as progress.
     """
 
@@ -55,28 +55,28 @@ class RangeTest(Rule):
     """CPT's precision range test: train at 2 bits, then 3, ... until a width makes training progress.
 
     Each width b trains for n steps. With m_1 and m_2 the means of the measure over the first and the last n // 2 of
-    them, the gain is ``m_2 - m_1`` of a measure that should rise (an accuracy), and ``(m_1 - m_2) / |m_1|`` of one
-    that should fall (a loss, whose unit is free). The first width with a gain above `threshold` and above
-    `significance` standard errors of it is chosen; `high` where none has. With s_1 and s_2 the standard deviations in
-    the halves, the standard error is ``sqrt((s_1^2 + s_2^2) / (n // 2))``, divided by |m_1| where the gain is.
+    them, the gain is ``m_2 - m_1`` if the measure should rise (an accuracy), and ``(m_1 - m_2) / |m_1|`` if it should
+    fall (a loss, whose unit is free). The first width whose gain exceeds `threshold` and `significance` standard
+    errors is chosen, or `high` if none does. With s_1 and s_2 the standard deviations in the halves, the standard error
+    is ``sqrt((s_1^2 + s_2^2) / (n // 2))``, divided by |m_1| if the gain is.
 
-    It is a small state machine: `update` is its only transition and `state_dict` all that it remembers.
+    It is a small state machine: `update` is its only transition, and `state_dict` is all that it remembers.
 
     Args:
         low: the first width.
-        high: the last one, at least `low`; it is not trained at unless `every`, since nothing is left to choose.
-        steps_per_bit: n, 4 or more, without `significance` 2.
-        threshold: the gain that is progress.
+        high: the last width, at least `low`; without `every` it is not trained, since nothing is left to choose.
+        steps_per_bit: n, 4 or more; without `significance` 2 or more.
+        threshold: the gain that counts as progress.
         better: whether the measure should get ``"higher"`` or ``"lower"``.
-        significance: standard errors that a gain must exceed too, which takes `steps_per_bit` of 4 or more; None: the
-            threshold decides alone, and noise that passes it is progress.
-        every: True goes on to train at each width up to `high`, for the table; the choice is the same.
+        significance: how many standard errors a gain must also exceed; this needs `steps_per_bit` of 4 or more. None:
+            the threshold decides alone, and noise that passes it counts as progress.
+        every: whether to train at each width up to `high`, for the table; the choice is the same.
 
     Raises:
         UsageError: a value outside the above.
 
     Source: Fu et al. 2021, CPT, arXiv:2101.09868, section 3.3, which states neither window nor threshold; the
-    authors' code has no range test.
+    authors' code lacks a range test.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class RangeTest(Rule):
 
     @property
     def chosen(self) -> int | None:
-        """The lowest width that makes progress; None while no width has shown it."""
+        """The lowest width that makes progress; None as long as no width has."""
         return self._state.chosen
 
     @property
@@ -177,7 +177,7 @@ class RangeTest(Rule):
             Whether the width changes, or the test is over.
 
         Raises:
-            RunError: the measure is inf or nan; nothing changed.
+            RunError: the measure is inf or nan; nothing changes.
             UsageError: the test is over.
         """
         value = as_measure("measure", measure)
@@ -212,16 +212,16 @@ class RangeTest(Rule):
         return gain > max(self.threshold, (self.significance or 0.0) * (error or 0.0))
 
     def _close(self) -> None:
-        """Choose `high` where no lower width is left."""
+        """Choose `high` if no lower width is left."""
         if self.done and self.chosen is None:
             self._state = replace(self._state, chosen=self.high)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `update` depends on besides the arguments, as plain numbers and lists of them."""
+        """Everything that `update` depends on besides the arguments, as plain numbers and lists of them."""
         return {**asdict(self._state), "tried": [list(row) for row in self._state.tried]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` gave; a UsageError where it is not the state of such a test."""
+        """Continue from what `state_dict` gave; a UsageError if it is not the state of such a test."""
         check_keys("state of a range test", state, (f.name for f in fields(_Ladder)))
         rows = state["tried"]
         rows = [tuple(row) if isinstance(row, list) else row for row in rows] if isinstance(rows, list) else rows

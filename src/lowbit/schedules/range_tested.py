@@ -15,17 +15,17 @@ from lowbit.schedules.cyclic import Cyclic
 from lowbit.schedules.range_test import RangeTest
 from lowbit.schedules.source import Follows, Rule
 
-# A range test in the first cycle trains so many steps at each width, or more.
+# The fewest steps that a range test in the first cycle trains at each width.
 _LEAST_STEPS = 10
 
 
 class RangeTested(Rule):
-    """A range test, and from its end on the cycles of a schedule with the lowest bits that it found.
+    """A range test, followed by the cycles of a schedule with the lowest bits that the test found.
 
     Args:
-        schedule: the cycles; the test begins at their `low`, and what it finds takes its place.
-        test: the range test, from `low` to `high` of the schedule; None: the widths share the first cycle, 10 steps or
-            more each, and progress is a fall of the loss by more than 1 %.
+        schedule: the cycles; the test begins at their `low`, and the bits that it finds take its place.
+        test: the range test, from `low` to `high` of the schedule; None: the widths share the first cycle, with 10
+            steps or more each, and progress is a fall of the loss by more than 1 %.
 
     Attributes:
         schedule: as given.
@@ -56,12 +56,12 @@ class RangeTested(Rule):
 
     @property
     def total_steps(self) -> int:
-        """Those of the schedule."""
+        """The length of the schedule."""
         return self.schedule.total_steps
 
     @property
     def max_bits(self) -> int:
-        """The highest width of the test, and once it is over the highest of the cycles."""
+        """The highest width of the test, or, once it is over, the highest of the cycles."""
         return self._found().max_bits if self.test.done else self.test.max_bits
 
     @property
@@ -71,7 +71,7 @@ class RangeTested(Rule):
 
     @property
     def current_bits(self) -> int:
-        """The width of the test, and once it is over the lowest bits of the cycles."""
+        """The width of the test, or, once it is over, the lowest bits of the cycles."""
         return self.test.current_bits
 
     def _found(self) -> Cyclic:
@@ -79,11 +79,11 @@ class RangeTested(Rule):
         return replace(self.schedule, low=self.test.current_bits)
 
     def at(self, step: int) -> int:
-        """Bits of batch `step`: those of the test, and once it is over those of the cycles."""
+        """Bits of batch `step`: those of the test, or, once it is over, those of the cycles."""
         return self._found().at(step) if self.test.done else self.test.at(step)
 
     def widths(self) -> list[int]:
-        """Those of the test, from which the cycles take theirs."""
+        """The widths of the test, from which the cycles take theirs."""
         return self.test.widths()
 
     @property
@@ -96,17 +96,17 @@ class RangeTested(Rule):
         return self.test.update(loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the test."""
+        """The state of the test."""
         return self.test.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` gave; a UsageError where it is not the state of such a test."""
+        """Continue from what `state_dict` gave; a UsageError if it is not the state of such a test."""
         self.test.load_state_dict(state)
 
 
 def range_tested(
     *,
-    low: Literal["range-test"],  # noqa: ARG001 - what these settings are recognised by
+    low: Literal["range-test"],  # noqa: ARG001 - it marks these settings
     high: int,
     range_test_steps: int | None = None,
     range_test_threshold: float | None = None,
@@ -129,7 +129,7 @@ def range_tested(
 
 
 def _in_first_cycle(schedule: Cyclic, **changes: Any) -> RangeTest:
-    """The test whose widths share the first cycle, 10 steps or more each; `changes` of its arguments win."""
+    """The test whose widths share the first cycle, with 10 steps or more each; `changes` replace its arguments."""
     steps = max(schedule.period // max(schedule.high - schedule.low, 1), _LEAST_STEPS)
     return RangeTest(**{"low": schedule.low, "high": schedule.high, "steps_per_bit": steps, **changes})
 

@@ -1,4 +1,4 @@
-"""What a controller follows: one interface of the schedules, which know the step, and the rules, which see the run.
+"""What a controller follows: one interface for schedules, which know the step, and rules, which see the run.
 
 Notation: t step (the batch counted from 0), b bits of `input` and `weight`, g bits of `grad_output`.
 """
@@ -13,13 +13,13 @@ from torch import Tensor
 from lowbit.inputs.checks import check_keys
 
 Follows = Literal["step", "epoch"]
-# A schedule is looked at in so many of its steps, or in all where it has fewer.
+# The most steps of a schedule that are looked at.
 _MOST_LOOKS = 10**6
 
 
 @runtime_checkable
 class Schedule(Protocol):
-    """What every schedule is, also a user's own: a callable t -> b that knows its length and its highest bits."""
+    """What every schedule is, a user's included: a callable t -> b that knows its length and its highest bits."""
 
     @property
     def total_steps(self) -> int | None:
@@ -34,24 +34,24 @@ class Schedule(Protocol):
 
 
 class Follower(ABC):
-    """What may follow the run: `update` is its only transition, and `state_dict` all that it remembers."""
+    """What may follow the run: `update` is its only transition, and `state_dict` is all that it remembers."""
 
     @property
     @abstractmethod
     def follows(self) -> Follows | None:
-        """Whose loss the next `update` takes: that of each step, the mean of each epoch, or None: it needs none."""
+        """Which loss the next `update` takes: that of a ``"step"``, the mean of an ``"epoch"``, or None."""
 
     @abstractmethod
     def update(self, loss: float | Tensor, /) -> bool:
-        """Take what the run measured; whether anything changes."""
+        """Take what the run measured, and return whether anything changes."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """All that it remembers, as plain values."""
+        """Everything that it remembers, as plain values."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` gave; a UsageError where it is not such a state, and then nothing changes."""
+        """Continue from what `state_dict` gave; if it is not such a state, a UsageError, and nothing changes."""
 
 
 class Source(Follower):
@@ -70,7 +70,7 @@ class Source(Follower):
 
     @abstractmethod
     def at(self, step: int) -> int:
-        """Bits of `input` and `weight` of batch `step`, counted from 0; a UsageError outside of the run."""
+        """Bits of `input` and `weight` of batch `step`, counted from 0; a UsageError outside the run."""
 
     def grad_at(self, step: int) -> int | None:  # noqa: ARG002 - most leave the gradients alone
         """Bits of `grad_output` of batch `step`; None where it leaves them alone."""
@@ -78,20 +78,20 @@ class Source(Follower):
 
     @abstractmethod
     def widths(self) -> list[int]:
-        """The bits that it may take, to be checked before the run, and to recognise it by."""
+        """The bits that it may take: they are checked before the run, and identify it in a saved state."""
 
     def grad_widths(self) -> list[int]:
-        """The bits that it may give gradients; none where it leaves them alone."""
+        """The bits that it may give gradients; empty if it leaves them alone."""
         return []
 
     @property
     def title(self) -> str:
-        """What a table of layers and a saved state call it."""
+        """Its name in a table of layers and in a saved state."""
         return type(self).__name__
 
 
 class PureSchedule(Source):
-    """A source whose bits are a function of the step alone: its `update` does nothing, and it has no state."""
+    """A source whose bits are a function of the step alone: its `update` does nothing, and it lacks a state."""
 
     def __call__(self, step: int) -> int:
         """The same as `at`."""
@@ -99,15 +99,15 @@ class PureSchedule(Source):
 
     @property
     def follows(self) -> None:
-        """None: it sees no loss."""
+        """None: it does not see a loss."""
         return
 
     def update(self, loss: float | Tensor, /) -> bool:  # noqa: ARG002 - it sees nothing
-        """Nothing: False."""
+        """False: nothing changes."""
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: an empty dict."""
+        """An empty dict: it does not remember anything."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -115,14 +115,14 @@ class PureSchedule(Source):
         check_keys(f"state of {self.title}", state, ())
 
     def widths(self) -> list[int]:
-        """The bits of its steps, of about a million of them where there are more, and the highest."""
+        """The bits of its steps, or of about a million of them if there are more, and the highest."""
         total = self.total_steps or 1
         return [self.at(step) for step in range(0, total, -(-total // _MOST_LOOKS))] + [self.max_bits]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Called(PureSchedule):
-    """A callable of a user's own as a source.
+    """A user's callable as a source.
 
     Args:
         schedule: what is called.
@@ -151,7 +151,7 @@ class Called(PureSchedule):
 
 
 class Rule(Source):
-    """A source whose bits follow what the run measures: it has bits now, whatever the step, and a state to save."""
+    """A source whose bits follow what the run measures. It has present bits, whatever the step, and a state."""
 
     @property
     def total_steps(self) -> int | None:
@@ -177,5 +177,5 @@ class Rule(Source):
         return self.current_grad_bits
 
     def grad_widths(self) -> list[int]:
-        """The present bits of gradients: a rule that changes them gives all of theirs."""
+        """The present bits of gradients; a rule that changes them returns all that it may take."""
         return [] if self.current_grad_bits is None else [self.current_grad_bits]

@@ -11,14 +11,14 @@ from lowbit.schedules.cyclic import Profile, Shape
 
 
 class Curve(TypedDict):
-    """The two arguments of `Cyclic` that tell the ten schedules of Wolfe and Kyrillidis apart."""
+    """The two arguments of `Cyclic` that distinguish the ten schedules of Wolfe and Kyrillidis."""
 
     profile: Profile
     shape: Shape
 
 
-# By the authors' names: growth Cosine, Linear, Rex or Exponential; Repeated or Triangular; Vertical or Horizontal
-# reflection. `Cyclic(low=3, high=8, cycles=8, total_steps=64_000, **SUITE["RTH"])`
+# The keys are the authors' names: growth Cosine, Linear, Rex or Exponential; Repeated or Triangular; Vertical or
+# Horizontal reflection. `Cyclic(low=3, high=8, cycles=8, total_steps=64_000, **SUITE["RTH"])`
 SUITE: Mapping[str, Curve] = MappingProxyType(
     {
         "CR": {"profile": "cosine", "shape": "repeated"},

@@ -17,7 +17,7 @@ Make = Callable[..., PureSchedule | Rule]
 
 
 def _kinds() -> dict[str, tuple[Make, ...]]:
-    """What the files of this folder say that they make, by kind; a class comes before the functions in its place."""
+    """What the files of this folder make, by kind; the class of a kind comes before its function."""
     kinds: dict[str, tuple[Make, ...]] = {}
     for file in iter_modules([str(Path(__file__).parent)]):
         if file.name != Path(__file__).stem:
@@ -31,12 +31,12 @@ KINDS = _kinds()
 """What makes the schedules of each kind: every file of this folder lists its own in ``MAKES``. The command line and
 recipes read their settings off these.
 
-A kind has a class, and may have a function that takes its place where a setting is a word in place of a number: the
-first whose annotations the settings fit is called. A function takes the settings of the class too.
+A kind has a class. It may also have a function, for settings that are words instead of numbers. Of these, the first
+whose annotations the settings fit is called. A function takes the settings of the class too.
 """
 
 OF_THE_RUN = ("total_steps", "steps_per_epoch")
-"""The arguments that are the run's and not settings."""
+"""The arguments that the run gives; they are not settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Template:
         settings: the arguments of that kind, without `total_steps` and `steps_per_epoch`.
 
     Raises:
-        UsageError: no such kind or argument, or a value that no run could have.
+        UsageError: an unknown kind or argument, or a value that no run could have.
     """
 
     kind: str
@@ -76,12 +76,12 @@ class Template:
 
     @property
     def of_the_class(self) -> tuple[tuple[str, Any], ...]:
-        """The settings that the class of the kind has: those of a function in its place are left out."""
+        """The settings that the class of the kind has, without those that only its function has."""
         return tuple(pair for pair in self.settings if pair[0] in settings_of(KINDS[self.kind][0]))
 
     @property
     def values(self) -> dict[str, Any]:
-        """Every setting that this kind may have with its value, the defaults included."""
+        """Every setting that this kind may have, with its value, defaults included."""
         given = dict(self.settings)
         return {s.name: given.get(s.name, s.default) for s in kind_settings(self.kind).values()}
 
@@ -93,11 +93,11 @@ class Template:
 
     @property
     def _taken(self) -> dict[str, Setting]:
-        """The arguments of what makes the schedule, those of the run included."""
+        """The arguments of what makes the schedule, including those of the run."""
         return settings_of(KINDS[self.kind][0]) | settings_of(self._make)
 
     def _misplaced(self, name: str) -> UsageError:
-        """The error of a setting that goes with another value of some other setting."""
+        """The error for a setting that requires another value of some other setting."""
         given = dict(self.settings)
         other = next(make for make in KINDS[self.kind] if name in settings_of(make))
         cause = _unfit(other, given)[0]
@@ -107,7 +107,7 @@ class Template:
         )
 
     def replace(self, **settings: Any) -> "Template":
-        """The same with some settings changed, e.g. ``template.replace(cycles=8)``."""
+        """The same template with some settings changed, e.g. ``template.replace(cycles=8)``."""
         return replace(self, settings=tuple({**dict(self.settings), **settings}.items()))
 
     @checked
@@ -126,10 +126,10 @@ class Template:
 
 
 def kind_settings(kind: str) -> dict[str, Setting]:
-    """The settings that schedules of a kind may have, without what is the run's.
+    """The settings that schedules of a kind may have, without the arguments that the run gives.
 
     Raises:
-        UsageError: no such kind.
+        UsageError: an unknown kind.
     """
     if not isinstance(kind, str) or kind not in KINDS:
         raise unknown("kind of schedule", kind, KINDS)

@@ -13,7 +13,7 @@ Time = int | str
 
 
 def parse_steps(given: Time, *, total_steps: int | None = None, steps_per_epoch: int | None = None) -> int:
-    """A time as a number of whole steps, rounded down: the one place where units are read.
+    """A time as a number of whole steps, rounded down; units are read only here.
 
     Args:
         given: steps (``400`` or ``"400"``), epochs (``"10ep"``, ``"2.5ep"``) or, with a decimal point, a
@@ -22,7 +22,7 @@ def parse_steps(given: Time, *, total_steps: int | None = None, steps_per_epoch:
         steps_per_epoch: needed for epochs.
 
     Raises:
-        UsageError: no such unit, a negative time, a fraction above 1, or what its unit needs is missing.
+        UsageError: an unknown unit, a negative time, a fraction above 1, or a missing argument that its unit needs.
     """
     check_type("total_steps", total_steps, int | None)
     check_type("steps_per_epoch", steps_per_epoch, int | None)
