@@ -1,6 +1,6 @@
-"""Number formats as frozen values: an element, a scale and a transform, each a part of its own.
+"""Number formats as frozen values: an element, a scale and a transform, each a separate part.
 
-A format says which grid a tensor is put on and what shares a scale; it says nothing about how it is executed.
+A format says which grid a tensor is put on and what shares a scale. It does not say how it is executed.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class Format:
 
     Args:
         element: what one code is.
-        scale: what shares a scale, and how it is made; None where the element has none.
+        scale: what shares a scale, and how it is made; None if the element does not take one.
         transform: what is done before the grid.
         rounding: ``"nearest"``, halves to even, or ``"stochastic"``, which has the mean of its input inside the grid.
 
@@ -78,7 +78,7 @@ class Format:
         return hash((self.element, self.scale, self.transform, self.rounding))
 
     def __hash__(self) -> int:
-        """That of the parts, found once: a format is looked up at every product."""
+        """The hash of the parts, computed once: a format is looked up at every product."""
         return self._hash
 
     @property
@@ -93,12 +93,12 @@ class Format:
 
     @property
     def zero(self) -> Zero:
-        """Where real zero lies; ``"symmetric"`` where it is the code 0."""
+        """Where real zero lies; ``"symmetric"`` if it is the code 0."""
         return self.element.zero
 
     @property
     def has_width(self) -> bool:
-        """Whether its bits can be set apart from it, by a schedule or a gate; a float format has its own alone."""
+        """Whether a schedule or a gate can set its bits; a float format always has its own."""
         return self.element.has_width
 
     @property
@@ -108,19 +108,19 @@ class Format:
 
     @property
     def granularity(self) -> Granularity:
-        """What shares a scale; of a format without scales the tensor."""
+        """What shares a scale; the tensor, if the format lacks scales."""
         return "tensor" if self.scale is None else self.scale.granularity
 
     @property
     def running(self) -> float | None:
-        """Weight of the old value in its running range; None where it keeps none."""
+        """Weight of the old value in its running range; None if it does not keep one."""
         return None if self.scale is None else self.scale.running
 
     def with_bits(self, bits: int) -> "Format":
         """The same format with codes of another width.
 
         Raises:
-            UsageError: codes cannot have this width; a format without a width to set has its own alone.
+            UsageError: codes cannot have this width, e.g. because the format has only its own.
         """
         if self.has_width:
             return self if is_whole(bits) and bits == self.bits else self.replace(bits=bits)
@@ -129,7 +129,7 @@ class Format:
         return self
 
     def applied(self, size: int) -> "Format":
-        """The same format as it works on samples of so many values."""
+        """The same format as it works on samples of that many values."""
         if self.scale is None:
             return self
         rule = self.scale.range.applied(size)
@@ -139,8 +139,8 @@ class Format:
         """The same format with other parts, or with other fields of its parts, e.g. ``fmt.replace(bits=4)``.
 
         Args:
-            changes: parts by their names (element, scale, transform, rounding), or fields of the element or of the
-                scale it has. `element`, `transform`, `range` and `format` may be kinds; `fewest` belongs to the range
+            changes: parts by their names (element, scale, transform, rounding), or fields of its element or scale.
+                `element`, `transform`, `range` and `format` may be kinds; `fewest` belongs to the range
                 ``"sample-mean"``.
 
         Raises:
@@ -220,7 +220,7 @@ def integer(
 
 
 def _scale_fields(fields: Mapping[str, Any], now: RangeRule, where: str = "a format") -> dict[str, Any]:
-    """Fields of a scale whose range and format may be kinds, with `fewest` beside them."""
+    """Fields of a scale whose range and format may be kinds; `fewest` may stand beside them."""
     fields = dict(fields)
     rule = by_kind("range", RANGE_RULES, fields.pop("range", now), where)
     if "fewest" in fields:
@@ -272,14 +272,14 @@ def from_table(where: str, fields: Mapping[str, Any]) -> Format:
     return made
 
 
-# Parts that are formats of the reference engine: each of these classes says itself what it computes.
+# The parts that the reference engine takes: each of these classes defines what it computes.
 _DEFINED: dict[str, tuple[type[Any], ...]] = {"element": ELEMENTS, "transform": TRANSFORMS}
 _DEFINED_IN_SCALES: dict[str, tuple[type[Any], ...]] = {"range": RANGE_RULES, "format": SCALE_FORMATS}
 
 
 @lru_cache(maxsize=4096)
 def check_defined(fmt: Format) -> None:
-    """Raise a UsageError for a format whose values are defined nowhere."""
+    """Raise a UsageError for a format whose values are not defined."""
     parts = [(name, getattr(fmt, name, None), known) for name, known in _DEFINED.items()]
     scale = getattr(fmt, "scale", None)
     if scale is not None:

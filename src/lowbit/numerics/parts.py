@@ -1,4 +1,4 @@
-"""The parts of a number format as data: how a part is written in TOML, and what of it something computes.
+"""The parts of a number format as data: how they are written in TOML, and how to list which of them are computed.
 
 A part is a small final dataclass with a `kind`. Whatever executes formats lists the classes, fields and values that it
 computes, and refuses the rest.
@@ -44,18 +44,18 @@ class _NumbersOrNone(_Numbers):
 
 NUMBERS, NUMBERS_OR_NONE = _Numbers(), _NumbersOrNone()
 
-# Which formats something executes: the classes of their parts by exact types, and of each class the fields with their
-# values. Whatever executes formats writes its own list out, however alike they are: with a shared one, what one of them
-# learns to compute would be taken by all.
+# Which formats something executes: the exact classes of their parts, and for each class the fields with their values.
+# Whatever executes formats has its own list, however alike the lists are: with a shared one, all would take what one of
+# them learns to compute.
 Listed = Mapping[type, Mapping[str, Container[object]]]
 
 
 def unlisted(part: object, listed: Listed) -> str:
-    """What of a format, or of a part of one, is not listed, in words; empty where all of it is.
+    """Says which part of a format is not listed; empty if everything is.
 
-    A list is closed: a class that it does not name is not listed, also a subclass of one that it names. A field that it
-    does not name has its default and no other value, since a field that is added later has a default that changes
-    nothing. A field that holds a part is asked in turn.
+    A list is closed: a class that it does not name is not listed, even if it is a subclass of one that it names. A
+    field that it does not name may only have its default, since the default of a field that is added later changes
+    nothing. A field that holds a part is checked in turn.
 
     Args:
         part: a format or a part.
@@ -77,7 +77,7 @@ def unlisted(part: object, listed: Listed) -> str:
 
 
 def check_part(what: str, value: object, method: str) -> None:
-    """Raise a UsageError unless a value is a part of its sort: a dataclass with a kind and the sort's own method."""
+    """Raise a UsageError unless a value is a part of its sort: a dataclass with a kind and this method."""
     if isinstance(value, type) or not dataclasses.is_dataclass(value) or not hasattr(value, "kind"):
         raise UsageError(f"{what}={shown(value)}: give a part of a format, one of lowbit.numerics that has `{method}`")
     if not hasattr(value, method):
@@ -85,7 +85,7 @@ def check_part(what: str, value: object, method: str) -> None:
 
 
 def check_again(part: object) -> None:
-    """Run the checks of a format and of all its parts once more, whatever was done to them since they were made."""
+    """Run the checks of a format and of all its parts again, whatever was done to them since they were made."""
     for field in dataclasses.fields(part):  # type: ignore[arg-type]  # parts are dataclasses
         value = getattr(part, field.name)
         if dataclasses.is_dataclass(value):
@@ -98,12 +98,12 @@ def by_kind(what: str, classes: Iterable[type[Any]], given: object, where: str) 
 
     Args:
         what: what the part is, for messages, e.g. ``"element"``.
-        classes: those that there are.
-        given: the text or table, or a part, which is given back.
-        where: where it stands, for messages.
+        classes: the known classes.
+        given: the text or table, or a part, which is returned.
+        where: where it was read, for messages.
 
     Raises:
-        UsageError: no such kind, or fields that it lacks or has not.
+        UsageError: an unknown kind, an unknown field, or a missing one.
     """
     kinds = {cls.kind: cls for cls in classes}
     if type(given) in kinds.values():
@@ -121,7 +121,7 @@ def construct(cls: type[Any], where: str, fields: Mapping[str, Any]) -> Any:
     """A dataclass from its fields.
 
     Raises:
-        UsageError: fields that it lacks or has not, or values that it refuses.
+        UsageError: an unknown field, a missing one, or a value that it refuses.
     """
     known = {f.name: f for f in dataclasses.fields(cls)}
     for key in fields:

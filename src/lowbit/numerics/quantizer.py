@@ -28,7 +28,7 @@ class Codes:
 
     Args:
         q: codes held in the float dtype of the tensor they came from, any shape.
-        steps: where they lie; None where they are the values themselves.
+        steps: where they lie; None if they are the values themselves.
     """
 
     q: Tensor
@@ -39,7 +39,7 @@ class Codes:
         return self.dequantize_into(self.q.clone())
 
     def dequantize_into(self, q: Tensor) -> Tensor:
-        """As `dequantize`, in the memory of `q`, which holds the codes and is lost."""
+        """As `dequantize`, but the result takes the memory of `q`, which holds the codes."""
         if self.steps is None:
             return q
         if self.steps.zero is not None:
@@ -53,10 +53,10 @@ class Sharing:
     """What shares a scale in a tensor.
 
     Args:
-        view: the shape, same elements in the same order, in which the rest is meant.
-        dims: the dims that share one scale: of the view, or where there are blocks of what `cut` gives.
+        view: the shape that the rest refers to: it has the same elements in the same order.
+        dims: the dims that share one scale: of the view, or with blocks of what `cut` gives.
         axis: the axis of the view that the product sums over.
-        blocks: axes of the view that are cut into blocks and the length of a block, from the last axis back.
+        blocks: axes of the view that are cut into blocks, each with the length of a block, from the last axis back.
     """
 
     view: tuple[int, ...]
@@ -71,7 +71,7 @@ class Sharing:
         return x
 
     def joined(self, x: Tensor) -> Tensor:
-        """A tensor that was cut, as it was."""
+        """A tensor that was cut, in its shape before."""
         for axis, _ in reversed(self.blocks):
             x = _merge(x, axis, self.view[axis])
         return x
@@ -83,21 +83,21 @@ class Sharing:
 
 
 def sharing_of(fmt: Format, shape: torch.Size, dims: tuple[int, ...] | None = None, axis: int | None = None) -> Sharing:
-    """What shares a scale in a tensor that belongs to no product.
+    """What shares a scale in a tensor that does not belong to a product.
 
     Args:
-        fmt: the format, whose granularity is what `dims` says here, blocks excepted.
+        fmt: the format; `dims` takes the place of its granularity, except for blocks.
         shape: of the tensor.
         dims: the dims that share one scale; None: all. Ignored for blocks, which have their own.
-        axis: the axis that blocks or a transform lie along; None: the last one, for blocks an error.
+        axis: the axis that blocks or a transform lie along; None: the last one, but an error for blocks.
 
     Raises:
-        ValueError: the axis is missing, is given without need, or is not one of the tensor's.
+        ValueError: the axis is missing, given without need, or not one of the tensor's.
     """
     view, dim = tuple(shape), len(shape)
     lies = fmt.granularity == "block" or fmt.transform.along_axis
     if (axis is None and fmt.granularity == "block") or (axis is not None and not lies):
-        raise ValueError(f"axis={axis} with {fmt}: an axis goes with what lies along it, blocks or a transform")
+        raise ValueError(f"axis={axis} with {fmt}: an axis goes with blocks or a transform, which lie along it")
     if axis is not None and not -dim <= axis < dim:
         raise ValueError(f"axis={axis} of {view}: give one of its axes")
     at = dim - 1 if axis is None else axis % dim
@@ -106,10 +106,10 @@ def sharing_of(fmt: Format, shape: torch.Size, dims: tuple[int, ...] | None = No
 
 
 def blocked(fmt: Format, sharing: Sharing) -> Sharing:
-    """The same with the blocks that a format has.
+    """The same with the blocks of a format.
 
     Raises:
-        UsageError: square blocks of what is not a matrix.
+        UsageError: square blocks of a tensor that is not a matrix.
     """
     if fmt.scale is None or fmt.scale.block is None:
         return sharing
@@ -123,7 +123,7 @@ def blocked(fmt: Format, sharing: Sharing) -> Sharing:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Where the codes of a tensor lie, kept for whoever asks afterwards what became of its values.
+    """Where the codes of a tensor lie, kept for those who ask afterwards what became of its values.
 
     Args:
         format: the format.
@@ -136,12 +136,12 @@ class Grid:
     steps: Steps
 
     def cut(self, x: Tensor) -> Tensor:
-        """What was put on the grid, of the tensor that codes were made of, in the shape that scales broadcast to."""
+        """What was put on the grid for a tensor `x`, in the shape that scales broadcast to."""
         y = self.format.transform.forward(x.reshape(self.sharing.view), self.sharing.place)
         return replace(self.sharing, view=tuple(y.shape)).cut(y)
 
     def clipped(self, x: Tensor) -> float:
-        """The share of `x`, the tensor the codes were made of, that lies more than half a step outside the grid."""
+        """The share of `x`, from which the codes were made, that lies more than half a step outside the grid."""
         if x.numel() == 0:
             return 0.0
         t, steps, margin = self.cut(x), self.steps, self.format.element.margin
@@ -152,7 +152,7 @@ class Grid:
     def floored(self, x: Tensor) -> float:
         """The share of the values of `x` whose scale is the floor, although they are not all alike.
 
-        The range of such values asks for a smaller scale: the floor leaves them fewer codes than the format has.
+        Such values need a smaller scale: the floor leaves them fewer codes than the format has.
         """
         scale, floor = self.steps.scale, 0.0 if self.format.scale is None else self.format.scale.floor
         if not floor or x.numel() == 0:
@@ -177,23 +177,23 @@ def encode(
     """Put `x`, as it is after the format's transform, on its grid (see `lowbit.numerics.elements` for the grids).
 
     Args:
-        x: float32 or float64, any shape, also empty.
-        fmt: the format; its granularity is what `dims` says here, blocks excepted (see `quantize`).
+        x: float32 or float64, any shape, even empty.
+        fmt: the format; `dims` takes the place of its granularity, except for blocks (see `quantize`).
         dims: the dims that share one scale; None: all.
-        levels: the largest code, where bits are not the format's own, e.g. after a schedule changed them;
-            a number or a float scalar tensor (so that a change does not recompile).
+        levels: the largest code, if bits are not the format's own, e.g. after a schedule changed them; a number or a
+            float scalar tensor (so that a change does not recompile).
         noise: uniform draws in [0, 1) of the shape of `x`; needed iff the format rounds stochastically.
         observed: lo and hi to use in place of those of `x`, broadcasting against it.
 
     Returns:
-        Of integers codes with ``|x - x_hat| <= S/2`` (nearest) or ``< S`` (noise) inside [lo, hi], up to float32
-        rounding. Zeros give zeros and a constant gives itself; a slice with an inf or nan dequantizes to nan
+        Codes. Those of integers have ``|x - x_hat| <= S/2`` (nearest) or ``< S`` (noise) inside [lo, hi], up to float32
+        rounding. Zeros give zeros and a constant gives itself. A slice with an inf or nan dequantizes to nan
         throughout.
 
     Raises:
         TypeError: `x` is not float32 or float64, or the noise is not floating point.
         ValueError: noise is missing, given to a format that rounds to nearest, or of another shape; a block format
-            without `dims`; levels or a range for a format without a scale; `x` would need a gradient.
+            lacks `dims`; levels or a range are given for a format without a scale; `x` requires a gradient.
     """
     check_defined(fmt)
     _check_tensor(x)
@@ -219,12 +219,12 @@ def _check_tensor(x: Tensor) -> None:
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"cannot quantize {x.dtype}: give float32 or float64")
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("quantisation alone has no gradient: give x.detach(), or use lowbit.products")
+        raise ValueError("quantisation alone has no gradient: give x.detach(), or use lowbit.functional")
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """The result of `quantize`: the values, and the grid they lie on; None where nothing has limits."""
+    """The result of `quantize`: the values, and the grid that they lie on; None if they have no limits."""
 
     values: Tensor
     grid: Grid | None = None
@@ -241,7 +241,7 @@ def quantize(
     noise: Tensor | tuple[int, int] | None = None,
     observed: tuple[Tensor, Tensor] | None = None,
 ) -> Quantized:
-    """Round `x` to a format: the values a product sees.
+    """Round `x` to a format: the values that a product sees.
 
     Args:
         x: float32 or float64, any shape.
@@ -250,7 +250,7 @@ def quantize(
         dims: see there.
         axis: see there.
         levels: as for `encode`.
-        noise: as for `encode`, or the two words of a noise field of `lowbit.numerics.rounding`, made as it is needed.
+        noise: as for `encode`, or the two words of a noise field of `lowbit.numerics.rounding`, made when needed.
         observed: as for `encode`, broadcasting against the view.
 
     Returns:
@@ -258,12 +258,12 @@ def quantize(
 
     Raises:
         TypeError: `x` is not float32 or float64.
-        ValueError: noise or axis is missing or given without need, or as `encode`.
+        ValueError: noise or axis is missing or given without need; and as for `encode`.
     """
     check_defined(fmt)
     sharing = sharing_of(fmt, x.shape, dims, axis) if sharing is None else sharing
     if observed is not None and sharing.blocks:
-        raise ValueError(f"an observed range for {fmt}: blocks have ranges of their own")
+        raise ValueError(f"an observed range for {fmt}: every block has its own range, so leave it out")
     if not isinstance(noise, Tensor) and fmt.stochastic == (noise is not None):
         _check_tensor(x)
         found = _natively(x, fmt, sharing, levels, noise, observed)
@@ -288,10 +288,10 @@ def quantize(
 
 
 def _filled(noise: Tensor, shape: torch.Size) -> Tensor:
-    """Noise of a longer shape, for what a transform mixes into numbers that it fills in.
+    """Noise of a longer shape, since a transform also mixes values into the places that it fills.
 
-    Those take the draws from the start of the axis with the upper 12 of their 24 bits and the lower 12 exchanged: as
-    uniform, so that rounding stays unbiased, and independent of the draws themselves.
+    These places take the draws from the start of the axis, with the upper and the lower 12 of their 24 bits exchanged.
+    They are as uniform, so rounding stays unbiased, and independent of the draws themselves.
     """
     for axis, length in enumerate(shape):
         own = noise.shape[axis]
@@ -334,7 +334,7 @@ def _natively(
     key: tuple[int, int] | None,
     observed: tuple[Tensor, Tensor] | None,
 ) -> Quantized | None:
-    """Values on the grid in one or two passes over memory; None where no such pass takes this tensor."""
+    """Values on the grid in one or two passes over memory; None if no such pass takes this tensor."""
     if levels is None and observed is None and fmt in (FP32, BF16):
         return Quantized(x if fmt == FP32 else _round_bf16(x))
     if not cpu.runs(x) or x.dtype != torch.float32 or x.numel() == 0 or not _is_native(fmt):
@@ -363,7 +363,7 @@ def _natively(
 
 
 def native_grid(steps: Steps, key: tuple[int, int] | None) -> cpu.Grid:
-    """Steps as the native passes take them: `zero` is a tensor there, or None."""
+    """Steps as the native passes take them, where `zero` is a tensor or None."""
     zero, offset = steps.zero if isinstance(steps.zero, Tensor) else None, steps.offset
     low, high = float(steps.low), float(steps.high)
     at = zero if offset is None else offset

@@ -11,7 +11,7 @@ from lowbit.kernels import cpu
 from lowbit.numerics.formats import Format, check_defined
 from lowbit.numerics.scales import RANGE_RULES, MinMax, RangeRule, RunningStart, SampleMean, mean
 
-# The rules that native passes compute: the mean of so many samples' extremes.
+# The rules that native passes compute, as the mean of the extremes of a number of samples.
 _NATIVE = (MinMax, SampleMean)
 
 
@@ -24,12 +24,12 @@ def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...]) -> tuple[Tens
         dims: the dims that share one scale.
 
     Returns:
-        lo and hi with `dims` kept as 1, in the dtype of `x`; a mean, which float64 sums, in float32 for 16-bit types.
-        Zeros for an empty tensor; nan where a nan is.
+        lo and hi with `dims` kept as 1, in the dtype of `x`. A mean is summed in float64, and is float32 for
+        16-bit types. Zeros for an empty tensor; nan where a nan is.
 
     Raises:
-        UsageError: a rule that is defined nowhere.
-        ValueError: a rule for the whole tensor, of less than that.
+        UsageError: a rule that is not defined.
+        ValueError: a rule for whole tensors is asked for less.
     """
     dims = tuple(d % x.dim() for d in dims)
     if type(rule) not in RANGE_RULES:
@@ -61,9 +61,9 @@ def new_running_range() -> Tensor:
 
 
 def record_range(running: Tensor, lo: Tensor, hi: Tensor, *, momentum: float, start: RunningStart) -> None:
-    """Update `running` in place: ``r = m r + (1 - m) new``; with start ``"first"`` the first batch is taken whole.
+    """Update `running` in place: ``r = m r + (1 - m) new``; with start ``"first"``, r starts as the first batch's.
 
-    A batch whose extremes are not finite is not recorded: it must not decide every later evaluation.
+    A batch whose extremes are not finite is not recorded, or it would decide every later evaluation.
 
     Args:
         running: float ``(3,)`` from `new_running_range`.
@@ -89,11 +89,11 @@ def observed_extremes(x: Tensor, fmt: Format, running: Tensor, *, training: bool
         fmt: the format; only one with `running` set keeps a running range.
         running: its running range; changed in place in training.
         training: True records the batch's extremes and returns them; False returns the running ones, or the
-            batch's where none was recorded yet.
+            batch's if none was recorded yet.
 
     Returns:
-        lo and hi of shape ``(1,) * x.dim()``, float32 for 16-bit types; None where `fmt` keeps no running range. nan
-        where `x` has a nan or inf, which would else be clipped to a number.
+        lo and hi of shape ``(1,) * x.dim()``, float32 for 16-bit types; None if `fmt` does not keep a running range.
+        nan if `x` has a nan or inf, which would otherwise be clipped to a number.
     """
     check_defined(fmt)
     if fmt.scale is None or fmt.scale.running is None or x.numel() == 0:

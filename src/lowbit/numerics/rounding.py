@@ -2,8 +2,8 @@
 
 Notation: t real value measured in steps of the grid, u uniform noise in [0, 1), h a 32-bit hash.
 
-The noise is counter based: u is a pure function of (seed, step, tensor id, element index), so it is the same
-for every engine, thread count, memory layout and resume, and nothing is drawn from global state.
+The noise is counter based: u is a pure function of (seed, step, rank, tensor id, element index). It is therefore the
+same for every engine, thread count, memory layout and resume, and nothing is drawn from global state.
 """
 
 import zlib
@@ -18,7 +18,7 @@ _MASK = 0xFFFFFFFF
 # The two-round finaliser "lowbias32" (C. Wellons, hash-prospector): shift 16, multiply, shift 15, multiply, shift 16.
 _MULTIPLIER_1 = 0x7FEB352D
 _MULTIPLIER_2 = 0x846CA68B
-# The golden ratio in 32 bits: it spreads neighbouring indices, without which rows of a tensor are not independent.
+# The golden ratio in 32 bits: it spreads neighbouring indices. Without it, rows of a tensor are not independent.
 _SPREAD = 0x9E3779B1
 
 
@@ -41,7 +41,7 @@ def round_stochastic(t: Tensor, noise: Tensor) -> Tensor:
     Source: Gupta et al. 2015, arXiv:1502.02551, section 3.
     """
     down = t.floor()
-    # fraction - noise lies in (-1, 1) and is 0 only for equals, so its ceiling is the comparison.
+    # fraction - noise lies in (-1, 1) and is 0 only if both are equal, so its ceiling is the comparison.
     return down.add_((t - down).sub_(noise).ceil_())
 
 
@@ -77,17 +77,17 @@ Word = TypeVar("Word", int, Tensor)
 
 
 def _mix(h: Word) -> Word:
-    """Hash a 32-bit value, a number or an int64 tensor of such: a bijection of [0, 2**32)."""
+    """Hash a 32-bit value, or an int64 tensor of them: a bijection of [0, 2**32)."""
     h = ((h ^ (h >> 16)) * _MULTIPLIER_1) & _MASK
     h = ((h ^ (h >> 15)) * _MULTIPLIER_2) & _MASK
     return h ^ (h >> 16)
 
 
 def step_key(seed: int, step: Tensor, *, rank: int = 0) -> Tensor:
-    """The hash of seed, step and rank that all noise of one step starts from.
+    """The hash of seed, step and rank from which all noise of one step starts.
 
-    ``k = mix(mix(mix(mix(seed_lo) ^ seed_hi) ^ step_lo) ^ step_hi)``: for one seed no two steps below 2**32 share it.
-    Rank 0 has k itself, any other ``mix(mix(k ^ c) ^ rank)``: in one step no two ranks share it.
+    ``k = mix(mix(mix(mix(seed_lo) ^ seed_hi) ^ step_lo) ^ step_hi)``: steps below 2**32 of one seed never share it.
+    Rank 0 has k itself, and any other rank ``mix(mix(k ^ c) ^ rank)``: ranks in one step never share it.
 
     Args:
         seed: any Python integer; its low 64 bits count.
@@ -97,7 +97,7 @@ def step_key(seed: int, step: Tensor, *, rank: int = 0) -> Tensor:
     Returns:
         int64 scalar tensor in [0, 2**32) on the device of `step`.
     """
-    number = int(step)  # in Python's numbers: on scalar tensors the same hash takes 100 microseconds
+    number = int(step)  # as a Python number: on scalar tensors the same hash takes 100 microseconds
     key = _mix(_mix(_mix(_mix(seed & _MASK) ^ (seed >> 32 & _MASK)) ^ (number & _MASK)) ^ (number >> 32 & _MASK))
     return torch.tensor(_mix(_mix(key ^ 0x1B56C4E9) ^ rank) if rank else key, dtype=torch.int64, device=step.device)
 
@@ -135,7 +135,7 @@ def uniform_noise(key: Tensor, shape: torch.Size | tuple[int, ...], device: torc
     Args:
         key: int64 ``(2,)`` from `noise_key`.
         shape: the shape of the tensor to round.
-        device: where the noise is made; that of `key` when None.
+        device: where the noise is made; None: the device of `key`.
 
     Returns:
         float32 of `shape`, contiguous.
@@ -164,20 +164,20 @@ def _as_int32(word: Tensor) -> Tensor:
 
 
 class Noise(Protocol):
-    """Where the noise of a product's operands comes from."""
+    """The source of noise for a product's operands."""
 
     def draw(self, product: str, operand: str, x: Tensor) -> Tensor:
         """Uniform draws in [0, 1) for rounding `x`, in its shape and on its device."""
 
     def words(self, product: str, operand: str) -> tuple[int, int] | None:
-        """The two words that select the noise field, for kernels that make it as they go; None where it is recorded."""
+        """The two words that select the noise field, for kernels that make it themselves; None if it is recorded."""
 
     def branch(self, name: str) -> "Noise":
-        """Other noise for a part of the same operands that is computed apart."""
+        """Other noise, for a part of the same operands that is computed separately."""
 
 
 def field_of(noise: Noise, product: str, operand: str, x: Tensor) -> Tensor | tuple[int, int]:
-    """What rounds an operand: on the CPU the words of its noise field, where there is one; else the draws."""
+    """The noise for an operand: on the CPU the words of its noise field, if it has one; otherwise the draws."""
     words = noise.words(product, operand) if x.device.type == "cpu" else None
     return noise.draw(product, operand, x) if words is None else words
 
@@ -206,7 +206,7 @@ class CounterNoise:
         return _words(int(self.key), tensor_id(self.layer, product, operand, self.use))
 
     def branch(self, name: str) -> "CounterNoise":
-        """The noise of a layer of another name."""
+        """The noise of a layer with another name."""
         return replace(self, layer=f"{self.layer}#{name}")
 
 
@@ -217,7 +217,7 @@ class RecordedNoise:
     draws: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def draw(self, product: str, operand: str, x: Tensor) -> Tensor:
-        """The recorded draws of one operand; a ValueError where none of that shape were recorded."""
+        """The recorded draws of one operand; a ValueError if none of that shape were recorded."""
         draws = self.draws.get((product, operand))
         if draws is None or draws.shape != x.shape:
             have = {k: tuple(v.shape) for k, v in self.draws.items()}
@@ -230,6 +230,6 @@ class RecordedNoise:
         """None."""
         return
 
-    def branch(self, name: str) -> "RecordedNoise":  # noqa: ARG002 - records do not tell parts apart
+    def branch(self, name: str) -> "RecordedNoise":  # noqa: ARG002 - records do not distinguish parts
         """The same records: the draws of each part have its shape."""
         return self

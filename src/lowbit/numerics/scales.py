@@ -1,4 +1,4 @@
-"""Scales: what shares one, the range it is made from, and the format that the scale itself is kept in.
+"""Scales: what shares one, the range that it is made from, and the format of the scale itself.
 
 Notation: x real value, lo and hi its range, S scale, n the largest code, M the largest scale of a tensor.
 """
@@ -24,7 +24,7 @@ class RangeRule(Protocol):
     """How lo and hi are measured."""
 
     kind: ClassVar[str]
-    # Whether lo and hi belong to all of a tensor and to nothing smaller.
+    # Whether lo and hi are always those of a whole tensor.
     per_tensor: ClassVar[bool]
 
     def extremes(self, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -32,17 +32,17 @@ class RangeRule(Protocol):
 
         Args:
             x: float, any shape that is not empty.
-            dims: the dims that share one scale, not negative; one at least, all of them for a rule `per_tensor`.
+            dims: the dims that share one scale, not negative; at least one, and all of them for a `per_tensor` rule.
 
         Returns:
             lo and hi with `dims` kept as 1, in the dtype of `x` or float32; nan where a nan is.
         """
 
     def samples(self, shape: torch.Size) -> int | None:
-        """Of how many samples, indices of the first axis, the extremes are averaged; 1: those of all; None: neither."""
+        """The number of samples whose extremes are averaged; 1: the extremes of everything; None: neither."""
 
     def applied(self, size: int) -> "RangeRule":
-        """The rule as it works on samples of so many values."""
+        """The rule as it works on samples of that many values."""
 
     def __str__(self) -> str:
         """As reports name it; empty where it goes without saying."""
@@ -76,8 +76,8 @@ class SampleMean:
     """The mean over samples, the first axis, of each sample's extremes, so that the largest outliers are clipped.
 
     Args:
-        fewest: a sample of fewer values has no extremes worth a mean, and lo and hi are those of the whole tensor;
-            None: samples of any size, as in the authors' codes.
+        fewest: if samples have fewer values, lo and hi are those of the whole tensor, since means of such extremes are
+            too small; None: samples of any size, as in the authors' codes.
 
     Source: Banner et al. 2018's protection against outliers, as in the authors' code.
     """
@@ -101,11 +101,11 @@ class SampleMean:
         return mean(lo).reshape(shape), mean(hi).reshape(shape)
 
     def samples(self, shape: torch.Size) -> int:
-        """The length of the first axis, where samples have enough values."""
+        """The length of the first axis if samples have enough values, else 1."""
         return shape[0] if len(shape) > 1 and math.prod(shape[1:]) >= (self.fewest or 1) else 1
 
     def applied(self, size: int) -> RangeRule:
-        """The extremes of the tensor where samples have too few values."""
+        """The extremes of the tensor if samples have too few values."""
         return MINMAX if self.fewest is not None and size < self.fewest else self
 
     def __str__(self) -> str:
@@ -113,8 +113,8 @@ class SampleMean:
 
 
 def mean(v: Tensor) -> Tensor:
-    """The mean in float64, so that the order of the sum does not show, rounded to float32 where it is not float64."""
-    wide = torch.float32 if v.device.type == "mps" else torch.float64  # mps has no float64
+    """The mean in float64, so that the order of the sum does not show; rounded to float32 unless `v` is float64."""
+    wide = torch.float32 if v.device.type == "mps" else torch.float64  # mps lacks float64
     return v.mean(dtype=wide).to(torch.promote_types(v.dtype, torch.float32))
 
 
@@ -138,13 +138,13 @@ class Constant:
         check_interval(self.low, self.high)
 
     def extremes(self, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The same for all; nan for what has a value that is not finite."""
+        """The same for all; nan where a value that is not finite shares the scale."""
         finite = x.isfinite().all(dims, keepdim=True) if dims else x.isfinite()
         bad = x.new_zeros(finite.shape).masked_fill_(~finite, torch.nan)
         return bad + self.low, bad + self.high
 
     def samples(self, shape: torch.Size) -> None:  # noqa: ARG002 - whatever the shape
-        """None: no values are looked at."""
+        """None: it does not look at values."""
         return
 
     def applied(self, size: int) -> "Constant":  # noqa: ARG002 - whatever the size
@@ -161,7 +161,7 @@ class ScaleFormat(Protocol):
     kind: ClassVar[str]
 
     def rounded(self, scale: Tensor, span: Tensor, levels: Tensor | float) -> Tensor:
-        """Scales that this format has, for ``scale = span / levels``."""
+        """The scales of this format for ``scale = span / levels``."""
 
     def __str__(self) -> str:
         """As reports name it; empty where it goes without saying."""
@@ -200,7 +200,7 @@ class PowerOfTwoScale:
         check_fields(self)
 
     def rounded(self, scale: Tensor, span: Tensor, levels: Tensor | float) -> Tensor:
-        """By extraction of exponents, exact at every power of two; nan and 0 stay."""
+        """Powers of two by their exponents, exact at each of them; nan and 0 stay."""
         wide = scale.double()
         if self.direction == "up":
             power = power_of_two(exponent_of(wide))
@@ -224,7 +224,7 @@ class E4M3:
     kind: ClassVar[str] = "e4m3"
 
     def rounded(self, scale: Tensor, span: Tensor, levels: Tensor | float) -> Tensor:  # noqa: ARG002 - S says it
-        """See the class; scales that round to 0 become the smallest that there is."""
+        """See the class; scales that round to 0 become the smallest E4M3 number."""
         unit = _unit(scale, 448.0)
         found = round_to_float((scale / unit).double(), 3, -6, None).clamp(2.0**-9, 448.0)
         return torch.where(scale == 0, scale, found.to(scale.dtype) * unit)
@@ -261,7 +261,7 @@ class IntegerScale:
 
 
 def _unit(scale: Tensor, most: float) -> Tensor:
-    """What the largest scale is `most` of; 1 where all are 0."""
+    """The unit of which the largest scale is `most`; 1 if all scales are 0."""
     if not scale.numel():
         return scale.new_ones(())
     unit = scale.amax() / most
@@ -277,19 +277,19 @@ class Scale:
 
     Args:
         granularity: what shares a scale. ``"tensor"``: everything. ``"sample"``: one index of the first axis.
-            ``"row"``: one row of a linear layer's operand (all axes but the last); a convolution has no rows and shares
+            ``"row"``: one row of a linear layer's operand (all axes but the last); a convolution lacks rows and shares
             one scale. ``"kept-channel"``: one channel that the product does not sum over. ``"output-channel"``: one
             output channel of a weight, in every product. ``"block"``: `block` neighbours along the axis that the
             product sums over. ``"square"``: `block` by `block` numbers of the last two axes of a matrix.
-        block: length of a block, with granularity ``"block"`` and ``"square"`` only; the last ones may be shorter.
+        block: length of a block, only with granularity ``"block"`` and ``"square"``; the last ones may be shorter.
         range: how lo and hi are measured.
         running: weight of the old value in the running range that evaluation uses, in [0, 1); None: evaluation takes
-            the range of its own batch. Per tensor only.
+            the range of its own batch. It exists per tensor only.
         running_start: ``"first"``: the running range starts as the first batch's; ``"zero"``: it starts at 0 and is not
             corrected for that, as in the authors' codes.
         format: the format of the scale itself.
-        floor: the smallest scale, of the format float32 only. 0 replaces only a zero scale (by 1); the authors' codes
-            use 1e-8.
+        floor: the smallest scale, with format float32 only. 0 only replaces a zero scale (by 1); the authors' codes use
+            1e-8.
 
     Raises:
         UsageError: a value or combination outside the above.
@@ -324,7 +324,7 @@ class Scale:
         if not 0 <= self.floor <= LARGEST:
             raise UsageError(f"floor={self.floor}: the smallest scale is finite and not negative")
         if 0 < self.floor < SMALLEST:
-            raise UsageError(f"floor={self.floor}: float32 has no such scale: give 0, or {SMALLEST:g} or more")
+            raise UsageError(f"floor={self.floor}: float32 lacks such a scale: give 0, or {SMALLEST:g} or more")
         if self.floor and not isinstance(self.format, Float32):
             raise UsageError(
                 f"floor={self.floor} with format={self.format.kind!r}: scales of this format need not have the floor "
@@ -338,7 +338,7 @@ class Scale:
             span: float, the width that `levels` steps must cover; 0 or more.
             levels: number of steps, a number or scalar tensor.
         """
-        # On the tensor's device: by a number of the host CUDA divides as it multiplies with the rounded reciprocal.
+        # On the tensor's device: CUDA divides by a number of the host by multiplying with its rounded reciprocal.
         count = levels.to(span) if isinstance(levels, Tensor) else span.new_full((), levels)
         scale = self.format.rounded(span / count, span, levels)
         if self.floor:

@@ -1,7 +1,7 @@
 """Transforms: what is done to values before they are put on a grid, and what that does to their gradient.
 
 Notation: x value, y its transform, H a Hadamard matrix of size n, g a gradient. The value of an operand is
-``back(quantised(forward(x)))``; the gradient of x is `gradient` of that of the value, rounding itself being passed
+``back(quantised(forward(x)))``. The gradient of x is `gradient` of that of the value; rounding itself passes gradients
 straight through.
 """
 
@@ -21,8 +21,8 @@ class Place:
     """Where a transform works.
 
     Args:
-        dims: the dims that share one scale; where blocks do, the dims that are cut into blocks.
-        axis: the axis that the product sums over; the last one where there is no product.
+        dims: the dims that share one scale; if blocks do, the dims that are cut into blocks.
+        axis: the axis that the product sums over; the last one without a product.
     """
 
     dims: tuple[int, ...]
@@ -33,7 +33,7 @@ class Transform(Protocol):
     """What is done before the grid."""
 
     kind: ClassVar[str]
-    # Whether x is needed for its gradient; without it gradients pass as they are.
+    # Whether the gradient depends on x; otherwise gradients pass as they are.
     has_gradient: ClassVar[bool]
     # Whether it works along the axis that the product sums over.
     along_axis: ClassVar[bool]
@@ -42,13 +42,13 @@ class Transform(Protocol):
         """The transform of x."""
 
     def back(self, y: Tensor, x: Tensor, place: Place) -> Tensor:
-        """The value that a quantised y stands for; `x` is what y was made of."""
+        """The value that a quantised y stands for; y was made of `x`."""
 
     def gradient(self, g: Tensor, x: Tensor, place: Place) -> Tensor:
-        """The gradient of x, of the gradient of the value."""
+        """The gradient of x, given the gradient of the value."""
 
     def __str__(self) -> str:
-        """As reports name it; empty where it goes without saying."""
+        """Its name in reports; empty if it goes without saying."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class TanhMax:
     """``y = tanh(x) / M`` with ``M = max |tanh(x)|`` of the tensor; the value stays y, in [-1, 1].
 
     ``dx_i = (g_i / M) (1 - t_i**2)`` with ``t = tanh(x)``, and the element m where |t| is largest further gets
-    ``-sign(t_m) (1 - t_m**2) (sum_j g_j t_j) / M**2``. A tensor of zeros stays one, with the gradient g.
+    ``-sign(t_m) (1 - t_m**2) (sum_j g_j t_j) / M**2``. A tensor of zeros stays as it is, with the gradient g.
 
     Source: Zhou et al. 2016, DoReFa-Net, arXiv:1606.06160, as in its authors' code.
     """
@@ -94,7 +94,7 @@ class TanhMax:
 
     def forward(self, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - of the whole tensor
         """See the class."""
-        t = x.tanh().masked_fill(x.isinf(), torch.nan)  # whose tanh would be the number 1
+        t = x.tanh().masked_fill(x.isinf(), torch.nan)  # the tanh of an inf would be the number 1
         return t / self._largest(t)
 
     def back(self, y: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - stays in [-1, 1]
@@ -107,7 +107,7 @@ class TanhMax:
             return g
         t = x.tanh()
         most, slope = self._largest(t), 1 - t * t
-        m = t.abs().argmax().reshape(1)  # one index, not a number: values need not be known, as when a run is planned
+        m = t.abs().argmax().reshape(1)  # as a tensor, since a planned run does not have values
         through_most = t.flatten()[m].sign() * slope.flatten()[m] * (g * t).sum() / (most * most)
         return (g / most * slope).flatten().index_add(0, m, -through_most).view(x.shape)
 
@@ -149,7 +149,7 @@ class Clip:
         return y
 
     def gradient(self, g: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - each value alone
-        """That of the value where x is from low to high, 0 elsewhere."""
+        """The gradient of the value where x is from low to high, and 0 elsewhere."""
         return g.where((x >= self.low) & (x <= self.high), 0)
 
     def __str__(self) -> str:
@@ -158,10 +158,10 @@ class Clip:
 
 @dataclass(frozen=True, kw_only=True)
 class Hadamard:
-    """``y = H x / sqrt(n)`` in blocks of n along the axis that the product sums over; the value is turned back.
+    """``y = H x / sqrt(n)`` in blocks of n along the axis that is summed over; the value is transformed back.
 
-    H is the matrix of Sylvester, symmetric and its own inverse but for the factor. A last block that is shorter is
-    filled with zeros. Outliers are spread over their block, so that the others keep more of the grid.
+    H is the matrix of Sylvester, symmetric and its own inverse up to the factor. A shorter last block is filled with
+    zeros. Outliers are spread over their block, so that the other values keep more of the grid.
 
     Args:
         size: n, a power of two from 2 to 1024.
@@ -179,14 +179,14 @@ class Hadamard:
             raise UsageError(f"size={self.size}: a Hadamard matrix has a size of 2, 4, 8 ... 1024 here")
 
     def forward(self, x: Tensor, place: Place) -> Tensor:
-        """See the class; longer along the axis where the last block is filled."""
+        """See the class; the result is longer along the axis if the last block is filled."""
         rows = x.movedim(place.axis, -1)
         short = -rows.shape[-1] % self.size
         rows = torch.nn.functional.pad(rows, (0, short)) if short else rows
         return self._turned(rows).movedim(-1, place.axis)
 
     def back(self, y: Tensor, x: Tensor, place: Place) -> Tensor:
-        """The value of y, without what was filled in."""
+        """The values of y, without the zeros that were filled in."""
         return self._turned(y.movedim(place.axis, -1))[..., : x.shape[place.axis]].movedim(-1, place.axis)
 
     def gradient(self, g: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - there and back
@@ -211,9 +211,9 @@ class Hadamard:
 
 @dataclass(frozen=True, kw_only=True)
 class Centred:
-    """``y = x - mean(x)`` of what shares a scale; the value has the mean again, in full precision.
+    """``y = x - mean(x)``, the mean of what shares a scale; the value has the mean added again, in full precision.
 
-    Where blocks share scales, the mean is that of the whole axes that are cut into blocks.
+    If blocks share scales, the mean is that of the whole axes that are cut into blocks.
     """
 
     kind: ClassVar[str] = "centred"
@@ -225,7 +225,7 @@ class Centred:
         return x - self._mean(x, place)
 
     def back(self, y: Tensor, x: Tensor, place: Place) -> Tensor:
-        """With the mean again."""
+        """The values with the mean added again."""
         return y + self._mean(x, place)
 
     def gradient(self, g: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - there and back

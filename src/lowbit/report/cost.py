@@ -31,13 +31,13 @@ class Cost:
     """What a run costs, or would cost; `print` shows it.
 
     Args:
-        ledger: of the run, or of a plan.
+        ledger: the ledger of the run, or of a plan.
         hardware: an accelerator to estimate cycles and energy on, e.g. `lowbit.hardware.BitFusion()`.
         measured: what was measured beside the ledger, by name with unit, e.g. ``{"seconds per step": "0.19"}``.
 
     Raises:
         UsageError: the ledger has no step, or `hardware` is not an accelerator.
-        RunError: from what asks the accelerator: it raised something else than a UsageError.
+        RunError: the accelerator raised anything but a UsageError; this is raised when it is asked.
     """
 
     ledger: Ledger
