@@ -114,6 +114,27 @@ class TestPowersOfTwo:
         assert torch.equal(values, wanted.reshape(x.shape))
         assert bool((rows / unit).abs().max() > element.largest)
 
+    @pytest.mark.parametrize(
+        ("span", "scale"),
+        [(2.0**-118, 2.0**-126), (2.0**-119, 2.0**-127), (2.0**-125, 2.0**-127), (2.0**135, 2.0**127)],
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_floor_has_the_range_of_e8m0(self, span: float, scale: float, dtype: torch.dtype) -> None:
+        """For numbers up to 448 = 1.75 2**8: 2**-127 is the smallest scale of OCP, 2**127 the largest."""
+        spans = torch.tensor([span], dtype=torch.float64).to(dtype)
+        expected = scale if spans.isfinite() else math.inf
+
+        found = PowerOfTwoScale(direction="floor").rounded(spans / 448, spans, 448.0)
+
+        assert found.tolist() == [expected]
+
+    def test_beyond_e8m0_a_floor_is_nan(self) -> None:
+        """float64 has values whose exponent E8M0 lacks; its code for them is nan."""
+        spans = torch.tensor([2.0**136], dtype=torch.float64)
+
+        assert PowerOfTwoScale(direction="floor").rounded(spans / 448, spans, 448.0).isnan().all()
+        assert PowerOfTwoScale().rounded(spans / 448, spans, 448.0).isfinite().all()
+
     def test_up_clips_nothing_where_floor_does(self) -> None:
         """A block whose largest value is just below a power of two: the loss of a quarter is OCP's, not of ``"up"``."""
         x = torch.tensor([7.99, 1.0])

@@ -187,7 +187,8 @@ class PowerOfTwoScale:
 
     Args:
         direction: ``"up"``: the smallest that clips nothing; ``"floor"``: ``2**(floor(log2 max|x|) - floor(log2 n))``,
-            as in the Microscaling formats, where the largest values of a block may be clipped.
+            as in the Microscaling formats, where the largest values of a block may be clipped. As in their E8M0, it is
+            ``2**-127`` at least, and nan beyond ``2**127``, which float64 alone reaches.
 
     Source: OCP Microscaling Formats 1.0 (``"floor"``).
     """
@@ -207,7 +208,8 @@ class PowerOfTwoScale:
             found = torch.where(power < wide, 2 * power, power)
         else:
             n = torch.as_tensor(levels, dtype=torch.float64, device=scale.device)
-            found = power_of_two(exponent_of(span.double()) - exponent_of(n))
+            exponent = exponent_of(span.double()) - exponent_of(n)
+            found = power_of_two(exponent.clamp(min=-127)).masked_fill(exponent > 127, torch.nan)
         return torch.where(scale.isfinite() & (scale > 0), found, wide).to(scale.dtype)
 
     def __str__(self) -> str:
