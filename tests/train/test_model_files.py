@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from runs import config, last, same
 from test_recipe_files import MINE
-from test_trainer import config, last, same
 
 from lowbit import RunError, UsageError
 from lowbit.cli import main as cli
+from lowbit.cli import recipes
 from lowbit.train import models, trainer
 from lowbit.train.config import TrainConfig
 from lowbit.train.data import Task
@@ -202,7 +203,7 @@ def test_an_error_of_a_users_file_is_one_line(net: Path, tmp_path: Path, capsys:
 def test_an_error_of_lowbit_is_not_blamed_on_a_users_file(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault that passed no file of a user keeps its traceback."""
     models.build(f"{net}:Net", IMAGES)
-    monkeypatch.setattr(cli, "_recipes", lambda _: {}["a fault"])
+    monkeypatch.setattr(recipes, "run", lambda **_: {}["a fault"])
 
     with pytest.raises(KeyError):
         cli.main(["recipes"])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import config, last, same
+from runs import config, last, same
 from torch import nn
 
 import lowbit

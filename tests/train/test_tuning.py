@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from test_run_folder import same_end, signal_at
-from test_trainer import last, same
+from runs import last, same, same_end, signal_at
 from torch import nn
 
 import lowbit

@@ -1,0 +1,59 @@
+"""What settings build: models, data and bits that fit one another, or an error and no folder."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import config
+
+from lowbit.errors import UsageError
+from lowbit.train import trainer
+
+
+def test_context_of_images_is_refused(tmp_path: Path) -> None:
+    """A context for images is a UsageError, not ignored."""
+    with pytest.raises(UsageError, match="context"):
+        trainer.train(config(tmp_path / "run", context=16))
+
+
+def test_model_that_does_not_fit_leaves_no_folder(tmp_path: Path) -> None:
+    """A text model on images is refused before the run folder exists."""
+    with pytest.raises(UsageError, match="lstm"):
+        trainer.train(config(tmp_path / "run", model="lstm"))
+
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "cpt", "cycles": 99}, "total_steps=15, cycles=99"),
+        ({"recipe": "cpt", "cycles": 2, "low": 9}, "low=9, high=8"),
+        ({"recipe": "cpt", "cycles": 2, "profile": "cosin"}, "'cosin'.*Did you mean 'cosine'"),
+        ({"recipe": "cpt", "bits": [3, 8]}, "'cpt' has no setting 'bits': it has low, high"),
+        ({"recipe": "sbm8", "cycles": 2}, "'sbm8' has no setting 'cycles': its bits are constant"),
+        ({"recipe": "sbm8", "eval_bits": 8}, "eval_bits goes with"),
+        (
+            {"recipe": "cpt", "cycles": 2, "range_test_steps": 8},
+            "range_test_steps=8 goes with low='range-test', and low is 3",
+        ),
+        ({"recipe": "sbm8", "range_test_threshold": 0.1}, "'sbm8' has no setting 'range_test_threshold'"),
+        (
+            {"recipe": "cpt", "cycles": 2, "low": "range-test", "high": 3, "range_test_steps": 3},
+            "steps_per_bit=3.*4 steps",
+        ),
+        ({"recipe": "cpt", "cycles": 2, "blocks": "x"}, "blocks goes with"),
+        ({"recipe": "cpt", "cycles": 2, "plateau_every": 5}, "plateau_every goes with"),
+        ({"recipe": "pfq", "plateau_every": 0}, "plateau_every must be a whole number"),
+        ({"recipe": "dfq", "blocks": "x"}, r"matches the name of no module of 'mlp'; those of mlp match"),
+        ({"recipe": "dfq", "blocks": "x("}, "no regular expression"),
+    ],
+)
+def test_precision_settings_that_do_not_fit_leave_no_folder(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """A setting that the recipe does not have, or an impossible one, is refused before the run folder exists."""
+    with pytest.raises(UsageError, match=message):
+        trainer.train(config(tmp_path / "run", **changes))
+
+    assert not (tmp_path / "run").exists()
