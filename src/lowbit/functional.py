@@ -83,11 +83,12 @@ def outputs(
     """
     recipe, dtypes = setting.recipe, (x.dtype, w.dtype, dtype)
     way = route(op, recipe, setting.engine, setting.bits, x.shape, w.shape, dtypes, x.device.type, setting.layer)
-    engine, slots, shapes = way.engine, way.slots, (x.shape, w.shape, way.output)
+    engine, slots, shapes = way.engines["output"], way.slots, (x.shape, w.shape, way.output)
     if not way.output.numel():  # torch refuses some results without places, by the number of samples and of threads
         op.output(x.detach().to(dtype), w.detach().to(dtype))
     x_slot, w_slot = slots["output", "input"], slots["output", "weight"]
-    x_hat, w_hat = engine.encode(x, x_slot, setting), engine.encode(w, w_slot, setting)
+    x_hat = way.makers["output", "input"].encode(x, x_slot, setting)
+    w_hat = way.makers["output", "weight"].encode(w, w_slot, setting)
     b_hat = (
         None
         if bias is None
@@ -97,12 +98,13 @@ def outputs(
     )
     product = Product(op=op, name="output", shape=way.output, dtype=dtype)
     added = b_hat if engine.adds_bias else None
-    y = _multiplied(engine, product, setting, shapes, (x_slot, x, x_hat), (w_slot, w, w_hat), added, expected)
+    y = _multiplied(way, product, setting, shapes, (x_slot, x, x_hat), (w_slot, w, w_hat), added, expected)
     if b_hat is not None and added is None:
         y = y + _along_channels(b_hat, op, y)
     kept_x: Operand | None = None
     if needs[1]:
-        kept_x = x_hat if way.shares_input else engine.encode(x, slots["grad_weight", "input"], setting)
+        place = "grad_weight", "input"
+        kept_x = x_hat if way.shares_input else way.makers[place].encode(x, slots[place], setting)
     kept_w = w_hat if needs[0] and way.shares_weight else None
     kept = _Kept(
         op=op,
@@ -140,35 +142,36 @@ def gradients(
         kept: what else it gave.
         needs: which of them are needed.
     """
-    engine, slots = kept.route.engine, kept.route.slots
+    way, slots = kept.route, kept.route.slots
     op, setting, shapes = kept.op, kept.setting, kept.shapes
     x_numbers, w, exact_x, exact_w = saved
     grad_input = grad_weight = None
     g_hat: Operand | None = None
     if needs[0] and w is not None:
         g_slot, w_slot = slots["grad_input", "grad_output"], slots["grad_input", "weight"]
-        g_hat = engine.encode(g, g_slot, setting)
-        w_hat = engine.encode(w, w_slot, setting) if kept.w is None else replace(kept.w, numbers=w)
+        g_hat = way.makers["grad_input", "grad_output"].encode(g, g_slot, setting)
+        w_maker = way.makers["grad_input", "weight"]
+        w_hat = w_maker.encode(w, w_slot, setting) if kept.w is None else replace(kept.w, numbers=w)
         shown_w = kept.exact[1] if kept.exact is not None else w if kept.w is None else None
         product = Product(op=op, name="grad_input", shape=shapes[0], dtype=kept.dtypes[0])
-        grad_input = _multiplied(engine, product, setting, shapes, (g_slot, g, g_hat), (w_slot, shown_w, w_hat))
+        grad_input = _multiplied(way, product, setting, shapes, (g_slot, g, g_hat), (w_slot, shown_w, w_hat))
         if exact_x is not None:
             grad_input = _before_transform(grad_input, exact_x, slots["output", "input"])
         grad_input = grad_input.to(kept.dtypes[0])
     if needs[1] and x_numbers is not None and kept.x is not None:
         g_slot, x_slot = slots["grad_weight", "grad_output"], slots["grad_weight", "input"]
-        if g_hat is None or not kept.route.shares_grad_output:
-            g_hat = engine.encode(g, g_slot, setting)
+        if g_hat is None or not way.shares_grad_output:
+            g_hat = way.makers["grad_weight", "grad_output"].encode(g, g_slot, setting)
         shown_x = None if kept.exact is None else kept.exact[0]
         x_hat = replace(kept.x, numbers=x_numbers)
         product = Product(
             op=op, name="grad_weight", shape=shapes[1], dtype=kept.dtypes[1], channels_last=kept.channels_last
         )
-        grad_weight = _multiplied(engine, product, setting, shapes, (g_slot, g, g_hat), (x_slot, shown_x, x_hat))
+        grad_weight = _multiplied(way, product, setting, shapes, (g_slot, g, g_hat), (x_slot, shown_x, x_hat))
         if exact_w is not None:
             grad_weight = _before_transform(grad_weight, exact_w, slots["output", "weight"])
         grad_weight = grad_weight.to(kept.dtypes[1])
-    grad_bias = engine.sum_bias(op, g).to(kept.dtypes[2]) if needs[2] else None
+    grad_bias = way.engines["grad_weight"].sum_bias(op, g).to(kept.dtypes[2]) if needs[2] else None
     return grad_input, grad_weight, grad_bias
 
 
@@ -179,28 +182,34 @@ def _before_transform(grad: Tensor, x: Tensor, place: Slot) -> Tensor:
     return found.reshape(x.shape)
 
 
+# An operand of a product: where it stands, its values before they were rounded (None: those after), and encoded.
+_Given = tuple[Slot, Tensor | None, Operand]
+
+
 def _multiplied(
-    engine: Engine,
+    way: Route,
     product: Product,
     setting: Setting,
     shapes: tuple[torch.Size, torch.Size, torch.Size],
-    a: tuple[Slot, Tensor | None, Operand],
-    b: tuple[Slot, Tensor | None, Operand],
+    a: _Given,
+    b: _Given,
     bias: Tensor | None = None,
     expected: tuple[str, ...] = (),
 ) -> Tensor:
     """Execute one product on its two operands, and show it, without the bias, to counters and observers.
 
     Args:
-        engine: what executes it.
+        way: what executes it, and what encoded the operands.
         product: what it is.
         setting: how the call is computed.
         shapes: of input, weight and output.
-        a: the first operand: where it stands, its values before they were rounded (None: those after), and encoded.
+        a: the first operand.
         b: the second.
         bias: added to the product.
         expected: the products of the backward that are due after this one.
     """
+    engine = way.engines[product.name]
+    a, b = (_taken(way, engine, each) for each in (a, b))
     watch.thread.depth += 1
     try:
         result = engine.multiply(product, a[2], b[2], bias)
@@ -211,13 +220,20 @@ def _multiplied(
     return result
 
 
+def _taken(way: Route, engine: Engine, given: _Given) -> _Given:
+    """An operand as the engine of a product takes it."""
+    place, exact, operand = given
+    maker = way.makers[place.product, place.operand]
+    return given if maker is engine else (place, exact, REFERENCE.take(maker.values(operand, place)))
+
+
 def _show(
     engine: Engine,
     product: Product,
     setting: Setting,
     shapes: tuple[torch.Size, torch.Size, torch.Size],
-    a: tuple[Slot, Tensor | None, Operand],
-    b: tuple[Slot, Tensor | None, Operand],
+    a: _Given,
+    b: _Given,
     result: Tensor,
     bias: Tensor | None,
     expected: tuple[str, ...],

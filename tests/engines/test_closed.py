@@ -220,14 +220,14 @@ def test_an_engine_equals_the_reference_or_refuses(engine: Any, fmt: Format, mon
     for other in choice._ENGINES:
         if other.name == engine.name:
             monkeypatch.setattr(type(other), "devices", ("cpu",) if other is engine else ())
-    for cache in (choice._why, choice.route):
+    for cache in (choice._whys, choice.route):
         cache.cache_clear()
     try:
         found = step(fmt, engine.name, counter())
     except UsageError:
         return
     finally:
-        for cache in (choice._why, choice.route):
+        for cache in (choice._whys, choice.route):
             cache.cache_clear()
 
     assert exists(fmt)

@@ -24,12 +24,13 @@ from lowbit import UsageError, functional
 from lowbit.engines import codes as codes_of
 from lowbit.engines import int8, int8_convolutions
 from lowbit.engines.base import Product
+from lowbit.engines.choice import refusals
 from lowbit.kernels import cpu, operators
 from lowbit.methods.recipe import SLOTS, Recipe
 from lowbit.numerics.formats import BF16, FP32, integer
 from lowbit.numerics.rounding import CounterNoise, step_key
 from lowbit.products import watch
-from lowbit.products.operators import Convolution
+from lowbit.products.operators import Convolution, Linear
 from lowbit.products.setting import Setting
 from lowbit.products.watch import ProductCall, ProductRun
 
@@ -654,7 +655,7 @@ class TestChoice:
     @pytest.mark.parametrize("slot", range(6))
     @pytest.mark.parametrize(("bits", "engine"), [(8, "int8"), (9, "reference"), (16, "reference"), (2, "int8")])
     def test_bits_of_the_moment(self, bits: int, engine: str, slot: int) -> None:
-        """One operand of more than 8 bits takes the whole step to the reference, whose results it has."""
+        """One operand of more than 8 bits takes its product to the reference, whose result it has; no other."""
         widths = [8] * 6
         widths[slot] = bits
         # Six formats, so that each operand has a width of its own.
@@ -664,10 +665,11 @@ class TestChoice:
 
         fast, slow = both(functional.linear, tensors, setting)
 
-        assert set(fast.engines.values()) == {engine}
+        product = SLOTS[slot][0]
+        assert fast.engines == {p: engine if p == product else "int8" for p, _ in SLOTS}
         assert_equal(fast, slow)
         if engine == "reference":
-            assert all(torch.equal(fast.results[k], slow.results[k]) for k in slow.results)
+            assert torch.equal(fast.results[product], slow.results[product])
 
     def test_bits_of_a_converted_layer(self) -> None:
         """A schedule that passes 8 bits is followed, forward and backward, and comes back."""
@@ -761,18 +763,20 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name", sorted(REFUSED))
     def test_recipes(self, name: str) -> None:
-        """Conversion refuses and leaves the model plain; a direct call refuses; the reference runs."""
+        """Conversion refuses and leaves the model plain; `auto` runs what the engine refuses on the reference."""
         recipe, why = REFUSED[name]
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
-        setting = Setting(recipe=recipe, noise=noise(), engine="int8")
 
         with pytest.raises(UsageError, match=f"int8.*1 .Linear.: .*{why}"):
             lowbit.convert_(model, recipe, engine="int8")
         assert [type(layer) for layer in model] == [nn.Linear] * 3
-        with pytest.raises(UsageError, match=f"int8 engine cannot run.*{why}.*reference"):
-            functional.linear(randn(4, 8), randn(3, 8), setting=setting)
-        lowbit.convert_(model, recipe, engine="reference")
-        assert model(randn(4, 8)).isfinite().all()
+        refused = refusals(Linear(), recipe)
+        report = lowbit.convert_(model, recipe)
+        calls: list[ProductCall] = []
+        with watch.counted_by(calls.append):
+            model(randn(4, 8).requires_grad_()).sum().backward()
+        assert {c.product for c in calls if c.engine == "reference" and c.layer == "1"} == set(refused)
+        assert {p for p, unit in report.rows[1].engines.items() if unit == "reference"} == set(refused)
 
     def test_rows_of_a_convolution_are_accepted(self) -> None:
         """A convolution has no rows: such formats share one scale there, so it runs what a linear layer does not."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit import PrecisionController, Recipe
 from lowbit.engines import int8
-from lowbit.engines.choice import refusal
+from lowbit.engines.choice import refusals
 from lowbit.nn.gate import Gates
 from lowbit.nn.layers import QuantLayer
 from lowbit.products import watch
@@ -144,7 +144,7 @@ OBSERVERS: dict[str, Observer] = {
     "module hooks": _module_hooks,
 }
 NAMES = [name if name != "wXaYgZ" else "w4a6g8" for name in lowbit.recipes()]
-ON_UNITS = [name for name in NAMES if not refusal(Linear(), Recipe.from_name(name))]
+ON_UNITS = [name for name in NAMES if not refusals(Linear(), Recipe.from_name(name))]
 RUNS = [(name, "reference") for name in NAMES] + [(name, "int8") for name in ON_UNITS]
 
 

@@ -281,10 +281,12 @@ class TestFailures:
     def test_a_product_of_unquantised_operands(self, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """A product that equals the full-precision one although its operands were off the grid is caught."""
         exact: dict[int, Tensor] = {}
+        alive: list[Tensor] = []
         encode = Reference.encode
 
         def remember(self: Reference, x: Tensor, *args: Any) -> Any:
             result = encode(self, x, *args)
+            alive.append(result.numbers)  # so that no other tensor gets its number
             exact[id(result.numbers)] = x
             return result
 

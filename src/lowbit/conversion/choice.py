@@ -1,12 +1,13 @@
 """Which engine executes each converted layer: the one asked for, or with ``"auto"`` int8 where that is faster."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from lowbit.conversion.calibration import Shape, Table, Timing
 from lowbit.conversion.rules import Plan, some, type_name
+from lowbit.engines.choice import in_words
 from lowbit.errors import UsageError
 from lowbit.methods.recipe import Recipe
 from lowbit.nn.layers import QuantLayer
@@ -19,17 +20,30 @@ FEW_CHANNELS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """How a layer is executed: on the engine `wanted`, unless `why` is given; and the timing that ``"auto"`` used."""
+    """How a layer is executed: on the engine `wanted`, unless `why` is given; and the timing that ``"auto"`` used.
+
+    Args:
+        wanted: the engine.
+        why: why the layer runs on the reference engine; empty where it runs on the one that is wanted.
+        refused: products of a layer on the engine that is wanted which run on the reference engine, and why.
+        timing: what was measured.
+        open: whether both engines could run it.
+    """
 
     wanted: str = "int8"
     why: str = ""
+    refused: Mapping[str, str] = field(default_factory=dict)
     timing: Timing | None = None
-    open: bool = False  # both engines could run it
+    open: bool = False
 
     @property
     def engine(self) -> str:
-        """The engine."""
+        """The engine of the layer."""
         return "reference" if self.why else self.wanted
+
+    def engine_of(self, product: str) -> str:
+        """The engine of one of its products."""
+        return "reference" if product in self.refused else self.engine
 
 
 def choose_all(plans: Sequence[Plan], engine: str, table: Table | None) -> dict[str, Choice]:
@@ -44,13 +58,14 @@ def choose_all(plans: Sequence[Plan], engine: str, table: Table | None) -> dict[
         for plan in plans
         if plan.twin is not None and plan.recipe is not None
     }
-    refused = {name: choice.why for name, choice in choices.items() if choice.why}
+    refused = {name: choice.why or in_words(choice.refused) for name, choice in choices.items()}
+    refused = {name: why for name, why in refused.items() if why}
     if refused and engine not in ("auto", "reference"):
         types = {plan.name: type_name(plan.layer) for plan in plans}
         shown = [f"{n or 'the model'} ({types[n]}): the {engine} engine cannot run {why}" for n, why in refused.items()]
         raise UsageError(
             f"{len(refused)} of {len(choices)} layers cannot run as asked. {'; '.join(shown[:5])}. Leave them out with "
-            "a rule, or let engine='auto' run them on the reference engine"
+            "a rule, or let engine='auto' run what it cannot run on the reference engine"
         )
     return choices
 
@@ -58,10 +73,11 @@ def choose_all(plans: Sequence[Plan], engine: str, table: Table | None) -> dict[
 def _choose(layer: nn.Module, twin: type[QuantLayer], recipe: Recipe, engine: str, table: Table | None) -> Choice:
     """What runs a layer: an engine that can, and with ``"auto"`` the faster one, by the table or else by a rule."""
     wanted = "int8" if engine == "auto" else engine
-    why = twin.engine_refusal(layer, recipe, wanted)
+    refused = twin.engine_refusals(layer, recipe, wanted)
+    why = in_words(refused) if len(refused) == len(twin.formats(recipe)) else ""
     op, weight = twin.operator(layer), twin.largest_weight(layer)
     if engine != "auto" or op is None or weight is None:
-        return Choice(wanted=wanted, why=why)
+        return Choice(wanted=wanted, why=why, refused=refused)
     shape = Shape.of(op, weight.shape)
     timing = None if table is None else table.nearest(shape, recipe)
     if why:
@@ -70,7 +86,7 @@ def _choose(layer: nn.Module, twin: type[QuantLayer], recipe: Recipe, engine: st
         why = f"measured {timing.reference:.2g} ms against {timing.int8:.2g} on int8 units, as {timing.shape}"
     elif timing is None and shape.groups > 1 and (narrow := min(shape.inputs, shape.outputs)) < FEW_CHANNELS:
         why = f"{narrow} channels in a group, fewer than {FEW_CHANNELS}, leave int8 units mostly idle"
-    return Choice(why=why, timing=timing, open=True)
+    return Choice(why=why, refused=refused, timing=timing, open=True)
 
 
 def memory_notes(plans: Sequence[Plan], choices: dict[str, Choice]) -> list[str]:
@@ -99,4 +115,8 @@ def choice_notes(choices: dict[str, Choice], found: str) -> list[str]:
     for why in dict.fromkeys(choice.why for choice in choices.values() if choice.why):
         names = [name for name, choice in choices.items() if choice.why == why]
         lines.append(f"reference engine for {some(names)}: {why}")
+    for words in dict.fromkeys(in_words(choice.refused) for choice in choices.values() if not choice.why):
+        names = [name for name, choice in choices.items() if not choice.why and in_words(choice.refused) == words]
+        if words:
+            lines.append(f"reference engine for some products of {some(names)}: {words}")
     return lines

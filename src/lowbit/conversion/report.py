@@ -179,7 +179,7 @@ def row_of(plan: Plan, choice: Choice | None) -> Row:
         recipe=recipe.name,
         reason="; ".join(filter(None, [plan.reason, gain])),
         bits={product: "x".join(str(f.bits) for f in formats) for product, formats in tables.items()},
-        engines={p: _unit(choice.engine, formats) for p, formats in tables.items()},
+        engines={p: _unit(choice.engine_of(p), formats) for p, formats in tables.items()},
         speed=speed,
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lowbit.engines.choice import ENGINES
+from lowbit.engines.choice import ENGINES, in_words
 from lowbit.errors import UsageError, shown, unknown
 from lowbit.inputs.checks import check_keys, check_type, check_whole, checked, is_like, is_whole
 from lowbit.methods.recipe import Recipe
@@ -224,8 +224,10 @@ def _check_engines(clock: Clock, saved: dict[str, Any], layers: Mapping[Site, Qu
         engine = saved[site.name]["engine"]
         if engine in ("reference", site.engine):
             continue
-        if why := layers[site].engine_refusal(layers[site], site.recipe, engine):
+        layer = layers[site]
+        refused = layer.engine_refusals(layer, site.recipe, engine)
+        if len(refused) == len(layer.formats(site.recipe)):
             raise UsageError(
-                f"load_state_dict: {site.name!r} was saved on the {engine} engine, which cannot run it here: {why}. "
-                "Continue on the machine where it began; another engine gives other last digits"
+                f"load_state_dict: {site.name!r} was saved on the {engine} engine, which cannot run it here: "
+                f"{in_words(refused)}. Continue on the machine where it began; another engine gives other last digits"
             )

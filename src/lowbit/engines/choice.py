@@ -29,7 +29,8 @@ ENGINES = tuple(dict.fromkeys(engine.name for engine in _ENGINES))
 
 PRODUCTS = tuple(dict.fromkeys(product for product, _ in SLOTS))
 
-Chosen = dict[str, Engine]  # by product
+Chosen = Mapping[str, Engine]  # by product
+_ALL_ON_REFERENCE: Chosen = dict.fromkeys(PRODUCTS, REFERENCE)
 
 
 def _on(name: str, device: str) -> Engine | None:
@@ -38,7 +39,7 @@ def _on(name: str, device: str) -> Engine | None:
     return next(fitting, None)
 
 
-def refusal(
+def refusals(
     op: Op,
     recipe: Recipe,
     bits: Sequence[int] | None = None,
@@ -46,8 +47,8 @@ def refusal(
     *,
     device: str = "cpu",
     engine: str = "int8",
-) -> str:
-    """Why an engine cannot run the three products of an operator; empty where it can.
+) -> dict[str, str]:
+    """Why an engine cannot run products of an operator: a reason for each product that it refuses.
 
     Args:
         op: the operator.
@@ -58,7 +59,17 @@ def refusal(
         engine: its name, one of `ENGINES`.
     """
     found = _on(engine, device)
-    return f"there is none on {device}" if found is None else _refusal_of(found, op, recipe, bits, dim)
+    if found is None:
+        return dict.fromkeys(PRODUCTS, f"there is none on {device}")
+    return _refusals_of(found, op, recipe, bits, dim)
+
+
+def in_words(refused: Mapping[str, str]) -> str:
+    """Reasons, each after the products that it is the reason for; empty without any."""
+    products: dict[str, list[str]] = {}
+    for product, why in refused.items():
+        products.setdefault(why, []).append(product)
+    return "; ".join(f"{', '.join(names)}: {why}" for why, names in products.items())
 
 
 def refusal_of_tensor(x: Tensor, engine: str) -> str:
@@ -74,8 +85,9 @@ def refusal_of_tensor(x: Tensor, engine: str) -> str:
     return f"it takes {' and '.join(dtypes)} on {' and '.join(devices)}"
 
 
-def _refusal_of(engine: Engine, op: Op, recipe: Recipe, bits: Sequence[int] | None, dim: int) -> str:
-    """Why an engine cannot run the three products."""
+def _refusals_of(engine: Engine, op: Op, recipe: Recipe, bits: Sequence[int] | None, dim: int) -> dict[str, str]:
+    """Why an engine cannot run products, by product."""
+    refused = {}
     for product in PRODUCTS:
         formats, kept = [], []
         for i, (of, operand) in enumerate(SLOTS):
@@ -87,8 +99,8 @@ def _refusal_of(engine: Engine, op: Op, recipe: Recipe, bits: Sequence[int] | No
                 kept.append(_is_kept(op, product, operand, fmt, dim))
         pair = Pair(op=op, name=product, formats=(formats[0], formats[1]), kept=(kept[0], kept[1]))
         if why := engine.refusal(pair):
-            return f"{product}: {why}"
-    return ""
+            refused[product] = why
+    return refused
 
 
 def _is_kept(op: Op, product: str, operand: str, fmt: Format, dim: int) -> bool:
@@ -109,17 +121,18 @@ _EIGHT = (8,) * len(SLOTS)
 
 
 @lru_cache(maxsize=4096)
-def _why(name: str, op: Op, recipe: Recipe, widths: tuple[int, ...] | None, dim: int, device: str) -> str:
-    """`refusal` of an engine, found once; empty where none has that name."""
-    engine = _on(name, device)
-    return "" if engine is None else _refusal_of(engine, op, recipe, widths, dim)
+def _whys(
+    name: str, op: Op, recipe: Recipe, widths: tuple[int, ...] | None, dim: int, device: str
+) -> Mapping[str, str]:
+    """`refusals`, found once."""
+    return refusals(op, recipe, widths, dim, device=device, engine=name)
 
 
 @cache
 def _warn_once(recipe: str, device: str, why: str) -> None:
     """Warn once that layers that were converted for an engine and then moved run on the reference engine there."""
     warnings.warn(
-        f"recipe {recipe!r} runs on the reference engine on {device}: {why}. The reference engine simulates low "
+        f"recipe {recipe!r} runs on the reference engine on {device}, {why}. The reference engine simulates low "
         "precision and is slower than fp32. If that is what you want, convert with engine='reference'",
         RuntimeWarning,
         stacklevel=4,
@@ -135,8 +148,8 @@ def choose(
     dtypes: tuple[torch.dtype, ...],
     device: str,
     layer: str = "",
-) -> Engine:
-    """The engine that executes the products of a call.
+) -> Chosen:
+    """The engine that executes each product of a call.
 
     It is the one that was asked for if the device, the dtypes and the bits of the moment fit it; otherwise it is the
     reference engine.
@@ -152,26 +165,28 @@ def choose(
         layer: for messages.
 
     Raises:
-        UsageError: the engine that was asked for does not exist, or cannot run this recipe at any bits.
+        UsageError: the engine that was asked for does not exist, or cannot run any product of this recipe at any bits.
     """
     if name == REFERENCE.name:
-        return REFERENCE
+        return _ALL_ON_REFERENCE
     if name not in ENGINES:
         raise UsageError(f"engine={name!r}: give one of {', '.join(ENGINES)}")
     engine = _on(name, device)
     if engine is None:
-        return REFERENCE
-    why = _why(name, op, recipe, None if widths is None else _EIGHT, dim, device)
-    if why and device != "cpu":  # the engine was chosen where the layer was before it moved
-        _warn_once(recipe.name, device, why)
-        return REFERENCE
-    if why:
+        return _ALL_ON_REFERENCE
+    refused = _whys(name, op, recipe, None if widths is None else _EIGHT, dim, device)
+    if refused and device != "cpu":  # the engine was chosen where the layer was before it moved
+        _warn_once(recipe.name, device, in_words(refused))
+    elif len(refused) == len(PRODUCTS):
         raise UsageError(
-            f"{layer or op.kind}: the {name} engine cannot run recipe {recipe.name!r}: {why}. Choose engine='reference'"
+            f"{layer or op.kind}: the {name} engine cannot run recipe {recipe.name!r}: {in_words(refused)}. Choose "
+            "engine='reference'"
         )
     if engine.dtypes is not None and not set(dtypes) <= set(engine.dtypes):
-        return REFERENCE
-    return REFERENCE if widths is not None and _why(name, op, recipe, widths, dim, device) else engine
+        return _ALL_ON_REFERENCE
+    if widths is not None:
+        refused = _whys(name, op, recipe, widths, dim, device)
+    return {product: REFERENCE if product in refused else engine for product in PRODUCTS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +194,9 @@ class Route:
     """How the three products of a call are executed: all that follows from its shapes, found once.
 
     Args:
-        engine: what executes them.
+        engines: what executes each of them.
+        makers: what encodes each operand, by product and operand: the engine of the product, or of the other product
+            that shares the codes if the reference engine is the one and takes the values of the other's.
         output: the shape of the output.
         strides: its strides, where they do not depend on those of the operands.
         keeps_bias: whether a bias is added as it is.
@@ -189,7 +206,8 @@ class Route:
         shares_grad_output: whether grad_output's codes in `grad_input` are those in `grad_weight`.
     """
 
-    engine: Engine
+    engines: Chosen
+    makers: Mapping[tuple[str, str], Engine]
     output: torch.Size
     strides: Strides | None
     keeps_bias: bool
@@ -217,16 +235,34 @@ def route(
         RuntimeError: shapes that do not multiply.
     """
     output = op.output_shape(x, w)
-    engine = choose(name, op, recipe, widths, len(w), dtypes, device, layer)
+    engines = choose(name, op, recipe, widths, len(w), dtypes, device, layer)
     shapes = {"input": x, "weight": w, "grad_output": output}
     slots = {(p, o): slot(op, recipe, p, o, shapes[o], widths) for p, o in SLOTS}
+    makers = {(p, o): engines[p] for p, o in SLOTS}
+    shared = {}
+    for operand, (first, second) in _TWICE.items():
+        a, b = (first, operand), (second, operand)
+        shared[operand] = shares(slots[a], slots[b])
+        if shared[operand] and makers[a] is REFERENCE:
+            makers[a] = makers[b]
+        elif shared[operand]:
+            makers[b] = makers[a]
     return Route(
-        engine=engine,
+        engines=engines,
+        makers=makers,
         output=output,
         strides=contiguous(output) if op.geometry is None else None,
         keeps_bias=recipe.bias == FP32 and dtypes[0] not in (torch.bfloat16, torch.float16),
         slots=slots,
-        shares_input=shares(slots["output", "input"], slots["grad_weight", "input"]),
-        shares_weight=shares(slots["output", "weight"], slots["grad_input", "weight"]),
-        shares_grad_output=shares(slots["grad_input", "grad_output"], slots["grad_weight", "grad_output"]),
+        shares_input=shared["input"],
+        shares_weight=shared["weight"],
+        shares_grad_output=shared["grad_output"],
     )
+
+
+# The two products that each operand is part of, in the order in which they run.
+_TWICE = {
+    "input": ("output", "grad_weight"),
+    "weight": ("output", "grad_input"),
+    "grad_output": ("grad_input", "grad_weight"),
+}

@@ -89,6 +89,10 @@ class Reference:
         )
         return Rounded(numbers=hat.values, grid=hat.grid, exact=fmt == FP32)
 
+    def take(self, operand: Quantized) -> Rounded:
+        """An operand that another engine encoded, by its real values."""
+        return Rounded(numbers=operand.values, grid=operand.grid)
+
     def multiply(self, product: Product, a: Rounded, b: Rounded, bias: Tensor | None) -> Tensor:
         """The operator's own product, in the dtype of its operands."""
         assert bias is None

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lowbit import functional
-from lowbit.engines.choice import refusal as refusal_of_products
-from lowbit.engines.choice import refusal_of_tensor
+from lowbit.engines.choice import PRODUCTS, refusal_of_tensor, refusals
 from lowbit.methods.recipe import Recipe
 from lowbit.nn.site import Clock, Site, product_site
 from lowbit.numerics.formats import Format
@@ -88,20 +87,20 @@ class QuantLayer(nn.Module):
         return table
 
     @classmethod
-    def engine_refusal(cls, layer: Any, recipe: Recipe, engine: str) -> str:
-        """Why a layer, plain or converted, cannot run a recipe on an engine of this name; empty where it can."""
+    def engine_refusals(cls, layer: Any, recipe: Recipe, engine: str) -> dict[str, str]:
+        """Why a layer, plain or converted, cannot run a recipe on an engine of this name, for each product refused."""
         for name, p in layer.named_parameters():
             if why := refusal_of_tensor(p, engine):
-                return f"a layer whose {name} is {p.dtype} on {p.device.type}: {why}"
-        return cls.engine_refusal_of_formats(layer, recipe, engine)
+                return dict.fromkeys(PRODUCTS, f"a layer whose {name} is {p.dtype} on {p.device.type}: {why}")
+        return cls.engine_refusals_of_formats(layer, recipe, engine)
 
     @classmethod
-    def engine_refusal_of_formats(cls, layer: Any, recipe: Recipe, engine: str) -> str:
-        """`engine_refusal`, whatever the layer's parameters are."""
+    def engine_refusals_of_formats(cls, layer: Any, recipe: Recipe, engine: str) -> dict[str, str]:
+        """`engine_refusals`, whatever the layer's parameters are."""
         op = cls.operator(layer)
         assert op is not None
         dim = 2 if op.geometry is None else 2 + len(op.geometry.stride)
-        return refusal_of_products(op, recipe, dim=dim, engine=engine)
+        return refusals(op, recipe, dim=dim, engine=engine)
 
     @property
     def sample_axis(self) -> int:

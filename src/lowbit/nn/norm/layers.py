@@ -105,14 +105,16 @@ class RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
         return {} if norm is None else {"output": (norm.input,), "grad_input": (norm.grad_output,)}
 
     @classmethod
-    def engine_refusal_of_formats(cls, layer: Any, recipe: Recipe, engine: str) -> str:  # noqa: ARG003 - recipe alone
+    def engine_refusals_of_formats(cls, layer: Any, recipe: Recipe, engine: str) -> dict[str, str]:  # noqa: ARG003
         """Native passes work on codes of a byte; no other engine normalises."""
+        table = cls.formats(recipe)
         if engine != "int8":
-            return "range normalisation, which runs on the int8 and the reference engine"
-        of_products = cls.formats(recipe).values()
-        if not all(f.zero == "integer" and f.bits <= 8 for formats in of_products for f in formats):
-            return "range normalisation runs on codes of up to 8 bits with an integer zero point"
-        return missing("int8")
+            why = "range normalisation runs on the int8 and the reference engine"
+        elif not all(f.zero == "integer" and f.bits <= 8 for formats in table.values() for f in formats):
+            why = "range normalisation runs on codes of up to 8 bits with an integer zero point"
+        else:
+            why = missing("int8")
+        return dict.fromkeys(table, why) if why else {}
 
     def attach(self, *, name: str, recipe: Recipe, clock: Clock, engine: str) -> None:
         """Give the layer its state."""
