@@ -14,6 +14,7 @@ from torch import nn
 
 import lowbit
 from lowbit.cli import main as cli
+from lowbit.cli.bench import threads_of_torch
 from lowbit.conversion import calibration
 from lowbit.conversion.calibration import STANDINS, Shape, Table, Timing
 from lowbit.engines import int8
@@ -21,6 +22,7 @@ from lowbit.errors import UsageError
 from lowbit.kernels import native_instruction_sets, operators
 from lowbit.products import watch
 from lowbit.train import bench
+from lowbit.train.bench import passes, timing
 
 needs_units = pytest.mark.skipif(
     bool(int8.missing("int8") or int8.missing("bf16")), reason="this machine has no choice of engines"
@@ -37,7 +39,9 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Flatten(1), nn.Linear(16, 3))
         return bench.Work(model, torch.randn(6, 4, 2, 2), torch.randint(3, (6,)))
 
-    monkeypatch.setattr(bench, "WORKS", {"tiny": tiny})
+    works = {"tiny": tiny}
+    for module in (bench, timing):
+        monkeypatch.setattr(module, "WORKS", works)
     monkeypatch.setitem(sys.modules, "qtorch.quant", None)
 
 
@@ -140,8 +144,8 @@ class TestSteps:
         """On a GPU a note says how many products each engine ran; plain networks have none."""
         recipe, plain = (bench.stepper("tiny", name)[0] for name in ("int8:reference", "fp32"))
 
-        assert bench._on_gpu(recipe) == "5 of 5 products on reference"
-        assert bench._on_gpu(plain) == ""
+        assert timing._on_gpu(recipe) == "5 of 5 products on reference"
+        assert timing._on_gpu(plain) == ""
 
     @needs_units
     def test_a_recipe_that_int8_cannot_run_is_refused(self) -> None:
@@ -249,7 +253,7 @@ class TestForeign:
         monkeypatch.setattr(lowbit, "convert_", fails)
 
         with pytest.raises(RuntimeError, match="a defect"):
-            bench._ready("tiny", ["sbm8"])
+            timing._ready("tiny", ["sbm8"])
 
 
 class TestKernels:
@@ -262,7 +266,7 @@ class TestKernels:
 
         assert rows[0][0] == "torch.clone"
         assert rows[0][4] == "1.00"
-        assert [row[0] for row in rows] == list(bench.passes(torch.ones(64, 64)))
+        assert [row[0] for row in rows] == list(passes.passes(torch.ones(64, 64)))
         assert all(float(low) <= float(median) <= float(high) for _, median, low, high, _ in rows)
         assert "4,096 elements" in lines[0]
 
@@ -274,22 +278,22 @@ class TestKernels:
             for name, each in vars(operators).items()
             if isinstance(each, operators.Native) and name[0] != "_"
         }
-        passes = {name for name in natives if not name.startswith("multiply")}
+        expected = {name for name in natives if not name.startswith("multiply")}
         called: set[str] = set()
         with pytest.MonkeyPatch.context() as patch:
-            for name in passes:
+            for name in expected:
                 seen = lambda *a, name=name: (called.add(name), natives[name](*a))[1]  # noqa: E731 - one name each
                 patch.setattr(operators, name, seen)
-            for run in bench._native_passes(torch.ones(64, 64)).values():
+            for run in passes._native_passes(torch.ones(64, 64)).values():
                 run()
 
-        assert called == passes
+        assert called == expected
 
     @pytest.mark.skipif(native_instruction_sets() is None, reason="no native kernels")
     def test_encode_is_timed_in_all_its_forms(self) -> None:
         """Unsigned and signed, per tensor and per row, nearest and stochastic: eight different results."""
         x = torch.linspace(-2, 2, 64 * 64).view(64, 64)
-        found = {name: run() for name, run in bench._native_passes(x).items() if name.startswith("encode")}
+        found = {name: run() for name, run in passes._native_passes(x).items() if name.startswith("encode")}
 
         assert len(found) == 8
         assert {str(codes.dtype) for codes in found.values()} == {"torch.uint8", "torch.int8"}
@@ -297,7 +301,7 @@ class TestKernels:
 
     def test_without_native_kernels_it_is_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """An install without a compiler times torch's passes and says what is missing."""
-        monkeypatch.setattr(bench, "native_instruction_sets", lambda: None)
+        monkeypatch.setattr(passes, "native_instruction_sets", lambda: None)
 
         text = "\n".join(bench.kernels(1, side=64))
 
@@ -325,7 +329,7 @@ class TestCommand:
         """Figures are of the asked number of threads, and the process has its own again afterwards."""
         before = torch.get_num_threads()
 
-        with bench.threads(before + 1):
+        with threads_of_torch(before + 1):
             inside = torch.get_num_threads()
 
         assert (inside, torch.get_num_threads()) == (before + 1, before)

@@ -1,9 +1,11 @@
 """``lowbit bench``: time training steps or kernels, or measure which engine to choose."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lowbit.errors import RunError, UsageError, shown
+from lowbit.train.config import MOST_THREADS
 
 DESCRIPTION = "Time training steps here, or passes by kernel, or measure which engine is faster for which layers."
 HELP = "time training steps, kernels, or what engines to choose"
@@ -48,7 +50,7 @@ def run(
     if of_steps and (kernels or calibrate):
         other = "--kernels" if kernels else "--calibrate"
         raise UsageError(f"{', '.join(of_steps)} choose what training steps to time, and {other} times none.")
-    with bench.threads(threads):
+    with threads_of_torch(threads):
         if calibrate:
             lines = _calibrate(rounds)
         elif kernels:
@@ -59,6 +61,25 @@ def run(
             lines = bench.steps(works or list(bench.WORKS), names, rounds, device or "cpu")
         for line in lines:
             print(line, flush=True)
+
+
+@contextmanager
+def threads_of_torch(count: int | None) -> Iterator[None]:
+    """So many threads of torch in this context; None: as many as there are.
+
+    Raises:
+        UsageError: fewer than 1.
+    """
+    import torch
+
+    if count is not None and not 1 <= count <= MOST_THREADS:
+        raise UsageError(f"--threads must be 1 to {MOST_THREADS}, got {shown(count)}.")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _calibrate(rounds: int | None) -> Iterator[str]:
