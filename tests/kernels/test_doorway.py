@@ -1,4 +1,4 @@
-"""The doorway into native code: no call reads or writes outside of the tensors that it was given."""
+"""The doorway into native code: no call reads or writes outside the tensors that it was given."""
 
 import ast
 import dataclasses

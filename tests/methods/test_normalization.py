@@ -14,8 +14,8 @@ X = integer(bits=8, zero="symmetric")
     [
         ({"constant": "author"}, "Did you mean 'authors'"),
         ({"epsilon": "in"}, "unknown epsilon 'in'"),
-        ({"chunks": 0}, "at least one chunk"),
-        ({"fewest_per_chunk": 1}, "at least two values"),
+        ({"chunks": 0}, "chunks=0: give a whole number, 1 or more"),
+        ({"fewest_per_chunk": 1}, "fewest_per_chunk=1: give a whole number, 2 or more"),
         ({"momentum": 0.0}, r"in \(0, 1\]"),
         ({"momentum": 1.5}, r"in \(0, 1\]"),
     ],

@@ -91,7 +91,7 @@ def test_plateau_rule_raises_the_target() -> None:
 
 
 def test_layers_of_the_block_are_refused_outside_of_it() -> None:
-    """A gated layer called on its own, or a block outside of the model's forward, says so."""
+    """A gated layer called by itself, or a block outside the model's forward, says so."""
     model, _, _ = gated()
 
     with pytest.raises(RuntimeError, match=r"blocks\.0\.conv1.*gated block"):

@@ -50,7 +50,7 @@ def converted(engine: str = "int8") -> nn.Sequential:
 
 
 def apart() -> Apart:
-    """The same converted layers outside of their container."""
+    """The same converted layers outside their container."""
     model = converted()
     whole = Apart(*model)
     whole.register_forward_pre_hook(model[0].site.clock.advance)

@@ -257,7 +257,7 @@ def test_a_checkpointed_part_with_a_stochastic_forward_is_refused(reentrant: boo
     converted(whole, NOISY)
     y = checkpoint(whole.net, X.clone().requires_grad_(), use_reentrant=reentrant)
 
-    with pytest.raises(RuntimeError, match=r"outside of the converted model's forward.*whose forward you call"):
+    with pytest.raises(RuntimeError, match=r"outside the converted model's forward.*whose forward you call"):
         y.sum().backward()
 
 

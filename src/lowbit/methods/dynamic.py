@@ -1,4 +1,4 @@
-"""What a recipe says of bits that change in a run: a schedule, or gates."""
+"""What a recipe says about bits that change in a run: a schedule, or gates."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +20,7 @@ class Scheduling:
 
     Args:
         forward: bits of `input` and `weight`.
-        backward: bits of `grad_output`; None: what a plateau rule in `forward` says, else the formats' own.
+        backward: bits of `grad_output`; None: what a plateau rule in `forward` says, or the formats' own.
     """
 
     forward: Template
@@ -38,16 +38,16 @@ class Gating:
     `input` and `grad_output`, averaged over the MACs of the gated blocks.
 
     Args:
-        choices: pairs (bits of `input`, bits of `grad_output`) to choose from, e.g. ``[[3, 6], [8, 8]]``; bits of
-            `input` 0 skip the block, and then those of `grad_output` are 0 too.
-        targets: the cost to train towards, in percent; several: one for each stage of PFQ's plateau rule.
+        choices: pairs (bits of `input`, bits of `grad_output`) to choose from, e.g. ``[[3, 6], [8, 8]]``; the pair
+            ``[0, 0]`` skips the block.
+        targets: the cost to train towards, in percent, or several costs, one for each stage of PFQ's plateau rule.
         strength: beta, weight of the cost in the loss.
         band: the cost term counts in full only where the cost is farther than this from its target.
         inside: weight of the cost term inside the band.
-        mixing: ``"input"``: a layer runs each sample at its choice and batch normalisation sees them all together;
+        mixing: ``"input"``: a layer runs each sample at its choice, and batch normalisation sees them all together;
             ``"output"``: a block runs all samples at every choice in training, and its outputs are mixed.
-        weighting: what a block counts in the cost: ``"macs"``: its share of the MACs of all blocks; ``"equal"``: the
-            same as any other, as in the authors' code for ResNets.
+        weighting: how much a block counts in the cost: ``"macs"``: its share of the MACs of all blocks; ``"equal"``:
+            the same as any other, as in the authors' code for ResNets.
         hidden: outputs of the first projection of the gate; None leaves it and its ReLU out.
         features: outputs of the last projection, the inputs of the LSTM.
         state: hidden units of the LSTM.

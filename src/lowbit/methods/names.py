@@ -10,7 +10,7 @@ _WIDTHS = re.compile(r"(?:(.+):)?w(0|[1-9][0-9]{0,2})a(0|[1-9][0-9]{0,2})g(0|[1-
 
 
 def is_file_name(text: str) -> bool:
-    """Whether a text that stands for a recipe is the path of a file: it ends in ``.toml``."""
+    """Whether a text that stands for a recipe is the path of a file, as it ends in ``.toml``."""
     return text.endswith(".toml")
 
 
@@ -20,7 +20,7 @@ def is_family(name: str) -> bool:
 
 
 def widths_in(name: str) -> tuple[str, int, int, int] | None:
-    """The recipe that a name changes, and its bits of `weight`, `input` and `grad_output`; None without any."""
+    """The recipe that a name changes, and its bits of `weight`, `input` and `grad_output`; None without widths."""
     match = _WIDTHS.fullmatch(name)
     if match is None:
         return None

@@ -1,4 +1,4 @@
-"""What a recipe says of normalisation."""
+"""What a recipe says about normalisation."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,11 +21,11 @@ class RangeNorm:
         input: format of the layer's input.
         grad_output: format of the gradient that arrives at its output.
         constant: the factor of ``range / sqrt(2 ln n)``: ``"paper"`` 1, ``"authors"`` 0.5402 as in their code.
-        chunks: the range is the mean over at most so many chunks of the batch.
-        fewest_per_chunk: values of a channel in each chunk, 2 or more; a channel of fewer is one chunk. The mean over
-            chunks of 2 to 8 values can be almost 0 where the values are not.
+        chunks: the range is the mean over at most this number of chunks of the batch.
+        fewest_per_chunk: the fewest values of a channel in each chunk, 2 or more; a channel with fewer is one chunk.
+            The mean over chunks of 2 to 8 values can be almost 0 although the values are not.
         narrowest: the range of a chunk in a channel whose codes are all equal: ``"zero"``, so that epsilon alone is the
-            divisor, or one ``"step"`` of the input's grid, which is what codes tell apart.
+            divisor, or one ``"step"`` of the input's grid, the smallest difference of codes.
         epsilon: ``"inside"``: divide by ``sqrt(sigma**2 + eps)`` as BatchNorm does; ``"outside"``: by ``sigma + eps``.
         momentum: weight of the new batch in the running statistics; None keeps the layer's own.
     """
@@ -42,9 +42,9 @@ class RangeNorm:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.chunks < 1:
-            raise UsageError(f"chunks={self.chunks!r}: a whole number of at least one chunk")
+            raise UsageError(f"chunks={self.chunks!r}: give a whole number, 1 or more")
         if self.fewest_per_chunk < 2:
-            raise UsageError(f"fewest_per_chunk={self.fewest_per_chunk!r}: a whole number of at least two values")
+            raise UsageError(f"fewest_per_chunk={self.fewest_per_chunk!r}: give a whole number, 2 or more")
         for operand in ("input", "grad_output"):
             fmt = getattr(self, operand)
             if fmt.granularity != "tensor":

@@ -42,7 +42,7 @@ class GradWeight:
 
 
 def check_operand(where: str, operand: str, fmt: Format) -> None:
-    """Raise a UsageError where no operand of that name can have the format."""
+    """Raise a UsageError if no operand of that name can have the format."""
     if operand != "input" and fmt.running is not None:
         raise UsageError(f"{where}: only `input` keeps a running range")
     if operand != "weight" and fmt.granularity == "output-channel":
@@ -53,7 +53,7 @@ def check_operand(where: str, operand: str, fmt: Format) -> None:
 
 
 def range_of(fmt: Format) -> tuple[object, ...] | None:
-    """What of a format says which running range it keeps, to compare; None without a scale."""
+    """What identifies the running range that a format keeps, for comparison; None without a scale."""
     s = fmt.scale
     return None if s is None else (s.range, s.running, s.running_start, s.granularity)
 

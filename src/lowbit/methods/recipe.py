@@ -43,19 +43,19 @@ class Recipe:
     """One method of low-precision training.
 
     Args:
-        name: the name it is asked for by.
+        name: the name by which it is asked for.
         summary: one line for a table.
-        source: paper and, where it differs, code.
+        source: the paper and, if it differs, the code.
         output: formats of ``output = input x weight``.
         grad_input: formats of ``grad_input = grad_output x weight``.
-        grad_weight: formats of ``grad_weight = grad_output x input``. Where its `grad_output` differs from
-            that of `grad_input`, the gradient is bifurcated.
+        grad_weight: formats of ``grad_weight = grad_output x input``. If its `grad_output` differs from that of
+            `grad_input`, the gradient is bifurcated.
         bias: format of the bias that is added to the output.
         normalization: what replaces batch normalisation; None keeps it.
         first: whether the first layer with products, in registration order, is converted or left.
         last: the same for the last one.
-        schedule: how bits change over the run; None: they do not.
-        gates: what chooses bits for each block and sample; None: nothing does.
+        schedule: how bits change over the run; None: they do not change.
+        gates: what chooses bits for each block and sample; None: bits are not chosen.
         depthwise: bits (forward, backward) of convolutions with one input channel per group, which follow neither
             schedule nor gates; None: they follow like any layer.
     """
@@ -133,7 +133,7 @@ class Recipe:
         """The same recipe with other settings of its schedule or gates, e.g. ``Recipe.from_name("cpt").tuned(low=4)``.
 
         Raises:
-            UsageError: the recipe has no such setting, or the value is impossible.
+            UsageError: the recipe lacks the setting, or the value is impossible.
         """
         known = self.settings()
         for name in settings:
@@ -179,11 +179,11 @@ class Recipe:
     def from_name(name: str) -> "Recipe":
         """The recipe of that name, with other widths after a colon, e.g. ``int8:w4a4g6``.
 
-        ``RECIPE:wXaYgZ`` has X-bit weights, Y-bit inputs and Z-bit gradients in every product; ``wXaYgZ`` alone is of
-        `sbm8-cpt`.
+        ``RECIPE:wXaYgZ`` has X-bit weights, Y-bit inputs and Z-bit gradients in every product; ``wXaYgZ`` alone means
+        `sbm8-cpt` with these widths.
 
         Raises:
-            UsageError: no such recipe, bits out of range, or a recipe that has no bits to set.
+            UsageError: an unknown recipe, bits out of range, or a recipe that lacks bits to set.
         """
         check_type("name", name, str)
         if widths := widths_in(name):
@@ -209,7 +209,7 @@ class Recipe:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Recipe":
-        """The recipe in a TOML file, see `from_toml`; its name is the file's without ``.toml``.
+        """The recipe in a TOML file, see `from_toml`; its name is that of the file without ``.toml``.
 
         Raises:
             UsageError: the file cannot be read, is not a recipe, or has the name of a recipe of lowbit.
@@ -226,7 +226,7 @@ class Recipe:
 
     @staticmethod
     def find(text: str) -> "Recipe":
-        """The recipe of a name, or of a TOML file where the text ends in ``.toml``; errors as of both."""
+        """The recipe of a name, or of a TOML file if the text ends in ``.toml``; it raises as both do."""
         return Recipe.load(text) if is_file_name(text) else Recipe.from_name(text)
 
 
@@ -236,14 +236,14 @@ def _load(name: str) -> Recipe:
 
 
 def from_toml(name: str, text: str) -> Recipe:
-    """Read a recipe from TOML: `[formats]` names formats, the tables of the products use the names.
+    """Read a recipe from TOML: `[formats]` names formats, and the tables of the products use these names.
 
     ``"fp32"`` and ``"bf16"`` are names that always exist. ``base = "sbm8-cpt"`` takes every field that the text leaves
     out from that stored recipe. `[schedule]` has a schedule for `forward`, ``{ kind = "cyclic", low = 3, ... }`` or a
     number of bits, and may have one for `backward`; `[gates]` has the fields of `Gating`.
 
     Raises:
-        UsageError: it is not TOML, or has a name or value that does not exist.
+        UsageError: it is not TOML, or has an unknown name or value.
     """
     recipe: Recipe = parsed(Recipe, name, text, base_of=Recipe.from_name)
     return recipe

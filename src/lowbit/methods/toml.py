@@ -34,9 +34,9 @@ def parsed(cls: type[Any], name: str, text: str, *, base_of: Callable[[str], Any
 
     Args:
         cls: the class of recipes.
-        name: the recipe's.
+        name: the recipe's name.
         text: TOML.
-        base_of: the recipe of a name, for the text's `base`.
+        base_of: gives the recipe of a name, for the text's `base`.
     """
     try:
         data = tomllib.loads(text)
@@ -113,7 +113,7 @@ def _table(where: str, value: object) -> dict[str, Any]:
 
 
 def _named(formats: dict[str, Format], where: str, name: object) -> Format:
-    if isinstance(name, Format):  # of the recipe that this one is based on
+    if isinstance(name, Format):  # it comes from the recipe that this one is based on
         return name
     if not isinstance(name, str):
         raise UsageError(

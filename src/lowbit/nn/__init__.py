@@ -38,7 +38,7 @@ NORM_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     twin.plain: twin for twin in (RangeBatchNorm1d, RangeBatchNorm2d, RangeBatchNorm3d)
 }
 
-# Layers with products that have no twin, and why.
+# Layers with products that lack a twin, and why.
 REFUSED_LAYERS: dict[type[nn.Module], str] = {
     nn.Bilinear: "its product of three operands has no quantised form here",
     nn.RNN: "only LSTM and GRU have quantised forms",

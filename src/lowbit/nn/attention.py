@@ -19,12 +19,12 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 class QuantMultiheadAttention(SeveralProducts, nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` whose query, key, value and output projections run a recipe.
 
-    The plain layer multiplies by `in_proj_weight` and `out_proj` in one functional call that bypasses its modules;
-    this one computes each projection as a product of its own, in training and in evaluation.
+    The plain layer multiplies by `in_proj_weight` and `out_proj` in one functional call that bypasses its modules.
+    This one computes each projection as a separate product, in training and in evaluation.
     """
 
     plain = nn.MultiheadAttention
-    owns_modules = True  # it reads the parameters of the module that it keeps its output projection in
+    owns_modules = True  # it reads the parameters of the module that holds its output projection
 
     @classmethod
     def input_channels(cls, layer: Any) -> int:
@@ -33,7 +33,7 @@ class QuantMultiheadAttention(SeveralProducts, nn.MultiheadAttention):
 
     @property
     def sample_axis(self) -> int:
-        """The first, or the second after positions."""
+        """The first axis, or the second, after positions."""
         return 0 if self.batch_first else 1
 
     def site_names(self) -> list[str]:
@@ -51,7 +51,7 @@ class QuantMultiheadAttention(SeveralProducts, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `torch.nn.MultiheadAttention.forward`; `is_causal` is its hint about `attn_mask`, which still decides."""
+        """As `torch.nn.MultiheadAttention.forward`; `is_causal` only hints at `attn_mask`, which decides."""
         if is_causal and attn_mask is None:
             raise ValueError(f"{self.sites()[0].name}: is_causal is a hint about attn_mask, and attn_mask is missing")
         batched = query.dim() == 3
@@ -83,7 +83,7 @@ class QuantMultiheadAttention(SeveralProducts, nn.MultiheadAttention):
         return x if self.batch_first else x.transpose(0, 1)
 
     def _in_projections(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Weights and biases of q, k and v, whichever way the layer keeps them."""
+        """Weights and biases of q, k and v, however the layer keeps them."""
         if self.in_proj_weight is not None:
             weights = list(self.in_proj_weight.chunk(3))
         else:
@@ -109,7 +109,7 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask to add to scores: a boolean one hides where it is True."""
+    """A mask to add to scores; a boolean mask hides where it is True."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
     return mask.to(dtype)
@@ -136,7 +136,7 @@ def _merged_mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dropout: float, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """``softmax(q k^T / sqrt(D) + mask) v`` for ``(B, H, length, D)``, and the softmax where it is needed.
+    """``softmax(q k^T / sqrt(D) + mask) v`` for ``(B, H, length, D)``, and the softmax if it is needed.
 
     The softmax is returned after dropout, as torch does.
     """

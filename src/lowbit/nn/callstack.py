@@ -1,7 +1,7 @@
 """Which module of one model runs now: in a forward by the calls of one thread, in a backward by what made the node.
 
-`torch.utils.module_tracker` names modules by their class and path, so that two models share names, and follows the
-calls of all threads at once.
+`torch.utils.module_tracker` does not do: it names modules by class and path, so two models share names, and it follows
+the calls of all threads at once.
 """
 
 import threading
@@ -15,8 +15,8 @@ from torch.nn.modules import module as torch_module
 class Callstack:
     """The calls of modules in the thread that entered this context, by the names that one model gives them.
 
-    Its hooks are global. Hooks on each module would change what runs: for them `nn.TransformerEncoderLayer` leaves its
-    fast path, and a Range BN is not fused with the ReLU after it.
+    Its hooks are global. Hooks on each module would change what runs: `nn.TransformerEncoderLayer` would leave its fast
+    path, and a Range BN would not be fused with the ReLU after it.
 
     Args:
         model: the model whose modules are named.
@@ -46,12 +46,12 @@ class Callstack:
             self._stack.append(module)
 
     def _leave(self, module: nn.Module, _args: object, _output: object) -> None:
-        # A module that was entered before this context leaves in it.
+        # A module that was entered before this context may leave in it.
         if threading.get_ident() == self._thread and self._stack and self._stack[-1] is module:
             self._stack.pop()
 
     def name(self) -> str | None:
-        """The innermost module of the model that runs, ``""`` between calls; None where only another model's run."""
+        """The innermost running module of the model, ``""`` between calls; None if only another model's run."""
         if self._stack:
             return next((self._names[m] for m in reversed(self._stack) if m in self._names), None)
         node = torch._C._current_autograd_node()
@@ -70,7 +70,7 @@ def _last_node() -> int:
 
 
 def others_look_on() -> bool:
-    """Whether anybody but a `Callstack` has hooks on all modules, which see what each gets and gives."""
+    """Whether anything but a `Callstack` has hooks on all modules, which see what each gets and returns."""
     tables = (
         torch_module._global_forward_pre_hooks,
         torch_module._global_forward_hooks,

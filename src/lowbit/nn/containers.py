@@ -1,4 +1,4 @@
-"""Containers of torch that would bypass the converted layers inside them, or can run two of them as one."""
+"""Containers of torch that would bypass the converted layers inside them, or that can run two of them as one."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from lowbit.nn.norm import FusedSequential, has_fused_pair
 
 
 def adapt(module: nn.Module) -> None:
-    """Make a container call its converted layers, in evaluation too, and fuse those that can be."""
+    """Make a container call its converted layers, in evaluation too, and fuse those that can be fused."""
     _forbid_bypass(module)
     if has_fused_pair(module):
         module.__class__ = FusedSequential
@@ -28,13 +28,13 @@ def restore(module: nn.Module) -> None:
 
 
 def _call_my_layers(_module: nn.Module, _args: object) -> None:
-    """A hook that does nothing: torch's fused encoder path is only taken where no module has a hook."""
+    """A hook that does nothing: torch takes its fused encoder path only if no module has a hook."""
 
 
 def _forbid_bypass(module: nn.Module) -> None:
     """Make nn.TransformerEncoderLayer call its converted linear layers in evaluation too."""
     if _call_my_layers in module._forward_pre_hooks.values() or "_lowbit_nested" in module.__dict__:
-        return  # since an earlier conversion
+        return  # an earlier conversion did it
     if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, QuantLayer) for m in module.modules()):
         module.register_forward_pre_hook(_call_my_layers)
     if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, QuantLayer) for m in module.modules()):

@@ -1,4 +1,4 @@
-"""What kind of layer a module is: one that has a twin, one that cannot have one, one without a product."""
+"""What kind of layer a module is: one with a twin, one that cannot have a twin, or one without a product."""
 
 from collections.abc import Iterator
 
@@ -23,17 +23,17 @@ _NO_PRODUCT: tuple[type[nn.Module], ...] = (
 
 
 def twin_of(layer: nn.Module) -> type[QuantLayer] | None:
-    """The twin of a layer's type, or of the nearest type that it is a subclass of, as a twin is; None without one."""
+    """The twin of a layer's type, or of the nearest type that it is a subclass of; None without one."""
     return next((_TWINS[base] for base in type(layer).__mro__ if base in _TWINS), None)
 
 
 def plain_type(layer: nn.Module) -> type[nn.Module]:
-    """The class that a converted layer stands for; of any other layer its own class."""
+    """The class that a converted layer stands for; for any other layer, its own class."""
     return layer.plain if isinstance(layer, QuantLayer) else type(layer)
 
 
 def choose_twin(layer: nn.Module, recipe: Recipe) -> tuple[type[QuantLayer] | None, str, bool]:
-    """What a layer becomes with a recipe, or None; a remark, or why; and whether that refuses what was asked for."""
+    """What a layer becomes with a recipe, or None; a remark or reason; and whether a request is thereby refused."""
     exact, near = _TWINS.get(type(layer)), twin_of(layer)
     if exact is not None and exact.is_in(recipe):
         why = exact.refusal(layer, recipe)
@@ -52,12 +52,12 @@ def choose_twin(layer: nn.Module, recipe: Recipe) -> tuple[type[QuantLayer] | No
 
 
 def _refused(layer: nn.Module) -> str:
-    """Why there is no twin of a layer that has products; empty where there is one, or it has none."""
+    """Why a layer that has products lacks a twin; empty if it has a twin, or lacks products."""
     return next((why for refused, why in REFUSED_LAYERS.items() if isinstance(layer, refused)), "")
 
 
 def multiplies(layer: nn.Module) -> bool:
-    """Whether a layer's type is known to have products, with a twin or without."""
+    """Whether a layer's type is known to have products, with or without a twin."""
     return has_product_twin(layer) or bool(_refused(layer))
 
 

@@ -1,7 +1,7 @@
 """The quantised twins of linear and convolution layers: one call each plus a site for their state.
 
-`lowbit.convert_` turns a plain layer into its twin by changing its class in place, so its name, parameters,
-hooks and every reference to it stay what they were; `lowbit.restore_` changes it back.
+`lowbit.convert_` turns a plain layer into its twin by changing its class in place, so its name, its parameters, its
+hooks and every reference to it stay what they were. `lowbit.restore_` changes it back.
 """
 
 from typing import Any, ClassVar
@@ -19,11 +19,11 @@ from lowbit.products.operators import Convolution, Linear, Op
 class QuantLayer(nn.Module):
     """A layer that computes in the formats of a recipe: the twin of a plain layer.
 
-    It answers for its kind. What must be known before a layer is converted is asked of the class, about the plain
-    layer; a converted layer gives the same answer about itself.
+    It answers for its kind. What must be known before a conversion is asked of the class, about the plain layer. A
+    converted layer gives the same answers about itself.
 
     Attributes:
-        plain: the type of layer that it stands for; each class of converted layers says its own.
+        plain: the type of layer that it stands for; each class of converted layers names its own.
         owns_modules: whether the modules inside the plain layer are part of it, since it never calls them.
         remark: what a report says of a converted layer.
         site: the state of its products.
@@ -47,7 +47,7 @@ class QuantLayer(nn.Module):
 
     @classmethod
     def refusal(cls, layer: Any, recipe: Recipe) -> str:  # noqa: ARG003 - for twins that a recipe must fit
-        """Why a layer of the plain type cannot become this with a recipe; empty where it can."""
+        """Why a layer of the plain type cannot become this with a recipe; empty if it can."""
         if "forward" in layer.__dict__:
             return "its forward was replaced on the object, which conversion would not reach"
         for name, p in layer.named_parameters(recurse=False):
@@ -57,7 +57,7 @@ class QuantLayer(nn.Module):
 
     @classmethod
     def operator(cls, layer: Any) -> Op | None:
-        """What all products of a layer are; None where it has none."""
+        """The operator of all products of a layer; None if it lacks products."""
         raise TypeError(f"{cls.__name__} does not say what its products are: {layer}")
 
     @classmethod
@@ -68,7 +68,7 @@ class QuantLayer(nn.Module):
 
     @classmethod
     def largest_weight(cls, layer: Any) -> Tensor | None:
-        """The largest of `weights`, the first of several; None without any."""
+        """The largest of `weights`, the first if there are several; None without weights."""
         return max(cls.weights(layer), key=Tensor.numel, default=None)
 
     @classmethod
@@ -109,11 +109,11 @@ class QuantLayer(nn.Module):
 
     @property
     def is_altered(self) -> bool:
-        """Whether the class was changed since the conversion, so that `undo` would undo more than that."""
+        """Whether the class was changed since the conversion, so that `undo` would undo more than the conversion."""
         return "plain" not in vars(type(self))
 
     def attach(self, *, name: str, recipe: Recipe, clock: Clock, engine: str) -> None:
-        """Give the layer its state; `lowbit.convert_` calls this once after it changed the class."""
+        """Give the layer its state; `lowbit.convert_` calls this once after changing the class."""
         self.site = product_site(name=name, recipe=recipe, clock=clock, engine=engine)
 
     def sites(self) -> list[Site]:
@@ -130,7 +130,7 @@ class QuantLayer(nn.Module):
 
 
 def converted_layers(model: nn.Module) -> dict[str, QuantLayer]:
-    """The converted layers of a model by their names in it, each once, in order."""
+    """The converted layers of a model, each once, in order, by their names in the model."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLayer)}
 
 
@@ -140,7 +140,7 @@ def sites_of(model: nn.Module) -> dict[Site, QuantLayer]:
 
 
 class SeveralProducts(QuantLayer):
-    """A layer that multiplies by several weights, each with a site of its own.
+    """A layer that multiplies by several weights, each with its own site.
 
     Attributes:
         site: the sites by the names of `site_names`.
@@ -154,7 +154,7 @@ class SeveralProducts(QuantLayer):
         return Linear()
 
     def site_names(self) -> list[str]:
-        """What the layer multiplies by, in order."""
+        """The names of what the layer multiplies by, in order."""
         raise TypeError(f"{type(self).__name__} does not say what it multiplies by")
 
     def attach(self, *, name: str, recipe: Recipe, clock: Clock, engine: str) -> None:
@@ -167,7 +167,7 @@ class SeveralProducts(QuantLayer):
         )
 
     def sites(self) -> list[Site]:
-        """One for each of `site_names`."""
+        """A site for each of `site_names`."""
         return [self._site(part) for part in self.site]
 
     def product(self, part: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -213,7 +213,7 @@ class _QuantConv(QuantLayer, nn.modules.conv._ConvNd):
 
     @classmethod
     def operator(cls, layer: Any) -> Op:
-        """The convolution; a padding that has a name or is not of zeros is taken for a part of the input."""
+        """The convolution; a padding with a name, or not of zeros, counts as a part of the input."""
         named = isinstance(layer.padding, str) or layer.padding_mode != "zeros"
         return Convolution(
             stride=layer.stride,
@@ -226,7 +226,7 @@ class _QuantConv(QuantLayer, nn.modules.conv._ConvNd):
 
     @classmethod
     def input_channels(cls, layer: Any) -> int:
-        """C, of all groups."""
+        """C of all groups together."""
         return int(layer.in_channels)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
@@ -245,7 +245,7 @@ class _QuantConv(QuantLayer, nn.modules.conv._ConvNd):
         )
 
     def _as_batch(self, x: Tensor) -> Tensor:
-        """The input with its axis of samples, which the input range is taken over."""
+        """The input with its axis of samples, over which the input range is taken."""
         dim = len(self.kernel_size)
         if x.dim() not in (dim + 1, dim + 2):
             raise ValueError(

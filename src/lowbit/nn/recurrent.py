@@ -34,7 +34,7 @@ def gru_cell(x_gates: Tensor, h_gates: Tensor, h: Tensor) -> Tensor:
 
 
 class _QuantRecurrent(SeveralProducts, nn.RNNBase):
-    """What LSTM and GRU share; one direction, any number of layers, no projection, no packed sequences."""
+    """What LSTM and GRU share: one direction and any number of layers, without projections or packed sequences."""
 
     @classmethod
     def refusal(cls, layer: Any, recipe: Recipe) -> str:
@@ -52,7 +52,7 @@ class _QuantRecurrent(SeveralProducts, nn.RNNBase):
 
     @property
     def sample_axis(self) -> int:
-        """The first, or the second after time steps."""
+        """The first axis, or the second, after time steps."""
         return 0 if self.batch_first else 1
 
     def site_names(self) -> list[str]:
@@ -81,7 +81,7 @@ class _QuantRecurrent(SeveralProducts, nn.RNNBase):
         return x if self.batch_first else x.transpose(0, 1)
 
     def _restore_layout(self, y: Tensor, x: Tensor) -> Tensor:
-        """(B, T, H) in the layout that the caller's input had, contiguous as that of the plain layer."""
+        """(B, T, H) in the layout of the caller's input, contiguous as in the plain layer."""
         if x.dim() == 2:
             return y.squeeze(0)
         return y if self.batch_first else y.transpose(0, 1).contiguous()

@@ -22,13 +22,13 @@ from lowbit.products import compiled as compiler
 from lowbit.products.operators import Op
 from lowbit.products.setting import Samples, Setting
 
-# torch.compile leaves what this decorates to run eagerly: a converted layer counts steps and keeps ranges. It is the
-# lazy form of torch.compiler.disable, which would import the whole compiler with this package.
+# torch.compile runs what this decorates eagerly, since a converted layer counts steps and keeps ranges. It is the lazy
+# form of torch.compiler.disable, which would import the whole compiler with this package.
 runs_eagerly = _disable_dynamo
 
 
 class PerThread(threading.local):
-    """What each thread that runs a model keeps apart; a copy of the model begins with nothing.
+    """What each thread that runs a model keeps for itself; a copy of the model begins with nothing.
 
     Attributes:
         inside: whether a training forward of the converted model runs in this thread.
@@ -45,18 +45,18 @@ class PerThread(threading.local):
 
 
 class Clock:
-    """Seed and step of a converted model: what all its noise is made from.
+    """Seed and step of a converted model, from which all its noise is made.
 
-    A training forward of the model, the module that was converted, is a step; hooks on it tell where one begins and
-    ends. Where only parts of the model are called, nothing tells. Then a step begins with the first layer that already
-    ran in the last one, so that whatever repeats has other noise. Evaluation is not a step and changes nothing here.
+    A training forward of the module that was converted is a step; hooks on it say where one begins and ends. If only
+    parts of the model are called, a step begins with the first layer that already ran in the last step, so that
+    whatever repeats has other noise. Evaluation is not a step and does not change anything here.
 
-    Each step starts the use numbers of all sites anew, so that a layer that runs twice in a step draws two different
+    Each step begins with new use numbers at all sites. A layer that runs twice in a step thus draws two different
     fields.
 
     Args:
         seed: the seed of all noise.
-        free: whether nobody asked for an engine: a loaded state then brings its own.
+        free: whether no engine was asked for, so that a loaded state brings its own.
     """
 
     def __init__(self, seed: int, *, free: bool = False) -> None:
@@ -70,17 +70,17 @@ class Clock:
         self.set_step(0)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy is a clock of its own to operators of compiled models."""
+        """A copy is another clock to operators of compiled models."""
         self.__dict__.update(state)
         self.number = compiler.register(self)
 
     def attach(self, model: nn.Module) -> None:
-        """Hear of the forwards of the model that was converted."""
+        """Follow the forwards of the model that was converted."""
         model.register_forward_pre_hook(self.advance)
         model.register_forward_hook(self.leave, always_call=True)
 
     def detach(self, module: nn.Module) -> None:
-        """Take the hooks of `attach` off."""
+        """Remove the hooks of `attach`."""
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
                 del hooks[key]
@@ -102,7 +102,7 @@ class Clock:
             return
         if is_recomputing():
             return
-        if not self.sites:  # every layer was restored on its own
+        if not self.sites:  # every layer was restored by itself
             self.detach(module)
             return
         self.here.inside = self.here.compiled = False
@@ -111,27 +111,27 @@ class Clock:
             self.here.inside = True
 
     def advance_compiled(self, training: bool) -> None:
-        """`advance` of a compiled model, which does not say where its forward ends."""
+        """`advance` for a compiled model, which does not say where its forward ends."""
         self.here.compiled = training
         if training:
             self.next_step()
 
     def leave(self, *_: object) -> None:
-        """End a forward of the converted model, also one that raised."""
+        """End a forward of the converted model, even one that raised."""
         if not torch.compiler.is_compiling() and not is_recomputing():
             self.here.inside = False
 
     def next_step(self, *, of_parts: bool = False) -> None:
-        """Begin a step; `of_parts`: outside of the converted model's forward."""
+        """Begin a step; `of_parts` says that it is outside the converted model's forward."""
         self._check_controlled()
         self.of_parts = of_parts
-        # New tensors, not in place: a backward that is still to come keeps the noise of its own forward.
+        # New tensors, not in place: a backward that has not run yet keeps the noise of its own forward.
         self._begin_step(self.step + 1)
         for site in self.sites:
             site.uses = 0
 
     def _check_controlled(self) -> None:
-        """Raise where bits should change over the run and nothing changes them, or nothing any more."""
+        """Raise if bits should change over the run and nothing changes them, or no longer does."""
         for site in self.sites:
             if site.controller is None and (site.recipe.is_dynamic or site.lost_controller):
                 why = (
@@ -150,7 +150,7 @@ class Clock:
 
 
 def rank_of_process() -> int:
-    """The rank of this process in a distributed run; 0 where there is none."""
+    """The rank of this process in a distributed run; 0 otherwise."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -161,43 +161,43 @@ class Controller(Protocol):
         """Every site that it writes."""
 
     def check_forward(self) -> None:
-        """Raise where no training forward may begin."""
+        """Raise if no training forward may begin."""
 
     def write(self) -> None:
-        """Set the bits of its sites, whatever wrote them since."""
+        """Set the bits of its sites, whatever changed them meanwhile."""
 
     def remove(self) -> None:
-        """Let go of all of them."""
+        """Release all of them."""
 
 
 def is_recomputing() -> bool:
-    """Whether this forward runs inside a backward: gradient checkpointing running a layer again."""
+    """Whether this forward runs inside a backward, as gradient checkpointing runs a layer again."""
     return torch._C._current_graph_task_id() != -1
 
 
 class Site(nn.Module):
     """One place where a recipe is applied: its bits, its running input range, its use number.
 
-    A site owns no parameter and nothing of it enters `state_dict()`: see `lowbit.state_dict`.
+    A site does not own parameters, and nothing of it enters `state_dict()`: see `lowbit.state_dict`.
 
     Args:
         name: the layer's name, fixed at conversion.
-        part: which product of the layer this is, where it has several.
+        part: which product of the layer this is, if it has several.
         recipe: the formats.
         clock: seed and step of the model.
         input_format: the format of the layer's input, whose running range is kept here.
-        bits: the width of each operand, in the order that the layer gives them meaning. Operands of one format in
-            several products have one width: the first.
+        bits: the width of each operand, in an order that the layer defines. Operands of one format in several products
+            have one width, the first.
         engine: how products are executed.
         leads: whether this is the first product of its layer, which runs once in each of the layer's forwards.
 
     Attributes:
         layer_name: the layer's name at conversion.
-        name: that with the part: it is in the noise and in every report.
+        name: `layer_name` with the part; it is in the noise and in every report.
         bits: the widths in training.
-        evaluation_bits: those in evaluation mode.
-        controller: what writes both; None: they stay.
-        lost_controller: whether this is a copy of a site that has a controller, or has its state; a copy has none.
+        evaluation_bits: the widths in evaluation mode.
+        controller: what writes both; None: they do not change.
+        lost_controller: whether this is a copy of a site that has a controller, or has its state; a copy lacks one.
         gated: whether a gate chooses the bits for each sample.
     """
 
@@ -239,7 +239,7 @@ class Site(nn.Module):
         clock.sites.append(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is of the model alone: whoever sets the bits of this one would never be told of the copy's steps."""
+        """A copy is of the model alone: what sets the bits of this one would never hear of the copy's steps."""
         return {
             **self.__dict__,
             "controller": None,
@@ -247,13 +247,13 @@ class Site(nn.Module):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy is a site of its own to operators of compiled models."""
+        """A copy is another site to operators of compiled models."""
         super().__setstate__(state)
         self.number = compiler.register(self)
 
     @property
     def is_controlled(self) -> bool:
-        """Whether a controller sets the bits, or did in the model that this is a copy of."""
+        """Whether a controller sets the bits, or did so in the model that this is a copy of."""
         return self.controller is not None or self.lost_controller
 
     @property
@@ -266,7 +266,7 @@ class Site(nn.Module):
         self.here.samples = chosen
 
     def widths(self) -> Tensor:
-        """The bits of a forward in the mode that the layer is in; not to be changed."""
+        """The bits of a forward in the layer's present mode; do not change them."""
         return self.bits if self.training else self.evaluation_bits
 
     def widths_now(self) -> tuple[int, ...]:
@@ -279,7 +279,7 @@ class Site(nn.Module):
         self.evaluation_bits.copy_(self.evaluation_bits.new_tensor(evaluation_bits))
 
     def follow_recipe(self) -> None:
-        """Have no controller, and the recipe's bits."""
+        """Drop the controller and take the recipe's bits."""
         self.controller, self.lost_controller = None, False
         own = [fmt.bits for _, _, fmt in self.formats()]
         self.set_bits(own, own)
@@ -295,7 +295,9 @@ class Site(nn.Module):
             self._check_recomputed()
             return CounterNoise(key=self.clock.key, layer=self.name)
         inside = self.clock.here.inside or (compiled and self.clock.here.compiled)
-        if not (inside or self.training):  # an evaluation changes nothing, so that several threads can evaluate
+        if not (
+            inside or self.training
+        ):  # an evaluation does not change anything, so that several threads can evaluate
             return CounterNoise(key=self.clock.key, layer=self.name)
         if not inside and self.leads and (self.uses or not self.clock.step):
             self.clock.next_step(of_parts=True)
@@ -303,7 +305,7 @@ class Site(nn.Module):
         return CounterNoise(key=self.clock.key, layer=self.name, use=self.uses - 1)
 
     def _check_runs(self) -> None:
-        """Raise where torch runs the layer to see what it does, and would not see that it keeps state."""
+        """Raise if torch only runs the layer to see what it does, since it would not see that it keeps state."""
         if torch._C._get_tracing_state() is not None:
             transform = "torch.jit.trace"
         elif torch._C._are_functorch_transforms_active():
@@ -316,11 +318,11 @@ class Site(nn.Module):
         )
 
     def _check_recomputed(self) -> None:
-        """Raise where the forward is stochastic and which of several runs is run again cannot be known."""
+        """Raise if the forward is stochastic and it cannot be known which of several runs is run again."""
         if not (self.recipe.output.input.stochastic or self.recipe.output.weight.stochastic):
             return
         if self.uses > 1 or (self.training and self.clock.of_parts):
-            when = "outside of the converted model's forward" if self.uses <= 1 else f"{self.uses} times in this step"
+            when = "outside the converted model's forward" if self.uses <= 1 else f"{self.uses} times in this step"
             raise RuntimeError(
                 f"{self.name}: gradient checkpointing runs again a layer that ran {when}, and stochastic rounding in "
                 "its forward cannot know which run this is. Checkpoint other layers, convert one layer per use, or "
@@ -332,7 +334,7 @@ class Site(nn.Module):
         if not self.keeps_range or not x.is_floating_point() or x.is_meta:
             return None
         if is_recomputing() and self.training:
-            return None  # that of its own batch, as in the first run, which recorded it
+            return None  # the range of its own batch, as in the first run, which recorded it
         values = x.float() if x.dtype == torch.float16 else x
         return observed_extremes(values, self.input_format, self.running_range, training=self.training)
 
@@ -350,7 +352,7 @@ class Site(nn.Module):
         """How the products of this call are computed for input `x`."""
         if self.gated and self.here.samples is None:
             raise RuntimeError(
-                f"{self.name}: this layer runs in a gated block and was called outside of the block's forward. "
+                f"{self.name}: this layer runs in a gated block and was called outside the block's forward. "
                 "Gradient checkpointing inside gated blocks and sharing their layers with other blocks do not work: "
                 "name other blocks, or leave this layer out of them with a rule"
             )
@@ -366,13 +368,13 @@ class Site(nn.Module):
         )
 
     def formats(self) -> list[tuple[str, str, Format]]:
-        """What each of its bits is the width of: (product, operand, format)."""
+        """The operand that each of its bits is the width of: (product, operand, format)."""
         return self.recipe.operands()
 
     def slots(self, *operands: str) -> dict[int, Format]:
-        """Where the widths of these operands stand in `bits`, and their formats; floats have no width to set.
+        """The places of these operands' widths in `bits`, and their formats; floats lack a width to set.
 
-        A bifurcated gradient keeps its width in `grad_weight`: its formats were chosen apart.
+        A bifurcated gradient keeps its width in `grad_weight`, since its formats were chosen separately.
         """
         table = {(product, operand): fmt for product, operand, fmt in self.formats()}
         gradients = {table.get((product, "grad_output")) for product in ("grad_input", "grad_weight")}
@@ -388,9 +390,9 @@ class Site(nn.Module):
         return f"{self.recipe.name}, engine={self.engine}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Follow the model to another device, not to another dtype: a range in float16 would not be one."""
+        """Follow the model to another device, but not to another dtype: float16 cannot hold a range."""
         device = fn(torch.empty(0, dtype=torch.float32, device=self.bits.device)).device
-        # Bits and range are values, also of a model whose parameters have none yet.
+        # Bits and range have values even if the parameters of the model have none yet.
         return super()._apply(lambda t: t if device.type == "meta" else t.to(device), recurse)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 Zero = Literal["symmetric", "integer", "offset"]
 Scaled = Literal["always", "never", "either"]
 
-# Makes the scale of what spans so much in so many steps, see `lowbit.numerics.scales.Scale.step`.
+# Makes the scale for a span and a number of steps, see `lowbit.numerics.scales.Scale.step`.
 Step = Callable[[Tensor, Tensor | float], Tensor]
 
 
@@ -40,7 +40,7 @@ class Element(Protocol):
     """What one code is."""
 
     kind: ClassVar[str]
-    # Whether its bits can be set apart from the format, by a schedule or a gate.
+    # Whether a schedule or a gate can set its bits.
     has_width: ClassVar[bool]
     scaled: ClassVar[Scaled]
 
@@ -50,7 +50,7 @@ class Element(Protocol):
 
     @property
     def zero(self) -> Zero:
-        """Where real zero lies; ``"symmetric"`` where it is the code 0."""
+        """Where real zero lies; ``"symmetric"`` if it is the code 0."""
 
     @property
     def code_range(self) -> tuple[float, float]:
@@ -61,16 +61,16 @@ class Element(Protocol):
         """How far beyond the largest code a value may lie that still rounds to it: half of the last step."""
 
     def steps(self, lo: Tensor, hi: Tensor, levels: Tensor | float, step: Step) -> Steps:
-        """Where codes lie for values from `lo` to `hi`, `levels` being the largest code."""
+        """Where codes lie for values from `lo` to `hi` if `levels` is the largest code."""
 
     def fixed_steps(self, x: Tensor) -> Steps | None:
-        """Where codes lie without a scale; None where `codes` gives the values themselves."""
+        """Where codes lie without a scale; None if `codes` gives the values themselves."""
 
     def codes(self, x: Tensor, steps: Steps | None, noise: Tensor | None) -> Tensor:
-        """The codes of `x`, a new tensor; `noise` rounds stochastically, else to nearest with halves to even."""
+        """The codes of `x`, a new tensor: rounded by `noise`, or without it to nearest with halves to even."""
 
     def __str__(self) -> str:
-        """As reports name it."""
+        """Its name in reports."""
 
 
 def bound(t: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:

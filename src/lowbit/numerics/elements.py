@@ -20,7 +20,7 @@ Overflow = Literal["saturate", "infinite"]
 
 @dataclass(frozen=True, kw_only=True)
 class Real:
-    """The value as it is given, float32 or float64."""
+    """The value as it is, float32 or float64."""
 
     kind: ClassVar[str] = "real"
     has_width: ClassVar[bool] = False
@@ -36,7 +36,7 @@ class Real:
         return -float("inf"), float("inf")
 
     def steps(self, lo: Tensor, hi: Tensor, levels: Tensor | float, step: Step) -> Steps:  # noqa: ARG002 - none
-        """It has none."""
+        """It raises, as there is no scale."""
         raise TypeError(f"{self} has no scale")
 
     def fixed_steps(self, x: Tensor) -> None:  # noqa: ARG002 - it has none, whatever x is
@@ -60,8 +60,8 @@ class Integer:
       ``S = (hi-lo)/(2**b-1)`` with lo and hi widened to contain 0, ``z = round(-lo/S)``;
     - ``"offset"``: ``x = q S + lo``, q in ``0 .. 2**b-1``: lo is a float and zero is in general not on the grid.
 
-    With ``"integer"`` the rounded z can put the grid's end up to S/2 inside lo or hi, where values are clipped. Ranges
-    wider than the largest float give nan, and tensors so small that S is denormal lose precision.
+    With ``"integer"`` the rounded z can put the grid's end up to S/2 inside lo or hi, and values beyond it are clipped.
+    Ranges wider than the largest float give nan, and tensors so small that S is denormal lose precision.
 
     Args:
         bits: width of a code, sign included: 2 to 16, for ``"offset"`` 1 to 32.
@@ -85,7 +85,7 @@ class Integer:
 
     @property
     def code_range(self) -> tuple[int, int]:
-        """``-n .. n`` where symmetric, else ``0 .. n``."""
+        """``-n .. n`` if symmetric, else ``0 .. n``."""
         if self.zero == "symmetric":
             return 1 - 2 ** (self.bits - 1), 2 ** (self.bits - 1) - 1
         return 0, 2**self.bits - 1
@@ -128,16 +128,16 @@ class Integer:
 class Minifloat:
     """Floating-point numbers of few bits: a sign, `exponent` bits with the bias ``2**(e-1) - 1``, `mantissa` bits.
 
-    Numbers below the smallest normal one are subnormal. With a scale its largest number lies at the largest value.
+    Numbers below the smallest normal one are subnormal. With a scale, the largest number lies at the largest value.
     bfloat16 is (8, 7), E4M3 is (4, 3, top="nan"), E5M2 is (5, 2), E2M1 is (2, 1, top="finite").
 
     Args:
         exponent: bits of the exponent, 2 to 8.
         mantissa: bits after the leading one, 0 to 23.
         top: what the largest exponent holds: ``"ieee"``: inf and nan; ``"nan"``: numbers, and one nan;
-            ``"finite"``: numbers alone.
-        overflow: what larger values become: the largest number, or inf (nan where there is no inf). An inf is never
-            made a number.
+            ``"finite"``: only numbers.
+        overflow: what larger values become: the largest number, or inf (nan if the format lacks inf). An inf never
+            becomes a number.
 
     Source: OCP 8-bit Floating Point Specification 1.0 and Microscaling Formats 1.0.
     """
@@ -168,7 +168,7 @@ class Minifloat:
 
     @property
     def bits(self) -> int:
-        """One for the sign."""
+        """The width of a code: one bit of sign, and those of exponent and mantissa."""
         return 1 + self.exponent + self.mantissa
 
     @property
@@ -202,14 +202,14 @@ class Minifloat:
         return Steps(scale=step(torch.maximum(-lo, hi), levels), low=-levels, high=levels)
 
     def fixed_steps(self, x: Tensor) -> Steps | None:
-        """A scale of 1; none where nothing is clipped."""
+        """A scale of 1; None if nothing is clipped."""
         if self.overflow == "infinite":
             return None
         low, high = self.code_range
         return Steps(scale=x.new_ones([1] * x.dim()), low=low, high=high)
 
     def codes(self, x: Tensor, steps: Steps | None, noise: Tensor | None) -> Tensor:
-        """``x / S`` rounded, float64 through float32; nan where x is not finite, unless what overflows becomes inf."""
+        """``x / S`` rounded, float64 via float32; nan where x is not finite, unless overflow becomes inf."""
         t = (x if steps is None else x / steps.scale).float().double()
         if self.overflow == "saturate":  # a float64 beyond float32 is finite: it becomes the largest number, not nan
             t = t.clamp(-self.largest, self.largest).where(x.isfinite(), torch.nan)
@@ -228,7 +228,7 @@ class Minifloat:
 
 @dataclass(frozen=True, kw_only=True)
 class FixedPoint:
-    """Fixed point of `integer` bits before the point, the sign among them, and `fraction` after it; no scale.
+    """Fixed point: `integer` bits before the point, sign included, and `fraction` after it, without a scale.
 
     ``x = q 2**-fraction``, q in ``-2**(b-1) .. 2**(b-1) - 1`` for ``b = integer + fraction``; values beyond saturate.
 
@@ -256,7 +256,7 @@ class FixedPoint:
 
     @property
     def bits(self) -> int:
-        """Before and after the point."""
+        """The bits before and after the point."""
         return self.integer + self.fraction
 
     @property
@@ -275,7 +275,7 @@ class FixedPoint:
         return 0.5
 
     def steps(self, lo: Tensor, hi: Tensor, levels: Tensor | float, step: Step) -> Steps:  # noqa: ARG002 - none
-        """It has one grid."""
+        """It raises, as there is only one grid."""
         raise TypeError(f"{self} has no scale")
 
     def fixed_steps(self, x: Tensor) -> Steps:
@@ -297,7 +297,7 @@ class FixedPoint:
 class PowerOfTwo:
     """0 and the powers of two ``S 2**-k``, k from 0 to ``2**(b-1) - 2``, with a sign.
 
-    The middle of two powers goes to the larger one, that of 0 and the smallest power to 0.
+    The middle between two powers goes to the larger one, and that between 0 and the smallest power goes to 0.
 
     Args:
         bits: width of a code, sign included, 2 to 8.
@@ -326,7 +326,7 @@ class PowerOfTwo:
 
     @property
     def margin(self) -> float:
-        """Half of what the next power would be away."""
+        """Half of the distance to the next power."""
         return 0.5
 
     def steps(self, lo: Tensor, hi: Tensor, levels: Tensor | float, step: Step) -> Steps:
@@ -338,7 +338,7 @@ class PowerOfTwo:
         raise TypeError(f"{self} needs a scale, also for {tuple(x.shape)}")
 
     def codes(self, x: Tensor, steps: Steps | None, noise: Tensor | None) -> Tensor:
-        """The nearest power, or by noise one of the two neighbours; nan where ``x / S`` is not finite."""
+        """The nearest power, or with noise one of the two neighbours; nan where ``x / S`` is not finite."""
         assert steps is not None
         t = (x / steps.scale).double()
         rounded = round_to_float(t, 0, 2 - 2 ** (self.bits - 1), noise)

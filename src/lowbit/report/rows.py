@@ -16,8 +16,8 @@ class Row:
 
     Args:
         total: the product and its calls.
-        once: what one call costs on the hardware; None without hardware, or where it has no model of it.
-        reason: why there is no estimate.
+        once: what one call costs on the hardware; None without hardware, or if it cannot run the product.
+        reason: why an estimate is missing.
         first_layer: whether its layer reads the network's input.
     """
 
@@ -33,7 +33,7 @@ class Row:
 
 
 def first_layers(totals: Sequence[Total]) -> set[str]:
-    """The layers that read the network's input: those that trained their weight and had no `grad_input`."""
+    """The layers that read the network's input: those that trained their weight without a `grad_input`."""
     return {
         layer
         for layer, each in per_layer(totals)

@@ -1,4 +1,4 @@
-"""Gates: a small network that chooses bits for each block of a model and each sample, and the cost it is trained by.
+"""Gates: a small network that chooses bits for each block and sample, and the cost that it is trained by.
 
 Notation: B samples, n blocks, K choices, p probabilities ``(B, K)``, m MACs of a block per sample, w, a, g bits of
 `weight`, `input` and `grad_output`.

@@ -18,9 +18,9 @@ def direction(cost: float, *, target: float, band: float, inside: float) -> floa
     """The factor of the cost term: +1 above the target, -1 below it, `inside` times that within the band.
 
     Args:
-        cost: of the present batch, in percent of full precision.
-        target: what it should be, in percent.
-        band: half the width of the band, in percent; 0: none.
+        cost: the cost of the present batch, in percent of full precision.
+        target: what the cost should be, in percent.
+        band: half the width of the band, in percent; 0: no band.
         inside: factor within the band.
     """
     if cost >= target + band:
@@ -41,7 +41,7 @@ def products_cost(bits: Tensor) -> float:
 
 
 def bits_at(site: Site, pair: tuple[int, int]) -> Tensor:
-    """The site's bits with those of a choice that does not skip."""
+    """The site's bits with those of a choice; the choice must not skip."""
     bits = site.widths().clone()
     bits[list(site.slots("input"))] = pair[0]
     bits[list(site.slots("grad_output"))] = pair[1]
@@ -49,7 +49,7 @@ def bits_at(site: Site, pair: tuple[int, int]) -> Tensor:
 
 
 def shortcut_of(block: nn.Module) -> nn.Module | None:
-    """The child `shortcut` or `downsample` of a block, where it does anything."""
+    """The child `shortcut` or `downsample` of a block, if it does anything."""
     for name in ("shortcut", "downsample"):
         path = getattr(block, name, None)
         if isinstance(path, nn.Module) and not isinstance(path, nn.Identity):
@@ -58,10 +58,10 @@ def shortcut_of(block: nn.Module) -> nn.Module | None:
 
 
 def cost_of(block: nn.Module, macs: Mapping[Site, float], pair: tuple[int, int]) -> float:
-    """MACs of full precision that one sample costs at a choice; of its way past the block where it skips.
+    """MACs of full precision that one sample costs at a choice; if it skips, those of its way past the block.
 
     Args:
-        block: what is gated.
+        block: the gated block.
         macs: MACs of one sample at each site of the block.
         pair: the choice.
     """

@@ -52,7 +52,7 @@ class _Forward(threading.local):
     Attributes:
         masks: by block, of the latest training forward.
         counts: how many samples took each choice, by block.
-        state: of the LSTM, after the block before.
+        state: the state of the LSTM after the previous block.
         inside: whether the gated model's forward runs.
     """
 
@@ -80,14 +80,14 @@ def _gated(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 class Gates(nn.Module):
-    """The gates of a model: for each block a head on its pooled input, for all of them one LSTM and one projection.
+    """The gates of a model: each block has a head on its pooled input, and all share one LSTM and one projection.
 
     A `lowbit.PrecisionController` makes and attaches them. Give their parameters to the optimizer, and add `penalty()`
-    to the loss of each step. Before a block runs, its gate has chosen one pair of bits for each sample; the block's
+    to the loss of each step. Before a block runs, its gate chooses one pair of bits for each sample. The block's
     layers then run the samples of each choice together, and what no sample chose is not executed.
 
     Args:
-        blocks: what is gated, in order.
+        blocks: the gated blocks, in order.
         gating: choices, target and sizes.
 
     Attributes:
@@ -128,7 +128,7 @@ class Gates(nn.Module):
                                 _check_width(site, operand, pair[place], fmt.zero)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Continue from what `state_dict` gave; nothing changes where any tensor does not fit.
+        """Continue from what `state_dict` gave; if any tensor does not fit, nothing changes.
 
         Raises:
             UsageError: a tensor is missing, unknown, of another shape or dtype, or has a nan or inf.
@@ -152,7 +152,7 @@ class Gates(nn.Module):
 
     @property
     def gating(self) -> Gating:
-        """The settings they were made from."""
+        """The settings that they were made from."""
         return self._gating
 
     @property
@@ -167,14 +167,14 @@ class Gates(nn.Module):
 
     @property
     def cost(self) -> float | None:
-        """The cost of the batch that `penalty` was last asked about, in percent of full precision."""
+        """The cost of the batch of the last `penalty`, in percent of full precision."""
         return self._last_cost
 
     def penalty(self) -> Tensor:
         """The cost term of the loss for the latest training forward: ``r beta C``, a scalar with a gradient.
 
         ``C = sum over samples, blocks, choices of mask (w a + w g + a g)/32**2 m/mean(m)``, where equal weighting
-        leaves m/mean(m) out, and r as in `direction` for the cost ``100 C / (3 B n)``. It is a sum over the batch, not
+        leaves m/mean(m) out, and r is `direction` for the cost ``100 C / (3 B n)``. It is a sum over the batch, not
         a mean.
 
         Raises:
@@ -197,7 +197,7 @@ class Gates(nn.Module):
         return penalty
 
     def attach(self, model: nn.Module) -> None:
-        """Change the class of each block to its gated twin; the hooks on `model` begin and end each forward."""
+        """Change the class of each block to its gated twin; hooks on `model` begin and end each forward."""
         for index, block in enumerate(self._blocks):
             plain: Any = block.module
             plain.__class__ = _gated(plain.__class__)
@@ -241,7 +241,7 @@ class Gates(nn.Module):
         if is_recomputing():
             raise RuntimeError(
                 f"{block.name}: gradient checkpointing runs a gated block again, which would choose again from the "
-                "state of another block. Checkpoint inside none and around none of the gated blocks"
+                "state of another block. Do not checkpoint inside or around gated blocks"
             )
         if not self._now.inside:
             raise RuntimeError(f"{block.name}: a gated block runs only within the forward of the model it is gated in")
@@ -287,7 +287,7 @@ class Gates(nn.Module):
         return mask
 
     def _way_past(self, block: Block) -> Callable[[Tensor], Tensor] | None:
-        """What a sample takes that skips the block, at the recipe's bits; None for the sample itself."""
+        """The way of a sample that skips the block, at the recipe's bits; None if it passes unchanged."""
         path = shortcut_of(block.module)
         if path is None:
             return None
@@ -337,7 +337,7 @@ class Gates(nn.Module):
         self._keep_sizes(index, {site: macs[site] / samples[site] for site in macs})
 
     def _measure_first(self, index: int, x: Tensor, at: At) -> None:
-        """Where the first batch may skip a block whole: learn the block's MACs from one sample, changing nothing."""
+        """If all of the first batch may skip a block, learn the block's MACs from one sample without any change."""
         block = self._blocks[index]
         if SKIP not in self.choices or not block.module.training or self.sizes[index] > 0:
             return
@@ -359,7 +359,7 @@ class Gates(nn.Module):
         self._keep_sizes(index, {site: float(count) for site, count in macs.items()})
 
     def _keep_sizes(self, index: int, macs: dict[Site, float]) -> None:
-        """Keep what one sample costs at each choice, where the block ran."""
+        """Keep what one sample costs at each choice, if the block ran."""
         if macs:
             block = self._blocks[index]
             self.sizes[index] = sum(macs.values())
@@ -368,7 +368,7 @@ class Gates(nn.Module):
 
 
 def release(model: nn.Module) -> None:
-    """Take controllers off a model, and what a copy of a controlled one has left of them; bits are the recipes'."""
+    """Remove controllers, or what a copy has left of them, from a model; its bits are then the recipes'."""
     sites = sites_of(model)
     for controller in {id(site.controller): site.controller for site in sites}.values():
         if controller is not None:

@@ -14,7 +14,7 @@ from lowbit.nn.gate.cost import SKIP
 
 
 class At(Protocol):
-    """Runs a block on some samples, each at its choice, and tells their mask its gradient."""
+    """Runs a block on some samples, each at its choice, and gives their mask its gradient."""
 
     def __call__(self, part: Tensor, chosen: Tensor, told: Tensor | None = None, /) -> Any:
         """The block's output for the samples `part` at the choices `chosen`; `told` is their mask."""
@@ -46,10 +46,10 @@ def output_mixed(
 def with_skips(
     x: Tensor, mask: Tensor, choice: Tensor, skip: int, at: At, shortcut: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
-    """The block for the samples that do not skip it, the way past it for the others.
+    """The block for the samples that do not skip it, and the way past it for the others.
 
-    The mask of the skip receives its gradient from the samples that skip, and from the others too where the way past
-    the block is the sample itself.
+    The mask of the skip receives its gradient from the samples that skip, and from the others too if samples pass the
+    block unchanged.
     """
     skips = choice == skip
     kept, left = (~skips).nonzero().squeeze(1), skips.nonzero().squeeze(1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The largest of each row as one-hot, the first one of a tie; its gradient goes to the row as it is."""
+    """The largest of each row as one-hot, the first of a tie; its gradient goes to the row unchanged."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor) -> Tensor:  # noqa: ARG004 - autograd's signature
@@ -37,9 +37,9 @@ class RecurrentGate(nn.Module):
         self.projection = nn.Linear(state, choices)
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Map ``(B, features)`` and the state after the block before (None: zeros) to ``(B, K)`` one-hot and the state.
+        """Map ``(B, features)`` and the previous block's state (None: zeros) to ``(B, K)`` one-hot and the new state.
 
-        The gradient of the one-hot mask is passed to p as it is: no noise, no temperature.
+        The gradient of the one-hot mask is passed to p unchanged, without noise or temperature.
         """
         state = self.cell(x, state)
         mask: Tensor = _StraightThrough.apply(torch.softmax(self.projection(state[0]), 1))

@@ -25,7 +25,7 @@ from lowbit.products import strides, watch
 
 
 def codes_of(x: Tensor, setting: NormSetting, operand: str) -> cpu.Codes | None:
-    """Codes of x as rows by channels; None where the native passes do not take it."""
+    """Codes of x as rows by channels; None if the native passes do not take it."""
     fmt: Format = getattr(setting.norm, operand)
     if setting.engine != "int8" or not cpu.runs(x) or fmt.zero != "integer" or not takes(fmt):
         return None
@@ -66,12 +66,12 @@ def _show_codes(
 
 
 def _values(codes: cpu.Codes, shape: torch.Size) -> Tensor:
-    """What codes stand for, float32 in the shape of the tensor they were made of."""
+    """The values of codes, float32 in the shape of the tensor that they were made of."""
     return (_in_rows(shape, torch.float32, codes.q).float() - codes.zero) * codes.scale
 
 
 class RangeBatchNormOfCodes(torch.autograd.Function):
-    """As `RangeBatchNorm`, in a pass to encode, one for statistics, one to normalise; it keeps codes for backward."""
+    """As `RangeBatchNorm`, in passes that encode, measure and normalise; it keeps codes for the backward."""
 
     @staticmethod
     def forward(
@@ -131,18 +131,18 @@ class RangeBatchNormOfCodes(torch.autograd.Function):
 
 
 def _float(v: Tensor | None) -> Tensor | None:
-    """As native passes read it."""
+    """The tensor as native passes read it."""
     return None if v is None else in_memory(v.detach().float()).contiguous()
 
 
 def _as_given(fixed: tuple[Tensor, Tensor]) -> cpu.Statistics:
-    """Statistics that are not of this batch."""
+    """Given statistics, which are not those of this batch."""
     mean, sigma = (in_memory(v.float()).contiguous() for v in fixed)
     return cpu.Statistics(mean=mean, sigma=sigma)
 
 
 def _in_rows(shape: torch.Size, dtype: torch.dtype, numbers: Tensor | None = None) -> Tensor:
-    """A tensor (B, C, *size) whose memory is rows by channels: new, or of these numbers."""
+    """A tensor (B, C, *size) whose memory is rows by channels: a new one, or one of these numbers."""
     if numbers is None:
         return torch.empty_strided(shape, strides.channels_last(shape), dtype=dtype, device="cpu")
     return numbers.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
@@ -150,12 +150,12 @@ def _in_rows(shape: torch.Size, dtype: torch.dtype, numbers: Tensor | None = Non
 
 @cache
 def _slopes(constant: Constant, lengths: tuple[int, ...]) -> Tensor:
-    """`slopes` as the native pass reads them, float32 ``(K,)``; not to be changed."""
+    """`slopes` as the native pass reads them, float32 ``(K,)``; do not change them."""
     return torch.tensor(slopes(constant, lengths), dtype=torch.float32, device="cpu")
 
 
 def code_statistics(codes: cpu.Codes, channels: int, norm: RangeNorm) -> cpu.Statistics:
-    """`range_statistics` of the values of codes that are two rows or more by channels."""
+    """`range_statistics` of the values of codes with two rows or more."""
     count = codes.q.numel() // channels
     lengths, starts = chunk_lengths(count, norm.chunks, norm.fewest_per_chunk)
     return cpu.code_statistics(codes, channels, [*starts, count], _slopes(norm.constant, tuple(lengths)))
@@ -170,7 +170,7 @@ def _backward_of_codes(
     setting: NormSetting,
     dx: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, in `dx` or of its dtype, gamma and beta; by the definition where g gets no codes."""
+    """Gradients of x (in `dx` or its dtype), gamma and beta; by the definition if g cannot have codes."""
     grad_output = in_memory(grad_output)
     if not is_channels_last(grad_output):
         grad_output = strides.laid_out(grad_output, strides.channels_last(grad_output.shape))
@@ -195,7 +195,7 @@ def _backward_of_codes(
 
 
 def _by_value(stats: cpu.Statistics) -> Statistics | None:
-    """The same as `range_statistics` gives them; None where they were given."""
+    """The statistics as `range_statistics` gives them; None if they were given."""
     if stats.argmax is None or stats.argmin is None or stats.slopes is None:
         return None
     return Statistics(stats.mean, stats.sigma, stats.argmax.t().long(), stats.argmin.t().long(), stats.slopes)

@@ -15,7 +15,7 @@ from lowbit.nn.norm.statistics import Statistics, bounded, divisor, range_statis
 
 
 class RangeBatchNorm(torch.autograd.Function):
-    """Values of the input's format, normalised; the gradient takes its format before the backward."""
+    """Values in the input's format are normalised; the gradient is put into its format before the backward."""
 
     @staticmethod
     def forward(
@@ -83,8 +83,8 @@ def range_batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, gamma and beta.
 
-    With ``G = gamma g``: ``dx = (G - mean G) / d``, and the extremes of chunk k further receive plus (largest) and
-    minus (smallest) ``-(sum G x_normalised) / d * (dd/dsigma) * (dsigma/dR_k)``. Fixed statistics: ``dx = G / d``.
+    With ``G = gamma g``, ``dx = (G - mean G) / d``, and the extremes of chunk k further receive plus (largest) and
+    minus (smallest) ``-(sum G x_normalised) / d * (dd/dsigma) * (dsigma/dR_k)``. With fixed statistics ``dx = G / d``.
     """
     axes = (0, *range(2, g.dim()))
     grad_weight = (g * normalized).sum(axes)

@@ -16,12 +16,12 @@ from lowbit.products import strides
 
 
 class Tape:
-    """What autograd keeps of a function for its backward, where the backward is asked for separately.
+    """What autograd keeps of a function for its backward, if the backward is called separately.
 
     Attributes:
-        saved_tensors: as of a context of autograd.
+        saved_tensors: as in a context of autograd.
         kept: what else the function keeps.
-        rectified: the result, where a ReLU after the function made it.
+        rectified: the result, if a ReLU after the function made it.
         function: the function that ran.
     """
 
@@ -35,7 +35,7 @@ class Tape:
         self.saved_tensors = tensors
 
     def mark_non_differentiable(self, *_: Tensor) -> None:
-        """Nothing: whoever asks for the backward asks for that of y."""
+        """Do nothing: only the backward of y is asked for."""
 
     @torch.no_grad()
     def backward(self, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -49,7 +49,7 @@ class Tape:
 
 
 def _run(function: Any, tape: Tape | None) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """A function of autograd, or its forward alone, which keeps on a tape."""
+    """An autograd function, or its forward alone, which keeps what it needs on a tape."""
     if tape is None:
         applied: Callable[..., tuple[Tensor, Tensor, Tensor]] = function.apply
         return applied
@@ -73,7 +73,7 @@ def range_batch_norm(
         weight: gamma ``(C,)``, or None for 1.
         bias: beta ``(C,)``, or None for 0.
         setting: constant, chunks, epsilon, formats, noise.
-        fixed: ``(mu, sigma)`` to normalise with, as evaluation does; None: of this batch.
+        fixed: ``(mu, sigma)`` to normalise with, as in evaluation; None: those of this batch.
         tape: what takes the place of autograd; None: autograd.
 
     Returns:
@@ -81,7 +81,7 @@ def range_batch_norm(
 
     Raises:
         ValueError: fewer than 2 values per channel, unless `fixed` is given.
-        RuntimeError: gamma, beta or fixed statistics that are not one number for each channel.
+        RuntimeError: gamma, beta or fixed statistics do not have one number for each channel.
 
     Source: Banner et al. 2018, arXiv:1805.11046, section 3; backward derived and checked against the authors' code.
     """

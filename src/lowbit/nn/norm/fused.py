@@ -13,14 +13,14 @@ from lowbit.nn.norm.layers import RangeBatchNormNd
 class FusedSequential(nn.Sequential):
     """`torch.nn.Sequential` in which a Range BN does the ReLU right after it in its own pass over memory.
 
-    Only here is it known that nothing else sees what lies between them: a call of the normalisation on its own, a slice
-    without the ReLU, or a hook that looks at either of them gets what it got before.
+    Only here is it known that nothing else sees what lies between them. A separate call of the normalisation, a slice
+    without the ReLU, and a hook on either of them get what they got before.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain container's argument
         """Call the modules one after the other, a Range BN together with the ReLU after it.
 
-        A compiled model calls each on its own, with the same numbers.
+        A compiled model calls each separately, with the same results.
         """
         if torch.compiler.is_compiling():
             for part in self:
@@ -44,7 +44,7 @@ def has_fused_pair(module: nn.Module) -> bool:
 
 
 def is_fusible(norm: nn.Module, relu: nn.Module | None) -> TypeGuard[RangeBatchNormNd]:
-    """Whether these are a Range BN and a ReLU that could run as one, and the engine of the first makes it a gain."""
+    """Whether these are a Range BN and a ReLU that can run as one, and gain by it on the engine of the first."""
     return isinstance(norm, RangeBatchNormNd) and type(relu) is nn.ReLU and norm.site.engine == "int8"
 
 

@@ -19,7 +19,7 @@ class NormSite(Site):
     """The site of a Range BN."""
 
     def formats(self) -> list[tuple[str, str, Format]]:
-        """Its own; it has no products."""
+        """The formats of its operands; it lacks products."""
         norm = self.recipe.normalization
         assert norm is not None
         return [("output", "input", norm.input), ("grad_input", "grad_output", norm.grad_output)]
@@ -69,7 +69,7 @@ class RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
     """Range BN with the parameters and buffers of batch normalisation.
 
     `running_mean` and `running_var` hold running averages of mu and sigma squared, so that the plain layer that
-    `lowbit.restore_` gives back evaluates alike.
+    `lowbit.restore_` gives back evaluates in the same way.
     """
 
     remark: ClassVar[str] = "range normalisation"
@@ -81,16 +81,16 @@ class RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
 
     @classmethod
     def refusal(cls, layer: Any, recipe: Recipe) -> str:  # noqa: ARG003 - always so
-        """Nothing is refused."""
+        """It does not refuse anything."""
         return ""
 
     @classmethod
     def operator(cls, layer: Any) -> None:
-        """It has no product."""
+        """None: it lacks a product."""
 
     @classmethod
     def weights(cls, layer: Any) -> list[Tensor]:  # noqa: ARG003 - always so
-        """None: gamma multiplies each channel separately."""
+        """An empty list: gamma multiplies each channel separately."""
         return []
 
     @classmethod
@@ -100,7 +100,7 @@ class RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
 
     @classmethod
     def formats(cls, recipe: Recipe) -> dict[str, tuple[Format, ...]]:
-        """One operand forward, one backward."""
+        """One operand in the forward, and one in the backward."""
         norm = recipe.normalization
         return {} if norm is None else {"output": (norm.input,), "grad_input": (norm.grad_output,)}
 
@@ -135,7 +135,7 @@ class RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
         return self.normalize(input)
 
     def normalize(self, input: Tensor, *, rectify: bool = False) -> Tensor:  # noqa: A002 - the plain layer's argument
-        """What `forward` does; with `rectify` the result is 0 where it would be less, as a ReLU after it makes it."""
+        """What `forward` does; with `rectify` the result is that of a ReLU after it: 0 where it would be less."""
         self._check_input_dim(input)
         fixed = None
         if not self.training and self.running_mean is not None and self.running_var is not None:

@@ -18,14 +18,14 @@ class NormSetting:
 
     Args:
         norm: constant, chunks, place of epsilon and formats.
-        eps: added to the divisor.
+        eps: a small number in the divisor.
         noise: for the stochastic rounding of grad_output.
         bits: widths of input and grad_output; None: the formats' own.
-        input_range: lo and hi for the input; None: of the batch.
+        input_range: lo and hi for the input; None: those of the batch.
         layer: name for reports.
         engine: how it is executed.
-        source: what calls, for observers.
-        rectify: whether the result is to be 0 where it would be less, as a ReLU after it makes it.
+        source: the caller, for observers.
+        rectify: whether the result is that of a ReLU after it: 0 where it would be less.
     """
 
     norm: RangeNorm
@@ -41,7 +41,7 @@ class NormSetting:
     def quantized(self, x: Tensor, operand: str, expected: tuple[str, ...] = ()) -> Quantized:
         """`x`, which is the layer's ``"input"`` or ``"grad_output"``, in its format; shown to observers."""
         fmt: Format = getattr(self.norm, operand)
-        if x.is_meta:  # shapes without values, as when a run is planned
+        if x.is_meta:  # it has a shape but no values, as when a run is planned
             return Quantized(torch.empty_like(x))
         noise = None
         if fmt.stochastic and self.noise is not None:

@@ -1,4 +1,4 @@
-"""The mean and the range estimate of each channel of a batch, and what it is divided by.
+"""The mean and the range estimate of each channel of a batch, and the divisor.
 
 Notation: as in `lowbit.nn.norm`.
 """
@@ -20,13 +20,13 @@ KAPPA: dict[Constant, float] = {"paper": 1.0, "authors": 0.5 * 0.35 * (1 + math.
 
 @dataclass(frozen=True)
 class Statistics:
-    """What one batch says of each channel.
+    """The statistics of each channel in one batch.
 
     Args:
         mean: mu, ``(C,)``.
         sigma: the estimate of the standard deviation, ``(C,)``.
         argmax: batch-major index of the first largest value of each chunk, ``(C, K)`` in 0..N-1.
-        argmin: likewise of the smallest.
+        argmin: the same of the first smallest value.
         slope: d sigma / d R_k, ``(K,)``.
     """
 
@@ -40,17 +40,17 @@ class Statistics:
 def range_statistics(x: Tensor, *, constant: Constant, chunks: int, fewest: int = 2) -> Statistics:
     """Mean and range estimate of each channel.
 
-    The N values of a channel, batch-major, are cut into ``K = min(chunks, N // fewest)`` chunks, one at least, whose
+    The N values of a channel, batch-major, are cut into ``K = min(chunks, N // fewest)`` chunks, at least one, whose
     lengths differ by at most one; each is weighed with its own ``sqrt(2 ln n_k)``.
 
     Args:
         x: float ``(B, C, *size)``.
         constant: which kappa.
-        chunks: at most so many chunks.
-        fewest: values in a chunk, unless the channel has fewer.
+        chunks: the most chunks.
+        fewest: the fewest values in a chunk, unless the channel has fewer.
 
     Raises:
-        ValueError: N < 2: one value has no range.
+        ValueError: N < 2, since one value lacks a range.
 
     Source: Banner et al. 2018, section 3 (``"paper"``); their code's RangeBN (``"authors"``).
     """
@@ -102,9 +102,9 @@ def divisor(sigma: Tensor, eps: float, place: EpsilonPlace) -> Tensor:
 
 
 def bounded(stats: Statistics, grid: Grid | None, narrowest: Narrowest) -> Tensor:
-    """The batch's sigma, and where all codes of a channel are equal that of the narrowest ranges.
+    """The batch's sigma; a channel whose codes are all equal has that of the narrowest ranges.
 
-    Divided by ``sqrt(eps)`` alone, their gradient, and what a rounded mean leaves of them, would grow by hundreds.
+    Divided by ``sqrt(eps)`` alone, its gradient, and what a rounded mean leaves of its values, would grow by hundreds.
     """
     if grid is None or narrowest == "zero":
         return stats.sigma
