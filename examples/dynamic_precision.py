@@ -33,14 +33,14 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def accuracy(model: nn.Module) -> float:
-    """On the digits that are left, at the highest bits."""
+    """The accuracy on the remaining digits, at the highest bits."""
     model.eval()
     right = (model(images[1437:]).argmax(1) == labels[1437:]).float().mean().item()
     model.train()
     return right
 
 
-# Which precision makes progress? The test trains a model of its own.
+# Which precision makes progress? The test trains a separate model.
 model = network()
 lowbit.convert_(model, "sbm8-cpt")
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -63,6 +63,6 @@ def _store(name: str, read: int, written: int, nj: float) -> Store:
 if __name__ == "__main__":
     model = torch.nn.Sequential(torch.nn.Linear(784, 512), torch.nn.ReLU(), torch.nn.Linear(512, 10))
     lowbit.convert_(model, "int8")
-    published = lowbit.hardware.BitFusion().costs  # of another array: they stand in for yours
+    published = lowbit.hardware.BitFusion().costs  # those of another array, in place of yours
     array = Systolic(mac_nj=published["core"], buffer_nj=published["input_read"], dram_nj=published["dram"])
     print(lowbit.Cost(lowbit.plan(model, torch.zeros(128, 784), steps=100), array))

@@ -23,7 +23,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 def step(x: torch.Tensor, y: torch.Tensor) -> float:
-    """One training step; the loss."""
+    """One training step, which returns the loss."""
     loss = F.cross_entropy(model(x), y)
     optimizer.zero_grad()
     loss.backward()

@@ -1,4 +1,4 @@
-"""The two errors a person sees, what a signal leaves, and how they name a value or an unknown name."""
+"""The two errors that a user sees, the end by a signal, and how messages show a value or an unknown name."""
 
 import difflib
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ def shown(value: object) -> str:
     """A value in one short line, whatever it is."""
     try:
         text = " ".join(repr(value).split()) if isinstance(value, _PLAIN) else a_or_an(type(value).__name__)
-    except Exception:  # a whole number of thousands of digits, an element whose repr is broken
+    except Exception:  # e.g. a whole number of thousands of digits, or an element whose repr is broken
         text = a_or_an(type(value).__name__)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
 
@@ -50,7 +50,7 @@ def unknown(what: str, given: object, allowed: Iterable[str]) -> UsageError:
 
     Args:
         what: the kind of thing, e.g. ``"recipe"``.
-        given: the name nobody knows.
+        given: the unknown name.
         allowed: every legal name.
     """
     names = sorted(allowed)

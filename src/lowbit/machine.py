@@ -1,4 +1,4 @@
-"""Timing on this machine: paired rounds, and what a figure depends on beside the code."""
+"""Timing on this machine: paired rounds, and what a figure depends on besides the code."""
 
 import platform
 import statistics
@@ -24,7 +24,7 @@ class Machine:
 
     Args:
         processor: its name.
-        instruction_sets: those that the native kernels use, with blanks between; says so where there are no kernels.
+        instruction_sets: those that the native kernels use, with blanks between, or a text that there are no kernels.
         threads: of torch.
         torch: version of torch.
         lowbit: version of this package.
@@ -65,14 +65,14 @@ def _processor() -> str:
 def paired(
     steps: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: int = WARM_UP, ready: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of each step in each round; a slow moment of the machine meets all of them.
+    """Seconds of each step in each round, so that a slow moment of the machine affects all steps.
 
     Args:
         steps: what to time, by name. Each runs once in a round.
         rounds: rounds that count, at least 1; round i begins with step i, so that none is always first.
-        warm_up: rounds before them.
-        ready: run each step right before it is timed too, so that short ones do not pay for memory that the one
-            before gave back to the system.
+        warm_up: rounds before them, which do not count.
+        ready: whether to run each step once more right before it is timed, so that a short step does not pay for memory
+            that the previous one gave back to the system.
 
     Raises:
         UsageError: fewer than 1 round.
