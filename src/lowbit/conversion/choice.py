@@ -24,8 +24,8 @@ class Choice:
 
     Args:
         wanted: the engine.
-        why: why the layer runs on the reference engine; empty where it runs on the one that is wanted.
-        refused: products of a layer on the engine that is wanted which run on the reference engine, and why.
+        why: why the layer runs on the reference engine; empty if it runs on the wanted one.
+        refused: products that run on the reference engine although the layer runs on the wanted one, and why.
         timing: what was measured.
         open: whether both engines could run it.
     """
@@ -65,7 +65,7 @@ def choose_all(plans: Sequence[Plan], engine: str, table: Table | None) -> dict[
         shown = [f"{n or 'the model'} ({types[n]}): the {engine} engine cannot run {why}" for n, why in refused.items()]
         raise UsageError(
             f"{len(refused)} of {len(choices)} layers cannot run as asked. {'; '.join(shown[:5])}. Leave them out with "
-            "a rule, or let engine='auto' run what it cannot run on the reference engine"
+            "a rule, or let engine='auto' run the refused products on the reference engine"
         )
     return choices
 

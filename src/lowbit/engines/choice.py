@@ -34,7 +34,7 @@ _ALL_ON_REFERENCE: Chosen = dict.fromkeys(PRODUCTS, REFERENCE)
 
 
 def _on(name: str, device: str) -> Engine | None:
-    """The engine of that name for a type of device; None where there is none."""
+    """The engine of that name for a type of device, or None."""
     fitting = (e for e in _ENGINES if e.name == name and (e.devices is None or device in e.devices))
     return next(fitting, None)
 
@@ -48,7 +48,7 @@ def refusals(
     device: str = "cpu",
     engine: str = "int8",
 ) -> dict[str, str]:
-    """Why an engine cannot run products of an operator: a reason for each product that it refuses.
+    """The products of an operator that an engine cannot run, each with the reason.
 
     Args:
         op: the operator.
@@ -65,7 +65,7 @@ def refusals(
 
 
 def in_words(refused: Mapping[str, str]) -> str:
-    """Reasons, each after the products that it is the reason for; empty without any."""
+    """Each reason after the products that are refused for it; empty if none are."""
     products: dict[str, list[str]] = {}
     for product, why in refused.items():
         products.setdefault(why, []).append(product)
@@ -73,7 +73,7 @@ def in_words(refused: Mapping[str, str]) -> str:
 
 
 def refusal_of_tensor(x: Tensor, engine: str) -> str:
-    """Why an engine does not take a layer with such a parameter; empty where it does.
+    """Why an engine does not take a layer with such a parameter; empty if it does.
 
     A layer is converted before it moves to another device, so the first engine of a name counts, that of the CPU.
     """
@@ -86,7 +86,7 @@ def refusal_of_tensor(x: Tensor, engine: str) -> str:
 
 
 def _refusals_of(engine: Engine, op: Op, recipe: Recipe, bits: Sequence[int] | None, dim: int) -> dict[str, str]:
-    """Why an engine cannot run products, by product."""
+    """The reason for each product that an engine cannot run."""
     refused = {}
     for product in PRODUCTS:
         formats, kept = [], []
@@ -116,7 +116,7 @@ def _is_kept(op: Op, product: str, operand: str, fmt: Format, dim: int) -> bool:
     return set(op.summed(product, operand, len(shared.view))) <= set(shared.dims)
 
 
-# Widths that a schedule or a gate sets may be any that fit an engine; it runs a recipe if it does at these.
+# A schedule or a gate may set any widths that fit an engine; an engine that runs a recipe at these widths runs it.
 _EIGHT = (8,) * len(SLOTS)
 
 
@@ -151,8 +151,8 @@ def choose(
 ) -> Chosen:
     """The engine that executes each product of a call.
 
-    It is the one that was asked for if the device, the dtypes and the bits of the moment fit it; otherwise it is the
-    reference engine.
+    It is the engine that was asked for if the device, the dtypes and the bits of the moment fit it; otherwise it is
+    the reference engine.
 
     Args:
         name: what was asked for, one of `ENGINES`.
@@ -195,8 +195,8 @@ class Route:
 
     Args:
         engines: what executes each of them.
-        makers: what encodes each operand, by product and operand: the engine of the product, or of the other product
-            that shares the codes if the reference engine is the one and takes the values of the other's.
+        makers: what encodes each operand, by product and operand: the engine of the product. If that is the reference
+            engine and another product shares the codes, it is the other's engine, and reference takes its values.
         output: the shape of the output.
         strides: its strides, where they do not depend on those of the operands.
         keeps_bias: whether a bias is added as it is.

@@ -88,7 +88,7 @@ class QuantLayer(nn.Module):
 
     @classmethod
     def engine_refusals(cls, layer: Any, recipe: Recipe, engine: str) -> dict[str, str]:
-        """Why a layer, plain or converted, cannot run a recipe on an engine of this name, for each product refused."""
+        """The products of a layer, plain or converted, that an engine of this name cannot run, and why."""
         for name, p in layer.named_parameters():
             if why := refusal_of_tensor(p, engine):
                 return dict.fromkeys(PRODUCTS, f"a layer whose {name} is {p.dtype} on {p.device.type}: {why}")
