@@ -1,0 +1,84 @@
+"""``lowbit cost`` of planned runs and of runs that ran."""
+
+import json
+from pathlib import Path
+
+import pytest
+from small_run import train
+
+from lowbit.cli import main as cli
+
+
+def test_cost_of_a_planned_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """``cost --model`` prints the layers, the metrics and the array's cycles without training."""
+    flags = ["--schedule", "3-8x2", "--backward", "8", "--steps", "20", "--batch-size", "2", "--input", "1,8,8"]
+    code = cli.main(["cost", "--model", "resnet20", "--recipe", "w8a8g8", *flags, "--hardware", "bitfusion"])
+
+    printed = capsys.readouterr()
+    assert code == 0
+    assert printed.err == ""
+    assert "resnet20: 20 steps, 40 samples" in printed.out
+    assert "3..8x3..8" in printed.out
+    assert "GBitOPs" in printed.out
+    assert "Mcycles" in printed.out
+
+
+def test_snapped_bits_cost_more_traffic(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--set snap_bits=true`` moves 4 bits where 3 were, so DRAM takes more energy."""
+
+    def dram(*flags: str) -> float:
+        run = ["cost", "--model", "mlp", "--recipe", "w3a3g8", "--hardware", "bitfusion", "--format", "json"]
+        cli.main([*run, *flags])
+        energy: float = json.loads(capsys.readouterr().out)["hardware"]["output"]["dram_nj"]
+        return energy
+
+    assert dram("--set", "snap_bits=true") > dram()
+
+
+def test_an_accelerator_of_a_users_file(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--hardware FILE.py:CLASS`` estimates on that class, and ``--set`` changes its fields."""
+    example = Path(__file__).resolve().parents[2] / "examples" / "own_accelerator.py"
+    energies = [flag for name in ("mac_nj", "buffer_nj", "dram_nj") for flag in ("--set", f"{name}=1")]
+
+    def cycles(*flags: str) -> int:
+        run = ["cost", "--model", "mlp", "--recipe", "int8", "--hardware", f"{example}:Systolic", "--format", "json"]
+        assert cli.main([*run, *energies, *flags]) == 0
+        total = json.loads(capsys.readouterr().out)["hardware"]["total"]
+        assert {"buffer_nj", "dram_nj"} <= set(total)
+        return int(total["cycles"])
+
+    assert cycles("--set", "rows=4", "--set", "columns=4") > 2 * cycles()
+
+
+def test_cost_of_a_run_that_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``cost RUN`` prints what its ledger has, with seconds and energy; in JSON the same as data."""
+    train(tmp_path / "run")
+    capsys.readouterr()
+
+    codes = [cli.main(["cost", str(tmp_path / "run")])]
+    text = capsys.readouterr().out
+    codes.append(cli.main(["cost", str(tmp_path / "run" / "ledger.jsonl"), "--format", "json"]))
+    data = json.loads(capsys.readouterr().out)
+    codes.append(cli.main(["cost", str(tmp_path / "run"), "--format", "csv"]))
+    rows = capsys.readouterr().out.splitlines()
+
+    assert codes == [0, 0, 0]
+    assert "mlp: 10 steps, 640 samples" in text
+    assert "seconds per step:" in text
+    assert "energy:" in text
+    assert (data["steps"], data["samples"]) == (10, 640)
+    assert len(rows) == 1 + len(data["layers"])
+
+
+def test_the_plan_of_a_run_is_its_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run costs what was planned, layer by layer."""
+    train(tmp_path / "run", "--engine", "reference")  # a plan is one of the reference engine
+    capsys.readouterr()
+    plan = ["--model", "mlp", "--input", "1,8,8", "--classes", "10", "--batch-size", "64", "--steps", "10"]
+
+    layers = []
+    for argv in (["cost", str(tmp_path / "run")], ["cost", *plan]):
+        cli.main([*argv, "--format", "json"])
+        layers.append(json.loads(capsys.readouterr().out)["layers"])
+
+    assert layers[0] == layers[1]
