@@ -13,10 +13,7 @@ from lowbit.errors import UsageError
 from lowbit.precision.controller import PrecisionController
 from lowbit.train import data, models
 from lowbit.train.config import TrainConfig
-from lowbit.train.folder import (
-    model_name,
-    read_recipe,
-)
+from lowbit.train.folder import model_name, read_recipe
 from lowbit.train.module import Module
 
 

@@ -13,10 +13,7 @@ import lowbit
 from lowbit.inputs import files
 from lowbit.precision.range_test import RangeTestResult
 from lowbit.train.config import TrainConfig
-from lowbit.train.folder import (
-    CHECKPOINT,
-    RANGE_TEST,
-)
+from lowbit.train.folder import CHECKPOINT, RANGE_TEST
 from lowbit.train.module import Module, log_row
 from lowbit.train.stop import Leave, Stop
 

@@ -19,9 +19,7 @@ from lowbit.train import checkpoint, data
 from lowbit.train.assembly import accelerator
 from lowbit.train.callbacks import Bar, Checkpoints, MeterSteps, NextBits, StepTimer, StopAtEnd, TrainingRows
 from lowbit.train.config import TrainConfig
-from lowbit.train.folder import (
-    CHECKPOINT,
-)
+from lowbit.train.folder import CHECKPOINT
 from lowbit.train.module import Module
 from lowbit.train.rows import Rows
 from lowbit.train.step import NotFiniteError

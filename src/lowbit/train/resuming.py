@@ -8,15 +8,7 @@ from typing import Any
 from lowbit.errors import RunError, UsageError
 from lowbit.train import checkpoint, data
 from lowbit.train.config import Result, settled
-from lowbit.train.folder import (
-    CHECKPOINT,
-    CONFIG,
-    RESULT,
-    Settings,
-    read_result,
-    read_settings,
-    sources,
-)
+from lowbit.train.folder import CHECKPOINT, CONFIG, RESULT, Settings, read_result, read_settings, sources
 from lowbit.train.module import Module
 
 # What lowbit keeps in a checkpoint, beside what Lightning does.

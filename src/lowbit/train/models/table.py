@@ -133,7 +133,6 @@ class _Model(NamedTuple):
 
 
 _GROUPS = r"groups\.\d+\.\d+"
-
 _MODELS = {
     "mlp": _Model("image", _mlp, r"hidden\.\d+"),
     "resnet20": _Model("image", partial(_cifar_resnet, 3), _GROUPS),
