@@ -5,7 +5,6 @@ import re
 import sys
 import types
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +12,6 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit.cli import main as cli
-from lowbit.cli.bench import threads_of_torch
 from lowbit.conversion import calibration
 from lowbit.conversion.calibration import STANDINS, Shape, Table, Timing
 from lowbit.engines import int8
@@ -320,101 +317,6 @@ class TestKernels:
         assert "note: qtorch cannot be imported" in without
         assert "note: qtorch" not in present
         assert present.count("qtorch.fixed_point_quantize") == 2
-
-
-class TestCommand:
-    """The flags of ``lowbit bench``."""
-
-    def test_threads_hold_for_the_command_only(self) -> None:
-        """Figures are of the asked number of threads, and the process has its own again afterwards."""
-        before = torch.get_num_threads()
-
-        with threads_of_torch(before + 1):
-            inside = torch.get_num_threads()
-
-        assert (inside, torch.get_num_threads()) == (before + 1, before)
-
-    def test_steps_are_printed_with_the_machine(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """The first line has the versions and the threads, the table the work."""
-        code = cli.main(["bench", "--works", "tiny", "--variants", "fp32", "--rounds", "1", "--threads", "1"])
-
-        printed = capsys.readouterr().out.splitlines()
-        assert code == 0
-        assert printed[0].startswith("lowbit 0.1.0, torch ")
-        assert printed[0].endswith(", 1 thread")
-        assert printed[-1].startswith("tiny  fp32")
-
-    def test_compile_adds_its_variants(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """``--compile`` times the compiled forms beside those that were asked for, and without it none."""
-        asked: list[list[str]] = []
-        monkeypatch.setattr(bench, "steps", lambda *given: asked.append(given[1]) or [])
-
-        assert cli.main(["bench", "--variants", "fp32", "--compile"]) == 0
-        assert cli.main(["bench"]) == 0
-
-        assert asked == [["fp32", *bench.COMPILED], list(bench.VARIANTS)]
-
-    def test_kernels_are_printed(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        """``--kernels`` prints the table of passes."""
-        monkeypatch.setattr(bench.kernels, "__defaults__", (64,))
-
-        code = cli.main(["bench", "--kernels", "--rounds", "1"])
-
-        assert code == 0
-        assert "torch.clone" in capsys.readouterr().out
-
-    @needs_units
-    def test_calibrate_keeps_a_table(
-        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        """``--calibrate`` prints the table and where it is; `auto` goes by it."""
-        grid = tuple((Shape(kind=kind, inputs=4, outputs=4), 2) for kind in ("linear", "conv"))
-        monkeypatch.setattr(calibration.measure, "__defaults__", (grid, 1))
-
-        code = cli.main(["bench", "--calibrate", "--rounds", "1"])
-
-        printed = capsys.readouterr().out
-        assert code == 0
-        assert "linear 4 to 4" in printed
-        assert f"kept in {calibration.path()}" in printed
-        assert calibration.path().is_relative_to(tmp_path)
-        assert "times of this machine" in str(lowbit.convert_(nn.Linear(4, 4), "int8"))
-
-    def test_calibrate_without_a_choice_fails(
-        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """A machine with one engine has nothing to measure: exit code 1, no file."""
-        monkeypatch.setattr(int8, "missing", lambda unit: f"no {unit} units")
-
-        code = cli.main(["bench", "--calibrate"])
-
-        assert code == 1
-        assert "no int8 units" in capsys.readouterr().err
-        assert not calibration.path().exists()
-
-    @pytest.mark.parametrize(
-        ("flags", "message"),
-        [
-            (["--kernels", "--calibrate"], "give either"),
-            (
-                ["--kernels", "--device", "cuda"],
-                "--device choose what training steps to time",
-            ),
-            (["--kernels", "--works", "tiny"], "--works choose what training steps to time, and --kernels times none"),
-            (["--calibrate", "--variants", "fp32", "--compile"], "--variants, --compile choose"),
-            (["--threads", "0"], "--threads must be 1 to 1024, got 0"),
-            (["--rounds", "0"], "rounds must be at least 1, got 0"),
-            (["--kernels", "--rounds", "0"], "rounds must be at least 1, got 0"),
-        ],
-    )
-    def test_flags_that_do_not_fit_are_refused(
-        self, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        """No flag is ignored: one that has no meaning with another is an error with exit code 2."""
-        code = cli.main(["bench", *flags])
-
-        assert code == 2
-        assert message in capsys.readouterr().err
 
 
 def test_the_stored_works_are_built() -> None:
