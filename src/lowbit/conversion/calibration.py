@@ -105,7 +105,7 @@ class Timing:
 
     @property
     def fastest(self) -> str:
-        """The faster engine; int8 where they differ by less than a tenth, since it keeps less for the backward."""
+        """The faster engine; int8 if they differ by less than a tenth, since it keeps less for the backward."""
         return "reference" if self.int8 > 1.1 * self.reference else "int8"
 
     def speed(self, engine: str) -> float:
@@ -152,7 +152,7 @@ class Table:
                     raise ValueError(f"no time of a {kind} layer with recipe {recipe}")
 
     def nearest(self, shape: Shape, recipe: Recipe) -> Timing | None:
-        """The timing of the most similar shape in the recipe's stand-in; None where no recipe stands for this one."""
+        """The timing of the most similar shape in the recipe's stand-in; None if no recipe stands for this one."""
         name = standin(recipe)
         if name is None:
             return None
@@ -174,7 +174,7 @@ class Table:
 
 
 def standin(recipe: Recipe) -> str | None:
-    """The recipe in the table that multiplies on the same units; None where a product is in full precision."""
+    """The recipe in the table that multiplies on the same units; None if a product is in full precision."""
     formats = [fmt for _, _, fmt in recipe.operands()]
     if FP32 in formats:
         return None
@@ -197,7 +197,7 @@ def load() -> tuple[Table | None, str]:
     """The table of this machine with the threads that torch has now.
 
     Returns:
-        the table, or None where there is none or it cannot be used; and what was found, in words.
+        the table, or None if there is none or it cannot be used; and what was found, in words.
     """
     file = path()
     threads = f"{here().threads} thread{'s' * (here().threads != 1)} and with these versions"

@@ -24,12 +24,12 @@ class Row:
     Args:
         name: the layer's name in the model; ``""`` where the model itself is the layer.
         type: its type before conversion.
-        recipe: name of the recipe it runs; None where it was left as it is.
+        recipe: name of the recipe it runs; None if it was left as it is.
         reason: why it was left, or a remark.
         bits: widths of the operands by product, e.g. ``{"output": "8x8"}``.
         engines: how each product is executed.
         speed: how many times as fast as in full precision the most similar layer that was measured here is on that
-            engine; None where nothing was measured or ``"auto"`` did not choose.
+            engine; None if nothing was measured or ``"auto"`` did not choose.
         weights: numbers in the weights of its matrix products and convolutions, see `lowbit.Report`.
         left_by: what leaves it as it is: a ``"rule"``, the ``"recipe"`` (first or last layer), or an earlier
             ``"conversion"``, which converted it.
@@ -135,7 +135,7 @@ class Report:
 
 
 def _share(rows: Sequence[Row]) -> float | None:
-    """The converted share of the weights of these layers; None where they have none."""
+    """The converted share of the weights of these layers; None if they have none."""
     total = sum(row.weights for row in rows)
     return sum(row.weights for row in rows if row.converted) / total if total else None
 

@@ -69,7 +69,7 @@ class Engine(Protocol):
     adds_bias: ClassVar[bool]
 
     def refusal(self, pair: Pair) -> str:
-        """Why this engine does not run a product; empty where it does."""
+        """Why this engine does not run a product; empty if it does."""
 
     def encode(self, x: Tensor, slot: Slot, setting: Setting) -> Operand:
         """One operand of one product, in its format, with the noise and the range of the call."""

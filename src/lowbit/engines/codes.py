@@ -105,7 +105,7 @@ class Passes:
 def passes(
     shape: torch.Size, stride: tuple[int, ...], layout: Layout, sharing: Sharing, stochastic: bool
 ) -> Passes | None:
-    """The passes over an operand that lies so in memory; None where they do not take it."""
+    """The passes over an operand with such memory; None if they do not take it."""
     x = torch.empty_strided(shape, stride, dtype=torch.float32, device="meta")
     view, dims = sharing.view, sharing.dims
     weight = layout == "weight"

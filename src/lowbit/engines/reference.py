@@ -51,7 +51,7 @@ class Rounded:
 
     Args:
         numbers: the values.
-        grid: where they lie; None where nothing has limits.
+        grid: where they lie; None if nothing has limits.
         exact: whether the format leaves values as they are.
     """
 

@@ -10,7 +10,7 @@ class Energy:
     """Joules that the machine reports for some work; complete when `measured_energy` ends.
 
     Attributes:
-        joules: of processors, memory and accelerators, all that the machine reports; None where it reports none.
+        joules: of processors, memory and accelerators, all that the machine reports; None if it reports none.
         reason: where that comes from, or why there is none.
     """
 

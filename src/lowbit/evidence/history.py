@@ -161,7 +161,7 @@ class History(ABC):
         return [layer for layer in self.layers if not any(r == layer or r.startswith(layer + ".") for r in ran)]
 
     def best(self) -> Evaluation | None:
-        """The first evaluation with the best score; None where no score is a number.
+        """The first evaluation with the best score; None if no score is a number.
 
         Raises:
             UsageError: the scores have several names or directions.

@@ -28,7 +28,7 @@ _CRC = re.compile(rb',"crc":"([0-9a-f]{8})"\}\n?')
 
 
 class Ledger(History):
-    """What a run computed: products, programs, steps and evaluations, in memory and, where it has one, in a file.
+    """What a run computed: products, programs, steps and evaluations, in memory and, if it has one, in a file.
 
     `create` and `resume` give a ledger that writes each record as it comes; `load` reads one. `lowbit.Meter` fills
     it; `lowbit.metrics` and `lowbit.Cost` read it.

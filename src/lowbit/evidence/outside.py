@@ -98,7 +98,7 @@ NO_PRODUCTS: tuple[tuple[re.Pattern[str], str], ...] = (
 
 
 def why_no_product(name: str) -> str:
-    """Why an operator does not multiply although its name looks like it; empty where nothing is known."""
+    """Why an operator does not multiply although its name looks like it; empty if nothing is known."""
     return next((why for pattern, why in NO_PRODUCTS if pattern.fullmatch(name)), "")
 
 
@@ -152,7 +152,7 @@ def multiplications(func: Any, args: Sequence[Any], kwargs: Arguments, out: Any)
 
 
 def macs(func: Any, args: Sequence[Any], kwargs: Arguments, out: Any) -> int | None:
-    """Multiply-accumulates of an operator that multiplies, forward or backward; None where there is no formula."""
+    """Multiply-accumulates of an operator that multiplies, forward or backward; None if there is no formula."""
     name = name_of(func)
     if name in BACKWARD:
         return BACKWARD[name](_by_name(func, args, kwargs))

@@ -37,7 +37,7 @@ class _Sums:
 
     @property
     def sqnr_db(self) -> float:
-        """``10 log10(sum y^2 / sum (y - y^)^2)``; inf where they are equal."""
+        """``10 log10(sum y^2 / sum (y - y^)^2)``; inf if they are equal."""
         if self.error == 0:
             return math.inf
         return 10 * math.log10(self.signal / self.error) if self.signal > 0 else -math.inf
@@ -59,7 +59,7 @@ class _Compared:
 
     @property
     def sqnr_db(self) -> float:
-        """Signal to quantisation noise, dB; inf where nothing changed."""
+        """Signal to quantisation noise, dB; inf if nothing changed."""
         return self.sums.sqnr_db
 
     @property
@@ -158,12 +158,12 @@ class ProofRow(_Compared):
 
     @property
     def angle_bound(self) -> float | None:
-        """The smaller bound of the operands' cosines by SBM's theory; None where both are float."""
+        """The smaller bound of the operands' cosines by SBM's theory; None if both are float."""
         return min((o.angle_bound for o in self.operands.values() if o.angle_bound is not None), default=None)
 
     @property
     def bits_needed(self) -> float | None:
-        """The larger of the widths that the theory requires of the operands; None where both are float."""
+        """The larger of the widths that the theory requires of the operands; None if both are float."""
         return max((o.bits_needed for o in self.operands.values() if o.bits_needed is not None), default=None)
 
 
@@ -175,7 +175,7 @@ class OutsideRow:
         op: the operator.
         module: the innermost module it ran in.
         calls: how often.
-        macs: multiply-accumulates of all calls; None where no formula is known.
+        macs: multiply-accumulates of all calls; None if no formula is known.
         share: its share of the MACs of all products, inside and outside; None likewise.
         weights: parameters of converted layers that it multiplied by.
     """

@@ -72,7 +72,7 @@ class Product:
         return self.macs * self.bits[0] * self.bits[1]
 
     def charged(self) -> "Product | None":
-        """The `grad_input` that papers charge for this layer although it did not run; None where it did."""
+        """The `grad_input` that papers charge for this layer although it did not run; None if it did."""
         if self.grad_input_bits is None:
             return None
         return dataclasses.replace(self, product="grad_input", bits=self.grad_input_bits, grad_input_bits=None)
@@ -114,7 +114,7 @@ class Evaluation:
 
     Args:
         step: steps done before it.
-        program: index of its program; None where only a score is known.
+        program: index of its program; None if only a score is known.
         samples: samples.
         name: of the score, e.g. ``"test_accuracy"``; None without a score.
         score: its value.

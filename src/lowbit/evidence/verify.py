@@ -280,7 +280,7 @@ def _by_layer(rows: dict[tuple[str, str], ProofRow]) -> list[ProofRow]:
 @checked
 @contextmanager
 def verify(model: nn.Module) -> Iterator[Proof]:
-    """Watch every product that runs in this context, and fail where it is not what the conversion promised.
+    """Watch every product that runs in this context, and fail if one is not what the conversion promised.
 
     Run one training step (forward and backward) inside. Every product of a converted layer is computed a second time
     in full precision, so this is for a step, not for a run. A compiled model runs eagerly here. Other models that run

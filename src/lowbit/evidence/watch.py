@@ -64,7 +64,7 @@ class Operation:
         return outside.multiplications(self.func, self.args, self.kwargs, self.result)
 
     def macs(self) -> int | None:
-        """Its multiply-accumulates, forward or backward; None where there is no formula."""
+        """Its multiply-accumulates, forward or backward; None if there is no formula."""
         return outside.macs(self.func, self.args, self.kwargs, self.result)
 
 

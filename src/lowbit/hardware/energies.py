@@ -105,7 +105,7 @@ class Bank:
         return Fraction(self.total, self.banks)
 
     def published(self) -> tuple[float, float] | None:
-        """Energy of reading and of writing one bit, in nJ; None where the authors' table lacks the bank."""
+        """Energy of reading and of writing one bit, in nJ; None if the authors' table lacks the bank."""
         access = self._table().get(int(self.bytes)) if self.bytes.denominator == 1 else None
         if access is None or self.line_bits != _LINE_BITS:
             return None
@@ -127,7 +127,7 @@ class Bank:
 
 
 def core(rows: int, columns: int, *, pmax: int, pmin: int) -> float | None:
-    """Energy of one compute cycle of one Fusion Unit, in nJ; None where the authors' table lacks it."""
+    """Energy of one compute cycle of one Fusion Unit, in nJ; None if the authors' table lacks it."""
     if (pmax, pmin) != (_PMAX, _PMIN):
         return None
     shape = (rows, columns) if (rows, columns) in _POWER else (4, 4)

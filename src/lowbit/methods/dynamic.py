@@ -102,7 +102,7 @@ class Gating:
         self.rule()
 
     def rule(self) -> PlateauRule | None:
-        """A new plateau rule that goes from target to target; None where there is one."""
+        """A new plateau rule that goes from target to target; None if there is one."""
         if self.threshold is None or self.decay is None:
             return None
         return PlateauRule(stages=len(self.targets), threshold=self.threshold, decay=self.decay)

@@ -45,7 +45,7 @@ class RangeRule(Protocol):
         """The rule as it works on samples of that many values."""
 
     def __str__(self) -> str:
-        """As reports name it; empty where it goes without saying."""
+        """Its name in reports; empty if it goes without saying."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ class ScaleFormat(Protocol):
         """The scales of this format for ``scale = span / levels``."""
 
     def __str__(self) -> str:
-        """As reports name it; empty where it goes without saying."""
+        """Its name in reports; empty if it goes without saying."""
 
 
 @dataclass(frozen=True, kw_only=True)

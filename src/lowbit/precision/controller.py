@@ -182,12 +182,12 @@ class PrecisionController:
 
     @property
     def forward_bits(self) -> int | None:
-        """Forward bits of the next batch in layers without a rule; None where the recipe or a gate decides."""
+        """Forward bits of the next batch in layers without a rule; None if the recipe or a gate decides."""
         return bits_at(self._forward, self._step)
 
     @property
     def backward_bits(self) -> int | None:
-        """Backward bits of the next batch in layers without a rule; None where the recipe or a gate decides."""
+        """Backward bits of the next batch in layers without a rule; None if the recipe or a gate decides."""
         if self._backward is None and self._forward is not None:
             return self._forward.grad_at(self._step)
         return bits_at(self._backward, self._step)

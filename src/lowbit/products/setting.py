@@ -101,7 +101,7 @@ class Slot:
         operand: ``"input"``, ``"weight"`` or ``"grad_output"``.
         format: its format.
         bits: the width of its codes.
-        levels: the largest code of this width; None where the format has one width alone.
+        levels: the largest code of this width; None if the format has one width alone.
         stochastic: whether it needs noise.
         symmetric: whether real zero is the code 0.
         sharing: what shares a scale.

@@ -29,7 +29,7 @@ class OperandRun:
         quantized: the values after: those of the codes that were multiplied.
         view: a shape with the same elements in the same order, which `dims` refer to.
         dims: the dims of the view that share a scale; None for blocks.
-        grid: where its codes lie; None where nothing has limits.
+        grid: where its codes lie; None if nothing has limits.
     """
 
     format: Format

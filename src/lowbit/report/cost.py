@@ -75,7 +75,7 @@ class Cost:
 
     @cached_property
     def best(self) -> Ledger | None:
-        """The ledger up to the best checkpoint; None where no evaluation has a score."""
+        """The ledger up to the best checkpoint; None if no evaluation has a score."""
         best = self.ledger.best()
         return None if best is None else self.ledger.until(best.step)
 
@@ -316,7 +316,7 @@ def _terms(terms: Terms) -> dict[str, float]:
 
 
 def _widths(ran: Sequence[Product]) -> str:
-    """The widths of two operands, as ranges where they changed: ``"3..8x8"``."""
+    """The widths of two operands, as ranges if they changed: ``"3..8x8"``."""
     if not ran:
         return "-"
     pairs = zip(*(product.bits for product in ran), strict=True)
@@ -324,7 +324,7 @@ def _widths(ran: Sequence[Product]) -> str:
 
 
 def _number(value: float) -> str:
-    """Four digits, with commas, or an exponent where there would be more than nine."""
+    """Four digits, with commas, or an exponent if there would be more than nine."""
     if value == 0 or 1e-3 <= abs(value) < 1e9:
         return f"{value:,.0f}" if abs(value) >= 1000 or value == 0 else f"{value:.4g}"
     return f"{value:.4g}"

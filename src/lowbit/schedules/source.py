@@ -23,7 +23,7 @@ class Schedule(Protocol):
 
     @property
     def total_steps(self) -> int | None:
-        """Number of steps it is defined for; None where it never ends."""
+        """Number of steps it is defined for; None if it never ends."""
 
     @property
     def max_bits(self) -> int:
@@ -61,7 +61,7 @@ class Source(Follower):
 
         @property
         def total_steps(self) -> int | None:
-            """Number of steps it is defined for; None where it never ends."""
+            """Number of steps it is defined for; None if it never ends."""
 
     @property
     @abstractmethod
@@ -73,7 +73,7 @@ class Source(Follower):
         """Bits of `input` and `weight` of batch `step`, counted from 0; a UsageError outside the run."""
 
     def grad_at(self, step: int) -> int | None:  # noqa: ARG002 - most leave the gradients alone
-        """Bits of `grad_output` of batch `step`; None where it leaves them alone."""
+        """Bits of `grad_output` of batch `step`; None if it leaves them alone."""
         return None
 
     @abstractmethod
@@ -165,7 +165,7 @@ class Rule(Source):
 
     @property
     def current_grad_bits(self) -> int | None:
-        """Bits of `grad_output` now; None where it leaves them alone."""
+        """Bits of `grad_output` now; None if it leaves them alone."""
         return None
 
     def at(self, step: int) -> int:  # noqa: ARG002 - only what the run measured decides
