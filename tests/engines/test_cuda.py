@@ -229,7 +229,8 @@ def test_other_layers_that_moved_there_run_on_the_reference_and_say_so_once() ->
     choice._warn_once.cache_clear()
 
     with pytest.warns(
-        RuntimeWarning, match="reference engine on cuda, .*: the int8 engine on cuda takes linear layers"
+        RuntimeWarning,
+        match="reference engine on cuda for these products: .*: the int8 engine on cuda takes linear layers",
     ):
         first = choice.choose(*arguments)
     with warnings.catch_warnings():

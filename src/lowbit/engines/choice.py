@@ -130,10 +130,10 @@ def _whys(
 
 @cache
 def _warn_once(recipe: str, device: str, why: str) -> None:
-    """Warn once that layers that were converted for an engine and then moved run on the reference engine there."""
+    """Warn once that products of layers that were converted and then moved run on the reference engine there."""
     warnings.warn(
-        f"recipe {recipe!r} runs on the reference engine on {device}, {why}. The reference engine simulates low "
-        "precision and is slower than fp32. If that is what you want, convert with engine='reference'",
+        f"recipe {recipe!r} runs on the reference engine on {device} for these products: {why}. The reference engine "
+        "simulates low precision and is slower than fp32. If that is what you want, convert with engine='reference'",
         RuntimeWarning,
         stacklevel=4,
     )
