@@ -287,7 +287,10 @@ def test_gradient_accumulation_stays_at_one_step() -> None:
             r"'x\+' of blocks matches no",
         ),
         ({"gates": Gating(choices=((3, 6), (8, 8)), targets=(3.0,))}, "give a list of the names"),
-        ({"gates": Gating(choices=((3, 6), (8, 8)), targets=(3.0,)), "blocks": ["2"]}, "no converted layer"),
+        (
+            {"gates": Gating(choices=((3, 6), (8, 8)), targets=(3.0,)), "blocks": ["2"]},
+            "block .2. lacks a converted layer whose bits a gate could choose",
+        ),
         (
             {"gates": Gating(choices=((3, 6), (8, 64)), targets=(3.0,)), "blocks": ["0"]},
             "grad_output cannot have 64 bits",
