@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit import Recipe, UsageError, functional
 from lowbit.engines import choice, int8
-from lowbit.numerics.elements import ELEMENTS, FixedPoint, Integer, Minifloat, PowerOfTwo
+from lowbit.numerics.elements import ELEMENTS, FixedPoint, Integer, Minifloat, PowerOfTwo, Sign
 from lowbit.numerics.formats import BF16, FP32, Format, integer
 from lowbit.numerics.parts import unlisted
 from lowbit.numerics.quantizer import quantize
@@ -51,6 +51,7 @@ SAMPLES: dict[tuple[str, str], tuple[Any, ...]] = {
     ("Clip", "low"): (-0.5, 0.0),
     ("Clip", "high"): (0.25, 1.0),
     ("Hadamard", "size"): (2, 8, 16),
+    ("Format", "widths"): ((), ((1, Format(element=Sign(), scale=Scale())),), ((32, FP32),)),
 }
 # Every class of parts, once.
 PARTS: dict[str, tuple[Any, ...]] = {

@@ -407,7 +407,7 @@ class TestTables:
             ),
             (
                 'element = "real"\nbits = 8',
-                "unknown field of formats.x 'bits'. Known: element, rounding, scale, transform",
+                r"unknown field of formats.x 'bits'.*Known: element, rounding, scale, transform, widths",
             ),
             ('element = "real"\nrounding = "stochastic"', "formats.x: values that stay as they are do not round"),
             ('element = "real"\ntransform = { kind = "clip", low = 0 }', "formats.x: transform 'clip' lacks high"),

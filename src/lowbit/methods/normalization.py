@@ -51,6 +51,8 @@ class RangeNorm:
                 raise UsageError(
                     f"normalization.{operand} is per {fmt.granularity}: Range BN has formats per tensor only"
                 )
+            if fmt.widths:
+                raise UsageError(f"normalization.{operand} is {fmt}: Range BN has one format at all widths")
             if not isinstance(fmt.transform, NoTransform):
                 raise UsageError(
                     f"normalization.{operand} has transform={fmt.transform.kind!r}: Range BN has formats without one"

@@ -84,20 +84,16 @@ class Recipe:
                 raise UsageError("depthwise bits go with a schedule or gates; without them give the layers a rule")
             if min(self.depthwise) < 1:
                 raise UsageError(f"depthwise={self.depthwise!r}: give a pair of bits (forward, backward), e.g. [8, 16]")
-        if self.bias.stochastic:
-            raise UsageError("the bias rounds to nearest: no noise is drawn for it")
-        if self.bias.granularity != "tensor" or self.bias.running is not None:
-            raise UsageError("the bias shares one scale and keeps no running range")
-        if self.bias.transform.has_gradient:
-            raise UsageError(
-                f"the bias has transform={self.bias.transform.kind!r}: its gradient is a plain sum, so leave it out"
-            )
-        if self.gates is not None and self.output.input.transform.has_gradient:
-            raise UsageError(
-                f"output.input has transform={self.output.input.transform.kind!r}, which gates cannot differentiate"
-            )
+        _check_bias(self.bias)
+        if self.gates is not None:
+            for form in self.output.input.forms:
+                if form.transform.has_gradient:
+                    raise UsageError(
+                        f"output.input has transform={form.transform.kind!r}, which gates cannot differentiate"
+                    )
         for product, operand, fmt in self.operands():
-            check_operand(f"{product}.{operand}", operand, fmt)
+            for form in fmt.forms:
+                check_operand(f"{product}.{operand}", operand, form)
         kept, used = self.output.input, self.grad_weight.input
         if used.running is not None and range_of(kept) != range_of(used):
             raise UsageError(
@@ -228,6 +224,20 @@ class Recipe:
     def find(text: str) -> "Recipe":
         """The recipe of a name, or of a TOML file if the text ends in ``.toml``; it raises as both do."""
         return Recipe.load(text) if is_file_name(text) else Recipe.from_name(text)
+
+
+def _check_bias(bias: Format) -> None:
+    """Raise a UsageError for a format that no bias can have."""
+    if bias.stochastic:
+        raise UsageError("the bias rounds to nearest: no noise is drawn for it")
+    if bias.granularity != "tensor" or bias.running is not None:
+        raise UsageError("the bias shares one scale and keeps no running range")
+    if bias.widths:
+        raise UsageError(f"the bias is {bias}: its bits never change, so leave the widths out")
+    if bias.transform.has_gradient:
+        raise UsageError(
+            f"the bias has transform={bias.transform.kind!r}: its gradient is a plain sum, so leave it out"
+        )
 
 
 @cache

@@ -48,8 +48,8 @@ def parsed(cls: type[Any], name: str, text: str, *, base_of: Callable[[str], Any
         raise UsageError(f"recipe {name}: the format {taken[0]!r} exists already: choose another name")
     if "name" in data:
         raise UsageError(f"recipe {name}: its name is that of its file; leave `name` out")
-    formats.update({key: from_table(f"formats.{key}", _table(f"formats.{key}", fields)) for key, fields in own.items()})
-    unused = set(own)
+    made, unused = _formats(own, formats)
+    formats.update(made)
 
     def resolved(table: type[Any], where: str, fields: dict[str, Any]) -> Any:
         operands = {f.name for f in dataclasses.fields(table) if f.type is Format}
@@ -83,6 +83,30 @@ def parsed(cls: type[Any], name: str, text: str, *, base_of: Callable[[str], Any
     if unused:
         raise UsageError(f"recipe {name}: no product uses the format {sorted(unused)[0]!r}")
     return result
+
+
+def _formats(own: dict[str, Any], known: dict[str, Format]) -> tuple[dict[str, Format], set[str]]:
+    """The formats of a text by their names, and those names that no other format uses for its `widths`.
+
+    Args:
+        own: their tables.
+        known: formats that exist without them.
+    """
+    tables = {key: dict(_table(f"formats.{key}", fields)) for key, fields in own.items()}
+    widths = {key: _table(f"formats.{key}.widths", t.pop("widths")) for key, t in tables.items() if "widths" in t}
+    plain = {key: from_table(f"formats.{key}", table) for key, table in tables.items()}
+    made, unused = dict(plain), set(own)
+    for key, others in widths.items():
+        where = f"formats.{key}.widths"
+        if wrong := [bits for bits in others if not bits.isdecimal()]:
+            raise UsageError(f"{where} has {shown(wrong[0])}: give numbers of bits, each with the name of a format")
+        chosen = {bits: _named(known | plain, f"{where}.{bits}", name) for bits, name in others.items()}
+        try:
+            made[key] = plain[key].replace(widths=tuple((int(bits), chosen[bits]) for bits in sorted(chosen, key=int)))
+        except UsageError as error:
+            raise UsageError(f"formats.{key}: {error}") from error
+        unused.difference_update(others.values())
+    return made, unused
 
 
 def frozen(value: Any) -> Any:

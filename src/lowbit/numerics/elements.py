@@ -348,4 +348,42 @@ class PowerOfTwo:
         return f"{self.bits}-bit power of two"
 
 
-ELEMENTS: tuple[type[Element], ...] = (Real, Integer, Minifloat, FixedPoint, PowerOfTwo)
+@dataclass(frozen=True, kw_only=True)
+class Sign:
+    """One bit: S where x is 0 or more, -S where it is less; zeros whose S is 0 stay zeros.
+
+    Source: Zhou et al. 2016, DoReFa-Net, arXiv:1606.06160, 1-bit weights, with the range ``"mean-magnitude"``.
+    """
+
+    kind: ClassVar[str] = "sign"
+    has_width: ClassVar[bool] = False
+    scaled: ClassVar[Scaled] = "always"
+
+    bits: ClassVar[int] = 1
+    zero: ClassVar[Zero] = "symmetric"
+    code_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+    # However large a value is, its sign is what is kept of it.
+    margin: ClassVar[float] = float("inf")
+
+    def steps(self, lo: Tensor, hi: Tensor, levels: Tensor | float, step: Step) -> Steps:
+        """``S = max|x|``; where that is 0, the one code that zeros have stands for 0."""
+        most = torch.maximum(-lo, hi)
+        return Steps(scale=step(most, levels), zero=(most == 0).to(most), low=-levels, high=levels)
+
+    def fixed_steps(self, x: Tensor) -> Steps:
+        """There are none without a scale."""
+        raise TypeError(f"{self} needs a scale, also for {tuple(x.shape)}")
+
+    def codes(self, x: Tensor, steps: Steps | None, noise: Tensor | None) -> Tensor:
+        """1 or -1; by noise 1 with the chance ``(x / S + 1) / 2``; nan where ``x / S`` is not finite."""
+        assert steps is not None
+        assert isinstance(steps.zero, Tensor)
+        t = x / steps.scale
+        up = t >= 0 if noise is None else (noise < (t + 1) / 2) | (steps.zero > 0)
+        return torch.where(up, 1.0, -1.0).to(x.dtype).where(t.isfinite(), torch.nan)
+
+    def __str__(self) -> str:
+        return "sign"
+
+
+ELEMENTS: tuple[type[Element], ...] = (Real, Integer, Minifloat, FixedPoint, PowerOfTwo, Sign)

@@ -40,6 +40,8 @@ class Format:
         scale: what shares a scale, and how it is made; None if the element does not take one.
         transform: what is done before the grid.
         rounding: ``"nearest"``, halves to even, or ``"stochastic"``, which has the mean of its input inside the grid.
+        widths: pairs (bits, format) of the widths at which another format takes the place of this one, e.g. signs at 1
+            bit; in order.
 
     Raises:
         UsageError: a value or combination outside the above.
@@ -49,11 +51,14 @@ class Format:
     scale: Scale | None = None
     transform: Transform = NO_TRANSFORM
     rounding: Rounding = "nearest"
+    widths: tuple[tuple[int, "Format"], ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_part("element", self.element, "codes")
         check_part("transform", self.transform, "back")
+        if self.widths:
+            self._check_widths()
         if (self.scale is None) != (self.element.scaled == "never") and self.element.scaled != "either":
             raise UsageError(
                 f"{self.element} {'needs a scale' if self.scale is None else 'has no scale'}: "
@@ -73,9 +78,24 @@ class Format:
                 "sums over, where samples may be mixed. Give another granularity, and the range 'minmax'"
             )
 
+    def _check_widths(self) -> None:
+        given = [bits for bits, _ in self.widths]
+        if not self.has_width or self.running is not None:
+            raise UsageError(
+                f"widths={given} of {self.element}: other widths have other formats only where bits can be set, and "
+                "where no running range is kept"
+            )
+        if given != sorted({*given}) or self.bits in given:
+            raise UsageError(f"widths={given} of {self.bits} bits: give each other width once, the smallest first")
+        for bits, other in self.widths:
+            if other.bits != bits or other.has_width or other.running is not None:
+                raise UsageError(
+                    f"widths: {other} at {bits} bits: give a format that has these bits alone and no running range"
+                )
+
     @cached_property
     def _hash(self) -> int:
-        return hash((self.element, self.scale, self.transform, self.rounding))
+        return hash((self.element, self.scale, self.transform, self.rounding, self.widths))
 
     def __hash__(self) -> int:
         """The hash of the parts, computed once: a format is looked up at every product."""
@@ -116,6 +136,15 @@ class Format:
         """Weight of the old value in its running range; None if it does not keep one."""
         return None if self.scale is None else self.scale.running
 
+    @property
+    def forms(self) -> tuple["Format", ...]:
+        """Itself, and the formats of other widths."""
+        return self, *(other for _, other in self.widths)
+
+    def at(self, bits: int) -> "Format":
+        """What an operand of so many bits is rounded to: the format of that width where it has one, else itself."""
+        return dict(self.widths).get(bits, self)
+
     def with_bits(self, bits: int) -> "Format":
         """The same format with codes of another width.
 
@@ -123,7 +152,9 @@ class Format:
             UsageError: codes cannot have this width, e.g. because the format has only its own.
         """
         if self.has_width:
-            return self if is_whole(bits) and bits == self.bits else self.replace(bits=bits)
+            if not is_whole(bits) or (bits != self.bits and self.at(bits) is self):
+                return self.replace(bits=bits)
+            return self.at(bits)
         if bits != self.bits or not is_whole(bits):
             raise UsageError(f"bits={shown(bits)} of {self}: it has {self.bits}")
         return self
@@ -139,9 +170,9 @@ class Format:
         """The same format with other parts, or with other fields of its parts, e.g. ``fmt.replace(bits=4)``.
 
         Args:
-            changes: parts by their names (element, scale, transform, rounding), or fields of its element or scale.
-                `element`, `transform`, `range` and `format` may be kinds; `fewest` belongs to the range
-                ``"sample-mean"``.
+            changes: its own fields by their names (element, scale, transform, rounding, widths), or fields of its
+                element or scale. `element`, `transform`, `range` and `format` may be kinds; `fewest` belongs to the
+                range ``"sample-mean"``.
 
         Raises:
             UsageError: a field that none of its parts has, or values that do not fit together.
@@ -165,7 +196,14 @@ class Format:
         return Format(**parts)
 
     def __str__(self) -> str:
-        parts = [self.element, self.scale or "", self.transform, "stochastic" if self.stochastic else ""]
+        others = " and ".join(str(bits) for bits, _ in self.widths)
+        parts = [
+            self.element,
+            self.scale or "",
+            self.transform,
+            "stochastic" if self.stochastic else "",
+            f"another at {others}" if others else "",
+        ]
         return ", ".join(filter(None, map(str, parts)))
 
 

@@ -155,6 +155,56 @@ class Constant:
         return f"range {self.low:g} to {self.high:g}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Magnitude:
+    """From ``-m`` to ``m``, the largest magnitude of what shares the scale."""
+
+    kind: ClassVar[str] = "magnitude"
+    per_tensor: ClassVar[bool] = False
+
+    def extremes(self, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        m = x.abs().amax(dims, keepdim=True)
+        return -m, m
+
+    def samples(self, shape: torch.Size) -> None:  # noqa: ARG002 - whatever the shape
+        """None: no extremes are averaged."""
+        return
+
+    def applied(self, size: int) -> "Magnitude":  # noqa: ARG002 - whatever the size
+        """The same."""
+        return self
+
+    def __str__(self) -> str:
+        return "largest magnitude"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanMagnitude:
+    """From ``-m`` to ``m``, the mean of the magnitudes of what shares the scale; summed in float64."""
+
+    kind: ClassVar[str] = "mean-magnitude"
+    per_tensor: ClassVar[bool] = False
+
+    def extremes(self, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """See the class; nan for what has a value that is not finite."""
+        wide = torch.float32 if x.device.type == "mps" else torch.float64  # mps has no float64
+        m = x.abs().mean(dims, keepdim=True, dtype=wide).to(x.dtype) if dims else x.abs()
+        m = m.masked_fill(m.isinf(), torch.nan)
+        return -m, m
+
+    def samples(self, shape: torch.Size) -> None:  # noqa: ARG002 - whatever the shape
+        """None: no extremes are averaged."""
+        return
+
+    def applied(self, size: int) -> "MeanMagnitude":  # noqa: ARG002 - whatever the size
+        """The same."""
+        return self
+
+    def __str__(self) -> str:
+        return "mean magnitude"
+
+
 class ScaleFormat(Protocol):
     """The format of the scales of a tensor."""
 
@@ -354,5 +404,5 @@ class Scale:
         )
 
 
-RANGE_RULES: tuple[type[RangeRule], ...] = (MinMax, SampleMean, Constant)
+RANGE_RULES: tuple[type[RangeRule], ...] = (MinMax, SampleMean, Constant, Magnitude, MeanMagnitude)
 SCALE_FORMATS: tuple[type[ScaleFormat], ...] = (Float32, PowerOfTwoScale, E4M3, IntegerScale)

@@ -145,6 +145,8 @@ def slot(
     fmt: Format = getattr(getattr(recipe, product), operand)
     check_defined(fmt)
     bits = fmt.bits if widths is None or not fmt.has_width else widths[slot_of(recipe, product, operand)]
+    fmt = fmt.at(bits)
+    check_defined(fmt)
     matrix = op.geometry is None
     return Slot(
         product=product,
