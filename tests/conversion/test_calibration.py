@@ -334,14 +334,14 @@ class TestAuto:
         assert "no gain" not in str(report)
 
     def test_a_layer_that_int8_cannot_run_is_compared_on_the_reference(self) -> None:
-        """A float offset runs on the reference engine only, so its time decides about a gain."""
+        """Codes of 9 bits run on the reference engine only, so its time decides about a gain."""
         calibration.save(MIXED)
-        recipe = lowbit.Recipe.from_name("w8a8g8").replace(name="all", first="convert", last="convert")
+        recipe = lowbit.Recipe.from_name("w9a9g9").replace(name="all", first="convert", last="convert")
 
         report = lowbit.convert_(two_layers(), recipe)
 
         assert [row.speed for row in report.rows] == [0.5, 1 / 3]
-        assert "a float offset is not an integer code" in str(report)
+        assert "codes of 9 bits do not fit 8-bit units" in str(report)
 
     @pytest.mark.parametrize("engine", ["int8", "reference"])
     def test_an_engine_that_was_asked_for_is_taken(self, engine: str) -> None:

@@ -40,6 +40,7 @@ needs_units = pytest.mark.skipif(
 )
 
 SYMMETRIC = integer(bits=8, zero="symmetric")
+OFFSET = integer(bits=8, zero="offset")
 NOISY = integer(bits=8, zero="symmetric", rounding="stochastic")
 AFFINE = integer(bits=8, zero="integer")
 NOISY_AFFINE = integer(bits=8, zero="integer", rounding="stochastic")
@@ -56,6 +57,25 @@ RECIPES = {
     "all affine": recipe_of(AFFINE, grad_input__grad_output=NOISY_AFFINE, grad_weight__grad_output=NOISY_AFFINE),
     "noisy": recipe_of(NOISY, output__input=AFFINE, grad_weight__input=AFFINE),
     "output channel": recipe_of(AFFINE, output__weight=PER_OUTPUT, grad_input__weight=SYMMETRIC),
+    "offsets": recipe_of(
+        OFFSET,
+        output__weight=OFFSET.replace(granularity="output-channel"),
+        grad_input__weight=OFFSET.replace(granularity="kept-channel"),
+        grad_input__grad_output=OFFSET.replace(rounding="stochastic"),
+        grad_weight__grad_output=OFFSET.replace(rounding="stochastic"),
+    ),
+    "offsets of few bits": recipe_of(OFFSET.replace(bits=2), output__weight=OFFSET.replace(bits=1)),
+    "an offset beside none": recipe_of(
+        SYMMETRIC,
+        output__input=SYMMETRIC.replace(granularity="row"),
+        output__weight=OFFSET,
+        grad_input__grad_output=AFFINE,
+        grad_input__weight=OFFSET.replace(granularity="kept-channel"),
+        grad_weight__input=OFFSET,
+    ),
+    "none beside an offset": recipe_of(
+        SYMMETRIC, output__input=OFFSET, grad_input__grad_output=OFFSET, grad_weight__grad_output=OFFSET
+    ),
     "mixed": recipe_of(BF16, output__input=AFFINE, grad_input__weight=KEPT),
 }
 
@@ -79,10 +99,17 @@ class Ran:
         return {call.product: call.engine for call in self.calls}
 
     def bound(self, product: str) -> Tensor:
-        """The product of the absolute operands in float64."""
+        """The product of the absolute operands in float64.
+
+        A value with a float offset is rounded where it is ``q S + o``, so it counts as a hundredth of the largest.
+        """
         call = next(call for call in self.calls if call.product == product)
         run = next(run for run in self.runs if run.product == product)
-        a, b = (operand.quantized.double().abs() for operand in run.operands.values())
+        a, b = (
+            x.clamp(min=0.01 * float(x.max())) if operand.format.zero == "offset" and x.numel() else x
+            for operand in run.operands.values()
+            for x in [operand.quantized.double().abs()]
+        )
         if product == "output":
             return call.op.output(a, b)
         shape = call.input if product == "grad_input" else call.weight
@@ -742,9 +769,11 @@ class TestChoice:
 BLOCK = integer(bits=8, zero="symmetric", granularity="block", block=4)
 REFUSED = {
     "fp32": (Recipe.from_name("fp32"), "fp32"),
-    "sbm8-cpt": (Recipe.from_name("sbm8-cpt"), "offset"),
-    "sbm8-hoffer": (Recipe.from_name("sbm8-hoffer"), "offset"),
-    "w4a4g4": (Recipe.from_name("w4a4g4"), "offset"),
+    "sbm8-cpt": (Recipe.from_name("sbm8-cpt"), "grad_input: scales per output-channel"),
+    "sbm8-hoffer": (Recipe.from_name("sbm8-hoffer"), "grad_weight: fp32"),
+    "w4a4g4": (Recipe.from_name("w4a4g4"), "grad_input: scales per output-channel"),
+    "an offset beside bf16": (recipe_of(BF16, output__weight=OFFSET), "output: a float offset beside a bf16 operand"),
+    "an offset per row": (recipe_of(SYMMETRIC, output__input=OFFSET.replace(granularity="row")), "per row of anything"),
     "9 bits": (recipe_of(SYMMETRIC.replace(bits=9)), "9 bits"),
     "blocks": (recipe_of(BLOCK), "per block"),
     "zero points per row": (recipe_of(AFFINE.replace(granularity="row")), "per row"),

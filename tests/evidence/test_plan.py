@@ -206,7 +206,7 @@ def test_a_plan_of_cpt_is_what_a_controller_runs(controlled: bool) -> None:
     """A plan of the schedule equals the run's ledger, before a controller is attached and after; it stays attached."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Linear(8, 4))
-    lowbit.convert_(model, lowbit.Recipe.from_name("cpt").tuned(cycles=2))
+    lowbit.convert_(model, lowbit.Recipe.from_name("cpt").tuned(cycles=2), engine="reference")
     schedule = Cyclic(low=3, high=8, cycles=2, total_steps=6)
     if controlled:
         controller = lowbit.PrecisionController.from_recipe(model, total_steps=6)

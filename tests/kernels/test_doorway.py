@@ -133,6 +133,13 @@ CALLS: dict[str, list[tuple[Callable[[], dict[str, Any]], dict[Place, list[Any]]
         ),
     ],
     "sums": [(lambda: {"x": floats(5, 3), "width": 3}, {("width",): [0, 4]})],
+    "row_sums": [(lambda: {"q": codes().q, "width": 3}, {("width",): [5, 0, -3, HUGE]})],
+    "add_offsets": [
+        (
+            lambda: {"y": floats(4, 6), "u": torch.ones(4, 2), "o": torch.ones(6), "t": floats(2, 6)},
+            {("u",): [torch.ones(5), torch.ones(4, 4)], ("t",): [floats(3, 6)], ("o",): [torch.ones(5)]},
+        )
+    ],
     "code_statistics": [
         (
             lambda: {"codes": codes(), "channels": 3, "starts": [0, 2, 4], "slopes": torch.ones(2)},

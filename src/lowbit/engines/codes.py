@@ -18,7 +18,7 @@ from lowbit.products.setting import Layout, Slot
 
 @dataclass(frozen=True, kw_only=True)
 class Codes:
-    """One operand as 8-bit codes: ``x ~ (q - zero) * scale``.
+    """One operand as 8-bit codes: ``x ~ (q - zero) * scale + offset``.
 
     Args:
         numbers: uint8 or int8, in the memory order that products read.
@@ -26,6 +26,7 @@ class Codes:
         zero: the code of a real zero.
         shape: of the tensor that was encoded.
         layout: of the memory: as it is (``"matrix"``), (B, *size, C) or (first axis, taps, second axis).
+        offset: float32, as many as scales; None for 0.
     """
 
     numbers: Tensor
@@ -33,16 +34,18 @@ class Codes:
     zero: int
     shape: torch.Size
     layout: Layout
+    offset: Tensor | None = None
 
-    def scales(self, sharing: Sharing) -> Tensor:
-        """The scales, broadcasting against the view."""
-        one = self.scale.numel() == 1
-        return self.scale.view([1 if one or d in sharing.dims else n for d, n in enumerate(sharing.view)])
+    def along(self, each: Tensor, sharing: Sharing) -> Tensor:
+        """Scales or offsets, broadcasting against the view."""
+        one = each.numel() == 1
+        return each.view([1 if one or d in sharing.dims else n for d, n in enumerate(sharing.view)])
 
     def values(self, sharing: Sharing) -> Tensor:
         """The real values, float32 in the shape of the tensor."""
         q = _in_shape(self.numbers, self.shape, self.layout)
-        return (q.reshape(sharing.view).float() - self.zero).mul_(self.scales(sharing)).reshape(self.shape)
+        x = (q.reshape(sharing.view).float() - self.zero).mul_(self.along(self.scale, sharing))
+        return (x if self.offset is None else x.add_(self.along(self.offset, sharing))).reshape(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +155,14 @@ def encode_by_torch(x: Tensor, slot: Slot, *, noise: Tensor | None, observed: tu
     codes = encode(x.reshape(view), fmt, dims=slot.sharing.dims, levels=slot.levels, noise=noise, observed=seen)
     assert codes.steps is not None
     q = codes.q.nan_to_num(0.0).to(torch.int8 if fmt.zero == "symmetric" else torch.uint8).reshape(x.shape)
-    scale = codes.steps.scale.flatten().contiguous()
+    scale, offset = codes.steps.scale.flatten().contiguous(), codes.steps.offset
     return Codes(
-        numbers=in_order(q, slot.layout), scale=scale, zero=_whole(codes.steps.zero), shape=x.shape, layout=slot.layout
+        numbers=in_order(q, slot.layout),
+        scale=scale,
+        zero=_whole(codes.steps.zero),
+        shape=x.shape,
+        layout=slot.layout,
+        offset=None if offset is None else offset.flatten().contiguous(),
     )
 
 

@@ -12,15 +12,27 @@ import torch
 from torch import Tensor
 
 from lowbit.engines.base import Pair, Product
-from lowbit.engines.codes import MOST_SUMMED, Codes, Operand, Values, are_codes, encode_by_torch, in_order, passes
+from lowbit.engines.codes import (
+    MOST_SUMMED,
+    Codes,
+    Operand,
+    Passes,
+    Values,
+    are_codes,
+    encode_by_torch,
+    in_order,
+    passes,
+)
 from lowbit.engines.int8_convolutions import convolution
+from lowbit.engines.offsets import with_offsets
 from lowbit.kernels import cpu, operators
 from lowbit.kernels.cpu import Rows
 from lowbit.numerics.element import Steps
 from lowbit.numerics.elements import Integer
 from lowbit.numerics.formats import BF16, FP32, Format
 from lowbit.numerics.parts import NUMBERS, NUMBERS_OR_NONE, Listed, unlisted
-from lowbit.numerics.quantizer import Grid, Quantized
+from lowbit.numerics.quantizer import Grid, Quantized, native_grid
+from lowbit.numerics.ranges import extremes
 from lowbit.numerics.scales import Float32, MinMax, SampleMean, Scale
 from lowbit.numerics.transforms import NoTransform
 from lowbit.products.operators import Convolution, Linear, Op
@@ -33,7 +45,7 @@ _OPERATORS: tuple[type[Op], ...] = (Linear, Convolution)
 # The formats that this engine computes in full, with the bits of the moment, beside bf16; any other is refused.
 _TAKEN: Listed = {
     Format: {"rounding": ("nearest", "stochastic")},
-    Integer: {"bits": range(2, 9), "zero": ("symmetric", "integer")},
+    Integer: {"bits": range(1, 9), "zero": ("symmetric", "integer", "offset")},
     Scale: {
         "granularity": ("tensor", "sample", "row", "kept-channel", "output-channel"),
         "running": NUMBERS_OR_NONE,
@@ -104,7 +116,7 @@ class Int8:
 
     def refusal(self, pair: Pair) -> str:
         """It refuses formats that it does not list, scales along what the product sums over, and missing units."""
-        if why := refusal_of_codes(pair, _OPERATORS, _TAKEN):
+        if why := refusal_of_codes(pair, _OPERATORS, _TAKEN, offsets=True):
             return why
         return missing("bf16" if BF16 in pair.formats else "int8")
 
@@ -128,6 +140,8 @@ class Int8:
         if way is None:
             noise = None if key is None else cpu.noise(x.numel(), key)
             return encode_by_torch(x.contiguous(), slot, noise=noise, observed=observed)
+        if fmt.zero == "offset":
+            return _encode_with_offset(x, slot, way, observed, key)
         numbers, scale, zero = cpu.quantize(
             x,
             way.memory,
@@ -143,6 +157,8 @@ class Int8:
 
     def multiply(self, product: Product, a: Operand, b: Operand, bias: Tensor | None) -> Tensor:
         """One native call for a matrix product, one for each group of a convolution's channels."""
+        if isinstance(a, Codes) and isinstance(b, Codes) and not (a.offset is None and b.offset is None):
+            return with_offsets(self.multiply, product, a, b, bias)
         bias = None if bias is None else bias.float().contiguous()
         geometry = product.op.geometry
         if geometry is not None:
@@ -167,6 +183,24 @@ class Int8:
     def ran(self, product: Product, a: Operand, b: Operand) -> tuple[str, str]:  # noqa: ARG002 - operands say it
         """Codes times codes run on int8 units, everything else on bf16 units."""
         return ("int8", "lowbit::multiply_codes") if are_codes(a, b) else ("bf16", "lowbit::multiply_halves")
+
+
+def _encode_with_offset(
+    x: Tensor, slot: Slot, way: Passes, observed: tuple[Tensor, Tensor] | None, key: tuple[int, int] | None
+) -> Codes:
+    """Codes whose real zero is not on the grid: the range in one pass over memory, the codes in another."""
+    scale_of, levels = slot.format.scale, slot.levels
+    assert scale_of is not None
+    assert levels is not None
+    if observed is not None:
+        lo, hi = observed
+    elif way.whole:
+        lo, hi = extremes(x, rule=scale_of.range, dims=tuple(range(x.dim())))
+    else:
+        lo, hi = cpu.extremes(x, way.memory)
+    steps = slot.format.element.steps(lo.float().flatten(), hi.float().flatten(), levels, scale_of.step)
+    numbers = cpu.encode(x, way.memory, native_grid(steps, key), signed=False, taps=way.taps)
+    return Codes(numbers=numbers, scale=steps.scale, zero=0, shape=x.shape, layout=slot.layout, offset=steps.offset)
 
 
 def _matrix(
@@ -198,25 +232,30 @@ def _part(t: Rows, start: int, count: int) -> Rows:
     return replace(t, first=t.first + start * t.stride, rows=min(count, t.rows - start))
 
 
-def refusal_of_codes(pair: Pair, operators: Sequence[type[Op]], listed: Listed) -> str:
+def refusal_of_codes(pair: Pair, operators: Sequence[type[Op]], listed: Listed, *, offsets: bool = False) -> str:
     """Why two operands are not 8-bit codes, or bf16 values, of a product that sums once, or ``""``.
 
     Args:
         pair: the two operands.
         operators: what the engine multiplies.
         listed: its integer formats.
+        offsets: whether it takes float offsets, of whole tensors and of the channels of a weight.
     """
     if type(pair.op) not in operators:
         return f"{pair.op.kind} has no integer kernel here"
-    for fmt, keeps in zip(pair.formats, pair.kept, strict=True):
+    for i, (fmt, keeps) in enumerate(zip(pair.formats, pair.kept, strict=True)):
         if fmt == FP32:
             return f"{fmt} has no units of 16 bits or fewer"
         if fmt == BF16:
             continue
         if fmt.has_width and fmt.bits > 8:
             return f"codes of {fmt.bits} bits do not fit 8-bit units"
-        if fmt.zero == "offset":
+        if fmt.zero == "offset" and not offsets:
             return "a float offset is not an integer code"
+        if fmt.zero == "offset" and BF16 in pair.formats:
+            return "a float offset beside a bf16 operand has no integer kernel"
+        if fmt.zero == "offset" and fmt.granularity != "tensor" and (i == 0 or pair.name == "grad_weight"):
+            return f"float offsets per {fmt.granularity} of anything but a weight have no integer kernel"
         if fmt.zero == "integer" and fmt.granularity != "tensor":
             return f"a zero point per {fmt.granularity} is not one zero point"
         if not keeps:
@@ -238,5 +277,12 @@ def values_of(operand: Operand, slot: Slot) -> Quantized:
         return Quantized(operand.values())
     high = slot.levels or 0.0
     low = -high if slot.format.zero == "symmetric" else 0.0
-    steps = Steps(scale=operand.scales(slot.sharing), zero=operand.zero, low=low, high=high)
+    sharing, offset = slot.sharing, operand.offset
+    steps = Steps(
+        scale=operand.along(operand.scale, sharing),
+        zero=operand.zero,
+        offset=None if offset is None else operand.along(offset, sharing),
+        low=low,
+        high=high,
+    )
     return Quantized(operand.values(slot.sharing), Grid(format=slot.format, sharing=slot.sharing, steps=steps))

@@ -104,6 +104,25 @@ def sums(x: Tensor, width: int) -> Tensor:
     return to
 
 
+def row_sums(q: Tensor, width: int) -> Tensor:
+    """The sum of each row of `width` uint8 codes in dense memory, float32 ``(rows,)``."""
+    to = _floats(q.numel() // max(width, 1))
+    operators.row_sums(q, width, to)
+    return to
+
+
+def add_offsets(y: Tensor, u: Tensor, o: Tensor, t: Tensor) -> None:
+    """Add ``u o + t`` to rows by channels, in place.
+
+    Args:
+        y: float32, its memory rows by channels.
+        u: float32 ``(rows, groups)``, a factor for each row and group of channels.
+        o: float32 ``(channels,)``.
+        t: float32 ``(period, channels)``, which repeats over the rows; empty for none.
+    """
+    operators.add_offsets(y, u, o, t)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Codes:
     """uint8 codes of rows by channels, ``x = (q - zero) * scale``; `scale` is float32 ``(1,)``."""

@@ -93,6 +93,8 @@ quantize = Native(
     "int[]? key, int taps, Tensor(a!) codes, Tensor(b!) scale, Tensor(c!)? zero) -> ()",
 )
 sums = Native("sums", "(Tensor x, Tensor(a!) sums) -> ()")
+row_sums = Native("row_sums", "(Tensor q, int width, Tensor(a!) sums) -> ()")
+add_offsets = Native("add_offsets", "(Tensor(a!) y, Tensor u, Tensor o, Tensor t) -> ()")
 code_statistics = Native(
     "code_statistics",
     f"({_CODES}, int channels, int[] starts, Tensor slopes, Tensor(a!) total, Tensor(b!) mean, Tensor(c!) sigma, "

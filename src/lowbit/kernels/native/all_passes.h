@@ -24,6 +24,8 @@ constexpr Passes all_passes() {
     p.round_bf16 = round_bf16;
     p.noise = noise;
     p.sums = sums;
+    p.row_sums = row_sums;
+    p.add_offsets = add_offsets;
     p.code_sums = code_sums;
     p.code_statistics = code_statistics;
     p.affine = affine;

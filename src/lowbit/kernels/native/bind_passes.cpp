@@ -110,6 +110,32 @@ void sums(const Memory& x, const Memory& to) {
     passes().sums(from, type_of(x), width ? count / width : 0, width, sums);
 }
 
+void row_sums(const Memory& q, int64_t width, const Memory& to) {
+    Call call("row_sums");
+    const int64_t rows = count_of(to), count = count_of(q);
+    call.need(call.times(rows, width) == count, "the codes are not so many rows of this width");
+    const uint8_t* from = call.reads<uint8_t>("q", q, count);
+    float* sums = call.writes<float>("sums", to, rows);
+    call.check_apart();
+    const nb::gil_scoped_release release;
+    passes().row_sums(from, rows, width, sums);
+}
+
+void add_offsets(const Memory& y, const Memory& u, const Memory& o, const Memory& t) {
+    Call call("add_offsets");
+    const int64_t channels = count_of(o), rows = rows_of(call, y, channels), period = rows_of(call, t, channels);
+    call.need(rows > 0 ? count_of(u) > 0 && count_of(u) % rows == 0 : count_of(u) == 0, "u is not whole rows");
+    const int64_t groups = rows ? count_of(u) / rows : 1;
+    call.need(channels % groups == 0, "channels are not whole groups");
+    call.need(period == 0 || rows % period == 0, "t does not repeat over the rows");
+    float* to = call.writes<float>("y", y, rows * channels);
+    const float *by = call.reads<float>("u", u, rows * groups), *with = call.reads<float>("o", o, channels),
+                *more = call.reads<float>("t", t, period * channels);
+    call.check_apart();
+    const nb::gil_scoped_release release;
+    passes().add_offsets(to, rows, channels, by, groups, with, more, period);
+}
+
 // Samples that lie one after the other.
 void check_samples(const Call& call, int64_t count, int64_t samples) {
     call.need(samples > 0 && count > 0 && count % samples == 0, "x is not whole samples, of one number or more");
@@ -303,6 +329,8 @@ void noise(const Key& key, const Memory& u) {
 void bind_passes(nb::module_& m) {
     m.def("extremes", &extremes);
     m.def("sums", &sums);
+    m.def("row_sums", &row_sums);
+    m.def("add_offsets", &add_offsets);
     m.def("observe", &observe);
     m.def("quantize", &quantize);
     m.def("code_statistics", &code_statistics);

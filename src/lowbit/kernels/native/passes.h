@@ -84,6 +84,12 @@ struct Passes {
     // ---- sums.h ----
     // The sum of each of `width` columns of a matrix.
     void (*sums)(const void* x, Type type, int64_t rows, int64_t width, float* to);
+    // The sum of each row of `width` codes.
+    void (*row_sums)(const uint8_t* q, int64_t rows, int64_t width, float* to);
+    // y += u o + t of rows by channels: u has a number for each row and group of channels, o for each channel, and t
+    // `period` rows that repeat, or none.
+    void (*add_offsets)(float* y, int64_t rows, int64_t channels, const float* u, int64_t groups, const float* o,
+                        const float* t, int64_t period);
     // Of each channel: the sum of a's codes, and of a's times b's where there is a b.
     void (*code_sums)(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t channels, int64_t* sum,
                       int64_t* product);

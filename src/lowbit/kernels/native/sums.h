@@ -43,6 +43,39 @@ void sums(const void* x, Type type, int64_t rows, int64_t width, float* to) {
     }
 }
 
+// Of each row of `width` codes.
+void row_sums(const uint8_t* q, int64_t rows, int64_t width, float* to) {
+#pragma omp parallel for schedule(static) if (rows * width > kAlone)
+    for (int64_t r = 0; r < rows; r++) {
+        uint64_t total = 0;
+        for (int64_t first = 0; first < width; first += 1 << 16) {
+            const uint8_t* row = q + r * width + first;
+            const int64_t count = std::min<int64_t>(1 << 16, width - first);
+            uint32_t part = 0;
+            for (int64_t i = 0; i < count; i++) part += row[i];
+            total += part;
+        }
+        to[r] = static_cast<float>(total);
+    }
+}
+
+// y[r, c] += u[r, g] o[c] + t[r % period, c], where g is the group of channels that c belongs to.
+void add_offsets(float* y, int64_t rows, int64_t channels, const float* u, int64_t groups, const float* o,
+                 const float* t, int64_t period) {
+    const int64_t width = channels / groups;
+#pragma omp parallel for schedule(static) if (rows * channels > kAlone)
+    for (int64_t r = 0; r < rows; r++) {
+        float* row = y + r * channels;
+        for (int64_t g = 0; g < groups; g++) {
+            const float by = u[r * groups + g];
+            for (int64_t c = g * width; c < (g + 1) * width; c++) row[c] += by * o[c];
+        }
+        if (!period) continue;
+        const float* more = t + r % period * channels;
+        for (int64_t c = 0; c < channels; c++) row[c] += more[c];
+    }
+}
+
 constexpr int64_t kFew = 256;  // codes whose sum fits in 16 bits
 
 // Rows that are taken as one, so that vectors are full where channels are few.

@@ -75,6 +75,8 @@ def _norm_passes(x: Tensor) -> dict[str, Step]:
     return {
         "affine (dequantise, Range BN)": partial(cpu.affine, q, ones, ones, y),
         "statistics of codes (Range BN)": partial(cpu.code_statistics, codes, channels, starts, x.new_ones(16)),
+        "sums of rows of codes (float offsets)": partial(cpu.row_sums, q, channels),
+        "add u o + t (float offsets)": partial(cpu.add_offsets, y, y.new_ones(count, 1), ones, y.new_ones(1, channels)),
         "sums of codes (Range BN)": partial(cpu.code_sums, q, None, channels),
         "sums of products of codes (Range BN)": partial(cpu.code_sums, q, q, channels),
         "normalise, ReLU (Range BN)": partial(
