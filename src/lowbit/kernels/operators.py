@@ -67,8 +67,9 @@ class Native:
                 given[i] = NOWHERE
                 continue
             kind, count = TYPES.get(x.dtype), x.numel()
-            dense = kind is not None and x.is_cpu and x.is_contiguous() and not x.is_neg()
-            if dense and x.untyped_storage().nbytes() >= (x.storage_offset() + count) * x.element_size():
+            dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+            plain = dense and kind is not None and x.is_cpu and not x.is_neg()
+            if plain and x.untyped_storage().nbytes() >= (x.storage_offset() + count) * x.element_size():
                 given[i] = x.data_ptr(), kind, count
             else:
                 given[i] = memory_of(x, name)
