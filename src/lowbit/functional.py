@@ -39,7 +39,7 @@ class _Kept:
         route: how it is executed, as it follows from the shapes.
         shapes: of input, weight and output.
         dtypes: of input, weight and bias.
-        x: the input as `grad_weight` takes it, its numbers apart; None where it is not needed.
+        x: the input as `grad_weight` takes it, without its numbers; None where it is not needed.
         w: the weight as `grad_input` takes it, likewise; None too where it is made from the weight.
         exact: input and weight before they were rounded, for observers.
         channels_last: whether the weight lies so.
@@ -335,7 +335,7 @@ class Deferred(Protocol):
     clock: Any
 
 
-def apart(
+def without_autograd(
     x: Tensor,
     w: Tensor,
     bias: Tensor | None,
@@ -522,7 +522,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, setting: Se
 def matmul(x: Tensor, weight: Tensor, *, setting: Setting) -> Tensor:
     """``output (..., M, N) = input (..., M, K) weight (..., K, N)`` with broadcasting, in the recipe's formats.
 
-    Scales per row or channel are apart for each matrix of a batch, in an operand that is broadcast too. Either
+    Each matrix of a batch has its own scales per row or channel, also in an operand that is broadcast. Either
     operand may need a gradient. Dtypes and errors as for `linear`; operands need two axes or more.
     """
     if x.dim() < 2 or weight.dim() < 2:

@@ -346,7 +346,7 @@ class Site(nn.Module):
         self, x: Tensor, w: Tensor, bias: Tensor | None, op: Op, dtype: torch.dtype, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]]:
         """What an operator of a compiled model calls, see `lowbit.products.compiled`."""
-        return functional.apart(x, w, bias, op, self.setting_now(x, compiled=True), dtype, needs)
+        return functional.without_autograd(x, w, bias, op, self.setting_now(x, compiled=True), dtype, needs)
 
     def setting_now(self, x: Tensor, *, compiled: bool = False) -> Setting:
         """How the products of this call are computed for input `x`."""

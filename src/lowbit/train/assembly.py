@@ -65,7 +65,7 @@ def _recipe(config: TrainConfig) -> tuple[lowbit.Recipe, str | None]:
     try:
         re.compile(blocks)
     except re.error as error:
-        raise UsageError(f"blocks={blocks!r} is no regular expression: {error}.") from error
+        raise UsageError(f"blocks={blocks!r} is not a regular expression: {error}.") from error
     return recipe, blocks
 
 

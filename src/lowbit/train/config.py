@@ -47,27 +47,27 @@ class TrainConfig:
         epochs: passes over the training set.
         batch_size: samples per step.
         optimizer: ``sgd`` (momentum 0.9) or ``adamw`` (betas 0.9 and 0.999).
-        lr: peak learning rate. Left open: 0.1 for sgd, 0.001 for adamw.
+        lr: peak learning rate. Default: 0.1 for sgd, 0.001 for adamw.
         weight_decay: left open: 1e-4 for sgd, 0.01 for adamw.
         schedule: how the learning rate moves. ``one-cycle``: up from lr/25 over the first quarter of the run,
             then along a cosine to zero; ``cosine``: from lr to zero; ``step``: divided by 10 at a half and at
             three quarters of the run; ``constant``.
         seed: fixes the initial weights, the order of the data, the rounding noise and the dropout.
-        out: run folder. Left open: ``runs/<model>-<data>-<recipe>-<seed>``.
+        out: run folder. Default: ``runs/<model>-<data>-<recipe>-<seed>``.
         subset: train on this many samples only.
-        checkpoint_every: steps between two checkpoints. Left open: by time and at the end of each epoch only.
+        checkpoint_every: steps between two checkpoints. Default: by time and at the end of each epoch only.
         checkpoint_minutes: minutes after which a checkpoint is due, beside those at the end of each epoch. None: never.
         keep: how many checkpoints to keep, the newest included.
-        threads: threads of torch. Left open: torch's own choice. A resumed run keeps its first number.
-        context: bytes in one sample of a text; other data sets refuse it. Left open: 128.
+        threads: threads of torch. Default: torch's own choice. A resumed run keeps its first number.
+        context: bytes in one sample of a text; other data sets refuse it. Default: 128.
         engine: how converted layers execute: ``auto``, or an engine, ``int8`` or ``reference``; see `lowbit.convert_`.
         amp: ``bf16`` runs the operations that no recipe covers under bfloat16 autocast.
         max_steps: stop after this many steps, even within an epoch.
         plateau_every: of recipes that follow the loss, e.g. ``pfq`` and ``fractrain``: steps whose mean loss the
-            plateau rule takes as one epoch's. Left open: an epoch.
+            plateau rule takes as one epoch's. Default: an epoch.
         blocks: of recipes with gates, ``dfq`` and ``fractrain``: a regular expression that matches the names of the
-            blocks. Left open: the repeated blocks of this library's own models.
-        eval_bits: bits of inputs and weights in evaluation where a schedule sets them. Left open: the highest.
+            blocks. Default: the repeated blocks of this library's own models.
+        eval_bits: bits of inputs and weights in evaluation where a schedule sets them. Default: the highest.
 
     Raises:
         UsageError: a value is out of its range; the message names the setting.
@@ -219,7 +219,7 @@ class RangeTestConfig:
         recipe: the recipe whose formats are used; what it says of bits over time does not count.
         low: the first width.
         high: the last width, chosen where no lower one makes progress.
-        backward: bits of gradients. Left open: the recipe's.
+        backward: bits of gradients. Default: the recipe's.
         steps_per_bit: training steps at each width, 4 or more, without `significance` 2.
         measure: what should get better: ``accuracy`` of the training batches, or their ``loss``.
         gain: what counts as progress: rise of the accuracy, or relative fall of the loss.
@@ -227,11 +227,11 @@ class RangeTestConfig:
         every: train at each width up to the last one, also after the choice.
         batch_size: samples per step.
         optimizer: as for training.
-        lr: learning rate, constant. Left open: 0.1 for sgd, 0.001 for adamw.
+        lr: learning rate, constant. Default: 0.1 for sgd, 0.001 for adamw.
         seed: as for training.
         subset: use this many samples only.
         context: bytes in one sample of a text.
-        threads: threads of torch. Left open: torch's own choice.
+        threads: threads of torch. Default: torch's own choice.
     """
 
     model: str

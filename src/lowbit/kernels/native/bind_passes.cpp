@@ -94,7 +94,7 @@ void extremes(const Memory& x, const Shape& shape, const Memory& lo, const Memor
     const View view = view_of(call, shape, x);
     const void* from = floats(call, "x", x, count_of(x));
     float *to_lo = call.writes<float>("lo", lo, view.channels), *to_hi = call.writes<float>("hi", hi, view.channels);
-    call.check_apart();
+    call.check_disjoint();
     const nb::gil_scoped_release release;
     passes().extremes(from, type_of(x), view, to_lo, to_hi);
 }
@@ -105,7 +105,7 @@ void sums(const Memory& x, const Memory& to) {
     call.need(width > 0 ? count % width == 0 : count == 0, "x is not whole rows of so many sums");
     const void* from = floats(call, "x", x, count);
     float* sums = call.writes<float>("sums", to, width);
-    call.check_apart();
+    call.check_disjoint();
     const nb::gil_scoped_release release;
     passes().sums(from, type_of(x), width ? count / width : 0, width, sums);
 }
@@ -116,7 +116,7 @@ void row_sums(const Memory& q, int64_t width, const Memory& to) {
     call.need(call.times(rows, width) == count, "the codes are not so many rows of this width");
     const uint8_t* from = call.reads<uint8_t>("q", q, count);
     float* sums = call.writes<float>("sums", to, rows);
-    call.check_apart();
+    call.check_disjoint();
     const nb::gil_scoped_release release;
     passes().row_sums(from, rows, width, sums);
 }
@@ -131,7 +131,7 @@ void add_offsets(const Memory& y, const Memory& u, const Memory& o, const Memory
     float* to = call.writes<float>("y", y, rows * channels);
     const float *by = call.reads<float>("u", u, rows * groups), *with = call.reads<float>("o", o, channels),
                 *more = call.reads<float>("t", t, period * channels);
-    call.check_apart();
+    call.check_disjoint();
     const nb::gil_scoped_release release;
     passes().add_offsets(to, rows, channels, by, groups, with, more, period);
 }
@@ -148,7 +148,7 @@ void observe(const Memory& x, int64_t samples, const Memory& range, float moment
     const void* from = floats(call, "x", x, count_of(x));
     const Running running{call.writes<float>("running", range, 3), momentum, first, training};
     float *to_lo = call.writes<float>("lo", lo, 1), *to_hi = call.writes<float>("hi", hi, 1);
-    call.check_apart();
+    call.check_disjoint();
     const nb::gil_scoped_release release;
     passes().observe(from, type_of(x), count_of(x), samples, running, to_lo, to_hi);
 }
@@ -176,7 +176,7 @@ void quantize(const Memory& x, const Shape& shape, bool symmetric, float levels,
     uint8_t* to = write_codes(call, codes, count_of(x));
     float* to_scale = call.writes<float>("scale", scale, scales);
     int32_t* to_zero = symmetric ? nullptr : call.writes<int32_t>("zero", zero, 1);
-    call.check_apart();
+    call.check_disjoint();
     const nb::gil_scoped_release release;
     const int found = passes().quantize(from, type_of(x), view, rule, taps, to, to_scale);
     if (to_zero) *to_zero = found;
@@ -201,7 +201,7 @@ void code_statistics(const Memory& q, const Memory& scale, int zero, int64_t cha
                            call.writes<int32_t>("argmin", argmin, all),
                            call.reads<float>("slopes", slopes, chunks),
                            chunks};
-    call.check_apart();
+    call.check_disjoint();
     const nb::gil_scoped_release release;
     passes().code_statistics(codes, channels, starts.data(), found);
 }
@@ -217,7 +217,7 @@ void normalize(const Memory& q, const Memory& scale, int zero, const Memory& tot
     const float *g = call.may_read<float>("gamma", gamma, channels), *b = call.may_read<float>("beta", beta, channels);
     float* to_d = call.writes<float>("d", d, channels);
     void* to = write_floats(call, "y", y, rows * channels);
-    call.check_apart();
+    call.check_disjoint();
     const nb::gil_scoped_release release;
     passes().normalize(codes, rows, channels, stats, eps, narrowest, inside, g, b, rectify, to_d, to, type_of(y));
 }
@@ -235,7 +235,7 @@ void rectify_backward(const Memory& q, const Memory& scale, int zero, const Memo
     const void* from = floats(call, "g", g, rows * channels);
     void* result = write_floats(call, "the result", to, rows * channels);
     call.need(type_of(to) == type_of(g) && (y_type == 0 || y_type == 1), "types of g and of its result differ");
-    call.check_apart();
+    call.check_disjoint();
     const nb::gil_scoped_release release;
     passes().rectify_backward(codes, rows, channels, stats, a, b, divisors, static_cast<Type>(y_type), from, type_of(g),
                               result);
@@ -254,7 +254,7 @@ void normalize_backward(const Memory& g_q, const Memory& g_scale, int g_zero, co
     float* to_gamma = call.writes<float>("grad_gamma", grad_gamma, channels);
     float* to_beta = call.writes<float>("grad_beta", grad_beta, channels);
     void* to = write_floats(call, "dx", dx, rows * channels);
-    call.check_apart();
+    call.check_disjoint();
     const nb::gil_scoped_release release;
     passes().normalize_backward(g, codes, rows, channels, stats, inside, a, divisors, to_gamma, to_beta, to,
                                 type_of(dx));
@@ -266,7 +266,7 @@ void code_sums(const Memory& a, const Memory& b, const Memory& sum, const Memory
     const uint8_t *from = call.reads<uint8_t>("a", a, count_of(a)), *with = call.may_read<uint8_t>("b", b, count_of(a));
     int64_t *to = call.writes<int64_t>("sums", sum, channels),
             *to_product = call.writes<int64_t>("products", product, channels);
-    call.check_apart();
+    call.check_disjoint();
     const nb::gil_scoped_release release;
     passes().code_sums(from, with, rows, channels, to, to_product);
 }
@@ -277,7 +277,7 @@ void affine(const Memory& q, const Memory& a, const Memory& b, bool relu, const 
     const uint8_t* codes = call.reads<uint8_t>("q", q, count_of(q));
     const float *scale = call.reads<float>("a", a, channels), *add = call.reads<float>("b", b, channels);
     void* to = write_floats(call, "y", y, count_of(q));
-    call.check_apart();
+    call.check_disjoint();
     const nb::gil_scoped_release release;
     passes().affine(codes, rows, channels, scale, add, relu, to, type_of(y));
 }
@@ -290,7 +290,7 @@ void encode(const Memory& x, const Shape& shape, const Memory& scale, const Memo
     const Grid grid = grid_of(call, scale, zero, low, high, offset, key, view.channels);
     check_taps(call, view, grid.scales == 1, taps);
     uint8_t* to = write_codes(call, codes, count_of(x));
-    call.check_apart();
+    call.check_disjoint();
     const nb::gil_scoped_release release;
     passes().encode(from, type_of(x), view, grid, taps, to);
 }
@@ -303,7 +303,7 @@ void fake_quantize(const Memory& x, const Shape& shape, const Memory& scale, con
     const Grid grid = grid_of(call, scale, zero, low, high, offset, key, view.channels);
     void* to = write_floats(call, "y", y, count_of(x));
     call.need(type_of(x) == type_of(y), "types of x and y differ");
-    call.check_apart();
+    call.check_disjoint();
     const nb::gil_scoped_release release;
     passes().fake_quantize(from, type_of(x), view, grid, to);
 }
@@ -312,7 +312,7 @@ void round_bf16(const Memory& x, const Memory& y) {
     Call call("round_bf16");
     const float* from = call.reads<float>("x", x, count_of(x));
     float* to = call.writes<float>("y", y, count_of(x));
-    call.check_apart();
+    call.check_disjoint();
     const nb::gil_scoped_release release;
     passes().round_bf16(from, count_of(x), to);
 }

@@ -105,7 +105,7 @@ void multiply(const Memory& lhs_data, const Place& lhs_place, const Memory& rhs_
         {const_cast<uint8_t*>(to) + (reach ? first * kBytes[std::get<1>(data)] : 0), type_of(data), stride, taps,
          call.reads<float>("row scales", row, rows), rows, call.reads<float>("column scales", column, columns), columns,
          call.may_read<float>("bias", bias, n)}};
-    call.check_apart();
+    call.check_disjoint();
     const auto product = codes ? products().codes : products().bf16;
     if (!product)
         throw std::runtime_error(std::string("multiply: this processor lacks ") +

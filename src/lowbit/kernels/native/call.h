@@ -97,8 +97,8 @@ class Call {
         return std::get<1>(m) == -1 ? nullptr : reads<T>(name, m, count);
     }
 
-    // What is written lies apart from all else: the last check of a call.
-    void check_apart() const {
+    // What is written overlaps nothing else: the last check of a call.
+    void check_disjoint() const {
         for (const Span& to : spans_)
             for (const Span& other : spans_)
                 if (to.written && &to != &other && to.begin < other.end && other.begin < to.end)

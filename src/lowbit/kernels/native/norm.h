@@ -69,7 +69,7 @@ struct Factors {
 void normalize(const CodeRows& codes, int64_t rows, int64_t channels, const Statistics& stats, float eps,
                bool narrowest, bool inside, const float* gamma, const float* beta, bool rectify, float* d, void* y,
                Type type) {
-    // Equal codes are told apart to a step only: ranges of one take the place of their sigma of 0.
+    // Values in one code may differ by a step: a range of one step takes the place of their sigma of 0.
     float step = 0.0f;
     for (int64_t k = 0; k < stats.chunks; k++) step += stats.slopes[k] * *codes.scale;
     for (int64_t c = 0; c < channels; c++) {
@@ -103,7 +103,8 @@ void add_at_extremes(const uint8_t* g, int64_t channels, const Statistics& stats
     for (int64_t k = 0; k < stats.chunks; k++)
         for (int64_t c = 0; c < channels; c++) {
             const int64_t i = k * channels + c;
-            // Chunks are apart, so a number is one largest and one smallest at most; of a constant chunk it is both.
+            // Chunks do not overlap, so a number is one largest and one smallest at most; of a constant chunk it is
+            // both.
             const float share = stats.argmax[i] == stats.argmin[i] ? 0.0f : grad_sigma[c] * stats.slopes[k];
             const int64_t top = stats.argmax[i] * channels + c, bottom = stats.argmin[i] * channels + c;
             const float high = static_cast<float>(g[top]) * a[c] + b[c] + share;

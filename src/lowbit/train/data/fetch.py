@@ -20,7 +20,7 @@ FASHION_SHA256 = {
     "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-"""SHA-256 of what each file holds when decompressed: Debian and the mirror compress the same bytes apart."""
+"""SHA-256 of what each file holds when decompressed: Debian and the mirror compress the same bytes separately."""
 
 MIRROR_SHA256 = {
     "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
