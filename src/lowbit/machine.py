@@ -24,7 +24,7 @@ class Machine:
 
     Args:
         processor: its name.
-        instruction_sets: those that the native kernels use, with blanks between, or a text that says that they are missing.
+        instruction_sets: those that the native kernels use, with blanks between, or a text that says they are missing.
         threads: of torch.
         torch: version of torch.
         lowbit: version of this package.
