@@ -46,7 +46,7 @@ def test_model_that_does_not_fit_leaves_no_folder(tmp_path: Path) -> None:
         ({"recipe": "cpt", "cycles": 2, "plateau_every": 5}, "plateau_every goes with"),
         ({"recipe": "pfq", "plateau_every": 0}, "plateau_every must be a whole number"),
         ({"recipe": "dfq", "blocks": "x"}, r"matches the name of no module of 'mlp'; those of mlp match"),
-        ({"recipe": "dfq", "blocks": "x("}, "no regular expression"),
+        ({"recipe": "dfq", "blocks": "x("}, "not a regular expression"),
     ],
 )
 def test_precision_settings_that_do_not_fit_leave_no_folder(
