@@ -209,7 +209,8 @@ def _multiplied(
         expected: the products of the backward that are due after this one.
     """
     engine = way.engines[product.name]
-    a, b = (_taken(way, engine, each) for each in (a, b))
+    if product.name in way.mixed:
+        a, b = _taken(way, engine, a), _taken(way, engine, b)
     watch.thread.depth += 1
     try:
         result = engine.multiply(product, a[2], b[2], bias)

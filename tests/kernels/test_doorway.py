@@ -353,7 +353,7 @@ def test_one_file_calls_native_code_and_one_folder_knows_addresses() -> None:
     ]
 
     assert naming == {"operators.py"}
-    assert set(asking) == {"_run", "memory_of", "check_storage"}
+    assert set(asking) == {"__call__", "memory_of", "check_storage"}
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -366,7 +366,7 @@ def test_the_arguments_are_taken_as_they_are(name: str, case: int) -> None:
 def test_the_operators_pass_the_checks_of_torch(name: str, case: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake kernel, autograd registration and ahead-of-time dispatch of every operator that a call reaches."""
     reached: list[tuple[operators.Native, tuple[Any, ...]]] = []
-    run = operators.Native._run
+    run = operators.Native.__call__
 
     def noting(native: operators.Native, *arguments: Any) -> Any:
         # As the dispatcher takes them: lists of numbers.
@@ -375,7 +375,7 @@ def test_the_operators_pass_the_checks_of_torch(name: str, case: int, monkeypatc
         return run(native, *arguments)
 
     arguments = CALLS[name][case][0]()
-    monkeypatch.setattr(operators.Native, "_run", noting)
+    monkeypatch.setattr(operators.Native, "__call__", noting)
     getattr(cpu, name)(**arguments)
     monkeypatch.undo()
 

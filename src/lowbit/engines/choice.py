@@ -197,6 +197,7 @@ class Route:
         engines: what executes each of them.
         makers: what encodes each operand, by product and operand: the engine of the product. If that is the reference
             engine and another product shares the codes, it is the other's engine, and reference takes its values.
+        mixed: the products of which an operand is encoded by another engine than multiplies it.
         output: the shape of the output.
         strides: its strides, where they do not depend on those of the operands.
         keeps_bias: whether a bias is added as it is.
@@ -208,6 +209,7 @@ class Route:
 
     engines: Chosen
     makers: Mapping[tuple[str, str], Engine]
+    mixed: frozenset[str]
     output: torch.Size
     strides: Strides | None
     keeps_bias: bool
@@ -250,6 +252,7 @@ def route(
     return Route(
         engines=engines,
         makers=makers,
+        mixed=frozenset(p for p, o in SLOTS if makers[p, o] is not engines[p]),
         output=output,
         strides=contiguous(output) if op.geometry is None else None,
         keeps_bias=recipe.bias == FP32 and dtypes[0] not in (torch.bfloat16, torch.float16),

@@ -140,7 +140,7 @@ class Int8:
         if way is None:
             noise = None if key is None else cpu.noise(x.numel(), key)
             return encode_by_torch(x.contiguous(), slot, noise=noise, observed=observed)
-        if fmt.zero == "offset":
+        if slot.has_offset:
             return _encode_with_offset(x, slot, way, observed, key)
         numbers, scale, zero = cpu.quantize(
             x,

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,21 +46,20 @@ class Native:
         arguments = self.operator._schema.arguments
         # The native function takes an address for each tensor, whose name messages say.
         self._tensors = [(i, f"{name}: {a.name}") for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
-        _LIBRARY.impl(name, self._run, "CPU")
+        _LIBRARY.impl(name, partial(self.__call__, dispatched=True), "CPU")
         # Without values there is nothing to write; the caller made what is written.
         torch.library.register_fake(f"lowbit::{name}", lambda *_: None, lib=_LIBRARY)
 
-    def __call__(self, *arguments: Any) -> None:
-        """Run it on the arguments of the schema, in their order."""
-        if torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack():
-            for i, name in self._tensors:  # of others the dispatcher would make something else
-                if arguments[i] is not None and (not arguments[i].is_cpu or arguments[i].is_neg()):
-                    memory_of(arguments[i], name)
-            self.operator(*arguments)
-        else:
-            self._run(*arguments)
+    def __call__(self, *arguments: Any, dispatched: bool = False) -> None:
+        """Run it.
 
-    def _run(self, *arguments: Any) -> None:
+        Args:
+            arguments: those of the schema, in their order.
+            dispatched: whether the call comes from torch's dispatcher.
+        """
+        if not dispatched and (torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack()):
+            self._dispatch(arguments)
+            return
         given = list(arguments)
         for i, name in self._tensors:
             x = arguments[i]
@@ -74,6 +74,12 @@ class Native:
             else:
                 given[i] = memory_of(x, name)
         self._native(*given)
+
+    def _dispatch(self, arguments: tuple[Any, ...]) -> None:
+        for i, name in self._tensors:  # of others the dispatcher would make something else
+            if arguments[i] is not None and (not arguments[i].is_cpu or arguments[i].is_neg()):
+                memory_of(arguments[i], name)
+        self.operator(*arguments)
 
 
 _CODES = "Tensor codes, Tensor code_scale, int code_zero"

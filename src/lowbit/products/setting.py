@@ -104,6 +104,7 @@ class Slot:
         levels: the largest code of this width; None if the format has one width alone.
         stochastic: whether it needs noise.
         symmetric: whether real zero is the code 0.
+        has_offset: whether codes count from a float offset, so that real zero may lie between two of them.
         sharing: what shares a scale.
         samples: the samples of whose extremes the range is a mean; None: the range rule does not look at samples.
         layout: the order of codes in memory: that of the tensor (``"matrix"``), channels last (``"activation"``) or
@@ -118,6 +119,7 @@ class Slot:
     levels: float | None
     stochastic: bool
     symmetric: bool
+    has_offset: bool
     sharing: Sharing
     samples: int | None
     layout: Layout
@@ -156,6 +158,7 @@ def slot(
         levels=largest_code(fmt, bits) if fmt.has_width else None,
         stochastic=fmt.stochastic,
         symmetric=fmt.zero == "symmetric",
+        has_offset=fmt.zero == "offset",
         samples=None if fmt.scale is None else fmt.scale.range.samples(shape),
         sharing=sharing(op, product, operand, fmt, shape),
         layout="matrix" if matrix else "weight" if operand == "weight" else "activation",
