@@ -10,7 +10,7 @@ ZOO := .venv-zoo
 # The environment of the native module under sanitizers.
 ASAN := .venv-asan
 
-.PHONY: demo demo-short test test-zoo test-newest test-asan lint setup clean
+.PHONY: demo demo-short test test-zoo test-newest test-asan docs lint setup clean
 demo: $(READY)  ## train ResNet-20 on Fashion-MNIST in fp32, bf16 and sbm8, time them in turn, print one table
 	$(BIN)/python benchmarks/demo.py
 
@@ -34,9 +34,14 @@ test-asan: $(ASAN)/.ready  ## native tests and random layers under address and u
 	$(SANITIZED) -m pytest tests/kernels/test_doorway.py tests/kernels/test_views.py tests/kernels/test_native.py -k 'not lack_of_memory'
 	$(SANITIZED) tests/fuzz_layers.py --cases 1000
 
+# Offline, with warnings as errors. The pages and their code are checked by `make test` too.
+docs: $(VENV)/.docs  ## the documentation site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 lint: $(READY)  ## ruff, mypy and clang-format, as pre-commit runs them
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples docs
+	$(BIN)/ruff format --check src tests benchmarks examples docs
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror src/lowbit/kernels/native/*
 
@@ -47,6 +52,10 @@ $(READY): constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 $(ZOO)/.ready: constraints-zoo.txt $(SOURCES)
@@ -69,4 +78,4 @@ $(ASAN)/.ready: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ZOO) $(ASAN) build
+	rm -rf $(VENV) $(ZOO) $(ASAN) build site

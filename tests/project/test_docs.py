@@ -1,5 +1,6 @@
 """What the pages of documentation promise: links lead somewhere, and tutorials run as a reader would run them."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -8,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import lowbit
+from lowbit.methods.names import stored
+
 ROOT = Path(__file__).resolve().parents[2]
+REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 
@@ -19,6 +24,13 @@ names = {"__name__": "__main__"}
 for block in re.findall(r"(?ms)^```python\\n(.*?)^```", open(sys.argv[1], encoding="utf-8").read()):
     exec(compile(block, sys.argv[1], "exec"), names)
 """
+
+
+_spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+assert _spec is not None
+assert _spec.loader is not None
+hooks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(hooks)
 
 
 def _prose(text: str) -> str:
@@ -80,3 +92,50 @@ def test_the_blocks_of_a_tutorial_run_in_order(page: Path, tmp_path: Path) -> No
 
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+@pytest.mark.parametrize("name", stored())
+def test_every_recipe_has_a_page(name: str) -> None:
+    """A page of docs/methods/ says in its first paragraph: "Recipe: `NAME`."; the site's index follows these."""
+    assert name in hooks.pages_by_recipe()
+
+
+def test_every_page_of_methods_is_in_the_navigation() -> None:
+    """A page of docs/methods/ that describes no recipe stands in mkdocs.yml, where its section is chosen by hand."""
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    described = set(hooks.pages_by_recipe().values())
+
+    others = [path for path in hooks.METHODS.glob("*.md") if path not in described]
+
+    assert others
+    assert [path.name for path in others if f"- methods/{path.name}" not in settings] == []
+
+
+def test_the_index_of_methods_is_made_of_the_recipes() -> None:
+    """The index has a row for each recipe, with its page and its own summary."""
+    index = hooks.methods_index()
+
+    assert index.count("\n| [`") == len(stored())
+    assert f"| [`cpt-int8`](cpt.md) | {lowbit.Recipe.from_name('cpt-int8').summary} |" in index
+
+
+def test_every_exported_name_is_in_the_reference_once() -> None:
+    """What `lowbit` exports has one place in docs/reference/."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in REFERENCE)
+    entries = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+
+    assert len(set(entries)) == len(entries)
+    assert [name for name in lowbit.__all__ if f"lowbit.{name}" not in entries] == []
+
+
+def test_links_become_those_of_the_site() -> None:
+    """Pages of other folders move, anchors stay, and code and links to the web are left alone."""
+    text = "[a](../../benchmarks/RESULTS.md#on-a-gpu) [b](cost.md) [c](../../README.md) `[d](../../README.md)` [e](https://f.g)"
+    readme = "[a](docs/methods/cpt.md) [b](benchmarks/RESULTS.md) [c](examples/own_loop.py)"
+
+    assert hooks.moved(text, "docs/methods/cpt.md", "methods/cpt.md") == (
+        "[a](../results.md#on-a-gpu) [b](cost.md) [c](../index.md) `[d](../../README.md)` [e](https://f.g)"
+    )
+    assert hooks.moved(readme, "README.md", "index.md") == (
+        "[a](methods/cpt.md) [b](results.md) [c](examples/own_loop.md)"
+    )
