@@ -33,7 +33,11 @@ def _part(path: Path) -> str:
 
 
 # Files that may need more than torch.
-OPTIONAL = [p for p in FILES if _part(p) in ("train", "cli") or p.name == "energy.py"]
+OPTIONAL = [
+    p
+    for p in FILES
+    if _part(p) in ("train", "cli", "plot") or p.name in ("energy.py", "page.py") or p.match("report/reading.py")
+]
 
 
 def _imports(path: Path) -> list[str]:
