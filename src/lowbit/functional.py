@@ -333,6 +333,7 @@ class Deferred(Protocol):
     name: str
     number: int
     gated: bool
+    skips: bool
     clock: Any
 
 
@@ -386,6 +387,8 @@ def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting |
     """Check dtypes and compute outside autocast; the result has autocast's dtype where that is on, else that of `x`."""
     device = "cpu" if x.is_meta else x.device.type
     autocast = torch.is_autocast_enabled(device)
+    if setting.skips:  # autograd then neither asks for its gradient nor gives zeros, which an optimizer would use
+        w = w.detach()
     layer = (setting.layer if isinstance(setting, Setting) else setting.name) or op.kind
     for name, tensor in (("input", x), ("weight", w), ("bias", bias)):
         if tensor is not None and not tensor.is_floating_point():

@@ -105,11 +105,13 @@ def _plan(
         None if text is None else parse_schedule(text, total_steps=steps, steps_per_epoch=steps_per_epoch)
         for text in (schedule, backward)
     ]
-    if forward is None and method.is_dynamic:
+    if forward is None and (method.schedule is not None or method.gates is not None):
         forward, own = _own_schedule(method, network, steps, steps_per_epoch)
         back = own if back is None else back
     lowbit.convert_(network, method, engine="reference")
-    return plan(network, batch, steps=steps, forward=forward, backward=back, name=model)
+    return plan(
+        network, batch, steps=steps, forward=forward, backward=back, name=model, steps_per_epoch=steps_per_epoch
+    )
 
 
 def _own_schedule(recipe: Any, network: Any, steps: int, steps_per_epoch: int | None) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """Which engine executes each converted layer: the one asked for, or with ``"auto"`` int8 where that is faster."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -28,6 +28,7 @@ class Choice:
         refused: products that run on the reference engine although the layer runs on the wanted one, and why.
         timing: what was measured.
         open: whether both engines could run it.
+        later: the same for each later phase of the recipe.
     """
 
     wanted: str = "int8"
@@ -35,6 +36,7 @@ class Choice:
     refused: Mapping[str, str] = field(default_factory=dict)
     timing: Timing | None = None
     open: bool = False
+    later: tuple["Choice", ...] = ()
 
     @property
     def engine(self) -> str:
@@ -53,12 +55,18 @@ def choose_all(plans: Sequence[Plan], engine: str, table: Table | None) -> dict[
         UsageError: an engine was asked for that cannot run a layer.
     """
     asked = Choice(why="it was asked for")
-    choices = {
-        plan.name: asked if engine == "reference" else _choose(plan.layer, plan.twin, plan.recipe, engine, table)
-        for plan in plans
-        if plan.twin is not None and plan.recipe is not None
+    choices = {}
+    for plan in plans:
+        if plan.twin is not None and plan.recipe is not None:
+            first, *later = (
+                asked if engine == "reference" else _choose(plan.layer, plan.twin, recipe, engine, table)
+                for recipe in plan.recipe.in_phases()
+            )
+            choices[plan.name] = replace(first, later=tuple(later))
+    refused = {
+        name: next((why for c in (choice, *choice.later) if (why := c.why or in_words(c.refused))), "")
+        for name, choice in choices.items()
     }
-    refused = {name: choice.why or in_words(choice.refused) for name, choice in choices.items()}
     refused = {name: why for name, why in refused.items() if why}
     if refused and engine not in ("auto", "reference"):
         types = {plan.name: type_name(plan.layer) for plan in plans}
@@ -112,6 +120,9 @@ def choice_notes(choices: dict[str, Choice], found: str) -> list[str]:
         lines.append(f"engines chosen by {found}")
     elif any(choice.open for choice in choices.values()):
         lines.append(f"engines chosen by what the units take and by channels: {found}")
+    later = sum(any(c.engine != choice.engine for c in choice.later) for choice in choices.values())
+    if later:
+        lines.append(f"{later} layers change the engine with the phase; the table shows that of the first phase")
     for why in dict.fromkeys(choice.why for choice in choices.values() if choice.why):
         names = [name for name, choice in choices.items() if choice.why == why]
         lines.append(f"reference engine for {some(names)}: {why}")

@@ -17,7 +17,7 @@ from torch import nn
 from lowbit.conversion import calibration
 from lowbit.conversion.choice import choice_notes, choose_all, memory_notes
 from lowbit.conversion.report import Report, count_weights, row_of, warn_of_a_small_share
-from lowbit.conversion.rules import RecipeLike, Rule, as_recipe, as_rules, plan_layers, some, type_name
+from lowbit.conversion.rules import Plan, RecipeLike, Rule, as_recipe, as_rules, plan_layers, some, type_name
 from lowbit.conversion.state import MOST_SEED
 from lowbit.engines.choice import ENGINES
 from lowbit.errors import UsageError, unknown
@@ -75,6 +75,7 @@ def convert_(
     plans = plan_layers(model, recipe, resolved, strict)
     table, found = calibration.load() if engine == "auto" else (None, "")
     choices = choose_all(plans, engine, table)
+    _check_skipping(plans)
     if strict and not any(plan.twin or plan.left_by == "rule" for plan in plans):
         reasons = "; ".join(f"{p.name or 'the model'} ({type_name(p.layer)}): {p.reason}" for p in plans[:5])
         raise UsageError(f"nothing in this model would be converted. {reasons or 'It has no layer with products'}")
@@ -87,6 +88,9 @@ def convert_(
                 layer: Any = plan.layer
                 layer.attach(name=plan.name, recipe=plan.recipe, clock=clock, engine=choices[plan.name].engine)
                 layer.site.train(layer.training)
+                chosen = choices[plan.name]
+                for site in layer.sites():
+                    site.engines = [chosen.engine, *(later.engine for later in chosen.later)]
     if clock.sites:
         clock.attach(model)
         for module in model.modules():
@@ -131,6 +135,16 @@ def _check_model(model: nn.Module) -> None:
             raise UsageError(f"{where} is a TorchScript module: convert the plain model instead")
 
 
+def _check_skipping(plans: Sequence[Plan]) -> None:
+    """Raise if a recipe names layers that skip `grad_weight`, and none of those that it converts has such a name."""
+    for skip in {plan.recipe.skip for plan in plans if plan.recipe is not None and plan.recipe.skip is not None}:
+        names = [plan.name for plan in plans if plan.recipe is not None and plan.recipe.skip == skip]
+        if not any(map(skip.takes, names)):
+            raise UsageError(
+                f"skip_layers={skip.skip_layers!r} matches the whole name of no converted layer: they are {some(names)}"
+            )
+
+
 def _notes(clock: Clock) -> tuple[str, ...]:
     """What holds for many layers at once."""
     notes = []
@@ -139,10 +153,16 @@ def _notes(clock: Clock) -> tuple[str, ...]:
         notes.append(
             f"evaluation takes the running input range of {kept} layers, or its batch's until training recorded one"
         )
-    for name in dict.fromkeys(site.recipe.name for site in clock.sites if site.recipe.is_dynamic):
+    for recipe in dict.fromkeys(site.recipe for site in clock.sites if site.recipe.is_dynamic):
         notes.append(
-            f"the bits of {name} change during training: make a lowbit.PrecisionController.from_recipe(model, ...)"
+            f"{recipe.changes} of {recipe.name} change during training: make a "
+            "lowbit.PrecisionController.from_recipe(model, ...)"
         )
+    for recipe in dict.fromkeys(site.recipe for site in clock.sites if site.recipe.phases):
+        switches = ", ".join(f"{phase.name} from {phase.start}" for phase in recipe.phases)
+        notes.append(f"the table shows the first phase of {recipe.name}; later ones: {switches}")
+    if skipping := [site.name for site in clock.sites if site.may_skip]:
+        notes.append(f"{some(skipping)} skip grad_weight, always or in some steps: their weights then stay as they are")
     return tuple(notes)
 
 

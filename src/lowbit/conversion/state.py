@@ -79,6 +79,8 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
 # What is saved of a site, and what is saved besides if a controller sets its bits.
 _SITE = ("recipe", "formats", "engine", "uses", "bits", "running_range")
 _CONTROLLED = "evaluation_bits"
+# What is saved besides where the recipe has phases.
+_PHASED = ("phase", "engines")
 
 
 def _state_of(clock: Clock, here: Mapping[Site, QuantLayer]) -> dict[str, Any]:
@@ -95,6 +97,7 @@ def _state_of(clock: Clock, here: Mapping[Site, QuantLayer]) -> dict[str, Any]:
                 "bits": site.bits.detach().cpu().clone(),
                 "running_range": site.running_range.detach().cpu().clone(),
                 **({_CONTROLLED: site.evaluation_bits.detach().cpu().clone()} if site.is_controlled else {}),
+                **({"phase": site.phase, "engines": list(site.engines)} if site.recipe.phases else {}),
             }
             for site in _of(clock, here)
         },
@@ -112,7 +115,7 @@ def _fingerprint(recipe: Recipe) -> int:
     How a range test finds the lowest bits is left out: the state of the controller has it, and some runs are older than
     this setting of recipes.
     """
-    text = repr(recipe)
+    text = repr(recipe).replace(", phases=(), skip=None", "")  # as before there were phases
     if recipe.schedule is not None:
         forward = recipe.schedule.forward
         text = text.replace(repr(forward.settings), repr(forward.of_the_class))
@@ -150,7 +153,8 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
         clock.set_step(saved["step"])
         for site in _of(clock, here):
             entry = saved["sites"][site.name]
-            site.engine = entry["engine"]
+            site.engines = entry.get("engines", [entry["engine"]])
+            site.set_phase(entry.get("phase", 0))
             site.uses = entry["uses"]
             site.set_bits(entry["bits"].tolist(), entry.get(_CONTROLLED, entry["bits"]).tolist())
             site.lost_controller = site.controller is None and _CONTROLLED in entry
@@ -184,14 +188,21 @@ def _check_group(clock: Clock, here: Mapping[Site, QuantLayer], saved: Any) -> N
 def _identity(name: str, entry: object, clock: Clock) -> str:
     """What must agree between a saved site and one here."""
     controlled = isinstance(entry, Mapping) and _CONTROLLED in entry
-    check_keys(f"load_state_dict: the state of {shown(name)}", entry, (*_SITE, _CONTROLLED) if controlled else _SITE)
+    phased = _PHASED if isinstance(entry, Mapping) and "phase" in entry else ()
+    keys = (*_SITE, *((_CONTROLLED,) if controlled else ()), *phased)
+    check_keys(f"load_state_dict: the state of {shown(name)}", entry, keys)
     assert isinstance(entry, Mapping)
     check_type(f"load_state_dict: recipe of {shown(name)}", entry["recipe"], str)
     check_whole(f"load_state_dict: formats of {shown(name)}", entry["formats"], 0, 2**32 - 1)
     check_type(f"load_state_dict: engine of {shown(name)}", entry["engine"], str)
     if entry["engine"] not in ENGINES:
         raise unknown(f"engine of {shown(name)} in load_state_dict", entry["engine"], ENGINES)
-    engine = "any" if clock.free else entry["engine"]
+    engines = entry.get("engines", [entry["engine"]])
+    check_type(f"load_state_dict: engines of {shown(name)}", engines, list[str])
+    for each in engines:
+        if each not in ENGINES:
+            raise unknown(f"engine of {shown(name)} in load_state_dict", each, ENGINES)
+    engine = "any" if clock.free else " and ".join(engines)
     return f"recipe {entry['recipe']} ({entry['formats']:08x}), engine {engine}"
 
 
@@ -199,13 +210,17 @@ def _check_site(site: Site, entry: dict[str, Any]) -> None:
     """Raise unless the saved values of a site are values that it can have."""
     what = f"load_state_dict: {site.name or 'the model'}"
     check_whole(f"{what}: uses", entry["uses"], 0, _MOST_STEPS)
+    phase, engines = entry.get("phase", 0), entry.get("engines", [entry["engine"]])
+    check_whole(f"{what}: phase", phase, 0, len(site.recipes) - 1)
+    if len(engines) != len(site.recipes) or engines[phase] != entry["engine"]:
+        raise UsageError(f"{what}: engines={shown(engines)} of {len(site.recipes)} phases, now {entry['engine']!r}")
     widths = [name for name in ("bits", _CONTROLLED) if name in entry]
     for name in (*widths, "running_range"):
         own, saved = getattr(site, name), entry[name]
         if not is_like(saved, own):
             raise UsageError(f"{what}: {name} is {shown(saved)}: expected {own.dtype} of shape {tuple(own.shape)}")
     for bits, (product, operand, fmt) in (
-        pair for name in widths for pair in zip(entry[name].tolist(), site.formats(), strict=True)
+        pair for name in widths for pair in zip(entry[name].tolist(), site.formats(phase), strict=True)
     ):
         try:
             fmt.with_bits(bits)
@@ -221,13 +236,15 @@ def _check_site(site: Site, entry: dict[str, Any]) -> None:
 def _check_engines(clock: Clock, saved: dict[str, Any], layers: Mapping[Site, QuantLayer]) -> None:
     """Raise where a layer of this clock cannot run on the engine that was saved for it."""
     for site in _of(clock, layers):
-        engine = saved[site.name]["engine"]
-        if engine in ("reference", site.engine):
-            continue
-        layer = layers[site]
-        refused = layer.engine_refusals(layer, site.recipe, engine)
-        if len(refused) == len(layer.formats(site.recipe)):
-            raise UsageError(
-                f"load_state_dict: {site.name!r} was saved on the {engine} engine, which cannot run it here: "
-                f"{in_words(refused)}. Continue on the machine where it began; another engine gives other last digits"
-            )
+        entry, layer = saved[site.name], layers[site]
+        engines = entry.get("engines", [entry["engine"]])
+        for engine, own, recipe in zip(engines, site.engines, site.recipes, strict=True):
+            if engine in ("reference", own):
+                continue
+            refused = layer.engine_refusals(layer, recipe, engine)
+            if len(refused) == len(layer.formats(recipe)):
+                raise UsageError(
+                    f"load_state_dict: {site.name!r} was saved on the {engine} engine, which cannot run it here: "
+                    f"{in_words(refused)}. Continue on the machine where it began; another engine gives other last "
+                    "digits"
+                )

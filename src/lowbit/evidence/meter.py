@@ -323,7 +323,7 @@ def _signature(argument: Any) -> object:
 
 def _widths_of_grad_input(site: Site) -> tuple[int, int]:
     """The widths that a layer's `grad_input` has now, whether it runs or not."""
-    setting = Setting(recipe=site.recipe, bits=site.widths_now())
+    setting = Setting(recipe=site.present, bits=site.widths_now())
     return (
         setting.width("grad_input", "grad_output"),
         setting.width("grad_input", "weight"),

@@ -6,8 +6,7 @@ takes moments and no memory. One step runs for each pair of widths that the sche
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,6 +39,7 @@ def plan(
     backward: Bits = None,
     loss: Callable[[Any], Tensor] | None = None,
     name: str = "",
+    steps_per_epoch: int | None = None,
 ) -> Ledger:
     """The ledger that training would give, without training.
 
@@ -53,6 +53,7 @@ def plan(
         loss: from the model's output to a scalar; None: the sum of all tensors in it, so that everything gets a
             gradient.
         name: of the model, for reports.
+        steps_per_epoch: for recipes whose phases start in epochs.
 
     Returns:
         A ledger in memory. Evaluations are not in it.
@@ -73,13 +74,21 @@ def plan(
         )
     batch = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, inputs)
     ledger = Ledger(model=name or type(model).__name__, layers=layer_names(model))
-    programs: dict[Widths, tuple[int, int]] = {}
+    # One controller holds the model at each step, even if its recipe has its own schedule.
+    changes = any(site.recipe.phases or site.recipe.skips_at_times for site in sites_of(model))
+    everywhere: LayerRule = (lambda _: True, (forward, backward))
+    controller = None
+    if has_bits or changes:
+        controller = PrecisionController(model, rules=[everywhere], total_steps=steps, steps_per_epoch=steps_per_epoch)
+    programs: dict[tuple[Widths, object], tuple[int, int]] = {}
     for step in range(steps):
         widths: Widths = (bits_at(sources[0], step), bits_at(sources[1], step))
-        if widths not in programs:
-            with _at_bits(model, *widths) if has_bits else nullcontext():
-                programs[widths] = _one_step(model, batch, loss, ledger)
-        program, samples = programs[widths]
+        key = widths, controller.phases(step) if controller is not None and changes else None
+        if key not in programs:
+            if controller is not None:
+                controller.go_to(step)
+            programs[key] = _one_step(model, batch, loss, ledger)
+        program, samples = programs[key]
         ledger.add_step(program, samples=samples)
     return ledger
 
@@ -89,17 +98,6 @@ def _source(what: str, bits: Bits, steps: int) -> Source | None:
     if schedule is not None and schedule.total_steps not in (None, steps):
         raise UsageError(f"the {what} schedule has total_steps={schedule.total_steps}, but the run has {steps} steps")
     return schedule
-
-
-@contextmanager
-def _at_bits(model: nn.Module, forward: int | None, backward: int | None) -> Iterator[None]:
-    """Hold the model at these bits, even if its recipe has its own schedule; None leaves the recipe's bits."""
-    everywhere: LayerRule = (lambda _: True, (forward, backward))
-    controller = PrecisionController(model, rules=[everywhere])
-    try:
-        yield
-    finally:
-        controller.remove()
 
 
 def _one_step(model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None, ledger: Ledger) -> tuple[int, int]:

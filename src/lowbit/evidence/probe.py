@@ -297,12 +297,12 @@ def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, *, bits: Sequenc
         if not own:
             idle.append(name)
             continue
-        recipes[name] = sites[0].recipe
+        recipes[name] = sites[0].present
         present[name] = int(sites[0].bits[SLOTS.index(("output", "weight"))])
         for width in sorted({*bits, present[name]}):
             same = width == present[name]
             after = base if same else mean_loss_at(name, width)
-            operations = sum(_bit_operations(total, sites[0].recipe, width) for total in own)
+            operations = sum(_bit_operations(total, sites[0].present, width) for total in own)
             found.append(Sensitivity(layer=name, bits=width, loss_change=after - base, bit_operations=operations))
     if not found:
         raise UsageError(f"probe: no converted layer ran in these batches: {', '.join(idle)}")
@@ -313,7 +313,7 @@ def _static(model: nn.Module) -> nn.Module:
     """The model without its controllers: each layer has the bits of its recipe, which no longer change."""
     release(model)
     for site in sites_of(model):
-        site.recipe = site.recipe.replace(schedule=None, gates=None, depthwise=None)
+        site.hold()
     return model
 
 
@@ -324,7 +324,7 @@ def _product_sites(layer: QuantLayer) -> list[Site]:
 
 def _check_width(site: Site, operand: str, width: int) -> None:
     """Raise a UsageError if an operand has bits to set but cannot have so many."""
-    fmt: Format = getattr(site.recipe.output, operand)
+    fmt: Format = getattr(site.present.output, operand)
     if fmt.has_width:
         fmt.with_bits(width)
 
@@ -335,7 +335,7 @@ def _probed_layers(model: nn.Module) -> dict[str, QuantLayer]:
         name: layer
         for name, layer in converted_layers(model).items()
         if (sites := _product_sites(layer))
-        and all(getattr(sites[0].recipe.output, operand).has_width for operand in FORWARD)
+        and all(getattr(sites[0].present.output, operand).has_width for operand in FORWARD)
     }
 
 

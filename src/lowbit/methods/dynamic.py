@@ -1,11 +1,15 @@
-"""What a recipe says about bits that change in a run: a schedule, or gates."""
+"""What a recipe says about what changes in a run: bits by a schedule or gates, formats, and which weights train."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from lowbit.errors import UsageError
 from lowbit.inputs.checks import check_fields, check_whole
-from lowbit.schedules import PlateauRule, Template
+from lowbit.methods.operands import GradInput, GradWeight, Output
+from lowbit.numerics.formats import Format
+from lowbit.schedules import PlateauRule, Template, Time, parse_steps
+from lowbit.schedules.checks import MOST_STEPS
 
 Mixing = Literal["input", "output"]
 Weighting = Literal["macs", "equal"]
@@ -28,6 +32,75 @@ class Scheduling:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Formats that take the place of a recipe's own from some step on.
+
+    Args:
+        start: the first step; a step, ``"10ep"``, or ``"0.9"`` of the run, see `lowbit.schedules.parse_steps`.
+        name: of the recipe whose formats they are.
+        output: formats of ``output``.
+        grad_input: formats of ``grad_input``.
+        grad_weight: formats of ``grad_weight``.
+        bias: format of the bias.
+    """
+
+    start: Time
+    name: str
+    output: Output
+    grad_input: GradInput
+    grad_weight: GradWeight
+    bias: Format
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        # A run long enough for any start: what fails here fails in every run.
+        if parse_steps(self.start, total_steps=10**9, steps_per_epoch=10**6) == 0:
+            raise UsageError(f"start={self.start!r}: a run begins in the recipe's own formats; give a later start")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipping:
+    """Steps in which no `grad_weight` is computed, so that the optimizer leaves the weight alone.
+
+    Args:
+        update_every: the gradient of a weight is computed in one step of so many, the first of them; None: never.
+        stagger: whether the layers take turns, so that each step computes the gradients of some of them.
+        skip_layers: a regular expression that matches the whole names of the layers; all by default.
+
+    Raises:
+        UsageError: a value outside the above.
+    """
+
+    update_every: int | None = None
+    stagger: bool = False
+    skip_layers: str = ".*"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.update_every is not None:
+            check_whole("update_every", self.update_every, 2, MOST_STEPS)
+        if self.stagger and self.update_every is None:
+            raise UsageError("stagger goes with update_every: layers that never train have no turns to take")
+        try:
+            re.compile(self.skip_layers)
+        except re.error as error:
+            raise UsageError(f"skip_layers={self.skip_layers!r} is not a regular expression: {error}") from error
+
+    def takes(self, layer: str) -> bool:
+        """Whether a layer of this name skips steps."""
+        return re.fullmatch(self.skip_layers, layer) is not None
+
+    def skips(self, step: int, turn: int) -> bool:
+        """Whether a layer computes no `grad_weight` in a step.
+
+        Args:
+            step: the step, from 0.
+            turn: the number of the layer among those that skip steps.
+        """
+        return self.update_every is None or (step - turn * self.stagger) % self.update_every != 0
 
 
 @dataclass(frozen=True, kw_only=True)

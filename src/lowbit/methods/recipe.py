@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 from lowbit.errors import RunError, UsageError, shown, unknown
 from lowbit.inputs.checks import check_fields, check_type, checked
-from lowbit.methods.dynamic import Gating, Scheduling
+from lowbit.methods.dynamic import Gating, Phase, Scheduling, Skipping
 from lowbit.methods.names import ON_THE_FLY, folder, is_family, is_file_name, recipes, stored, widths_in
 from lowbit.methods.normalization import RangeNorm
 from lowbit.methods.operands import SLOTS, GradInput, GradWeight, Output, check_operand, range_of
 from lowbit.methods.toml import frozen, parsed, read_file
 from lowbit.numerics.formats import FP32, Format
+from lowbit.schedules import Time
 
 __all__ = [
     "SLOTS",
@@ -25,9 +26,11 @@ __all__ = [
     "GradInput",
     "GradWeight",
     "Output",
+    "Phase",
     "RangeNorm",
     "Recipe",
     "Scheduling",
+    "Skipping",
     "from_toml",
     "is_family",
     "is_file_name",
@@ -58,6 +61,8 @@ class Recipe:
         gates: what chooses bits for each block and sample; None: bits are not chosen.
         depthwise: bits (forward, backward) of convolutions with one input channel per group, which follow neither
             schedule nor gates; None: they follow like any layer.
+        phases: formats that take the place of these from later steps on, in order of time, see `then`.
+        skip: steps and layers without a `grad_weight`; None: every step computes that of every layer.
     """
 
     # Equal recipes share a name, and a recipe is looked up at every product: its hash is that of the name.
@@ -74,16 +79,12 @@ class Recipe:
     schedule: Scheduling | None = field(default=None, hash=False)
     gates: Gating | None = field(default=None, hash=False)
     depthwise: tuple[int, int] | None = field(default=None, hash=False)
+    phases: tuple[Phase, ...] = field(default=(), hash=False)
+    skip: Skipping | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.schedule is not None and self.gates is not None:
-            raise UsageError("a recipe has a schedule or gates, not both: each sets the bits of its layers")
-        if self.depthwise is not None:
-            if not self.is_dynamic:
-                raise UsageError("depthwise bits go with a schedule or gates; without them give the layers a rule")
-            if min(self.depthwise) < 1:
-                raise UsageError(f"depthwise={self.depthwise!r}: give a pair of bits (forward, backward), e.g. [8, 16]")
+        self._check_changes()
         _check_bias(self.bias)
         if self.gates is not None:
             for form in self.output.input.forms:
@@ -98,6 +99,27 @@ class Recipe:
         if used.running is not None and range_of(kept) != range_of(used):
             raise UsageError(
                 "grad_weight.input keeps another running range than output.input: a layer has one running input range"
+            )
+        if self.phases:
+            self._check_ranges_of_phases()
+
+    def _check_changes(self) -> None:
+        """Raise where what changes in a run does not fit together."""
+        if self.schedule is not None and self.gates is not None:
+            raise UsageError("a recipe has a schedule or gates, not both: each sets the bits of its layers")
+        if self.phases and (self.schedule is not None or self.gates is not None):
+            raise UsageError("a recipe has phases, or a schedule or gates, not both: a phase brings its own bits")
+        if self.depthwise is not None:
+            if self.schedule is None and self.gates is None:
+                raise UsageError("depthwise bits go with a schedule or gates; without them give the layers a rule")
+            if min(self.depthwise) < 1:
+                raise UsageError(f"depthwise={self.depthwise!r}: give a pair of bits (forward, backward), e.g. [8, 16]")
+
+    def _check_ranges_of_phases(self) -> None:
+        inputs = [recipe.output.input for recipe in self.in_phases()]
+        if len({range_of(fmt) for fmt in inputs if fmt.running is not None}) > 1:
+            raise UsageError(
+                "phases keep different running ranges of output.input: a layer has one running input range"
             )
 
     def replace(self, **changes: Any) -> "Recipe":
@@ -114,19 +136,91 @@ class Recipe:
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether its bits change in a run, so that training needs a `lowbit.PrecisionController`."""
-        return self.schedule is not None or self.gates is not None
+        """Whether something of it changes in a run, so that training needs a `lowbit.PrecisionController`."""
+        return bool(self.schedule or self.gates or self.phases) or self.skips_at_times
+
+    @property
+    def skips_at_times(self) -> bool:
+        """Whether `grad_weight` is computed in some steps and not in others."""
+        return self.skip is not None and self.skip.update_every is not None
+
+    @property
+    def changes(self) -> str:
+        """What of it changes in a run, in words."""
+        bits = self.schedule is not None or self.gates is not None
+        return "the bits" if bits else "the formats" if self.phases else "the steps that compute grad_weight"
+
+    def in_phases(self) -> tuple["Recipe", ...]:
+        """The recipe in each of its phases, as recipes without phases; the first has its own formats."""
+        first = dataclasses.replace(self, phases=())
+        later = (
+            dataclasses.replace(
+                first,
+                name=phase.name,
+                output=phase.output,
+                grad_input=phase.grad_input,
+                grad_weight=phase.grad_weight,
+                bias=phase.bias,
+            )
+            for phase in self.phases
+        )
+        return first, *later
+
+    def then(self, recipe: "Recipe | str", *, start: Time, name: str | None = None) -> "Recipe":
+        """The same recipe with the formats of another from some step on, e.g. ``mxfp4.then("mxfp8", start="0.9")``.
+
+        Formats of products and bias change, and nothing else: normalisation, first and last layer stay as they are.
+
+        Args:
+            recipe: a recipe with constant bits, or its name.
+            start: the first step in these formats, see `Phase`.
+            name: of the result; None: both names, ``"mxfp4-mxfp8"``.
+
+        Raises:
+            UsageError: the other recipe's bits change, or what does not switch is not the same in both.
+        """
+        other = recipe if isinstance(recipe, Recipe) else Recipe.find(recipe)
+        if other.is_dynamic:
+            raise UsageError(f"a phase of {other.name!r}, which itself changes in a run: give a recipe that does not")
+        if other.normalization not in (None, self.normalization):
+            raise UsageError(
+                f"a phase of {other.name!r} with a normalisation that {self.name!r} lacks: only formats of products "
+                "switch. Give a recipe with the same normalisation or none"
+            )
+        if other.skip not in (None, self.skip):
+            raise UsageError(
+                f"a phase of {other.name!r}, which skips grad_weight: say so in the recipe that has phases"
+            )
+        for end in ("first", "last"):
+            if getattr(other, end) == "leave" and getattr(self, end) != "leave":
+                raise UsageError(
+                    f"a phase of {other.name!r}, which leaves the {end} layer, in a recipe that converts it: give "
+                    f'{end} = "leave" to the recipe that has phases'
+                )
+        phase = Phase(
+            start=start,
+            name=other.name,
+            output=other.output,
+            grad_input=other.grad_input,
+            grad_weight=other.grad_weight,
+            bias=other.bias,
+        )
+        return self.replace(name=name or f"{self.name}-{other.name}", phases=(*self.phases, phase))
 
     def settings(self) -> dict[str, Any]:
-        """What `tuned` can change, with the present values: the settings of the schedule or of the gates."""
+        """What `tuned` can change, with the present values: the settings of schedule, gates, phases and skipping."""
+        found: dict[str, Any] = {}
         if self.schedule is not None:
-            return self.schedule.forward.values
-        if self.gates is not None:
-            return {f.name: getattr(self.gates, f.name) for f in dataclasses.fields(self.gates)}
-        return {}
+            found |= self.schedule.forward.values
+        for part in (self.gates, self.skip):
+            if part is not None:
+                found |= {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+        if self.phases:
+            found["starts"] = tuple(phase.start for phase in self.phases)
+        return found
 
     def tuned(self, **settings: Any) -> "Recipe":
-        """The same recipe with other settings of its schedule or gates, e.g. ``Recipe.from_name("cpt").tuned(low=4)``.
+        """The same recipe with other settings, see `settings`, e.g. ``Recipe.from_name("cpt").tuned(low=4)``.
 
         Raises:
             UsageError: the recipe lacks the setting, or the value is impossible.
@@ -137,12 +231,24 @@ class Recipe:
                 has = f"it has {', '.join(known)}" if known else "its bits are constant"
                 raise UsageError(f"recipe {self.name!r} has no setting {name!r}: {has}")
         settings = {name: frozen(value) for name, value in settings.items()}
+        changes: dict[str, Any] = {}
+        if "starts" in settings:
+            changes["phases"] = self._starting(settings.pop("starts"))
+        if self.skip is not None:
+            own = {f.name for f in dataclasses.fields(self.skip)} & settings.keys()
+            changes["skip"] = dataclasses.replace(self.skip, **{name: settings.pop(name) for name in own})
         if self.schedule is not None:
             forward = self.schedule.forward.replace(**settings)
-            return self.replace(schedule=dataclasses.replace(self.schedule, forward=forward))
+            changes["schedule"] = dataclasses.replace(self.schedule, forward=forward)
         if self.gates is not None:
-            return self.replace(gates=dataclasses.replace(self.gates, **settings))
-        return self
+            changes["gates"] = dataclasses.replace(self.gates, **settings)
+        return self.replace(**changes)
+
+    def _starting(self, starts: object) -> tuple[Phase, ...]:
+        """The phases with other starts, one for each."""
+        if not isinstance(starts, tuple) or len(starts) != len(self.phases):
+            raise UsageError(f"starts={shown(starts)}: give {len(self.phases)}, one for each phase after the first")
+        return tuple(dataclasses.replace(phase, start=s) for phase, s in zip(self.phases, starts, strict=True))
 
     def operands(self) -> list[tuple[str, str, Format]]:
         """The table as rows (product, operand, format), in the order of `SLOTS`."""
@@ -250,7 +356,9 @@ def from_toml(name: str, text: str) -> Recipe:
 
     ``"fp32"`` and ``"bf16"`` are names that always exist. ``base = "sbm8-cpt"`` takes every field that the text leaves
     out from that stored recipe. `[schedule]` has a schedule for `forward`, ``{ kind = "cyclic", low = 3, ... }`` or a
-    number of bits, and may have one for `backward`; `[gates]` has the fields of `Gating`.
+    number of bits, and may have one for `backward`; `[gates]` has the fields of `Gating`. Each `[[phases]]` has a
+    `start` and the name of a stored `recipe`, see `Recipe.then`; `[skip]` has the fields of `Skipping`, and
+    ``grad_weight = "skip"`` alone means that no step computes one.
 
     Raises:
         UsageError: it is not TOML, or has an unknown name or value.

@@ -9,7 +9,7 @@ from typing import Any
 from lowbit.errors import RunError, UsageError, shown, unknown
 from lowbit.inputs import files
 from lowbit.inputs.checks import is_whole
-from lowbit.methods.dynamic import Gating, Scheduling
+from lowbit.methods.dynamic import Gating, Scheduling, Skipping
 from lowbit.methods.normalization import RangeNorm
 from lowbit.methods.operands import GradInput, GradWeight, Output
 from lowbit.numerics.formats import NAMED, Format, from_table
@@ -60,13 +60,10 @@ def parsed(cls: type[Any], name: str, text: str, *, base_of: Callable[[str], Any
             {k: _named(formats, f"{where}.{k}", v) if k in operands else v for k, v in fields.items()},
         )
 
-    if "schedule" in data:
-        data["schedule"] = _scheduling(name, data["schedule"])
-    if "gates" in data:
-        gates = _table(f"recipe {name}: gates", data["gates"])
-        data["gates"] = _construct(Gating, "gates", {key: frozen(value) for key, value in gates.items()})
-    if "depthwise" in data:
-        data["depthwise"] = frozen(data["depthwise"])
+    _changes(name, data)
+    phases = [_phase(name, table) for table in _tables(f"recipe {name}: phases", data.pop("phases", []))]
+    if phases:
+        data["phases"] = ()
     inherited: dict[str, Any] = {}
     if "base" in data:
         base = base_of(data.pop("base"))
@@ -82,7 +79,43 @@ def parsed(cls: type[Any], name: str, text: str, *, base_of: Callable[[str], Any
     result = resolved(cls, f"recipe {name}", {**inherited, **data, "name": name})
     if unused:
         raise UsageError(f"recipe {name}: no product uses the format {sorted(unused)[0]!r}")
+    for start, other in phases:
+        result = result.then(base_of(other), start=start, name=name)
     return result
+
+
+def _changes(name: str, data: dict[str, Any]) -> None:
+    """Make of the tables of a text what says how bits and skipped products change in a run."""
+    if "schedule" in data:
+        data["schedule"] = _scheduling(name, data["schedule"])
+    if "gates" in data:
+        gates = _table(f"recipe {name}: gates", data["gates"])
+        data["gates"] = _construct(Gating, "gates", {key: frozen(value) for key, value in gates.items()})
+    if "depthwise" in data:
+        data["depthwise"] = frozen(data["depthwise"])
+    if data.get("grad_weight") == "skip":
+        data.setdefault("skip", {})
+        del data["grad_weight"]
+    if "skip" in data:
+        data["skip"] = _construct(Skipping, f"recipe {name}: skip", data["skip"])
+
+
+def _phase(name: str, fields: dict[str, Any]) -> tuple[Any, str]:
+    """The start and the recipe's name in a table of a phase."""
+    where = f"recipe {name}: phases"
+    if unknown_key := [key for key in fields if key not in ("start", "recipe")]:
+        raise unknown(f"field of {where}", unknown_key[0], ("start", "recipe"))
+    if missing := [key for key in ("start", "recipe") if key not in fields]:
+        raise UsageError(f'{where} lack {missing[0]}: each has a start and a recipe, e.g. start = "0.9"')
+    if not isinstance(fields["recipe"], str):
+        raise UsageError(f"{where}: recipe is {shown(fields['recipe'])}: give the name of a recipe of lowbit")
+    return fields["start"], fields["recipe"]
+
+
+def _tables(where: str, value: object) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise UsageError(f"{where} is {shown(value)}: write a table [[phases]] for each")
+    return [_table(where, each) for each in value]
 
 
 def _formats(own: dict[str, Any], known: dict[str, Format]) -> tuple[dict[str, Format], set[str]]:

@@ -36,7 +36,7 @@ def choose_twin(layer: nn.Module, recipe: Recipe) -> tuple[type[QuantLayer] | No
     """What a layer becomes with a recipe, or None; a remark or reason; and whether a request is thereby refused."""
     exact, near = _TWINS.get(type(layer)), twin_of(layer)
     if exact is not None and exact.is_in(recipe):
-        why = exact.refusal(layer, recipe)
+        why = next(filter(None, (exact.refusal(layer, phase) for phase in recipe.in_phases())), "")
         return (None, why, True) if why else (exact, exact.remark, False)
     if near is None and (why := _refused(layer)):
         return None, why, True

@@ -137,7 +137,7 @@ class Clock:
                 why = (
                     "this model is a copy of one whose bits a PrecisionController sets, or was loaded from its state"
                     if site.lost_controller
-                    else f"the bits of recipe {site.recipe.name!r} change during training"
+                    else f"{site.recipe.changes} of recipe {site.recipe.name!r} change during training"
                 )
                 raise UsageError(
                     f"{site.name or 'the model'}: {why}, and no controller is attached: make one with "
@@ -194,6 +194,10 @@ class Site(nn.Module):
     Attributes:
         layer_name: the layer's name at conversion.
         name: `layer_name` with the part; it is in the noise and in every report.
+        recipes: the recipe in each of its phases.
+        phase: the present one, from 0.
+        engines: how products are executed in each phase.
+        skips: whether no `grad_weight` is computed now.
         bits: the widths in training.
         evaluation_bits: the widths in evaluation mode.
         controller: what writes both; None: they do not change.
@@ -222,10 +226,13 @@ class Site(nn.Module):
         self.part = part
         self.name = ".".join(filter(None, [name, part]))
         self.recipe = recipe
+        self.recipes = recipe.in_phases()
+        self.phase = 0
         self.clock = clock
         self.input_format = input_format
         self.keeps_range = input_format.running is not None
-        self.engine = engine
+        self.engines = [engine] * len(self.recipes)
+        self.skips = self.may_skip and not recipe.skips_at_times
         self.leads = leads
         self.uses = 0
         self.controller: Controller | None = None
@@ -250,6 +257,33 @@ class Site(nn.Module):
         """A copy is another site to operators of compiled models."""
         super().__setstate__(state)
         self.number = compiler.register(self)
+
+    @property
+    def present(self) -> Recipe:
+        """The recipe in the present phase."""
+        return self.recipes[self.phase]
+
+    @property
+    def engine(self) -> str:
+        """How products are executed in the present phase."""
+        return self.engines[self.phase]
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether the recipe says that this layer skips `grad_weight`, always or in some steps."""
+        return self.recipe.skip is not None and self.recipe.skip.takes(self.layer_name)
+
+    def set_phase(self, phase: int) -> None:
+        """Go to a phase: other formats, on the engine that was chosen for them."""
+        self.phase = phase
+        self.input_format = self.formats()[0][2]
+        self.keeps_range = self.input_format.running is not None
+
+    def hold(self) -> None:
+        """Stay as it is now: in the present phase, at bits that no controller has to set."""
+        static = self.present.replace(schedule=None, gates=None, depthwise=None, skip=None)
+        self.engines = [self.engine]
+        self.recipe, self.recipes, self.phase, self.skips = static, (static,), 0, False
 
     @property
     def is_controlled(self) -> bool:
@@ -279,8 +313,9 @@ class Site(nn.Module):
         self.evaluation_bits.copy_(self.evaluation_bits.new_tensor(evaluation_bits))
 
     def follow_recipe(self) -> None:
-        """Drop the controller and take the recipe's bits."""
+        """Drop the controller and take the recipe's bits, those of the present phase."""
         self.controller, self.lost_controller = None, False
+        self.skips = self.may_skip and not self.recipe.skips_at_times
         own = [fmt.bits for _, _, fmt in self.formats()]
         self.set_bits(own, own)
 
@@ -319,7 +354,7 @@ class Site(nn.Module):
 
     def _check_recomputed(self) -> None:
         """Raise if the forward is stochastic and it cannot be known which of several runs is run again."""
-        if not (self.recipe.output.input.stochastic or self.recipe.output.weight.stochastic):
+        if not (self.present.output.input.stochastic or self.present.output.weight.stochastic):
             return
         if self.uses > 1 or (self.training and self.clock.of_parts):
             when = "outside the converted model's forward" if self.uses <= 1 else f"{self.uses} times in this step"
@@ -357,7 +392,7 @@ class Site(nn.Module):
                 "name other blocks, or leave this layer out of them with a rule"
             )
         return Setting(
-            recipe=self.recipe,
+            recipe=self.present,
             noise=self.noise(compiled=compiled),
             bits=tuple((self.bits if self.training else self.evaluation_bits).tolist()),
             input_range=self.input_range(x) if self.keeps_range else None,
@@ -365,18 +400,19 @@ class Site(nn.Module):
             engine=self.engine,
             source=self,
             samples=self.here.samples,
+            skips=self.skips,
         )
 
-    def formats(self) -> list[tuple[str, str, Format]]:
-        """The operand that each of its bits is the width of: (product, operand, format)."""
-        return self.recipe.operands()
+    def formats(self, phase: int | None = None) -> list[tuple[str, str, Format]]:
+        """The operand that each of its bits is the width of: (product, operand, format); None: in the present phase."""
+        return self.recipes[self.phase if phase is None else phase].operands()
 
-    def slots(self, *operands: str) -> dict[int, Format]:
+    def slots(self, *operands: str, phase: int | None = None) -> dict[int, Format]:
         """The places of these operands' widths in `bits`, and their formats; floats lack a width to set.
 
         A bifurcated gradient keeps its width in `grad_weight`, since its formats were chosen separately.
         """
-        table = {(product, operand): fmt for product, operand, fmt in self.formats()}
+        table = {(product, operand): fmt for product, operand, fmt in self.formats(phase)}
         gradients = {table.get((product, "grad_output")) for product in ("grad_input", "grad_weight")}
         bifurcated = ("grad_weight", "grad_output") if len(gradients - {None}) > 1 else None
         return {

@@ -35,6 +35,7 @@ from lowbit.precision.layers import (
     table,
 )
 from lowbit.precision.losses import Losses
+from lowbit.precision.phases import timed_layers
 from lowbit.schedules import Follower, PlateauRule, Progressive, RangeTest, RangeTested, Rule
 
 _MOST_STEPS = 2**63 - 1
@@ -60,7 +61,9 @@ class PrecisionController:
         blocks: names or patterns of names of the blocks that `gates` are for.
         eval_bits: forward bits in evaluation: the ``"highest"`` that each layer ever takes, the ``"current"`` ones, or
             a number for all layers without a rule.
-        steps_per_epoch: number of steps whose mean loss a plateau rule takes; needed iff there is such a rule.
+        steps_per_epoch: number of steps whose mean loss a plateau rule takes, and the unit of phases that start in
+            epochs; needed iff there is one of these.
+        total_steps: length of the run; None: that of the schedules. Phases that start at a fraction of the run need it.
 
     Attributes:
         gates: the gates, whose parameters train with those of the model; None without gates.
@@ -84,10 +87,11 @@ class PrecisionController:
         blocks: Sequence[str | re.Pattern[str]] = (),
         eval_bits: EvalBits = "highest",
         steps_per_epoch: int | None = None,
+        total_steps: int | None = None,
     ) -> None:
         self._forward, self._backward = as_source("forward", forward), as_source("backward", backward)
-        if self._forward is None and self._backward is None and gates is None and not rules:
-            raise UsageError("a controller with nothing to set: give forward, backward, gates or rules")
+        if total_steps is not None:
+            check_whole("total_steps", total_steps, 1, _MOST_STEPS)
         if self._forward is not None and self._forward.grad_widths() and self._backward is not None:
             raise UsageError(
                 f"forward={self._forward!r} sets the bits of gradients too: leave `backward` out, or "
@@ -106,7 +110,13 @@ class PrecisionController:
         self.gates = None if gates is None else Gates([gated_block(*b, pinned) for b in chosen], gates)
         self._targets = () if gates is None else gates.targets
         self._plateau = None if gates is None else gates.rule()
-        self.total_steps = self._common_length()
+        self.total_steps = self._common_length(total_steps)
+        self._timed = timed_layers(
+            [layer.sites for layer in self._layers], total_steps=self.total_steps, steps_per_epoch=steps_per_epoch
+        )
+        nothing = self._forward is None and self._backward is None and gates is None and not rules
+        if nothing and not self._timed:
+            raise UsageError("a controller with nothing to set: give forward, backward, gates or rules")
         self._losses = Losses(steps_per_epoch=self._check_epochs(steps_per_epoch))
         self._step = 0
         self._fingerprint = self._identify()
@@ -124,10 +134,10 @@ class PrecisionController:
         rules: Sequence[LayerRule] = (),
         eval_bits: EvalBits = "highest",
     ) -> "PrecisionController":
-        """The controller for the schedule or the gates of a converted model's recipe.
+        """The controller for what changes over a run in a converted model's recipe: schedule, gates, phases, skipping.
 
         Args:
-            model: a model converted with a recipe such as ``"cpt"``, ``"pfq"``, ``"dfq"``, ``"fractrain"``.
+            model: a model converted with a recipe such as ``"cpt"``, ``"pfq"``, ``"dfq"``, ``"heal"``.
             total_steps: length of the run.
             steps_per_epoch: needed for plateau rules and for times in epochs.
             blocks: needed for gates: names or patterns of the blocks that they choose bits for.
@@ -162,7 +172,8 @@ class PrecisionController:
             for template in ((recipe.schedule.forward, recipe.schedule.backward) if recipe.schedule else (None, None))
         )
         by_epoch = recipe.gates.rule() if recipe.gates else forward
-        controller = cls(
+        in_epochs = any(str(phase.start).endswith("ep") for phase in recipe.phases)
+        return cls(
             model,
             forward=forward,
             backward=backward,
@@ -170,10 +181,11 @@ class PrecisionController:
             gates=recipe.gates,
             blocks=blocks,
             eval_bits=eval_bits,
-            steps_per_epoch=steps_per_epoch if by_epoch is not None and by_epoch.follows == "epoch" else None,
+            steps_per_epoch=steps_per_epoch
+            if in_epochs or (by_epoch is not None and by_epoch.follows == "epoch")
+            else None,
+            total_steps=total_steps,
         )
-        controller.total_steps = total_steps
-        return controller
 
     @property
     def last_step(self) -> int:
@@ -194,9 +206,12 @@ class PrecisionController:
 
     @property
     def stage(self) -> int | None:
-        """The stage of the plateau rule, from 0; None without one."""
+        """The stage of the plateau rule, or the phase, from 0; None without one."""
         rule = self._plateau or self._forward
-        return rule.stage if isinstance(rule, PlateauRule | Progressive) else None
+        if isinstance(rule, PlateauRule | Progressive):
+            return rule.stage
+        phases = [timed.at(self._step)[0] for timed in self._timed if timed.starts]
+        return max(phases, default=None)
 
     @property
     def range_test(self) -> RangeTest | None:
@@ -215,6 +230,22 @@ class PrecisionController:
     def sites(self) -> list[Site]:
         """Every site that it writes."""
         return [site for layer in self._layers for site in layer.sites]
+
+    def phases(self, step: int) -> tuple[tuple[int, bool], ...]:
+        """The phase of each layer that has some, and whether it skips `grad_weight`, in a step of the run."""
+        return tuple(timed.at(step) for timed in self._timed)
+
+    def go_to(self, step: int) -> None:
+        """Go to a step of the run, for a plan of it; what follows the run, and not only the step, cannot.
+
+        Raises:
+            UsageError: a rule or gates follow the run, or the step lies outside it.
+        """
+        if self._followers() or self.gates is not None:
+            raise UsageError("go_to: what follows the run cannot be taken to a step of it")
+        check_whole("step", step, 0, (_MOST_STEPS if self.total_steps is None else self.total_steps) - 1)
+        self._step = step
+        self.write()
 
     def step(self, loss: Tensor | float | None = None) -> None:
         """Go on to the next batch; call it after the optimizer's step.
@@ -309,7 +340,7 @@ class PrecisionController:
             self.gates.detach()
         for site in self.sites():
             site.follow_recipe()
-        self._layers = []
+        self._layers, self._timed = [], []
 
     def __str__(self) -> str:
         """A table of the controlled layers and their bits now."""
@@ -321,14 +352,18 @@ class PrecisionController:
         forward = [self._forward] if isinstance(self._forward, Rule) else []
         return [*forward, *([] if self._plateau is None else [self._plateau])]
 
-    def _common_length(self) -> int | None:
-        lengths = {source.total_steps for source in sources_of(self._layers)} - {None}
+    def _common_length(self, given: int | None) -> int | None:
+        lengths = {given, *(source.total_steps for source in sources_of(self._layers))} - {None}
         if len(lengths) > 1:
             raise UsageError(f"schedules of {sorted(map(str, lengths))} steps: give all of them the same total_steps")
         return next(iter(lengths), None)
 
     def _check_epochs(self, steps_per_epoch: int | None) -> int | None:
         needed = any(follower.follows == "epoch" for follower in self._followers())
+        if not needed and any(
+            str(phase.start).endswith("ep") for timed in self._timed for phase in timed.sites[0].recipe.phases
+        ):
+            return None  # the phases took it
         if needed and not _is_count(steps_per_epoch):
             raise UsageError(
                 f"steps_per_epoch={steps_per_epoch!r}: a plateau rule takes the mean loss of so many steps; give a "
@@ -340,7 +375,7 @@ class PrecisionController:
 
     def _identify(self) -> dict[str, str]:
         """What identifies the schedules, layers and gates of a state."""
-        kinds = checked_sources(self._layers, self._eval_bits)
+        kinds = checked_sources(self._layers, self._eval_bits, needs_bits=not self._timed)
         main = {"forward": self._forward, "backward": self._backward}
         return {
             **{name: "none" if source is None else kinds.get(id(source), "unused") for name, source in main.items()},
@@ -349,7 +384,12 @@ class PrecisionController:
                 for layer in self._layers
             ),
             "gates": "none" if self.gates is None else repr((self.gates.blocks, self.gates.gating)),
+            **({"phases": self._phases_in_words()} if self._timed else {}),
         }
+
+    def _phases_in_words(self) -> str:
+        """When the layers change their formats or skip, as a saved state has it."""
+        return "; ".join(f"{t.sites[0].layer_name}: {t.starts}, {t.skip}, {t.turn}" for t in self._timed)
 
     def _attach(self, model: nn.Module) -> None:
         release(model)  # of what a copy has left of another controller
@@ -381,6 +421,8 @@ class PrecisionController:
 
     def write(self) -> None:
         """Set the bits of the next step and of an evaluation before it, whatever changed them meanwhile."""
+        for timed in self._timed:  # before the bits, which are those of the phase
+            timed.write(self._step)
         now: dict[tuple[int, int, bool], tuple[Widths, Widths]] = {}
         for layer in self._layers:
             key = (id(layer.forward), id(layer.backward), layer.has_rule)

@@ -49,15 +49,25 @@ class ControlledLayer:
     backward: Source | None
     has_rule: bool = False
 
-    @cached_property
+    @property
     def own(self) -> tuple[int, ...]:
-        """The recipe's bits of a site; all sites of a layer have the same."""
-        return tuple(fmt.bits for _, _, fmt in self.sites[0].formats())
+        """The recipe's bits of a site in its present phase; all sites of a layer have the same."""
+        return self._in_phases[self.sites[0].phase][0]
 
-    @cached_property
+    @property
     def places(self) -> tuple[frozenset[int], frozenset[int]]:
         """The places of forward and of backward bits among the bits of a site."""
-        return frozenset(self.sites[0].slots("input", "weight")), frozenset(self.sites[0].slots("grad_output"))
+        return self._in_phases[self.sites[0].phase][1]
+
+    @cached_property
+    def _in_phases(self) -> list[tuple[tuple[int, ...], tuple[frozenset[int], frozenset[int]]]]:
+        """`own` and `places` in each phase."""
+        site, found = self.sites[0], []
+        for phase in range(len(site.recipes)):
+            own = tuple(fmt.bits for _, _, fmt in site.formats(phase))
+            wide, back = site.slots("input", "weight", phase=phase), site.slots("grad_output", phase=phase)
+            found.append((own, (frozenset(wide), frozenset(back))))
+        return found
 
     @property
     def gated(self) -> bool:
@@ -183,8 +193,15 @@ def sources_of(layers: Iterable[ControlledLayer]) -> list[Source]:
     return list({id(source): source for source in every}.values())
 
 
-def checked_sources(layers: Sequence[ControlledLayer], eval_bits: EvalBits) -> dict[int, str]:
+def checked_sources(
+    layers: Sequence[ControlledLayer], eval_bits: EvalBits, *, needs_bits: bool = True
+) -> dict[int, str]:
     """What identifies each source of the layers in a saved state, by the id of the source.
+
+    Args:
+        layers: what is controlled.
+        eval_bits: as for the controller.
+        needs_bits: whether to raise if no layer has bits to set.
 
     Raises:
         UsageError: a format cannot have the bits that it would get, or no layer has bits to set.
@@ -200,11 +217,12 @@ def checked_sources(layers: Sequence[ControlledLayer], eval_bits: EvalBits) -> d
             (layer.backward, ("grad_output",), grads),
         ):
             for site in layer.sites:
-                for fmt in site.slots(*operands).values():
+                phases = (site.slots(*operands, phase=phase) for phase in range(len(site.recipes)))
+                for fmt in (fmt for slots in phases for fmt in slots.values()):
                     found = True
                     for bits in {*widths.get(id(source), ()), *more}:
                         _check_width(site, bits, fmt.zero)
-    if not found:
+    if needs_bits and not found:
         raise UsageError(
             "no layer here has an integer format, so there are no bits to set: convert the model with a recipe of "
             "integer formats, e.g. sbm8-cpt"

@@ -50,6 +50,7 @@ class Setting:
         engine: how products are executed, one of `lowbit.engines.choice.ENGINES`.
         source: what calls, for observers.
         samples: bits that differ between samples, in place of `bits`.
+        skips: whether no `grad_weight` is computed.
     """
 
     recipe: Recipe
@@ -60,6 +61,7 @@ class Setting:
     engine: str = "reference"
     source: object = None
     samples: Samples | None = None
+    skips: bool = False
 
     def format(self, product: str, operand: str) -> Format:
         """The format of one operand of one product."""

@@ -10,15 +10,23 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 
 from lowbit.inputs.checks import fits
 from lowbit.inputs.signatures import Setting, settings_of
-from lowbit.methods.recipe import Gating
-from lowbit.schedules import KINDS, kind_settings
+from lowbit.methods.recipe import Gating, Skipping
+from lowbit.schedules import KINDS, Time, kind_settings
 
 T = TypeVar("T")
+
+STARTS = Setting(
+    name="starts",
+    hint=Sequence[Time],
+    default=(),
+    text="the first step of each phase after the first: a step, epochs such as 10ep, or a fraction of the run.",
+)
 
 
 def tunable() -> dict[str, Setting]:
     """The settings of all kinds of schedules and of gates by name, typed as YAML writes them; the text says whose."""
     owners = {f"{kind} schedules": kind_settings(kind) for kind in KINDS} | {"gates": settings_of(Gating)}
+    owners |= {"recipes with phases": {"starts": STARTS}, "recipes that skip grad_weight": settings_of(Skipping)}
     found: dict[str, Setting] = {}
     for owner, settings in owners.items():
         for name, setting in settings.items():

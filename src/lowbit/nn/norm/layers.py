@@ -18,7 +18,7 @@ from lowbit.numerics.formats import Format
 class NormSite(Site):
     """The site of a Range BN."""
 
-    def formats(self) -> list[tuple[str, str, Format]]:
+    def formats(self, phase: int | None = None) -> list[tuple[str, str, Format]]:  # noqa: ARG002 - alike in all
         """The formats of its operands; it lacks products."""
         norm = self.recipe.normalization
         assert norm is not None
