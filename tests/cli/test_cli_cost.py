@@ -82,3 +82,18 @@ def test_the_plan_of_a_run_is_its_ledger(tmp_path: Path, capsys: pytest.CaptureF
         layers.append(json.loads(capsys.readouterr().out)["layers"])
 
     assert layers[0] == layers[1]
+
+
+def test_cost_of_phases_and_of_skipped_products(capsys: pytest.CaptureFixture[str]) -> None:
+    """``cost`` plans 9 steps at 4 bits and 1 at 8, and half of the products of `grad_weight`."""
+
+    def operations(recipe: str, product: str) -> int:
+        run = ["cost", "--model", "mlp", "--recipe", recipe, "--steps", "10", "--input", "1,8,8", "--format", "json"]
+        assert cli.main(run) == 0
+        metrics = json.loads(capsys.readouterr().out)["metrics"]
+        counted = next(row for row in metrics if row["name"] == "GBitOPs")
+        return round(counted["whole_run"]["as-ran"][product] * 1e9)
+
+    assert operations("heal", "output") * 10 == operations("mxfp4", "output") * 9 + operations("mxfp8", "output")
+    assert operations("sparse", "grad_weight") * 2 == operations("int8", "grad_weight")
+    assert operations("sparse", "output") == operations("int8", "output")

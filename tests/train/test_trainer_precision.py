@@ -31,6 +31,8 @@ GATED = {"recipe": "fractrain", "blocks": r"0\.hidden\.\d", "targets": [1.9, 3.0
         {**TESTED, "range_test_steps": 6, "range_test_threshold": 0.02},
         {"recipe": "pfq", **SHORT_EPOCHS},
         {**GATED, **SHORT_EPOCHS},
+        {"recipe": "heal", "starts": ["0.5"]},
+        {"recipe": "sparse", "update_every": 3},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())) or "plain",
 )

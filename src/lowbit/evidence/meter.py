@@ -2,8 +2,8 @@
 
 Products of converted layers report themselves, each with its bits at that moment. Those of plain layers and of
 functions such as attention are counted at the width of their dtype (32 bits for float32): the first forward pass of
-each distinct signature (shapes and dtypes of the input, mode, which parameters are trained) is watched operator by
-operator, and stands for all later ones of that signature. Only a watched pass takes notably longer; every other step
+each distinct signature (shapes and dtypes of the input, mode, which parameters are trained, phases) is watched operator
+by operator, and stands for all later ones of that signature. Only a watched pass takes notably longer; every other step
 costs microseconds for each converted product.
 """
 
@@ -232,6 +232,7 @@ class Meter:
             torch.is_autocast_enabled(autocast_device(leaves[0])) if leaves else None,
             tuple(p.requires_grad for p in module.parameters()),
             tuple(map(type, self._modules)),
+            tuple((site.phase, site.skips) for site in self._modules if isinstance(site, Site)),
         )
         with self._lock:
             pending = self._training if module.training else self._evaluation

@@ -78,7 +78,7 @@ class OperandProof(_Compared):
     """One operand of one product, over all its calls.
 
     Attributes:
-        format: its format as text, as the shape of the first call made it.
+        format: its format as text, as the shape of the first call made it; several if calls are of several phases.
         bits: width of its codes, the smallest of all calls.
         most_bits: the largest.
         elements: number of elements in one call.
@@ -196,11 +196,13 @@ class Proof:
         rows: a row per layer and product.
         outside: products that ran outside converted layers.
         notes: what should be known although it is not a failure, one sentence each.
+        remarks: what changes in the run and how it was in these steps: phases, and products that were skipped.
     """
 
     rows: list[ProofRow] = field(default_factory=list)
     outside: list[OutsideRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def macs(self) -> int:
@@ -244,7 +246,7 @@ class Proof:
         ]
         parts = [text_table(header, table), "", f"{self.macs:,} MACs inside converted layers."]
         if not self.outside:
-            return "\n".join([*parts, "No product ran outside them.", *self.notes])
+            return "\n".join([*parts, "No product ran outside them.", *self.remarks, *self.notes])
         hidden = sum(row.calls for row in self.outside if row.macs is None)
         share = f"{'At least ' if hidden else ''}{100 * self.outside_share:.2f} %"
         parts.append(f"{share} of all MACs ran outside them, in the precision that they were given:")
@@ -262,7 +264,7 @@ class Proof:
         header = ["module", "operator", "calls", "MACs", "share %", "weight of a converted layer"]
         if not any(row.weights for row in self.outside):
             header, rows = header[:-1], [row[:-1] for row in rows]
-        return "\n".join([*parts, text_table(header, rows), *self.notes])
+        return "\n".join([*parts, text_table(header, rows), *self.remarks, *self.notes])
 
     def summary(self) -> str:
         """A shorter table, a line per layer: the bits of each product and the smallest SQNR among them."""
@@ -303,6 +305,7 @@ class Proof:
             "rows": [_values(row) for row in self.rows],
             "outside": [asdict(row) for row in self.outside],
             "notes": list(self.notes),
+            "remarks": list(self.remarks),
         }
 
     def to_json(self) -> str:

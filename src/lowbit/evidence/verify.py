@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lowbit.conversion.rules import some
 from lowbit.conversion.state import replaced
 from lowbit.errors import RunError, UsageError
 from lowbit.evidence.names import name_of_source, site_names
@@ -18,6 +19,7 @@ from lowbit.evidence.watch import Operation, watched_by
 from lowbit.inputs.checks import checked
 from lowbit.nn.kinds import plain_type
 from lowbit.nn.layers import converted_layers
+from lowbit.nn.site import Site
 from lowbit.products import watch
 from lowbit.products.watch import OperandRun, ProductRun
 
@@ -44,6 +46,8 @@ class _Collector:
         self.promised: set[tuple[str, str]] = set()
         self.failures: list[str] = []
         self.not_finite: dict[tuple[str, str], str] = {}
+        self.phases: dict[str, list[str]] = {}
+        self.skipping: list[str] = []
         self._lock = threading.Lock()
 
     def __call__(self, run: ProductRun) -> None:
@@ -59,6 +63,7 @@ class _Collector:
         row.kernels[run.kernel] = row.kernels.get(run.kernel, 0) + 1
         row.calls += 1
         row.macs += run.macs
+        self._take_source(layer, run)
         off_grid = False
         for name, operand in run.operands.items():
             proof = row.operands.setdefault(
@@ -71,6 +76,8 @@ class _Collector:
                 ),
             )
             proof.saw(operand.bits)
+            if str(operand.applied) not in proof.format.split(" | "):
+                proof.format += f" | {operand.applied}"
             proof.clipped += (operand.clipped - proof.clipped) / row.calls
             proof.floored += (operand.floored - proof.floored) / row.calls
             proof.sums.add(operand.exact, operand.quantized)
@@ -91,6 +98,25 @@ class _Collector:
                 f"{layer}: {run.product} equals the full-precision product although its operands were off the grid"
             )
         self.promised.update((layer, product) for product in run.expected)
+
+    def _take_source(self, layer: str, run: ProductRun) -> None:
+        """Note the phase of the layer that ran, and whether it skips `grad_weight`."""
+        site = run.source
+        if not isinstance(site, Site):
+            return
+        if site.recipe.phases:
+            where = f"phase {site.phase + 1} of {len(site.recipes)} ({site.present.name})"
+            if layer not in self.phases.setdefault(where, []):
+                self.phases[where].append(layer)
+        if site.skips and site.training and layer not in self.skipping:
+            self.skipping.append(layer)
+
+    def remarks(self) -> Iterator[str]:
+        """A sentence for each phase that ran, and one for the layers that skipped `grad_weight`."""
+        for where, layers in self.phases.items():
+            yield f"{some(layers)}: {where}."
+        if self.skipping:
+            yield f"{some(self.skipping)}: grad_weight was skipped as the recipe says, and the weights get no gradient."
 
     def missing(self, model: nn.Module, users: Callable[[str], list[OutsideRow]]) -> Iterator[str]:
         """A sentence for each quantiser that should have run but did not; `users` says what multiplied instead."""
@@ -312,6 +338,7 @@ def verify(model: nn.Module) -> Iterator[Proof]:
         row.share = None if row.macs is None else row.macs / max(total, 1)
         proof.outside.append(row)
     proof.notes.extend(collector.floored())
+    proof.remarks.extend(collector.remarks())
     failures = [
         *collector.failures,
         *collector.missing(model, plain.users),
