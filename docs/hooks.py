@@ -144,7 +144,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Rewrite links, append a method's recipes, and give the navigation a short title."""
     site = page.file.src_uri
     source = {v: k for k, v in OUTSIDE.items()}.get(site, f"docs/{site}")
-    if page.title is None or "title" not in page.meta:
-        page.meta["title"] = "lowbit" if site == "index.md" else _title(markdown)
+    if site == "index.md":
+        page.meta |= {"title": "lowbit", "hide": ["navigation"]}
+    else:
+        page.meta["title"] = _title(markdown)
     added = as_data(markdown) if site.startswith("methods/") and site != INDEX else ""
     return moved(markdown, source, site) + added
