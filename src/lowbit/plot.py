@@ -189,7 +189,7 @@ def _errors(run: Folder | Proof) -> Sequence[Any]:
 
 def _figure(chart: charts.Chart) -> Figure:
     try:
-        from plotly.graph_objects import Figure as PlotlyFigure  # type: ignore[import-untyped]  # it has no types
+        from plotly.graph_objects import Figure as PlotlyFigure  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ModuleNotFoundError as error:
         raise RunError(f"figures need {error.name}: pip install 'lowbit[report]'") from error
 
