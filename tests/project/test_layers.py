@@ -33,11 +33,8 @@ def _part(path: Path) -> str:
 
 
 # Files that may need more than torch.
-OPTIONAL = [
-    p
-    for p in FILES
-    if _part(p) in ("train", "cli", "plot") or p.name in ("energy.py", "page.py") or p.match("report/reading.py")
-]
+_OPTIONAL_NAMES = ("energy.py", "frames.py", "page.py", "plot.py", "reading.py")
+OPTIONAL = [p for p in FILES if _part(p) in ("train", "cli") or p.name in _OPTIONAL_NAMES]
 
 
 def _imports(path: Path) -> list[str]:

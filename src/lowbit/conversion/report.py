@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lowbit.conversion.choice import Choice
 from lowbit.conversion.rules import LeftBy, Plan, type_name
+from lowbit.frames import data_frame
 from lowbit.nn import kinds
 from lowbit.numerics.formats import BF16, Format
-from lowbit.tables import json_text, text_table
+from lowbit.tables import Table, html_of, json_text
 
 _NOT_ASKED_FOR = ("rule", "conversion")
 
@@ -79,6 +80,13 @@ class Report:
         return tuple(row.name for row in self.rows if row.speed is not None and row.speed <= 1)
 
     def __str__(self) -> str:
+        head, table, *notes = self._parts()
+        return "\n".join([str(head), "", str(table), *map(str, notes)])
+
+    def _repr_html_(self) -> str:
+        return html_of(self._parts())
+
+    def _parts(self) -> list[str | Table]:
         names = ("output", "grad_input", "grad_weight")
         table = [
             [
@@ -92,8 +100,8 @@ class Report:
             for row in self.rows
         ]
         head = f"{self.recipe}: {self._converted()}; bits as first operand x second"
-        body = text_table(["layer", "type", "recipe", *names, "engine", "remark"], table)
-        return "\n".join([head, "", body, *("note: " + note for note in self.notes)])
+        body = Table(["layer", "type", "recipe", *names, "engine", "remark"], table)
+        return [head, body, *("note: " + note for note in self.notes)]
 
     def to_dict(self) -> dict[str, Any]:
         """The first line, the table and the notes as plain values."""
@@ -112,6 +120,24 @@ class Report:
     def to_json(self) -> str:
         """`to_dict` as JSON."""
         return json_text(self.to_dict())
+
+    def to_dataframe(self) -> Any:
+        """A ``pandas.DataFrame`` with a line per layer; bits and engines have a column for each product.
+
+        Raises:
+            RunError: pandas is missing.
+        """
+        products = list(dict.fromkeys(product for row in self.rows for product in row.bits))
+        return data_frame(
+            [
+                {
+                    **{name: value for name, value in asdict(row).items() if name not in ("bits", "engines")},
+                    **{f"bits_{product}": row.bits.get(product) for product in products},
+                    **{f"engine_{product}": row.engines.get(product) for product in products},
+                }
+                for row in self.rows
+            ]
+        )
 
     @property
     def _number(self) -> int:

@@ -20,6 +20,7 @@ from lowbit.evidence.meter import Meter
 from lowbit.evidence.names import name_of_source
 from lowbit.evidence.proof import WANTED_COSINE, OperandProof
 from lowbit.evidence.records import OPERANDS, Total, per_layer
+from lowbit.frames import data_frame
 from lowbit.inputs.checks import checked, is_finite
 from lowbit.methods.operands import SLOTS
 from lowbit.methods.recipe import Recipe
@@ -31,7 +32,7 @@ from lowbit.precision.controller import PrecisionController
 from lowbit.precision.layers import LayerRule
 from lowbit.products import watch
 from lowbit.products.watch import ProductRun
-from lowbit.tables import text_table
+from lowbit.tables import Table, html_of, json_text, text_table
 
 FORWARD = ("input", "weight")
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -123,6 +124,13 @@ class Probe:
     idle: Sequence[str] = ()
 
     def __str__(self) -> str:
+        errors, *rest = self._parts()
+        return "\n".join([str(errors), "", *map(str, rest)])
+
+    def _repr_html_(self) -> str:
+        return html_of(self._parts())
+
+    def _parts(self) -> list[str | Table]:
         header = ["layer", "product", "operand", "bits", "SQNR dB", "angle", "clipped %", "underflow %"]
         header.append(f"bits for cos {WANTED_COSINE}")
         table = [
@@ -139,9 +147,8 @@ class Probe:
             ]
             for row in self.operands
         ]
-        parts = [
-            text_table(header, table),
-            "",
+        parts: list[str | Table] = [
+            Table(header, table),
             f"loss {self.loss:.4f}; its change when one layer alone goes to b bits:",
         ]
         widths = sorted({row.bits for row in self.sensitivities})
@@ -154,10 +161,33 @@ class Probe:
             ]
             for layer in self.recipes
         ]
-        parts.append(text_table(["layer", "now", *(f"b={b}" for b in widths)], layers))
+        parts.append(Table(["layer", "now", *(f"b={b}" for b in widths)], layers))
         if self.idle:
             parts.append(f"never ran: {', '.join(self.idle)}")
-        return "\n".join(parts)
+        return parts
+
+    def to_dict(self) -> dict[str, Any]:
+        """Both tables as plain values; angles are in degrees, shares go from 0 to 1."""
+        return {
+            "version": 1,
+            "loss": self.loss,
+            "operands": [_values(row) for row in self.operands],
+            "sensitivities": [dataclasses.asdict(row) for row in self.sensitivities],
+            "present": dict(self.present),
+            "idle": list(self.idle),
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON; a figure that is infinite or nan is null."""
+        return json_text(self.to_dict())
+
+    def to_dataframe(self) -> Any:
+        """A ``pandas.DataFrame`` with a line per operand; sensitivities are in `to_dict`.
+
+        Raises:
+            RunError: pandas is missing.
+        """
+        return data_frame([_values(row) for row in self.operands])
 
     def suggest(self, budget: float) -> Suggestion:
         """The bits of each layer that change the loss least within a budget.
@@ -202,6 +232,25 @@ class Probe:
             share=spent / now,
             loss_change=sum(pick.loss_change for pick in chosen.values()),
         )
+
+
+def _values(row: OperandError) -> dict[str, Any]:
+    return {
+        "layer": row.layer,
+        "product": row.product,
+        "operand": row.operand,
+        "format": row.format,
+        "bits": row.bits,
+        "most_bits": row.most_bits,
+        "calls": row.calls,
+        "sqnr_db": row.sqnr_db,
+        "cosine": row.cosine,
+        "angle": row.angle,
+        "exact": row.exact,
+        "clipped": row.clipped,
+        "underflowed": row.underflowed,
+        "bits_needed": row.bits_needed,
+    }
 
 
 def _gain(here: Sensitivity, there: Sensitivity) -> float:

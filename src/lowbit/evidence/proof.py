@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lowbit.evidence.records import PRODUCTS
 from lowbit.evidence.theory import angle_bound, bits_needed
-from lowbit.tables import json_text, text_table
+from lowbit.frames import data_frame
+from lowbit.tables import Table, html_of, json_text, text_table
 
 # The cosine that the column "bits needed" asks for.
 WANTED_COSINE = 0.98
@@ -215,6 +216,13 @@ class Proof:
         return sum(row.share or 0 for row in self.outside)
 
     def __str__(self) -> str:
+        table, *rest = self._parts()
+        return "\n".join([str(table), "", *map(str, rest)])
+
+    def _repr_html_(self) -> str:
+        return html_of(self._parts())
+
+    def _parts(self) -> list[str | Table]:
         header = [
             "layer",
             "product",
@@ -244,9 +252,9 @@ class Proof:
             ]
             for row in self.rows
         ]
-        parts = [text_table(header, table), "", f"{self.macs:,} MACs inside converted layers."]
+        parts: list[str | Table] = [Table(header, table), f"{self.macs:,} MACs inside converted layers."]
         if not self.outside:
-            return "\n".join([*parts, "No product ran outside them.", *self.remarks, *self.notes])
+            return [*parts, "No product ran outside them.", *self.remarks, *self.notes]
         hidden = sum(row.calls for row in self.outside if row.macs is None)
         share = f"{'At least ' if hidden else ''}{100 * self.outside_share:.2f} %"
         parts.append(f"{share} of all MACs ran outside them, in the precision that they were given:")
@@ -264,7 +272,7 @@ class Proof:
         header = ["module", "operator", "calls", "MACs", "share %", "weight of a converted layer"]
         if not any(row.weights for row in self.outside):
             header, rows = header[:-1], [row[:-1] for row in rows]
-        return "\n".join([*parts, text_table(header, rows), *self.remarks, *self.notes])
+        return [*parts, Table(header, rows), *self.remarks, *self.notes]
 
     def summary(self) -> str:
         """A shorter table, a line per layer: the bits of each product and the smallest SQNR among them."""
@@ -311,6 +319,20 @@ class Proof:
     def to_json(self) -> str:
         """`to_dict` as JSON; a figure that is infinite or nan, such as the SQNR of an exact product, is null."""
         return json_text(self.to_dict())
+
+    def to_dataframe(self) -> Any:
+        """A ``pandas.DataFrame`` with a line per layer and product; operands are in `to_dict`.
+
+        Raises:
+            RunError: pandas is missing.
+        """
+        return data_frame([_flat(row) for row in self.rows])
+
+
+def _flat(row: ProofRow) -> dict[str, Any]:
+    values = _values(row)
+    del values["operands"]
+    return {**values, "engines": row.engine, "kernels": row.kernel}
 
 
 def _values(row: ProofRow) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowbit.errors import UsageError
+from lowbit.frames import data_frame
 from lowbit.inputs.checks import checked
 from lowbit.precision.controller import PrecisionController
 from lowbit.precision.layers import LayerRule
 from lowbit.schedules import Better, RangeTest, Schedule, Tried
-from lowbit.tables import text_table
+from lowbit.tables import Table, html_of, json_text
 
 _WIDTH, _HEIGHT = 64, 8  # of the plot in characters
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
@@ -60,6 +61,36 @@ class RangeTestResult:
         )
 
     def __str__(self) -> str:
+        return "\n\n".join(map(str, self._parts()))
+
+    def _repr_html_(self) -> str:
+        return html_of(self._parts())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The choice, the table and the history as plain values; `state` is not among them."""
+        return {
+            "version": 1,
+            "bits": self.bits,
+            "threshold": self.threshold,
+            "better": self.better,
+            "significance": self.significance,
+            "rows": [_values(row) for row in self.rows],
+            "history": [list(step) for step in self.history],
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON; a figure that is infinite or nan is null."""
+        return json_text(self.to_dict())
+
+    def to_dataframe(self) -> Any:
+        """A ``pandas.DataFrame`` with a line for each width that was trained.
+
+        Raises:
+            RunError: pandas is missing.
+        """
+        return data_frame([_values(row) for row in self.rows])
+
+    def _parts(self) -> list[str | Table]:
         unit = "rise of the measure" if self.better == "higher" else "fall of the measure, relative"
         chosen = [row.bits for row in self.rows if row.progress][:1]
         rows = [
@@ -81,12 +112,17 @@ class RangeTestResult:
             rows = [row for row in rows if row[0] != str(self.bits)]
             rows.append([str(self.bits), *["-"] * 5, f"chosen: no lower width gained more than {needed}"])
         header = ["bits", "steps", "first half", "last half", "gain", "standard error", ""]
-        parts = [
+        parts: list[str | Table] = [
             f"precision range test: {self.bits} bits",
-            text_table(header, rows),
+            Table(header, rows),
             f"gain: {unit}, from the first to the last half of the steps; progress: more than {needed}",
         ]
-        return "\n\n".join([*parts, plot(self.history)] if self.history else parts)
+        return [*parts, plot(self.history)] if self.history else parts
+
+
+def _values(row: Tried) -> dict[str, Any]:
+    names = ("bits", "steps", "first", "last", "gain", "error", "progress")
+    return {name: getattr(row, name) for name in names}
 
 
 @checked

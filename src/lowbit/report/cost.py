@@ -16,11 +16,12 @@ from lowbit.evidence import metrics
 from lowbit.evidence.ledger import Ledger
 from lowbit.evidence.metrics import METRICS, Terms
 from lowbit.evidence.records import PRODUCTS, Convention, Product, Total
+from lowbit.frames import data_frame
 from lowbit.hardware import Accelerator, Estimate, total
 from lowbit.inputs import userfile
 from lowbit.inputs.checks import check_fields, check_type
 from lowbit.report.rows import Row, estimate_values, first_layers, layer_of, row_values
-from lowbit.tables import json_text, text_table
+from lowbit.tables import Table, html_of, json_text
 
 CONVENTIONS: tuple[Convention, ...] = ("as-ran", "as-charged")
 FULL_PRECISION = (32, 32)  # bits of the operands that savings are against
@@ -132,15 +133,21 @@ class Cost:
     # As text.
 
     def __str__(self) -> str:
+        parts = [self._headline(), str(self._layer_table()), str(self._metric_table())]
+        if self.hardware is not None:
+            parts.append("\n".join(map(str, self._hardware_parts())))
+        return "\n\n".join([*parts, "\n".join(self._remarks())])
+
+    def _repr_html_(self) -> str:
+        on_hardware = self._hardware_parts() if self.hardware is not None else []
+        return html_of([self._headline(), self._layer_table(), self._metric_table(), *on_hardware, *self._remarks()])
+
+    def _headline(self) -> str:
         ledger = self.ledger
         steps = f"{len(ledger.steps):,} steps" + (f" from step {ledger.first_step:,}" if ledger.first_step else "")
-        parts = [f"{ledger.model or 'model'}: {steps}, {ledger.samples:,} samples", "", self._layer_table()]
-        parts += ["", self._metric_table()]
-        if self.hardware is not None:
-            parts += ["", self._hardware_table()]
-        return "\n".join([*parts, "", *self._remarks()])
+        return f"{ledger.model or 'model'}: {steps}, {ledger.samples:,} samples"
 
-    def _layer_table(self) -> str:
+    def _layer_table(self) -> Table:
         whole = metrics.gbitops(self.ledger.totals()).total or 1
         header = ["layer", "kind", *PRODUCTS, "GMACs", "GBitOPs", "share %"]
         header += ["Mcycles", "bound", "mJ"] if self.hardware else []
@@ -171,9 +178,9 @@ class Cost:
                     ]
                 )
             table.append(cells)
-        return text_table(header, table)
+        return Table(header, table)
 
-    def _metric_table(self) -> str:
+    def _metric_table(self) -> Table:
         ledgers = {"": self.ledger} | ({", until best": self.best} if self.best is not None else {})
         header = ["metric", "as in", "unit", *PRODUCTS]
         values: list[list[Terms]] = []
@@ -186,20 +193,20 @@ class Cost:
             cells = [metric.name, metric.source, metric.unit]
             cells += [_number(getattr(terms, name)) for name in PRODUCTS]
             table.append([*cells, *(_number(column[i].total) for column in values)])
-        return text_table(header, table)
+        return Table(header, table)
 
-    def _hardware_table(self) -> str:
+    def _hardware_parts(self) -> list[str | Table]:
         name, estimates = type(self.hardware).__name__, self.on_hardware()
-        lines = [] if estimates else [f"{name}: no product has an estimate"]
+        lines: list[str | Table] = [] if estimates else [f"{name}: no product has an estimate"]
         if estimates:
             stores = [store.name for store in estimates["total"].stores]
             header = [name, "Mcycles", "stall %", "s", "core J", *(f"{store} J" for store in stores), "J"]
             header += ["MAC/cycle", f"MAC/{stores[-1]} bit"]
-            lines += [text_table(header, [_hardware_cells(*each) for each in estimates.items()])]
+            lines += [Table(header, [_hardware_cells(*each) for each in estimates.items()])]
             lines += [self._saving(estimates["total"])]
         lines += [f"assumed for {_some(layers)}: {note}" for note, layers in self.notes_on_hardware().items()]
         lines += [f"not estimated: {_some(layers)}: {reason}" for reason, layers in self.not_estimated().items()]
-        return "\n".join(lines)
+        return lines
 
     def _saving(self, ran: Estimate) -> str:
         """What full precision would cost in the units of what ran."""
@@ -295,6 +302,14 @@ class Cost:
         writer.writeheader()
         writer.writerows(flat)
         return text.getvalue()
+
+    def to_dataframe(self) -> Any:
+        """A ``pandas.DataFrame`` with a line for each row, as `to_csv` has them.
+
+        Raises:
+            RunError: pandas is missing.
+        """
+        return data_frame([row_values(row) for row in self.rows])
 
 
 def _hardware_cells(name: str, e: Estimate) -> list[str]:
