@@ -30,9 +30,10 @@ EXAMPLES = {f"examples/{path.name}": f"examples/{path.stem}.md" for path in sort
 
 
 def recipes_of(page: str) -> list[str]:
-    """The recipes that a page of a method describes: the names in its sentence "Recipe: ..." or "Recipes: ..."."""
-    sentence = re.search(r"\bRecipes?: (.*?)\.(?:\s|$)", page)
-    return re.findall(r"`([\w-]+)`", sentence[1]) if sentence else []
+    """The recipes that a page of a method describes: the name after "Recipe:", or all of the sentence "Recipes: ..."."""
+    sentence = re.search(r"\bRecipe(s?): (.*?)\.(?:\s|$)", page)
+    names = re.findall(r"`([\w-]+)`", sentence[2]) if sentence else []
+    return names if sentence and sentence[1] else names[:1]
 
 
 def pages_by_recipe() -> dict[str, Path]:
@@ -117,10 +118,16 @@ def _title(markdown: str) -> str:
 
 
 def on_config(config: Any) -> None:
-    """List every page of a method and every example in the navigation, where it says so by an empty list."""
-    methods = sorted(set(pages_by_recipe().values()))
+    """List the pages of methods and examples that `mkdocs.yml` does not place itself."""
+    entries = [entry for section in config.nav for pages in section.values() for entry in pages]
+    placed = [page for entry in entries for page in (entry.values() if isinstance(entry, dict) else [entry])]
+    recipes = sorted(f"methods/{path.name}" for path in set(pages_by_recipe().values()))
+    others = sorted(f"methods/{path.name}" for path in METHODS.glob("*.md"))
     lists: dict[str, list[str | dict[str, str]]] = {
-        "Methods": [{"All recipes": INDEX}, *(f"methods/{path.name}" for path in methods)],
+        "Methods": [
+            {"All recipes": INDEX},
+            *(page for page in dict.fromkeys([*recipes, *others]) if page not in placed),
+        ],
         "Examples": list(EXAMPLES.values()),
     }
     for section in config.nav:
@@ -148,5 +155,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         page.meta |= {"title": "lowbit", "hide": ["navigation"]}
     else:
         page.meta["title"] = _title(markdown)
+    if site in EXAMPLES.values():
+        page.meta["search"] = {"exclude": True}  # whole scripts would hide everything else
     added = as_data(markdown) if site.startswith("methods/") and site != INDEX else ""
     return moved(markdown, source, site) + added

@@ -84,15 +84,11 @@ def test_every_recipe_has_a_page(name: str) -> None:
     assert name in hooks.pages_by_recipe()
 
 
-def test_every_page_of_methods_is_in_the_navigation() -> None:
-    """A page of docs/methods/ that describes no recipe stands in mkdocs.yml, where its section is chosen by hand."""
-    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    described = set(hooks.pages_by_recipe().values())
-
-    others = [path for path in hooks.METHODS.glob("*.md") if path not in described]
-
-    assert others
-    assert [path.name for path in others if f"- methods/{path.name}" not in settings] == []
+def test_a_page_names_its_recipes_and_others() -> None:
+    """One recipe is the first name of its sentence, several are all names of theirs; other sentences do not count."""
+    assert hooks.recipes_of("`a`. Recipe: `b`, which is `c` with `d`. `e`.") == ["b"]
+    assert hooks.recipes_of("Recipes: `b`, and `c-int8`.\n\n`d`") == ["b", "c-int8"]
+    assert hooks.recipes_of("Recipes are data, e.g. `b`.") == []
 
 
 def test_the_index_of_methods_is_made_of_the_recipes() -> None:
