@@ -30,7 +30,7 @@ EXAMPLES = {f"examples/{path.name}": f"examples/{path.stem}.md" for path in sort
 
 
 def recipes_of(page: str) -> list[str]:
-    """The recipes that a page of a method describes: the name after "Recipe:", or all of the sentence "Recipes: ..."."""
+    """The recipes that a page of a method describes: the name after "Recipe:", or all names after "Recipes:"."""
     sentence = re.search(r"\bRecipe(s?): (.*?)\.(?:\s|$)", page)
     names = re.findall(r"`([\w-]+)`", sentence[2]) if sentence else []
     return names if sentence and sentence[1] else names[:1]

@@ -5,9 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import lowbit
 from lowbit.methods.names import stored
+from lowbit.train import models
+from lowbit.train.data import Task
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
@@ -19,6 +22,21 @@ assert _spec is not None
 assert _spec.loader is not None
 hooks = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(hooks)
+
+
+def _python(page: Path) -> list[str]:
+    """The Python blocks of a page."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+# test_extending.py runs the blocks of docs/extending.md, which need the diffs between them.
+WITH_CODE = [
+    page
+    for page in sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "methods").glob("*.md")])
+    if _python(page) and page.stem != "extending"
+]
+# Pages that speak of a transformer; the others speak of a convolutional network.
+OF_TEXT = {"sparse": "gpt"}
 
 
 def _prose(text: str) -> str:
@@ -72,10 +90,26 @@ def test_the_blocks_of_a_tutorial_run_in_order(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no measured times
     names: dict[str, object] = {"__name__": page.stem}
 
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+    for block in _python(page):
         exec(compile(block, page.name, "exec"), names)
 
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: p.stem)
+def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python blocks of other pages run too, each with a plain `model` and data as a reader has them."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": page.stem, "re": re, "torch": torch, "F": torch.nn.functional}
+
+    for block in _python(page):
+        x, y = torch.randn(4, 1, 8, 8), torch.randint(10, (4,))
+        task = Task(kind="image", shape=(1, 8, 8), classes=10)
+        if page.stem in OF_TEXT:
+            task = Task(kind="text", shape=(16,), classes=32)
+        names |= {"model": models.build(OF_TEXT.get(page.stem, "resnet20"), task), "x": x, "y": y, "lowbit": lowbit}
+        names |= {"loader": [(x, y)], "epochs": 32, "n": 32, "loss": torch.tensor(1.0)}
+        exec(compile(block, page.name, "exec"), names)
 
 
 @pytest.mark.parametrize("name", stored())
