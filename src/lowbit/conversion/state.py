@@ -115,7 +115,8 @@ def _fingerprint(recipe: Recipe) -> int:
     How a range test finds the lowest bits is left out: the state of the controller has it, and some runs are older than
     this setting of recipes.
     """
-    text = repr(recipe).replace(", phases=(), skip=None", "")  # as before there were phases
+    # As before recipes had these fields.
+    text = repr(recipe).replace(", update=None)", ")").replace(", phases=(), skip=None", "")
     if recipe.schedule is not None:
         forward = recipe.schedule.forward
         text = text.replace(repr(forward.settings), repr(forward.of_the_class))

@@ -17,6 +17,7 @@ from lowbit.methods.names import ON_THE_FLY, folder, is_family, is_file_name, re
 from lowbit.methods.normalization import RangeNorm
 from lowbit.methods.operands import SLOTS, GradInput, GradWeight, Output, check_operand, range_of
 from lowbit.methods.toml import frozen, parsed, read_file
+from lowbit.methods.update import Update
 from lowbit.numerics.formats import FP32, Format
 from lowbit.schedules import Time
 
@@ -31,6 +32,7 @@ __all__ = [
     "Recipe",
     "Scheduling",
     "Skipping",
+    "Update",
     "from_toml",
     "is_family",
     "is_file_name",
@@ -63,6 +65,7 @@ class Recipe:
             schedule nor gates; None: they follow like any layer.
         phases: formats that take the place of these from later steps on, in order of time, see `then`.
         skip: steps and layers without a `grad_weight`; None: every step computes that of every layer.
+        update: formats of the optimiser's step, which `lowbit.optim.from_recipe` applies; None: it is the optimiser's.
     """
 
     # Equal recipes share a name, and a recipe is looked up at every product: its hash is that of the name.
@@ -81,6 +84,7 @@ class Recipe:
     depthwise: tuple[int, int] | None = field(default=None, hash=False)
     phases: tuple[Phase, ...] = field(default=(), hash=False)
     skip: Skipping | None = field(default=None, hash=False)
+    update: Update | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -187,6 +191,8 @@ class Recipe:
                 f"a phase of {other.name!r} with a normalisation that {self.name!r} lacks: only formats of products "
                 "switch. Give a recipe with the same normalisation or none"
             )
+        if other.update not in (None, self.update):
+            raise UsageError(f"a phase of {other.name!r}, which has an update: say so in the recipe that has phases")
         if other.skip not in (None, self.skip):
             raise UsageError(
                 f"a phase of {other.name!r}, which skips grad_weight: say so in the recipe that has phases"
@@ -358,7 +364,8 @@ def from_toml(name: str, text: str) -> Recipe:
     out from that stored recipe. `[schedule]` has a schedule for `forward`, ``{ kind = "cyclic", low = 3, ... }`` or a
     number of bits, and may have one for `backward`; `[gates]` has the fields of `Gating`. Each `[[phases]]` has a
     `start` and the name of a stored `recipe`, see `Recipe.then`; `[skip]` has the fields of `Skipping`, and
-    ``grad_weight = "skip"`` alone means that no step computes one.
+    ``grad_weight = "skip"`` alone means that no step computes one. `[update]` names the formats of the fields of
+    `Update`; its `states` is a table by the states' names.
 
     Raises:
         UsageError: it is not TOML, or has an unknown name or value.

@@ -12,6 +12,7 @@ from lowbit.inputs.checks import is_whole
 from lowbit.methods.dynamic import Gating, Scheduling, Skipping
 from lowbit.methods.normalization import RangeNorm
 from lowbit.methods.operands import GradInput, GradWeight, Output
+from lowbit.methods.update import Update
 from lowbit.numerics.formats import NAMED, Format, from_table
 from lowbit.numerics.parts import construct
 from lowbit.schedules import Template
@@ -76,6 +77,9 @@ def parsed(cls: type[Any], name: str, text: str, *, base_of: Callable[[str], Any
     ):
         if key in data:
             data[key] = resolved(table, key, data[key])
+    if "update" in data:
+        data["update"], used = _update(f"recipe {name}: update", data["update"], formats)
+        unused -= used
     result = resolved(cls, f"recipe {name}", {**inherited, **data, "name": name})
     if unused:
         raise UsageError(f"recipe {name}: no product uses the format {sorted(unused)[0]!r}")
@@ -98,6 +102,16 @@ def _changes(name: str, data: dict[str, Any]) -> None:
         del data["grad_weight"]
     if "skip" in data:
         data["skip"] = _construct(Skipping, f"recipe {name}: skip", data["skip"])
+
+
+def _update(where: str, value: object, formats: dict[str, Format]) -> tuple[Update, set[str]]:
+    """The table of an update, and the names of the formats that it uses."""
+    fields = dict(_table(where, value))
+    states = _table(f"{where}.states", fields.pop("states", {}))
+    used = {name for name in (*fields.values(), *states.values()) if isinstance(name, str)}
+    made = {key: _named(formats, f"{where}.{key}", name) for key, name in fields.items()}
+    pairs = tuple((key, _named(formats, f"{where}.states.{key}", name)) for key, name in states.items())
+    return _construct(Update, where, {**made, "states": pairs}), used
 
 
 def _phase(name: str, fields: dict[str, Any]) -> tuple[Any, str]:
