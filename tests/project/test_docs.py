@@ -2,12 +2,15 @@
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 import lowbit
+from lowbit.cli.main import main
+from lowbit.cli.parser import COMMANDS
 from lowbit.methods.names import stored
 from lowbit.train import models
 from lowbit.train.data import Task
@@ -29,14 +32,22 @@ def _python(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
+def _commands(page: Path) -> list[str]:
+    """The commands of a page: lines of blocks, and what stands between backquotes with an option."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.split("\n") if re.match(r"(?:[A-Z_]+=\S+ )?lowbit ", line)]
+    return [*lines, *re.findall(r"`(lowbit [a-z][^`\n]* --[^`\n]*)`", _prose(text))]
+
+
 # test_extending.py runs the blocks of docs/extending.md, which need the diffs between them.
 WITH_CODE = [
     page
     for page in sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "methods").glob("*.md")])
     if _python(page) and page.stem != "extending"
 ]
-# Pages that speak of a transformer; the others speak of a convolutional network.
-OF_TEXT = {"sparse": "gpt"}
+# What `model` is on pages that do not speak of a small ResNet; the range test takes hundreds of steps.
+MODELS = {"sparse": "gpt", "range-test": "mlp"}
 
 
 def _prose(text: str) -> str:
@@ -105,11 +116,31 @@ def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytes
     for block in _python(page):
         x, y = torch.randn(4, 1, 8, 8), torch.randint(10, (4,))
         task = Task(kind="image", shape=(1, 8, 8), classes=10)
-        if page.stem in OF_TEXT:
+        model = MODELS.get(page.stem, "resnet20")
+        if model == "gpt":
             task = Task(kind="text", shape=(16,), classes=32)
-        names |= {"model": models.build(OF_TEXT.get(page.stem, "resnet20"), task), "x": x, "y": y, "lowbit": lowbit}
+        names |= {"model": models.build(model, task), "x": x, "y": y, "lowbit": lowbit}
         names |= {"loader": [(x, y)], "epochs": 32, "n": 32, "loss": torch.tensor(1.0)}
         exec(compile(block, page.name, "exec"), names)
+
+
+# The changelog names what is gone, too.
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_of_a_page_are_understood(
+    page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The parser takes every `lowbit ...` line of a page; a command within a sentence may leave out arguments."""
+    for command in COMMANDS.values():
+        monkeypatch.setattr(command, "run", lambda **_: None)
+
+    refused = []
+    for line in _commands(page):
+        words = shlex.split(line, comments=True)
+        code, error = main(words[words.index("lowbit") + 1 :]), capsys.readouterr().err
+        if code and not re.search("missing: |expected one argument", error):
+            refused.append(line)
+
+    assert refused == []
 
 
 @pytest.mark.parametrize("name", stored())
