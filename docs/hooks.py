@@ -159,3 +159,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         page.meta["search"] = {"exclude": True}  # whole scripts would hide everything else
     added = as_data(markdown) if site.startswith("methods/") and site != INDEX else ""
     return moved(markdown, source, site) + added
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Refuse a page that loads something from a network; links that a reader may follow are no such thing."""
+    loaded = re.findall(r"<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=[\"']?((?:https?:)?//[^\"' >]+)", output)
+    if loaded:
+        raise ValueError(f"{page.file.src_uri} loads {', '.join(loaded)}: the site loads nothing from a network")
+    return output

@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,3 +185,13 @@ def test_links_become_those_of_the_site() -> None:
     assert hooks.moved(readme, "README.md", "index.md") == (
         "[a](methods/cpt.md) [b](results.md) [c](examples/own_loop.md)"
     )
+
+
+def test_a_page_that_loads_from_a_network_is_refused() -> None:
+    """A build fails at a script, style or picture of another host, and not at a link."""
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
+    plain = '<script src="a.js"></script><a href="https://b.c">link</a>'
+
+    assert hooks.on_post_page(plain, page) == plain
+    with pytest.raises(ValueError, match=r"page.md loads https://b.c/d.css"):
+        hooks.on_post_page('<link rel="stylesheet" href="https://b.c/d.css">', page)
