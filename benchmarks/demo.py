@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import lowbit
 from lowbit import Recipe, machine
+from lowbit.report.page import write_report
 from lowbit.tables import text_table
 from lowbit.train import Result, TrainConfig, models
 from lowbit.train.data import Task
@@ -147,6 +148,9 @@ def main() -> int:
     else:
         print("So short a run favours fp32: Range BN learns slowly at first. benchmarks/RESULTS.md has a longer one.")
     print(f"Full proof with operators, SQNR and angles: {folder / 'sbm8' / PROOF}")
+    page = folder / "report.html"
+    write_report([result.out for result in results], page)
+    print(f"All of it as one page of charts, to open in a browser: {page}")
     print(f"Curves: {Path(sys.executable).parent / 'tensorboard'} --logdir {folder}")
     return 0
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from report_runs import copied
 
-from lowbit import RunError, UsageError
+from lowbit import RunError, UsageError, machine
 from lowbit.report.reading import view_of, views_of
 
 
@@ -18,6 +18,11 @@ def test_a_view_has_what_the_result_says(runs: dict[str, Path]) -> None:
     assert (view.task, view.recipe, view.seed, view.steps) == ("mlp on digits", "int8", 1, result["steps"])
     assert view.complete
     assert not view.problems
+
+
+def test_a_view_says_what_the_run_ran_on(runs: dict[str, Path]) -> None:
+    """Versions, processor and threads are those of this process."""
+    assert view_of(runs["int8-0"]).machines == [str(machine.here())]
 
 
 def test_a_run_without_a_result_is_unfinished(runs: dict[str, Path]) -> None:

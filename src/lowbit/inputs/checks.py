@@ -53,8 +53,10 @@ def is_like(value: object, other: Tensor) -> TypeGuard[Tensor]:
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value is what an annotation says; iterators are not consumed, and unknown annotations allow all."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if _is_union(hint):
+    if (scalar := _SCALARS.get(hint)) is not None:
+        return scalar(value)
+    origin, inner = _parts(hint)
+    if origin in _UNIONS:
         return any(fits(value, option) for option in inner)
     if origin is Literal:
         return any(type(value) is type(option) and value == option for option in inner)
@@ -62,8 +64,6 @@ def fits(value: Any, hint: Any) -> bool:
         return callable(value)
     if origin is type:
         return isinstance(value, type)
-    if hint in _SCALARS:
-        return _SCALARS[hint](value)
     kind = origin or hint
     return not isinstance(kind, type) or _is_open(kind) or (isinstance(value, kind) and _fit(value, kind, inner))
 
@@ -94,8 +94,16 @@ def _is_open(hint: Any) -> bool:
     return getattr(hint, "_is_protocol", False) and not getattr(hint, "_is_runtime_protocol", False)
 
 
+_UNIONS = (Union, types.UnionType)
+
+
 def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, types.UnionType)
+    return get_origin(hint) in _UNIONS
+
+
+@functools.cache  # a ledger asks for a few annotations a million times
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    return get_origin(hint), get_args(hint)
 
 
 def in_words(hint: Any) -> str:

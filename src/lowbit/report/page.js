@@ -74,7 +74,8 @@
     const narrow = innerWidth < 600;
     const all = { ...layout, title: undefined };
     for (const name of ["xaxis", "yaxis"]) all[name] = { ...axis, ...layout[name] };
-    all.xaxis.title = { ...layout.xaxis.title, standoff: 10 };
+    const named = layout.xaxis.title.text;
+    all.xaxis.title = { text: narrow ? named.replace(" (", "<br>(") : named, standoff: 10 };
     const height = layout.height ?? (narrow ? 330 : 430);
     return {
       ...all,
@@ -169,7 +170,7 @@
     list("problems", run.problems);
     list("notes", run.notes);
     pairs("facts", run.facts);
-    pairs("machine", Object.entries(run.machine));
+    pairs("machine", run.machines.map((text) => ["ran with", text]));
     const operands = run.bits.map((choice, i) => make("option", { value: i }, choice.names.join(", ")));
     $("operand").replaceChildren(...operands);
     state.operand = 0;

@@ -29,8 +29,8 @@ from lowbit.report.views import View
 LIMIT = 6_000_000  # bytes of a page
 _BASELINE = "fp32"
 # The most points of a curve and columns of a heat map, from the finest on: the first that keeps the page within LIMIT.
-_DETAIL = ((400, 120), (150, 80), (60, 40), (25, 20), (10, 10))
-_POINTS = 400_000  # of all curves and heat maps: beyond it a level is not even tried
+_DETAIL = ((400, 200), (150, 100), (60, 40), (25, 20), (10, 10))
+_POINTS = 500_000  # of all curves and heat maps: beyond it a level is not even tried
 
 
 def write_report(folders: Sequence[Path], out: Path) -> dict[str, str]:
@@ -160,14 +160,13 @@ def _costs_of_steps(views: Sequence[View], points: int) -> dict[str, list[list[f
 
 def _run(view: View, pool: _Pool, columns: int) -> dict[str, Any]:
     """What is shown of one run alone."""
-    totals = view.ledger.totals()
     same: dict[int, list[str]] = {}
     for (product, operand), table in bits_over_time(view.ledger, columns).items():
         index = pool.add(run_charts.bits_chart(table, ""))
         same.setdefault(index, []).append(f"{operand} in {product}")
     drawn = {
-        "layers": run_charts.cost_by_layer(totals),
-        "engines": run_charts.work_by_engine(totals),
+        "layers": run_charts.cost_by_layer(view.totals),
+        "engines": run_charts.work_by_engine(view.totals),
         **({"sqnr": run_charts.sqnr(view.errors), "angle": run_charts.angle(view.errors)} if view.errors else {}),
         **({"gates": run_charts.gates(view)} if any(name.startswith("gates/") for name in view.columns) else {}),
         **({"gateCost": run_charts.gate_cost(view)} if "cost_percent" in view.columns else {}),
@@ -187,7 +186,7 @@ def _run(view: View, pool: _Pool, columns: int) -> dict[str, Any]:
             [[name, _plain(value)] for name, value in view.settings.items() if value is not None and name != "seed"]
         ),
         "changes": _plain(view.settings.get("changes", "")),
-        "machine": dict(view.machine),
+        "machines": list(view.machines),
     }
 
 

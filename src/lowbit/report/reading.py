@@ -7,7 +7,7 @@ view's problems name it.
 import csv
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -187,7 +187,7 @@ def view_of(folder: Path) -> View:
         joules=whole,
         energy=_text(starts[-1].get("reason")) if starts else "not measured",
         settings=settings,
-        machine={key: _text(result[key]) for key in ("machine", "processor", "versions") if key in result},
+        machines=list(dict.fromkeys(_text(start["machine"]) for start in starts if "machine" in start)),
         problems=reader.problems,
     )
 
@@ -225,13 +225,16 @@ def _last(columns: Mapping[str, tuple[Sequence[float], Sequence[float]]], name: 
 
 def _names(folders: Sequence[Path]) -> dict[Path, str]:
     """The shortest ends of the paths that tell the folders apart."""
-    names = {}
-    for folder in folders:
-        parts = folder.resolve().parts
-        size = 1
-        while size < len(parts) and sum(f.resolve().parts[-size:] == parts[-size:] for f in folders) > 1:
-            size += 1
-        names[folder] = "/".join(parts[-size:])
+    names: dict[Path, str] = {}
+    left = {folder: folder.resolve().parts for folder in folders}
+    size = 0
+    while left:
+        size += 1
+        ends = Counter(parts[-size:] for parts in left.values())
+        for folder, parts in list(left.items()):
+            if ends[parts[-size:]] == 1 or size >= len(parts):
+                names[folder] = "/".join(parts[-size:])
+                del left[folder]
     return names
 
 
@@ -240,15 +243,17 @@ _NOT_IN_LABELS = ("model", "data", "recipe", "seed", "out", "changes", "threads"
 
 def _labelled(views: Sequence[View]) -> list[View]:
     """The views with labels that tell apart runs of one task and recipe whose settings differ in more than the seed."""
+    values: dict[tuple[str, str], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for view in views:
+        for name, value in view.settings.items():
+            values[view.task, view.recipe][name].add(repr(value))
     labelled = []
     for view in views:
-        others = [other for other in views if (other.task, other.recipe) == (view.task, view.recipe)]
+        known = values[view.task, view.recipe]
         differing = [
             f"{name} {_text(value)}"
             for name, value in view.settings.items()
-            if name not in _NOT_IN_LABELS and len(Counter(repr(o.settings.get(name)) for o in others)) > 1
+            if name not in _NOT_IN_LABELS and len(known[name]) > 1
         ]
-        labelled.append(
-            replace(view, label=" ".join([view.recipe, *([f"({', '.join(differing)})"] * bool(differing))]))
-        )
+        labelled.append(replace(view, label=f"{view.recipe} ({', '.join(differing)})" if differing else view.recipe))
     return labelled

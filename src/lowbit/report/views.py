@@ -8,6 +8,7 @@ from typing import Any
 
 from lowbit.evidence.ledger import Ledger
 from lowbit.evidence.metrics import METRICS, Terms
+from lowbit.evidence.records import Total
 
 ACCURACY, BITS_PER_BYTE = "accuracy", "bits per byte"
 
@@ -84,7 +85,7 @@ class View:
         joules: of the whole run; None if the machine reports none.
         energy: where the joules come from, or why there are none.
         settings: all settings of the run.
-        machine: processor, threads and versions, as far as the run wrote them.
+        machines: versions, processor and threads of the run's starts, as text; empty if it did not write them.
         problems: what could not be read.
     """
 
@@ -107,14 +108,18 @@ class View:
     joules: float | None = None
     energy: str = "not measured"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    machine: Mapping[str, str] = field(default_factory=dict)
+    machines: Sequence[str] = ()
     problems: Sequence[str] = ()
 
     @cached_property
     def costs(self) -> Mapping[str, Terms]:
         """Every metric of the whole run, as it ran, by name."""
-        totals = self.ledger.totals()
-        return {metric.name: metric(totals) for metric in METRICS}
+        return {metric.name: metric(self.totals) for metric in METRICS}
+
+    @cached_property
+    def totals(self) -> Sequence[Total]:
+        """What ran over the whole run."""
+        return self.ledger.totals()
 
     @property
     def higher_is_better(self) -> bool:

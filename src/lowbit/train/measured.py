@@ -1,4 +1,6 @@
-"""What a run took in seconds and joules: one line for each start of it, beside the ledger, which has no clock.
+"""What a run took in seconds and joules, and on which machine: one line for each start of it, beside the ledger.
+
+The ledger has no clock. Lines of older runs lack the machine.
 
 A start that is killed leaves no line; one that is stopped or fails does.
 """
@@ -10,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lowbit import machine
 from lowbit.errors import RunError
 from lowbit.evidence.energy import Energy, measured_energy
 from lowbit.inputs import files
@@ -39,7 +42,12 @@ def measured(out: Path, *, steps: Callable[[], int], seconds_per_step: Callable[
     began = steps()
 
     def write(energy: Energy) -> None:
-        line = {"from_step": began, "to_step": steps(), "seconds_per_step": seconds_per_step()}
+        line: dict[str, Any] = {
+            "from_step": began,
+            "to_step": steps(),
+            "seconds_per_step": seconds_per_step(),
+            "machine": str(machine.here()),
+        }
         path = out / MEASURED
         before = bytes(_content(path)) if path.exists() else b""
         whole = before + b"\n" if before and not before.endswith(b"\n") else before  # a damaged line stays alone
