@@ -157,6 +157,17 @@ def test_a_page_names_its_recipes_and_others() -> None:
     assert hooks.recipes_of("Recipes are data, e.g. `b`.") == []
 
 
+def test_every_page_has_a_place_in_the_navigation() -> None:
+    """The pages of docs/ and those that `nav` of mkdocs.yml names are the same; those of methods may be left out."""
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]
+    named = re.findall(r"([\w/-]+\.md)$", nav, re.MULTILINE)
+    written = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+
+    assert len(set(named)) == len(named)
+    assert set(named) - written == set(hooks.OUTSIDE.values())
+    assert {page for page in written - set(named) if not page.startswith("methods/")} == set()
+
+
 def test_the_index_of_methods_is_made_of_the_recipes() -> None:
     """The index has a row for each recipe, with its page and its own summary."""
     index = hooks.methods_index()
