@@ -91,6 +91,19 @@ def test_texts_of_runs_are_harmless(runs: dict[str, Path], tmp_path: Path) -> No
     assert "&lt;img src=x&gt;" in text
 
 
+def test_a_run_without_figures_and_half_a_character_is_shown(runs: dict[str, Path], tmp_path: Path) -> None:
+    """The table of a gated run may be empty, and a setting may hold what UTF-8 cannot."""
+    run = copied(runs["dfq-0"], tmp_path / "run", recipe="\ud800")
+    table = run / "csv" / "metrics.csv"
+    table.write_text(table.read_text().splitlines()[0] + "\n")
+
+    (task,) = _data(_written([run], tmp_path / "report.html"))["tasks"]
+
+    assert task["curves"] == {}
+    assert "gates" not in task["runs"][0]["charts"]
+    assert task["runs"][0]["label"] == "?"
+
+
 @pytest.mark.parametrize("value", ["</script>", "<!--", "]]>", "\u2028", "&lt;", "\ud800", 1e400, float("nan"), "\0"])
 def test_json_cannot_leave_its_element(value: object) -> None:
     """No value puts one of the characters into the page that HTML reads, and all of it stays JSON in UTF-8."""

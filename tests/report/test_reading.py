@@ -91,6 +91,15 @@ def test_a_damaged_lesser_file_is_named(runs: dict[str, Path], tmp_path: Path, n
     assert view.steps == 20
 
 
+def test_columns_without_a_value_are_left_out(runs: dict[str, Path], tmp_path: Path) -> None:
+    """A run that was stopped before its first row of figures has none, also where the columns are there."""
+    run = copied(runs["dfq-0"], tmp_path / "run")
+    table = run / "csv" / "metrics.csv"
+    table.write_text(table.read_text().splitlines()[0] + "\n")
+
+    assert view_of(run).columns == {}
+
+
 def test_numbers_of_the_wrong_type_are_not_known(runs: dict[str, Path], tmp_path: Path) -> None:
     """A text, a truth value or an infinite number in place of a figure becomes None."""
     run = copied(runs["int8-0"], tmp_path / "run")

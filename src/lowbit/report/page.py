@@ -90,7 +90,7 @@ def _rendered(tasks: Mapping[str, Sequence[View]], skipped: Mapping[str, str], p
         "pool": pool.items,
     }
     script = _part("page.js")
-    return str(
+    return _encodable(
         _template().render(
             title=_title(tasks),
             tasks=[{"name": name, "rows": _results(views), "views": views} for name, views in tasks.items()],
@@ -168,8 +168,10 @@ def _run(view: View, pool: _Pool, columns: int) -> dict[str, Any]:
         "layers": run_charts.cost_by_layer(view.totals),
         "engines": run_charts.work_by_engine(view.totals),
         **({"sqnr": run_charts.sqnr(view.errors), "angle": run_charts.angle(view.errors)} if view.errors else {}),
-        **({"gates": run_charts.gates(view)} if any(name.startswith("gates/") for name in view.columns) else {}),
-        **({"gateCost": run_charts.gate_cost(view)} if "cost_percent" in view.columns else {}),
+        **({"gates": run_charts.gates(view)} if run_charts.shares_of_gates(view) else {}),
+        **(
+            {"gateCost": run_charts.gate_cost(view)} if view.columns.keys() & {"cost_percent", "target_percent"} else {}
+        ),
     }
     return {
         "name": view.name,
@@ -328,7 +330,11 @@ def json_for_html(data: Any) -> str:
     text = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    # Half of a surrogate pair, as JSON of a file may have, is in no UTF-8.
+    return _encodable(text)
+
+
+def _encodable(text: str) -> str:
+    """A text without halves of surrogate pairs, as files and names of folders may have: they are in no UTF-8."""
     return text.encode("utf-8", "replace").decode()
 
 

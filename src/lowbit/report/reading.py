@@ -65,7 +65,7 @@ class Reader:
                     columns[name][1].append(value)
         if damaged:
             self.problems.append(f"csv/metrics.csv: {damaged} damaged rows are left out")
-        return columns
+        return {name: column for name, column in columns.items() if column[0]}
 
     def errors(self) -> list[ProductError]:
         """The rows of the proof."""

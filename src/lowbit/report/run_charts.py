@@ -177,7 +177,7 @@ def gates(view: View) -> Chart:
     Raises:
         UsageError: the run has no gates.
     """
-    shares = _shares(view)
+    shares = shares_of_gates(view)
     if not shares:
         raise UsageError(f"{view.name}: no gates ran in it")
     blocks = list(dict.fromkeys(block for block, _ in shares))
@@ -206,13 +206,13 @@ def gates(view: View) -> Chart:
     }
 
 
-def _shares(view: View) -> dict[tuple[str, str], float]:
+def shares_of_gates(view: View) -> dict[tuple[str, str], float]:
     """The mean share of samples by block and choice."""
     names = {name: name.split("/") for name in view.columns if name.startswith("gates/")}
     return {
         ("/".join(parts[1:-1]), parts[-1]): statistics.fmean(view.columns[name][1])
         for name, parts in names.items()
-        if len(parts) > 2 and view.columns[name][1]
+        if len(parts) > 2
     }
 
 
