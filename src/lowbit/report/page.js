@@ -142,7 +142,9 @@
 
   function drawCompared() {
     const now = task();
-    draw("accuracy", withFront(filtered(now.accuracy[state.metric])));
+    const accuracy = now.accuracy[state.metric];
+    draw("accuracy", withFront(filtered(accuracy)));
+    $("accuracy").querySelector("h3").textContent = plain(accuracy.layout.title.text.split(", ")[0]);
     const metric = data.metrics.find((each) => each.name === state.metric);
     $("accuracy").querySelector(".formula").textContent = `${metric.name}: ${metric.formula}; m MACs, a and b bits of the operands`;
     const curves = now.curves[state.quantity];
@@ -202,6 +204,7 @@
     });
     $("chips").replaceChildren(...chips);
     $("search-field").hidden = chips.length <= 12;
+    $("toolbar").querySelector("fieldset").hidden = chips.length < 2;
     $("search").value = "";
     if (!now.curves[state.quantity]) state.quantity = Object.keys(now.curves)[0] ?? "";
     $("quantity").replaceChildren(...Object.keys(now.curves).map((name) => make("option", { value: name }, data.quantities[name])));

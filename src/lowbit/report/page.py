@@ -284,6 +284,7 @@ def _results(views: Sequence[View]) -> list[dict[str, Any]]:
     points = {label: (costs[label], statistics.fmean(scores[label])) for label in costs}
     best = charts.front(points, higher_is_better=all(view.higher_is_better for view in views))
     base = points.get(_BASELINE)
+    digits = 2 if all(view.higher_is_better for view in views) else 4
     rows = []
     for label, group in groups.items():
         score = points[label][1] if label in points else None
@@ -292,11 +293,11 @@ def _results(views: Sequence[View]) -> list[dict[str, Any]]:
                 "label": label,
                 "runs": len(group),
                 "unfinished": sum(view.label == label for view in views) - len(group),
-                "score": None if score is None else f"{score:.2f}",
-                "spread": f"{statistics.stdev(scores[label]):.2f}" if len(group) > 1 else "",
+                "score": None if score is None else f"{score:.{digits}f}",
+                "spread": f"{statistics.stdev(scores[label]):.{digits}f}" if len(group) > 1 else "",
                 "difference": ""
                 if base is None or score is None or label == _BASELINE
-                else f"{score - base[1]:+.2f}".replace("-", "\u2212"),
+                else f"{score - base[1]:+.{digits}f}".replace("-", "\u2212"),
                 "cost": _digits(costs[label]) if label in costs else "",
                 "share": f"{100 * costs[label] / base[0]:.3g}" if base and label in costs else "",
                 "seconds": _mean([view.seconds_per_step for view in group], "{:.3g}"),
