@@ -7,6 +7,7 @@
 from importlib.metadata import version
 
 from lowbit import hardware as hardware
+from lowbit import optim as optim
 from lowbit import plot as plot
 from lowbit import schedules as schedules
 from lowbit.conversion.convert import convert_, restore_

@@ -4,6 +4,7 @@ A converted model has one `Clock` (seed and step), shared by all its sites.
 """
 
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -57,7 +58,14 @@ class Clock:
     Args:
         seed: the seed of all noise.
         free: whether no engine was asked for, so that a loaded state brings its own.
+
+    Attributes:
+        rounds_updates: whether an optimiser was made that rounds as the recipes' `update` says.
     """
+
+    rounds_updates: bool = False
+    # How often the weights were written, before the last training forward; None where no recipe rounds updates.
+    written: int | None = None
 
     def __init__(self, seed: int, *, free: bool = False) -> None:
         self.seed = seed
@@ -76,6 +84,7 @@ class Clock:
 
     def attach(self, model: nn.Module) -> None:
         """Follow the forwards of the model that was converted."""
+        self.written = _written(model) if any(site.recipe.update is not None for site in self.sites) else None
         model.register_forward_pre_hook(self.advance)
         model.register_forward_hook(self.leave, always_call=True)
 
@@ -107,6 +116,7 @@ class Clock:
             return
         self.here.inside = self.here.compiled = False
         if module.training:
+            self._check_updates(module)
             self.next_step()
             self.here.inside = True
 
@@ -130,6 +140,21 @@ class Clock:
         for site in self.sites:
             site.uses = 0
 
+    def _check_updates(self, module: nn.Module) -> None:
+        """Warn once where weights changed since the last step, and no optimiser rounds as their recipe says."""
+        if self.written is None or self.rounds_updates:
+            return
+        before, self.written = self.written, _written(module)
+        if int(self.step) and before != self.written:
+            self.rounds_updates = True
+            names = ", ".join(dict.fromkeys(site.recipe.name for site in self.sites if site.recipe.update is not None))
+            warnings.warn(
+                f"the weights of this model change, and recipe {names} rounds updates too, which no optimizer does "
+                "here: make it with lowbit.optim.from_recipe(model, optimizer)",
+                UserWarning,
+                stacklevel=2,
+            )
+
     def _check_controlled(self) -> None:
         """Raise if bits should change over the run and nothing changes them, or no longer does."""
         for site in self.sites:
@@ -147,6 +172,11 @@ class Clock:
         for controller in {id(site.controller): site.controller for site in self.sites}.values():
             if controller is not None:
                 controller.check_forward()
+
+
+def _written(model: nn.Module) -> int:
+    """How often the parameters were written in place."""
+    return sum(p._version for p in model.parameters())
 
 
 def rank_of_process() -> int:
