@@ -6,7 +6,6 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -273,15 +272,3 @@ def test_all_of_resnet18_takes_seconds() -> None:
 
     assert len(cost.rows) == 3 * 21 - 1
     assert not cost.not_estimated()
-
-
-def test_the_example_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """The first code block of the page on cost runs as it stands."""
-    page = (Path(__file__).resolve().parents[2] / "docs" / "methods" / "cost.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)
-    assert code is not None
-    exec(code[1], {})
-
-    printed = capsys.readouterr().out
-    assert "3 steps, 96 samples" in printed
-    assert "100 steps, 3,200 samples" in printed
