@@ -51,6 +51,7 @@ SAMPLES: dict[tuple[str, str], tuple[Any, ...]] = {
     ("Clip", "low"): (-0.5, 0.0),
     ("Clip", "high"): (0.25, 1.0),
     ("Hadamard", "size"): (2, 8, 16),
+    ("Hadamard", "signs"): (None, 0, 7),
     ("Format", "widths"): ((), ((1, Format(element=Sign(), scale=Scale())),), ((32, FP32),)),
 }
 # Every class of parts, once.

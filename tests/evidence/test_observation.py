@@ -182,4 +182,4 @@ def test_a_step_is_the_same_under_observation(run: tuple[str, str, dict[str, Ten
 @pytest.mark.skipif(bool(int8.missing("int8") or int8.missing("bf16")), reason="this machine lacks the units")
 def test_the_int8_engine_is_among_what_is_observed() -> None:
     """The recipes that run on 8-bit and 16-bit units are tested there."""
-    assert ON_UNITS == ["bf16", "cpt-int8", "int8", "sbm8"]
+    assert ON_UNITS == ["bf16", "cpt-int8", "int8", "sbm8", "sparse", "switchback"]

@@ -11,9 +11,10 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from lowbit.errors import UsageError
+from lowbit.errors import UsageError, shown
 from lowbit.inputs.checks import check_fields
 from lowbit.numerics.parts import check_interval
+from lowbit.numerics.rounding import uniform_noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +166,8 @@ class Hadamard:
 
     Args:
         size: n, a power of two from 2 to 1024.
+        signs: seed of n random signs, by which the values are multiplied first, the same in every block and step; None
+            for none. A sign is negative where u < 1/2, u the noise of the key (seed, 0).
     """
 
     kind: ClassVar[str] = "hadamard"
@@ -172,9 +175,12 @@ class Hadamard:
     along_axis: ClassVar[bool] = True
 
     size: int
+    signs: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.signs is not None and not 0 <= self.signs < 2**32:
+            raise UsageError(f"signs={shown(self.signs)}: a seed of signs is a whole number from 0 to 2**32 - 1")
         if not 2 <= self.size <= 1024 or self.size & (self.size - 1):
             raise UsageError(f"size={self.size}: a Hadamard matrix has a size of 2, 4, 8 ... 1024 here")
 
@@ -183,15 +189,25 @@ class Hadamard:
         rows = x.movedim(place.axis, -1)
         short = -rows.shape[-1] % self.size
         rows = torch.nn.functional.pad(rows, (0, short)) if short else rows
-        return self._turned(rows).movedim(-1, place.axis)
+        return self._turned(self._signed(rows)).movedim(-1, place.axis)
 
     def back(self, y: Tensor, x: Tensor, place: Place) -> Tensor:
         """The values of y, without the zeros that were filled in."""
-        return self._turned(y.movedim(place.axis, -1))[..., : x.shape[place.axis]].movedim(-1, place.axis)
+        rows = self._signed(self._turned(y.movedim(place.axis, -1)))
+        return rows[..., : x.shape[place.axis]].movedim(-1, place.axis)
 
     def gradient(self, g: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - there and back
         """As it is."""
         return g
+
+    def _signed(self, rows: Tensor) -> Tensor:
+        """Each block of the last axis times the signs, which undo themselves."""
+        if self.signs is None:
+            return rows
+        key = torch.tensor([self.signs, 0], dtype=torch.int64, device="cpu")
+        signs = (uniform_noise(key, (self.size,)) < 0.5).to(rows) * -2 + 1
+        blocks: Tensor = rows.unflatten(-1, (-1, self.size)) * signs
+        return blocks.flatten(-2)
 
     def _turned(self, rows: Tensor) -> Tensor:
         """Each block of the last axis times the matrix, by butterflies: sums and differences of halves."""
@@ -206,7 +222,7 @@ class Hadamard:
         return turned.flatten(-2)
 
     def __str__(self) -> str:
-        return f"Hadamard {self.size}"
+        return f"Hadamard {self.size}" + ("" if self.signs is None else f" with signs {self.signs}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,173 @@
+"""The block-scaled recipes: which format each operand has, and blocks that are cut by hand."""
+
+import math
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowbit
+from lowbit import Recipe, UsageError, functional
+from lowbit.numerics.quantizer import quantize
+from lowbit.numerics.rounding import CounterNoise, step_key
+from lowbit.numerics.transforms import Hadamard, Place
+from lowbit.products.setting import Setting
+
+NAMES = ["switchback", "fp8-block", "jetfire", "nvfp4", "ufp4"]
+SQUARE = ["fp8-block", "jetfire", "nvfp4"]
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    """Normal values of several magnitudes, so that blocks differ."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-6, 6, shape, generator=generator)
+
+
+def step(name: str, x: Tensor, w: Tensor, g: Tensor, engine: str = "reference") -> list[Tensor]:
+    """Output and gradients of a linear layer."""
+    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    noise = CounterNoise(key=step_key(3, torch.tensor(5)), layer="layer")
+    y = functional.linear(x, w, setting=Setting(recipe=Recipe.from_name(name), noise=noise, engine=engine))
+    y.backward(g)
+    assert x.grad is not None
+    assert w.grad is not None
+    return [y.detach(), x.grad, w.grad]
+
+
+@pytest.mark.parametrize(
+    ("name", "stochastic"),
+    [
+        ("switchback", set()),
+        ("fp8-block", set()),
+        ("jetfire", {("grad_input", "grad_output"), ("grad_weight", "grad_output")}),
+        ("nvfp4", {("grad_input", "grad_output"), ("grad_weight", "grad_output")}),
+        ("ufp4", {("grad_input", "grad_output"), ("grad_weight", "grad_output")}),
+    ],
+)
+def test_gradients_alone_round_stochastically_where_they_do(name: str, stochastic: set[tuple[str, str]]) -> None:
+    """Inputs and weights round to nearest in every recipe."""
+    recipe = Recipe.from_name(name)
+
+    assert {(p, o) for p, o, fmt in recipe.operands() if fmt.stochastic} == stochastic
+
+
+def test_hadamard_is_in_the_products_that_the_papers_name() -> None:
+    """NVFP4 transforms the operands of grad_weight, UFP4 those of all products."""
+    turned = {
+        name: {p for p, _, fmt in Recipe.from_name(name).operands() if isinstance(fmt.transform, Hadamard)}
+        for name in NAMES
+    }
+
+    assert turned["nvfp4"] == {"grad_weight"}
+    assert turned["ufp4"] == {"output", "grad_input", "grad_weight"}
+    assert not any(turned[name] for name in ("switchback", "fp8-block", "jetfire"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_is_near_full_precision_but_not_in_it(name: str) -> None:
+    """Products of 70 rows, 40 inputs and 50 outputs, whose last blocks are short, keep their direction."""
+    x, w, g = randn(70, 40, seed=1), randn(50, 40, seed=2), randn(70, 50, seed=3)
+
+    found = step(name, x, w, g)
+
+    for y, exact in zip(found, (x @ w.t(), g @ w, g.t() @ x), strict=True):
+        assert 0.85 < torch.cosine_similarity(y.flatten(), exact.flatten(), dim=0) < 0.9999999
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [0.0, 3.0, 1e30, 1e-30])
+def test_zeros_and_constants_train(name: str, value: float) -> None:
+    """No product of a constant tensor is nan or inf, and zeros give zeros."""
+    x, g = torch.full((40, 48), value), torch.full((40, 33), min(value, 1.0))
+
+    found = step(name, x, torch.full((33, 48), 0.5), g)
+
+    assert all(bool(y.isfinite().all()) for y in found)
+    assert value or not any(bool(y.any()) for y in found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_nan_surfaces(name: str, bad: float) -> None:
+    """A row with a nan or an inf gives no finite output."""
+    x = randn(40, 48, seed=4)
+    x[7, 5] = bad
+
+    y = step(name, x, randn(33, 48, seed=5), randn(40, 33, seed=6))[0]
+
+    assert not y[7].isfinite().any()
+
+
+def test_a_square_of_jetfire_is_cut_by_hand() -> None:
+    """Each 32 x 32 numbers are whole multiples of their largest one over 127, the last squares being short."""
+    x = randn(40, 70, seed=7)
+
+    found = quantize(x, Recipe.from_name("jetfire").output.input).values
+
+    for i in (0, 32):
+        for j in (0, 32, 64):
+            cut = x[i : i + 32, j : j + 32]
+            s = cut.abs().max() / 127
+            assert torch.equal(found[i : i + 32, j : j + 32], (cut / s).round() * s)
+
+
+def test_a_tile_of_fp8_is_rounded_by_ml_dtypes() -> None:
+    """128 neighbours of a row share ``max|x| / 448``; a weight's 128 x 128 numbers do."""
+    x = randn(3, 200, seed=8)
+    recipe = Recipe.from_name("fp8-block")
+
+    tiles = quantize(x, recipe.output.input, axis=1).values
+    square = quantize(x, recipe.output.weight).values
+
+    for found, axes in ((tiles, 1), (square, (0, 1))):
+        for cut, got in zip(x.split(128, 1), found.split(128, 1), strict=True):
+            s = cut.abs().amax(axes, keepdim=True) / 448
+            codes = (cut / s).numpy().astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+            torch.testing.assert_close(got, torch.from_numpy(codes) * s, rtol=1e-6, atol=0)
+
+
+def test_every_code_of_ufp4_comes_back() -> None:
+    """The 15 multiples of a step are values of the grid, and what lies between goes to the nearest, halves to even."""
+    fmt = Recipe.from_name("ufp4").output.input
+    codes = torch.arange(-7.0, 8.0)
+    plain = fmt.replace(transform=lowbit.formats.NoTransform())
+
+    assert torch.equal(quantize(codes, plain, axis=0).values, codes)
+    assert quantize(torch.tensor([7.0, 0.5, 1.5, -2.5]), plain, axis=0).values.tolist() == [7.0, 0.0, 2.0, -2.0]
+
+
+@pytest.mark.parametrize("size", [2, 16, 64])
+def test_signs_of_a_hadamard_transform_undo_themselves(size: int) -> None:
+    """Transformed back, values are what they were; the transform keeps lengths and differs from the one without."""
+    x, place = randn(5, 3 * size - 1, seed=9), Place(dims=(1,), axis=1)
+    signed, plain = Hadamard(size=size, signs=1), Hadamard(size=size)
+
+    y = signed.forward(x, place)
+
+    torch.testing.assert_close(signed.back(y, x, place), x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y.norm(), x.norm())
+    assert not torch.equal(y, plain.forward(x, place))
+    assert not torch.equal(y, Hadamard(size=size, signs=2).forward(x, place))
+
+
+@pytest.mark.parametrize("signs", [-1, 2**32])
+def test_signs_need_a_seed_of_32_bits(signs: int) -> None:
+    """Another number raises, and the message says which are allowed."""
+    with pytest.raises(UsageError, match=r"from 0 to 2\*\*32 - 1"):
+        Hadamard(size=16, signs=signs)
+
+
+@pytest.mark.parametrize("name", SQUARE)
+def test_square_blocks_of_a_convolution_are_refused_by_name(name: str) -> None:
+    """`convert_` names the layer; without `strict` it leaves the layer and reports it."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 16), nn.Linear(16, 4))
+
+    with pytest.raises(UsageError, match="only matrices have square blocks"):
+        lowbit.convert_(model, name)
+    report = lowbit.convert_(model, name, strict=False)
+
+    assert type(model[0]) is nn.Conv2d
+    assert re.search("square blocks", str(report))
