@@ -74,7 +74,7 @@ def shown(opened: Shown) -> Shown:
     """The page as it is when it opens, in light colours at 1280 pixels."""
     opened.page.emulate_media(color_scheme="light")
     opened.page.set_viewport_size({"width": 1280, "height": 900})
-    for choice, value in (("#task", "0"), ("#metric", "GBitOPs"), ("#against", "step")):
+    for choice, value in (("#task", "0"), ("#lines", "runs"), ("#metric", "GBitOPs"), ("#against", "step")):
         opened.page.select_option(choice, value)
     opened.faults.clear()
     return opened
@@ -150,6 +150,24 @@ def test_curves_can_be_against_cost(shown: Shown) -> None:
     shown.page.select_option("#against", "cost")
 
     assert "bit operations" in shown.page.locator("#curves .xtitle").text_content()
+
+
+def test_lines_can_be_means(shown: Shown) -> None:
+    """The mean of two seeds lies between them at each step, and there is a line for each setting."""
+    lines = "document.querySelector('#curves .plot').data.filter(t => t.meta.label == 'fp32').map(t => t.y)"
+    first, second = shown.page.evaluate(lines)
+    shown.page.select_option("#lines", "means")
+    (mean,) = shown.page.evaluate(lines)
+    count = shown.page.evaluate("document.querySelector('#curves .plot').data.length")
+    shown.page.select_option("#against", "cost")
+    ends = "document.querySelector('#curves .plot').data.find(t => t.meta.label == 'cpt').x.at(-1)"
+    costs = [shown.page.evaluate(ends)]
+    shown.page.select_option("#lines", "runs")
+    costs.append(shown.page.evaluate(ends))
+
+    assert costs[0] == costs[1]
+    assert mean == pytest.approx([(a + b) / 2 for a, b in zip(first, second, strict=True)])
+    assert count == 4
 
 
 def test_each_chart_has_its_data_as_a_table(shown: Shown) -> None:

@@ -3,7 +3,7 @@
 (() => {
   const $ = (id) => document.getElementById(id);
   const data = JSON.parse($("data").textContent);
-  const state = { task: 0, hidden: new Set(), metric: "GBitOPs", quantity: "", against: "step", run: 0, operand: 0 };
+  const state = { task: 0, hidden: new Set(), metric: "GBitOPs", quantity: "", against: "step", lines: "runs", run: 0, operand: 0 };
   const task = () => data.tasks[state.task];
   const shown = (label) => !state.hidden.has(label);
 
@@ -15,6 +15,8 @@
   }
   // Names come escaped for plotly, which reads a little HTML.
   const plain = (text) => String(text ?? "").replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&");
+  const mean = (numbers) => numbers.reduce((sum, each) => sum + each, 0) / numbers.length;
+  const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
   const number = (value) =>
     typeof value !== "number" ? plain(value) : Number.isInteger(value) ? value.toLocaleString("en") : String(Number(value.toPrecision(5)));
 
@@ -57,13 +59,29 @@
       return costs[high - 1] + share * (costs[high] - costs[high - 1]);
     };
     const traces = chart.data.map((trace) => {
-      const known = task().costs[trace.meta.run];
-      return { ...trace, x: trace.x.map((step) => Number(at(known, step).toPrecision(5))) };
+      const runs = (trace.meta.runs ?? [trace.meta.run]).map((run) => task().costs[run]);
+      return { ...trace, x: trace.x.map((step) => Number(mean(runs.map((run) => at(run, step))).toPrecision(5))) };
     });
     const xaxis = { ...chart.layout.xaxis, title: { text: task().costTitle } };
     return { data: traces, layout: { ...chart.layout, xaxis } };
   }
 
+  function meansOf(chart) {
+    const groups = new Map();
+    for (const trace of chart.data) groups.set(trace.meta.label, [...(groups.get(trace.meta.label) ?? []), trace]);
+    const traces = [...groups].map(([label, runs]) => {
+      // Runs of one setting are logged at the same steps; one that stopped early ends its mean.
+      const values = new Map(runs[0].x.map((x) => [x, []]));
+      for (const run of runs) run.x.forEach((x, i) => values.get(x)?.push(run.y[i]));
+      const x = [...values.keys()].filter((each) => values.get(each).length === runs.length);
+      const line = { ...runs[0].line, width: 2 };
+      const name = `${escaped(label)}, mean of ${runs.length}`;
+      const y = x.map((each) => mean(values.get(each)));
+      const meta = { ...runs[0].meta, runs: runs.map((run) => run.meta.run) };
+      return { ...runs[0], name, line, x, y, meta, showlegend: groups.size <= 12 };
+    });
+    return { data: traces, layout: chart.layout };
+  }
   // Charts.
 
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -147,8 +165,10 @@
     $("accuracy").querySelector("h3").textContent = plain(accuracy.layout.title.text.split(", ")[0]);
     const metric = data.metrics.find((each) => each.name === state.metric);
     $("accuracy").querySelector(".formula").textContent = `${metric.name}: ${metric.formula}; m MACs, a and b bits of the operands`;
-    const curves = now.curves[state.quantity];
-    draw("curves", curves && (state.against === "cost" ? againstCost(filtered(curves)) : filtered(curves)));
+    let curves = now.curves[state.quantity] && filtered(now.curves[state.quantity]);
+    if (curves && state.lines === "means") curves = meansOf(curves);
+    if (curves && state.against === "cost") curves = againstCost(curves);
+    draw("curves", curves);
     const products = filtered(now.products[state.metric]);
     const bars = products.data[0].y.length;
     draw("products", { ...products, layout: { ...products.layout, height: 130 + 34 * Math.max(bars, 1) } });
@@ -206,6 +226,8 @@
     $("search-field").hidden = chips.length <= 12;
     $("toolbar").querySelector("fieldset").hidden = chips.length < 2;
     $("search").value = "";
+    state.lines = now.runs.length > 12 ? "means" : "runs"; // more lines than that hide each other
+    $("lines").value = state.lines;
     if (!now.curves[state.quantity]) state.quantity = Object.keys(now.curves)[0] ?? "";
     $("quantity").replaceChildren(...Object.keys(now.curves).map((name) => make("option", { value: name }, data.quantities[name])));
     $("quantity").value = state.quantity;
@@ -247,6 +269,7 @@
   choose("metric", "metric", drawCompared);
   choose("quantity", "quantity", drawCompared);
   choose("against", "against", drawCompared);
+  choose("lines", "lines", drawCompared);
   choose("run", "run", drawRun, Number);
   choose("operand", "operand", drawBits, Number);
   $("copy").addEventListener("click", async () => {
