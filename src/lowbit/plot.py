@@ -11,8 +11,10 @@ from typing import Any, TypeAlias
 from lowbit.errors import RunError, UsageError
 from lowbit.evidence.ledger import Ledger
 from lowbit.evidence.proof import Proof
+from lowbit.hardware import Accelerator
 from lowbit.inputs.checks import checked
 from lowbit.report import charts, run_charts
+from lowbit.report.cost import Cost
 from lowbit.report.reading import errors_of, views_of
 from lowbit.report.views import View
 
@@ -27,6 +29,7 @@ __all__ = [
     "cost_by_layer",
     "cost_by_product",
     "curves",
+    "energy",
     "gate_cost",
     "gates",
     "sqnr",
@@ -121,6 +124,25 @@ def work_by_engine(run: Folder | Ledger) -> Figure:
         RunError: the folder cannot be read, or plotly is missing.
     """
     return _figure(run_charts.work_by_engine(_ledger(run).totals()))
+
+
+@checked
+def energy(run: Folder | Ledger, hardware: Accelerator) -> Figure:
+    """Where the energy of the products goes on a modelled accelerator: its units and its stores.
+
+    Args:
+        run: a run folder or a ledger.
+        hardware: e.g. `lowbit.hardware.BitFusion()`.
+
+    Raises:
+        UsageError: it is not a run folder, or the accelerator has an estimate for no product.
+        RunError: the folder cannot be read, the accelerator raised an error, or plotly is missing.
+    """
+    cost = Cost(_ledger(run), hardware)
+    if not (estimates := cost.on_hardware()):
+        reasons = "; ".join(cost.not_estimated())
+        raise UsageError(f"{type(hardware).__name__} has an estimate for no product of {run}: {reasons}")
+    return _figure(run_charts.energy_on(type(hardware).__name__, estimates))
 
 
 @checked

@@ -9,7 +9,8 @@ import pytest
 from report_runs import copied
 
 import lowbit.report.page as page_module
-from lowbit import RunError, UsageError
+from lowbit import Cost, RunError, UsageError
+from lowbit.hardware import BitFusion
 from lowbit.report.page import LIMIT, json_for_html, page_of, write_report
 from lowbit.report.reading import view_of, views_of
 
@@ -111,6 +112,21 @@ def test_json_cannot_leave_its_element(value: object) -> None:
 
     assert re.search("[<>&\u2028\u2029]", text) is None
     assert json.loads(text.encode())["y"]
+
+
+def test_energy_is_that_of_the_cost(runs: dict[str, Path], tmp_path: Path) -> None:
+    """With an accelerator each run has the energy of its units and stores, which sum to the estimate of `Cost`."""
+    hardware = BitFusion()
+    estimate = Cost(view_of(runs["int8-0"]).ledger, hardware).on_hardware()["total"]
+
+    write_report([runs["int8-0"]], tmp_path / "report.html", hardware=hardware)
+    data = _data((tmp_path / "report.html").read_text())
+    (run,) = data["tasks"][0]["runs"]
+    bars = data["pool"][run["charts"]["energy"]]["data"]
+
+    assert sum(sum(bar["x"]) for bar in bars) == pytest.approx(estimate.energy_nj / 1e9, rel=1e-4)
+    assert len(bars) == 1 + len(estimate.stores)
+    assert any(note.startswith("on BitFusion, a model") for note in run["notes"])
 
 
 def test_the_same_runs_give_the_same_page(runs: dict[str, Path], tmp_path: Path) -> None:

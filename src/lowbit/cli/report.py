@@ -16,16 +16,21 @@ def add_arguments(parser: Any) -> None:
     """What the command takes."""
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, or folders that hold them")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page (report.html)")
+    parser.add_argument(
+        "--hardware", type=str, help="also estimate energy and cycles on it: bitfusion, or FILE.py:CLASS, which is run"
+    )
 
 
-def run(*, runs: list[Path], output: Path) -> None:
+def run(*, runs: list[Path], output: Path, hardware: str | None) -> None:
     """Write the page, and name the folders that are not in it."""
+    from lowbit.hardware import accelerator
     from lowbit.report.page import write_report
 
     if output.is_dir():
         raise UsageError(f"--output {output} is a folder: give the name of a file, e.g. {output / 'report.html'}.")
     folders = [folder for given in runs for folder in run_folders(given)]
-    skipped = write_report(folders, output)
+    estimated_on = None if hardware is None else accelerator(hardware, ())
+    skipped = write_report(folders, output, hardware=estimated_on)
     for folder, reason in skipped.items():
         print(f"lowbit: not shown: {folder}: {reason}", file=sys.stderr)
     count = len(dict.fromkeys(folders)) - len(skipped)

@@ -197,7 +197,9 @@
     $("operand").replaceChildren(...operands);
     state.operand = 0;
     drawBits();
-    for (const name of ["gates", "gateCost", "sqnr", "angle", "layers", "engines"]) {
+    for (const name of ["gates", "gateCost", "sqnr", "angle", "layers", "engines", "energy"]) {
+      const chart = data.pool[run.charts[name]];
+      if (name === "energy" && chart) $(name).querySelector("h3").textContent = plain(chart.layout.title.text);
       draw(name, run.charts[name] === undefined ? undefined : data.pool[run.charts[name]]);
     }
     for (const name of ["conversion", "proof"]) {

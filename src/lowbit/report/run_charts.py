@@ -2,12 +2,13 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowbit.errors import UsageError
 from lowbit.evidence.ledger import Ledger
 from lowbit.evidence.records import PRODUCTS, Total, per_layer
+from lowbit.hardware import Estimate
 from lowbit.report.charts import COLOURS, OF_PRODUCT, SYMBOLS, Chart, layout, metric_of, text
 from lowbit.report.timeline import Bits, bits_over_time
 from lowbit.report.views import ProductError, View
@@ -119,6 +120,44 @@ def work_by_engine(totals: Sequence[Total]) -> Chart:
             barmode="stack",
             yaxis={"autorange": "reversed", "type": "category"},
             height=150 + 30 * len(engines),
+        ),
+    }
+
+
+def energy_on(name: str, estimates: Mapping[str, Estimate]) -> Chart:
+    """Where the energy of each product goes on a modelled accelerator: its units and its stores.
+
+    Args:
+        name: of the accelerator.
+        estimates: by product, as `Cost.on_hardware` gives them; their total is left out.
+    """
+    products = [product for product in PRODUCTS if product in estimates]
+    parts: dict[str, list[float]] = {"units": [estimates[product].core_nj for product in products]}
+    for store in estimates["total"].stores:
+        parts[store.name] = [
+            sum(s.energy_nj for s in estimates[product].stores if s.name == store.name) for product in products
+        ]
+    traces = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": text(part),
+            "y": products,
+            "x": [float(f"{value / 1e9:.5g}") for value in values],
+            "marker": {"color": COLOURS[3 + i % (len(COLOURS) - 3)]},
+            "hovertemplate": "%{y}, %{fullData.name}<br>%{x:.4~g} J<extra></extra>",
+        }
+        for i, (part, values) in enumerate(parts.items())
+    ]
+    return {
+        "data": traces,
+        "layout": layout(
+            f"Energy on {name}, a model",
+            "J, whole run",
+            "",
+            barmode="stack",
+            yaxis={"autorange": "reversed", "type": "category"},
+            height=260,
         ),
     }
 
