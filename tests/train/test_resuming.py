@@ -66,6 +66,44 @@ trainer.train(TrainConfig.from_dict({settings!r}, out=Path({str(out)!r})))
     assert not list(out.glob("*.part"))
 
 
+@pytest.mark.parametrize(("optimizer", "states"), [("sgd", "int8"), ("adamw", "dynamic8")])
+def test_killed_run_with_a_low_bit_optimizer_resumes_bit_for_bit(optimizer: str, states: str, tmp_path: Path) -> None:
+    """States of 8 bits and bfloat16 weights continue from the codes and the noise of the checkpoint."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    changes: dict[str, Any] = {"optimizer": optimizer, "optimizer_states": states, "weights": "bf16", "lr": 0.005}
+    trainer.train(config(whole, checkpoint_every=3, **changes))
+    settings = config(out, checkpoint_every=3, **changes).to_dict()
+    script = f"""
+import os, signal
+from pathlib import Path
+from lowbit.train import TrainConfig, trainer
+{KILLED_IN_STEP}
+trainer.train(TrainConfig.from_dict({settings!r}, out=Path({str(out)!r})))
+"""
+    killed = subprocess.run([sys.executable, "-c", script], timeout=120, check=False)
+    trainer.resume(out)
+
+    assert killed.returncode == -signal.SIGKILL
+    assert same_end(out, whole)
+    state = last(out)["optimizer_states"][0]["state"][2]
+    name = "momentum_buffer" if optimizer == "sgd" else "exp_avg_sq"
+    assert state[name]["codes"].dtype == torch.uint8
+    weight = last(out)["state_dict"]["model.hidden.1.0.weight"]
+    assert torch.equal(weight.bfloat16().float(), weight)
+
+
+def test_a_run_that_is_older_than_a_setting_resumes(complete: Path, tmp_path: Path) -> None:
+    """A folder without the settings of optimizer states and weights, as earlier versions wrote, is read."""
+    out = tmp_path / "run"
+    shutil.copytree(complete, out)
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    for name in ("optimizer_states", "weights"):
+        del settings[name]
+    (out / "config.yaml").write_text(yaml.safe_dump(settings))
+
+    assert trainer.resume(out).steps == 15
+
+
 def test_run_without_a_checkpoint_starts_again(complete: Path, stopped: Path) -> None:
     """A run killed before its first checkpoint resumes from step 0 to the same end."""
     for path in checkpoint.kept(stopped / "last.ckpt"):

@@ -27,7 +27,8 @@ def from_recipe(
         model: the converted model.
         optimizer: of its parameters, before its first step; use the returned one in its place.
         seed: of stochastic rounding.
-        settings: of `LowBitOptimizer`, e.g. ``states="dynamic8"``.
+        settings: of `LowBitOptimizer`, e.g. ``states="dynamic8"``, which is then made for SGD too; states stay as they
+            are by default here.
 
     Raises:
         UsageError: nothing in the model is converted, its layers disagree about the update, or the optimiser cannot
@@ -41,12 +42,14 @@ def from_recipe(
         raise UsageError("from_recipe: layers of this model have recipes with different updates: give them one")
     for clock in {site.clock for site in sites}:
         clock.rounds_updates = True
+    asked = bool(settings)
+    settings = {"states": "fp32", "seed": seed} | settings
     if update is None:
-        return LowBitOptimizer(optimizer, seed=seed, **settings) if settings else optimizer
+        return LowBitOptimizer(optimizer, **settings) if asked else optimizer
     left = _left(model)
-    if type(optimizer) is torch.optim.SGD and not settings:
+    if type(optimizer) is torch.optim.SGD and not asked:
         return _rounded(optimizer, update, left, seed)
-    return LowBitOptimizer(optimizer, update=update, leave=left, seed=seed, **({"states": "fp32"} | settings))
+    return LowBitOptimizer(optimizer, update=update, leave=left, **settings)
 
 
 def _left(model: nn.Module) -> list[Tensor]:

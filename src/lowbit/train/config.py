@@ -22,6 +22,8 @@ Schedule = Literal["one-cycle", "cosine", "step", "constant"]
 Amp = Literal["none", "bf16"]
 EvalBits = int | Literal["highest", "current"]
 Measure = Literal["accuracy", "loss"]
+OptimizerStates = Literal["fp32", "int8", "dynamic8"]
+Weights = Literal["fp32", "bf16", "int8"]
 
 CHANGEABLE = ("lr", "weight_decay", "epochs", "threads", "checkpoint_every", "checkpoint_minutes", "keep")
 """The settings that may change when a run goes on. `lr` stays the peak of the schedule, which `epochs` stretches."""
@@ -68,6 +70,10 @@ class TrainConfig:
         blocks: of recipes with gates, ``dfq`` and ``fractrain``: a regular expression that matches the names of the
             blocks. Default: the repeated blocks of this library's own models.
         eval_bits: bits of inputs and weights in evaluation where a schedule sets them. Default: the highest.
+        optimizer_states: how the optimizer keeps its states between steps: ``fp32``, or in 8 bits as ``int8`` or
+            ``dynamic8``, see `lowbit.optim.LowBitOptimizer`. Default: ``fp32``, or as the recipe's update says.
+        weights: what weights are rounded to, by noise, as they are written: ``fp32``, ``bf16`` or ``int8``. Default:
+            ``fp32``, or as the recipe's update says.
 
     Raises:
         UsageError: a value is out of its range; the message names the setting.
@@ -96,6 +102,8 @@ class TrainConfig:
     plateau_every: int | None = None
     blocks: str | None = None
     eval_bits: EvalBits | None = None
+    optimizer_states: OptimizerStates | None = None
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "data", "recipe"):
@@ -159,7 +167,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object], *, out: Path) -> Self:
-        """The inverse of `to_dict`; a setting of schedules or gates that the run is older than is left open.
+        """The inverse of `to_dict`; a setting that the run is older than is left open.
 
         Raises:
             UsageError: a setting is missing, unknown, or has an impossible value.
@@ -168,7 +176,7 @@ class TrainConfig:
         for name in values:
             if name not in known:
                 raise unknown("setting", name, known)
-        if absent := known - set(values) - set(tunable()):
+        if absent := known - set(values) - _may_lack():
             raise UsageError(f"the settings {', '.join(sorted(absent))} are missing.")
         return cls(**values, out=out)  # type: ignore[arg-type]  # __post_init__ checks each value
 
@@ -264,11 +272,16 @@ class RangeTestConfig:
 
 
 def settled(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as `TrainConfig.to_dict` gives them, without those of schedules and gates that are left open.
+    """Settings as `TrainConfig.to_dict` gives them, without those that older runs lack and this one leaves open.
 
     Runs of two versions of this library are the same run where these are equal: a later one may have more settings.
     """
-    return {name: value for name, value in values.items() if value is not None or name not in tunable()}
+    return {name: value for name, value in values.items() if value is not None or name not in _may_lack()}
+
+
+def _may_lack() -> set[str]:
+    """The settings that runs of earlier versions may lack; None leaves each open."""
+    return {*tunable(), "optimizer_states", "weights"}
 
 
 def lr_factor(schedule: Schedule, step: int, total: int) -> float:

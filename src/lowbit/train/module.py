@@ -102,7 +102,13 @@ class Module(LightningModule):
         """The optimizer of model and gates, and the schedule of its rate by steps."""
         config = self.config
         gates = [] if self.gates is None else list(self.gates.parameters())
-        optimizer = make_optimizer(config, [*self.model.parameters(), *gates])
+        settings = {"states": config.optimizer_states, "weights": config.weights}
+        optimizer = lowbit.optim.from_recipe(
+            self.model,
+            make_optimizer(config, [*self.model.parameters(), *gates]),
+            seed=config.seed,
+            **{name: value for name, value in settings.items() if value is not None},
+        )
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_factor(config.schedule, step, self.total_steps)
         )
