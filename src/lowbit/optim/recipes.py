@@ -43,7 +43,7 @@ def from_recipe(
     for clock in {site.clock for site in sites}:
         clock.rounds_updates = True
     asked = bool(settings)
-    settings = {"states": "fp32", "seed": seed} | settings
+    settings = {"states": "fp32", "seed": seed, **settings}
     if update is None:
         return LowBitOptimizer(optimizer, **settings) if asked else optimizer
     left = _left(model)

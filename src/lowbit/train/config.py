@@ -176,7 +176,7 @@ class TrainConfig:
         for name in values:
             if name not in known:
                 raise unknown("setting", name, known)
-        if absent := known - set(values) - _may_lack():
+        if absent := known - set(values) - may_lack():
             raise UsageError(f"the settings {', '.join(sorted(absent))} are missing.")
         return cls(**values, out=out)  # type: ignore[arg-type]  # __post_init__ checks each value
 
@@ -276,10 +276,10 @@ def settled(values: Mapping[str, Any]) -> dict[str, Any]:
 
     Runs of two versions of this library are the same run where these are equal: a later one may have more settings.
     """
-    return {name: value for name, value in values.items() if value is not None or name not in _may_lack()}
+    return {name: value for name, value in values.items() if value is not None or name not in may_lack()}
 
 
-def _may_lack() -> set[str]:
+def may_lack() -> set[str]:
     """The settings that runs of earlier versions may lack; None leaves each open."""
     return {*tunable(), "optimizer_states", "weights"}
 
