@@ -47,24 +47,32 @@ def bits_over_time(ledger: Ledger, columns: int = 120) -> dict[Slot, Bits]:
     sums = [_bits_of_program(ledger, index) for index in range(len(ledger.programs))]
     width = max(1, -(-len(ledger.steps) // columns))
     starts = range(0, len(ledger.steps), width)
+    ran = [Counter(step.program for step in ledger.steps[start : start + width]) for start in starts]
+    keys = [tuple(sorted(programs.items())) for programs in ran]  # many columns ran the same
     found: dict[Slot, Bits] = {}
+    places = {layer: i for i, layer in enumerate(_order(ledger))}
     for slot in SLOTS:
-        layers = list(dict.fromkeys(layer for each in sums for layer in each.get(slot, ())))
-        layers.sort(key={layer: i for i, layer in enumerate(_order(ledger))}.__getitem__)
-        table: list[list[float | None]] = [[] for _ in layers]
-        for start in starts:
-            programs = Counter(step.program for step in ledger.steps[start : start + width])
-            whole: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-            for program, times in programs.items():
-                for layer, (weighted, macs) in sums[program].get(slot, {}).items():
-                    whole[layer][0] += times * weighted
-                    whole[layer][1] += times * macs
-            for row, layer in zip(table, layers, strict=True):
-                weighted, macs = whole[layer]
-                row.append(round(weighted / macs, 2) if macs else None)
+        layers = sorted({layer for each in sums for layer in each.get(slot, ())}, key=places.__getitem__)
+        means = {key: _mean_bits(sums, slot, layers, key) for key in set(keys)}
         if layers:
+            table = [[means[key][i] for key in keys] for i in range(len(layers))]
             found[slot] = Bits(layers, [ledger.steps[start].step for start in starts], width, table)
     return found
+
+
+def _mean_bits(
+    sums: Sequence[Mapping[Slot, Mapping[str, tuple[float, float]]]],
+    slot: Slot,
+    layers: Sequence[str],
+    programs: Sequence[tuple[int, int]],
+) -> list[float | None]:
+    """The mean bits of an operand in each layer over steps, given as pairs (program, how often)."""
+    means: list[float | None] = []
+    for layer in layers:
+        each = [(times, sums[program].get(slot, {}).get(layer, (0.0, 0.0))) for program, times in programs]
+        macs = sum(times * whole for times, (_, whole) in each)
+        means.append(round(sum(times * weighted for times, (weighted, _) in each) / macs, 2) if macs else None)
+    return means
 
 
 def _order(ledger: Ledger) -> list[str]:
