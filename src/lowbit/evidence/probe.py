@@ -8,7 +8,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from lowbit.precision.controller import PrecisionController
 from lowbit.precision.layers import LayerRule
 from lowbit.products import watch
 from lowbit.products.watch import ProductRun
+from lowbit.schedules import Option, allocate
 from lowbit.tables import Table, html_of, json_text, text_table
 
 FORWARD = ("input", "weight")
@@ -205,24 +205,22 @@ class Probe:
             raise UsageError(
                 f"budget={shown(budget)}: give a share of the present bit operations, above 0 and at most 1"
             )
-        hulls = {layer: _hull([s for s in self.sensitivities if s.layer == layer]) for layer in self.recipes}
+        options = {
+            layer: [
+                Option(bits=s.bits, cost=s.bit_operations, damage=s.loss_change)
+                for s in self.sensitivities
+                if s.layer == layer
+            ]
+            for layer in self.recipes
+        }
         now = sum(s.bit_operations for s in self.sensitivities if s.bits == self.present[s.layer])
-        spent = sum(hull[0].bit_operations for hull in hulls.values())
+        chosen = allocate(options, budget * now)
+        spent = sum(pick.cost for pick in chosen.values())
         if spent > budget * now:
             raise UsageError(
                 f"budget={budget}: the fewest bits that were probed already take {spent / now:.3f} of the present bit "
                 "operations; allow as much, or probe fewer bits"
             )
-        chosen = {layer: hull[0] for layer, hull in hulls.items()}
-        steps = [(_gain(a, b), a, b) for hull in hulls.values() for a, b in pairwise(hull)]
-        blocked: set[str] = set()
-        for _, here, there in sorted(steps, key=lambda step: -step[0]):
-            cost = there.bit_operations - here.bit_operations
-            if chosen[here.layer] is here and here.layer not in blocked and spent + cost <= budget * now:
-                chosen[here.layer] = there
-                spent += cost
-            else:
-                blocked.add(here.layer)
         return Suggestion(
             rules=[
                 (layer, with_forward_bits(self.recipes[layer], pick.bits))
@@ -230,7 +228,7 @@ class Probe:
                 if pick.bits != self.present[layer]
             ],
             share=spent / now,
-            loss_change=sum(pick.loss_change for pick in chosen.values()),
+            loss_change=sum(pick.damage for pick in chosen.values()),
         )
 
 
@@ -251,23 +249,6 @@ def _values(row: OperandError) -> dict[str, Any]:
         "underflowed": row.underflowed,
         "bits_needed": row.bits_needed,
     }
-
-
-def _gain(here: Sensitivity, there: Sensitivity) -> float:
-    """By how much a step to more bits lowers the loss, for each bit operation that it costs."""
-    return (here.loss_change - there.loss_change) / (there.bit_operations - here.bit_operations)
-
-
-def _hull(points: Sequence[Sensitivity]) -> list[Sensitivity]:
-    """The lower convex hull of a layer's widths, from the cheapest on, as long as the loss falls."""
-    hull: list[Sensitivity] = []
-    for point in sorted(points, key=lambda p: (p.bit_operations, p.loss_change)):
-        if hull and point.loss_change >= hull[-1].loss_change:
-            continue
-        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    return hull
 
 
 def with_forward_bits(recipe: Recipe, bits: int) -> Recipe:

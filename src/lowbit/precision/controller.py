@@ -22,6 +22,7 @@ from lowbit.nn.site import Site
 from lowbit.precision.blocks import gated_block, named_blocks
 from lowbit.precision.layers import (
     Bits,
+    ControlledLayer,
     EvalBits,
     LayerRule,
     Widths,
@@ -35,8 +36,9 @@ from lowbit.precision.layers import (
     table,
 )
 from lowbit.precision.losses import Losses
+from lowbit.precision.measuring import Measuring
 from lowbit.precision.phases import timed_layers
-from lowbit.schedules import Follower, PlateauRule, Progressive, RangeTest, RangeTested, Rule
+from lowbit.schedules import Follower, LayerBits, Layerwise, PlateauRule, Progressive, RangeTest, RangeTested, Rule
 
 _MOST_STEPS = 2**63 - 1
 
@@ -52,6 +54,7 @@ class PrecisionController:
         model: a converted model.
         forward: bits of `input` and `weight`, a schedule, a rule such as `schedules.Progressive`, or a number; None
             leaves them. `schedules.RangeTested`, whose first cycle is a range test, needs the loss of every step.
+            `schedules.GradientNoise` and `schedules.Budget` give each layer its own bits, gradients included.
         backward: bits of `grad_output` in `grad_input`, and also in `grad_weight` if the recipe has the same format in
             both (it does not bifurcate). None: what the rule in `forward` says, or the recipe's own.
         rules: pairs (which layers, (forward, backward)) for layers with other bits. Which: an exact name, a compiled
@@ -80,8 +83,8 @@ class PrecisionController:
         self,
         model: nn.Module,
         *,
-        forward: Bits | None = None,
-        backward: Bits | None = None,
+        forward: Bits | Layerwise | None = None,
+        backward: Bits | Layerwise | None = None,
         rules: Sequence[LayerRule] = (),
         gates: Gating | None = None,
         blocks: Sequence[str | re.Pattern[str]] = (),
@@ -89,7 +92,16 @@ class PrecisionController:
         steps_per_epoch: int | None = None,
         total_steps: int | None = None,
     ) -> None:
-        self._forward, self._backward = as_source("forward", forward), as_source("backward", backward)
+        self._layerwise = forward if isinstance(forward, Layerwise) else None
+        self._forward = None if isinstance(forward, Layerwise) else as_source("forward", forward)
+        if isinstance(backward, Layerwise):
+            raise UsageError(f"backward={backward!r}: a rule that gives each layer its own bits goes into `forward`")
+        self._backward = as_source("backward", backward)
+        self._measuring: Measuring | None = None
+        if self._layerwise is not None and (backward is not None or gates is not None):
+            raise UsageError(
+                f"forward={forward!r} sets the bits of every operand of each layer: leave `backward` and `gates` out"
+            )
         if total_steps is not None:
             check_whole("total_steps", total_steps, 1, _MOST_STEPS)
         if self._forward is not None and self._forward.grad_widths() and self._backward is not None:
@@ -102,7 +114,9 @@ class PrecisionController:
         if eval_bits not in get_args(get_args(EvalBits)[1]) and not _is_count(eval_bits):
             raise UsageError(f"eval_bits={eval_bits!r}: give a number of bits, 'highest' or 'current'")
         self._eval_bits = eval_bits
-        self._layers = controlled_layers(model, self._forward, self._backward, rules)
+        self._layers = controlled_layers(model, self._layerwise or self._forward, self._backward, rules)
+        if self._layerwise is not None:
+            self._layerwise.begin([layer.name for layer in self._follow_layerwise()])
         chosen = named_blocks(model, blocks) if gates is not None else []
         if blocks and gates is None:
             raise UsageError(f"blocks={list(blocks)} without gates: gates choose their bits; leave blocks out")
@@ -114,8 +128,8 @@ class PrecisionController:
         self._timed = timed_layers(
             [layer.sites for layer in self._layers], total_steps=self.total_steps, steps_per_epoch=steps_per_epoch
         )
-        nothing = self._forward is None and self._backward is None and gates is None and not rules
-        if nothing and not self._timed:
+        given = (self._forward, self._layerwise, self._backward, gates)
+        if all(each is None for each in given) and not rules and not self._timed:
             raise UsageError("a controller with nothing to set: give forward, backward, gates or rules")
         self._losses = Losses(steps_per_epoch=self._check_epochs(steps_per_epoch))
         self._step = 0
@@ -241,7 +255,7 @@ class PrecisionController:
         Raises:
             UsageError: a rule or gates follow the run, or the step lies outside it.
         """
-        if self._followers() or self.gates is not None:
+        if self._followers() or self._layerwise is not None or self.gates is not None:
             raise UsageError("go_to: what follows the run cannot be taken to a step of it")
         check_whole("step", step, 0, (_MOST_STEPS if self.total_steps is None else self.total_steps) - 1)
         self._step = step
@@ -263,6 +277,9 @@ class PrecisionController:
                 "total_steps as the run has"
             )
         self._losses.feed(loss, self._followers())
+        if self._layerwise is not None and self._measuring is not None:
+            measuring, self._measuring = self._measuring, None
+            self._layerwise.take(measuring.finish())
         self._step += 1
         self._follow_plateau()
         self.write()
@@ -275,7 +292,7 @@ class PrecisionController:
             "step": self._step,
             "losses": float(self._losses.sum),
             "counted": self._losses.count,
-            "rules": [rule.state_dict() for rule in self._followers()],
+            "rules": [rule.state_dict() for rule in self._with_states()],
             "gates": None if self.gates is None else self.gates.state_dict(),
         }
 
@@ -300,7 +317,7 @@ class PrecisionController:
                 f"load_state_dict: losses={shown(state['losses'])} of {counted} steps: expected the finite sum of the "
                 "losses of so many steps, 0 of none"
             )
-        rules = self._followers()
+        rules = self._with_states()
         if not isinstance(state["rules"], list) or len(state["rules"]) != len(rules):
             raise UsageError(f"load_state_dict: rules={shown(state['rules'])}: expected a list of {len(rules)} states")
         if self.gates is None and state["gates"] is not None:
@@ -315,6 +332,7 @@ class PrecisionController:
             for rule, saved in zip(rules, before, strict=True):
                 rule.load_state_dict(saved)
             raise UsageError(f"load_state_dict: {error}") from error
+        self._stop_measuring()
         self._step = state["step"]
         self._losses.sum = torch.tensor(state["losses"], dtype=torch.float64, device="cpu")
         self._losses.count = counted
@@ -336,6 +354,7 @@ class PrecisionController:
 
     def remove(self) -> None:
         """Release the model: hooks and gates are removed, and every layer has its recipe's bits again."""
+        self._stop_measuring()
         if self.gates is not None:
             self.gates.detach()
         for site in self.sites():
@@ -351,6 +370,19 @@ class PrecisionController:
         """What has a state and may need the loss: the rule in `forward`, and the plateau rule of the gates."""
         forward = [self._forward] if isinstance(self._forward, Rule) else []
         return [*forward, *([] if self._plateau is None else [self._plateau])]
+
+    def _with_states(self) -> "list[Follower | Layerwise]":
+        """All that remembers something of the run."""
+        return [*self._followers(), *([] if self._layerwise is None else [self._layerwise])]
+
+    def _follow_layerwise(self) -> list[ControlledLayer]:
+        """The layers to which a rule gives their own bits."""
+        return [layer for layer in self._layers if isinstance(layer.forward, LayerBits)]
+
+    def _stop_measuring(self) -> None:
+        if self._measuring is not None:
+            self._measuring.stop()
+            self._measuring = None
 
     def _common_length(self, given: int | None) -> int | None:
         lengths = {given, *(source.total_steps for source in sources_of(self._layers))} - {None}
@@ -378,6 +410,7 @@ class PrecisionController:
         kinds = checked_sources(self._layers, self._eval_bits, needs_bits=not self._timed)
         main = {"forward": self._forward, "backward": self._backward}
         return {
+            **({} if self._layerwise is None else {"layerwise": repr(self._layerwise)}),
             **{name: "none" if source is None else kinds.get(id(source), "unused") for name, source in main.items()},
             "layers": "; ".join(
                 f"{layer.name}: {kinds.get(id(layer.forward), '-')}, {kinds.get(id(layer.backward), '-')}"
@@ -406,18 +439,24 @@ class PrecisionController:
         for site in self.sites():
             site.controller, site.lost_controller = self, False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy does not observe the step that its original is in."""
+        return {**self.__dict__, "_measuring": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copied together, model and controller stay together: the copied sites have the copied controller."""
         self.__dict__.update(state)
         self._take()
 
     def check_forward(self) -> None:
-        """Raise if no training forward may begin, as the schedule is over."""
+        """Raise if no training forward may begin, as the schedule is over; begin to measure if this step is for it."""
         if self.total_steps is not None and self._step >= self.total_steps:
             raise UsageError(
                 f"a training forward after the last of total_steps={self.total_steps} steps: give the schedule as many "
                 "total_steps as the run has, or call model.eval() to evaluate"
             )
+        if self._layerwise is not None and self._measuring is None and self._layerwise.measures(self._step):
+            self._measuring = Measuring(self._follow_layerwise())
 
     def write(self) -> None:
         """Set the bits of the next step and of an evaluation before it, whatever changed them meanwhile."""

@@ -20,7 +20,7 @@ from lowbit.methods.recipe import Recipe
 from lowbit.nn.layers import QuantLayer, converted_layers
 from lowbit.nn.site import Site
 from lowbit.numerics.formats import check_bits
-from lowbit.schedules import Called, Constant, Rule, Schedule, Source
+from lowbit.schedules import Called, Constant, Layerwise, Rule, Schedule, Source
 from lowbit.tables import text_table
 
 Bits = Schedule | Rule | int
@@ -143,9 +143,11 @@ def recipe_of(layer: nn.Module) -> Recipe:
 
 
 def controlled_layers(
-    model: nn.Module, forward: Source | None, backward: Source | None, rules: Sequence[LayerRule]
+    model: nn.Module, forward: Source | Layerwise | None, backward: Source | None, rules: Sequence[LayerRule]
 ) -> list[ControlledLayer]:
     """What each converted layer of a model follows: the first rule that matches it, or `forward` and `backward`.
+
+    A rule that gives each layer its own bits does so for layers with products whose forward bits can be set.
 
     Raises:
         UsageError: a layer has a controller, or a rule decides nothing or follows the loss.
@@ -160,7 +162,8 @@ def controlled_layers(
             )
         index = next((i for i, (which, _) in enumerate(rules) if _matches(which, name, layer)), None)
         used.add(index)
-        own = (forward, backward) if index is None else _sources_of_rule(index, rules[index][1])
+        everywhere = _for_layer(forward, name, layer) if isinstance(forward, Layerwise) else forward
+        own = (everywhere, backward) if index is None else _sources_of_rule(index, rules[index][1])
         planned.append(
             ControlledLayer(name=name, sites=sites, forward=own[0], backward=own[1], has_rule=index is not None)
         )
@@ -169,6 +172,12 @@ def controlled_layers(
             called = which.pattern if isinstance(which, re.Pattern) else getattr(which, "__name__", which)
             raise UsageError(f"rule {index + 1}, {called!r}, decided no converted layer that an earlier rule did not")
     return planned
+
+
+def _for_layer(rule: Layerwise, name: str, layer: QuantLayer) -> Source | None:
+    """What a layer follows of a rule that gives each its own bits; None if it has no products, or no bits to set."""
+    settable = layer.operator(layer) is not None and layer.sites()[0].slots("input", "weight")
+    return rule.of(name) if settable else None
 
 
 def _sources_of_rule(index: int, pair: tuple[Bits | None, Bits | None] | None) -> tuple[Source | None, Source | None]:

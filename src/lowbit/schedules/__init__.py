@@ -4,10 +4,14 @@
 file of this folder lists in its ``MAKES``.
 """
 
+from lowbit.schedules.allocation import Option, allocate
+from lowbit.schedules.budget import Budget
 from lowbit.schedules.constant import Constant
 from lowbit.schedules.cost import bit_operations, saving
 from lowbit.schedules.cyclic import Cyclic, Final, Profile, Shape
 from lowbit.schedules.deficit import Deficit
+from lowbit.schedules.gradient_noise import GradientNoise
+from lowbit.schedules.layerwise import LayerBits, Layerwise, Measure
 from lowbit.schedules.piecewise import Piecewise
 from lowbit.schedules.plateau import PlateauRule
 from lowbit.schedules.progressive import Progressive
@@ -22,6 +26,7 @@ __all__ = [
     "KINDS",
     "SUITE",
     "Better",
+    "Budget",
     "Called",
     "Constant",
     "Curve",
@@ -30,6 +35,11 @@ __all__ = [
     "Final",
     "Follower",
     "Follows",
+    "GradientNoise",
+    "LayerBits",
+    "Layerwise",
+    "Measure",
+    "Option",
     "Piecewise",
     "PlateauRule",
     "Profile",
@@ -44,6 +54,7 @@ __all__ = [
     "Template",
     "Time",
     "Tried",
+    "allocate",
     "bit_operations",
     "kind_settings",
     "parse_steps",

@@ -9,6 +9,7 @@ from functools import cached_property
 from lowbit.errors import UsageError, shown
 from lowbit.inputs.checks import check_fields
 from lowbit.schedules.checks import check_bits
+from lowbit.schedules.piecewise import Piecewise
 from lowbit.schedules.source import PureSchedule, Schedule
 from lowbit.schedules.times import Time, parse_steps
 
@@ -78,3 +79,28 @@ class Deficit(PureSchedule):
     def at(self, step: int) -> int:
         """Few bits inside the window, and the schedule's bits outside."""
         return self.bits if step in self._window else self.schedule(step)
+
+
+def deficit(
+    *, bits: int, low: int, start: Time, length: Time, total_steps: int, steps_per_epoch: int | None = None
+) -> Deficit:
+    """A deficit in training at constant bits, as recipes and the command line write it.
+
+    Args:
+        bits: bits outside the window.
+        low: bits inside the window, at most `bits`.
+        start: first step of the window; a step, ``"10ep"``, or ``"0.5"`` of the run.
+        length: steps in the window, in the same units.
+        total_steps: length of the run in steps.
+        steps_per_epoch: needed if `start` or `length` is in epochs.
+    """
+    return Deficit(
+        schedule=Piecewise(pieces=((0, bits),), total_steps=total_steps),
+        bits=low,
+        start=start,
+        length=length,
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+MAKES = {"deficit": deficit}

@@ -11,9 +11,10 @@ from typing import Any
 from lowbit.errors import UsageError, shown, unknown
 from lowbit.inputs.checks import check_type, checked, fits, in_words
 from lowbit.inputs.signatures import Setting, settings_of
+from lowbit.schedules.layerwise import Layerwise
 from lowbit.schedules.source import PureSchedule, Rule
 
-Make = Callable[..., PureSchedule | Rule]
+Make = Callable[..., PureSchedule | Rule | Layerwise]
 
 
 def _kinds() -> dict[str, tuple[Make, ...]]:
@@ -111,7 +112,7 @@ class Template:
         return replace(self, settings=tuple({**dict(self.settings), **settings}.items()))
 
     @checked
-    def build(self, *, total_steps: int, steps_per_epoch: int | None = None) -> PureSchedule | Rule:
+    def build(self, *, total_steps: int, steps_per_epoch: int | None = None) -> PureSchedule | Rule | Layerwise:
         """The schedule of a run of that length.
 
         Raises:
