@@ -33,6 +33,8 @@ GATED = {"recipe": "fractrain", "blocks": r"0\.hidden\.\d", "targets": [1.9, 3.0
         {**GATED, **SHORT_EPOCHS},
         {"recipe": "heal", "starts": ["0.5"]},
         {"recipe": "sparse", "update_every": 3},
+        {"recipe": "sqrt3", "measure_every": 3, "ratio": 12.0},
+        {"recipe": "budget", "measure_every": 3, "bits": [3, 5, 8]},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())) or "plain",
 )

@@ -88,9 +88,10 @@ class Measuring:
         self.stop()
         found = {}
         for layer in self._layers:
-            sums = _over_ranks(self._sums[layer.name])
+            device = layer.sites[0].bits.device
+            sums = _over_ranks(self._sums[layer.name], device)
             keys = sorted(self._macs[layer.name], key=str)
-            counts = _over_ranks([float(self._macs[layer.name][key]) for key in keys])
+            counts = _over_ranks([float(self._macs[layer.name][key]) for key in keys], device)
             bits, _ = layer.first(layer.training(0))
             if sums[_GRADIENT] + sums[_GRADIENT_ERROR] > 0 and sums[_OUTPUTS]:
                 assert bits is not None
@@ -109,11 +110,11 @@ def _square(x: Tensor) -> float:
     return float(x.detach().double().square().sum())
 
 
-def _over_ranks(values: list[float]) -> list[float]:
+def _over_ranks(values: list[float], device: torch.device) -> list[float]:
     """The sums over all processes of a distributed run, bit for bit the same on each of them."""
     if not values or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return values
-    own = torch.tensor(values, dtype=torch.float64)
+    own = torch.tensor(values, dtype=torch.float64, device=device)
     every = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(every, own)
     return [float(total) for total in torch.stack(every).sum(0)]
