@@ -17,7 +17,7 @@ from lowbit import hardware, schedules
 from lowbit.errors import RunError, UsageError, shown
 from lowbit.evidence.plan import parse_schedule
 from lowbit.inputs.checks import fits
-from lowbit.methods.recipe import Gating, GradInput, GradWeight, Output, RangeNorm, Recipe, Scheduling
+from lowbit.methods.recipe import Gating, GradInput, GradWeight, Output, Phase, RangeNorm, Recipe, Scheduling, Skipping
 from lowbit.numerics.elements import Integer
 from lowbit.numerics.formats import BF16, FP32, integer
 from lowbit.schedules import Constant, Cyclic, RangeTest, Template
@@ -89,6 +89,7 @@ class Subject(NamedTuple):
 LAYER = {"kernel": 3, "output_size": 4, "stride": 1, "in_channels": 4, "out_channels": 4, "batch": 1}
 SBM = Recipe.from_name("sbm8")
 CPT = Recipe.from_name("cpt")
+HEAL = Recipe.from_name("heal")
 U8 = integer(bits=8, zero="integer")
 
 # What is called, and what a good call gives it. The signature says which other arguments there are.
@@ -152,6 +153,11 @@ SUBJECTS: dict[str, Subject] = {
         schedules.Deficit,
         lambda: {"schedule": Constant(bits=8), "bits": 4, "start": 0, "length": 3},
     ),
+    "GradientNoise": Subject(schedules.GradientNoise, lambda: {"bits": [4, 8]}),
+    "Budget": Subject(schedules.Budget, lambda: {"bits": [4, 8], "budget": 0.5}),
+    "Phase": Subject(Phase, lambda: {"start": 3, **vars(HEAL.phases[0])}),
+    "Skipping": Subject(Skipping, lambda: {"update_every": 2}),
+    "Recipe.then": Subject(SBM.then, lambda: {"recipe": "fp32", "start": 3}),
     "PlateauRule": Subject(schedules.PlateauRule, lambda: {"stages": 2, "threshold": 0.1, "decay": 0.5}),
     "PlateauRule.update": Subject(
         schedules.PlateauRule(stages=2, threshold=0.1, decay=0.5).update,
@@ -204,7 +210,8 @@ CALLED = {"given": "time"}
 NOT_CALLED = {
     *("Probe", "Proof", "RangeTestResult", "Report", "RunError", "UsageError", "VerificationError"),
     *("ACCELERATORS", "Accelerator", "Loop", "Matrix", "TrainingEstimate", "Tried", "Curve"),
-    *("Called", "Follower", "PureSchedule", "Rule", "Schedule", "Source"),
+    *("Called", "Follower", "LayerBits", "Layerwise", "PureSchedule", "Rule", "Schedule", "Source"),
+    *("Measure", "Option", "allocate"),  # of rules among themselves
     *("recipes", "tripwire"),  # without arguments
 }
 

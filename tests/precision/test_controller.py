@@ -258,7 +258,7 @@ def test_gradient_accumulation_stays_at_one_step() -> None:
     ("arguments", "message"),
     [
         ({}, "nothing to set"),
-        ({"forward": "cyclic"}, r"forward='cyclic': give a Schedule, a Rule, a whole number or None"),
+        ({"forward": "cyclic"}, r"forward='cyclic': give a Schedule, a Rule, a whole number, a Layerwise or None"),
         ({"forward": True}, "forward=True: give a Schedule"),
         ({"forward": 0}, "bits=0"),
         (

@@ -170,6 +170,7 @@ class Recipe:
         )
         return first, *later
 
+    @checked
     def then(self, recipe: "Recipe | str", *, start: Time, name: str | None = None) -> "Recipe":
         """The same recipe with the formats of another from some step on, e.g. ``mxfp4.then("mxfp8", start="0.9")``.
 

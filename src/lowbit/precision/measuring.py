@@ -40,13 +40,12 @@ class Measuring:
         self._sums = {layer.name: [0.0] * 5 for layer in self._layers}
         self._macs: dict[str, Counter[_Widths]] = {layer.name: Counter() for layer in self._layers}
         self._lock = threading.Lock()
-        here = weakref.ref(self)  # so that a model that is dropped within a step is not kept by its observer
+        # A model that is dropped within a step is not kept by its observer, which goes with it.
+        here = weakref.ref(self, lambda _: _remove(observe))
 
         def observe(run: ProductRun) -> None:
             measuring = here()
-            if measuring is None:
-                watch.observers.remove(observe)
-            else:
+            if measuring is not None:
                 measuring.take(run)
 
         self._observe = observe
@@ -79,9 +78,8 @@ class Measuring:
             sums[_GRADIENT_ERROR] += error
 
     def stop(self) -> None:
-        """Stop observing."""
-        if self._observe in watch.observers:
-            watch.observers.remove(self._observe)
+        """Stop observing; what comes after does not count."""
+        _remove(self._observe)
 
     def finish(self) -> dict[str, Measure]:
         """What was measured of each layer whose weight gradient ran, summed over all ranks; the end of observing."""
@@ -103,6 +101,12 @@ class Measuring:
                     macs={key: int(count) for key, count in zip(keys, counts, strict=True)},
                 )
         return found
+
+
+def _remove(observer: watch.Observer) -> None:
+    """Take an observer away if it is there."""
+    if observer in watch.observers:
+        watch.observers.remove(observer)
 
 
 def _square(x: Tensor) -> float:

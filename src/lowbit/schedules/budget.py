@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lowbit.errors import RunError, UsageError
+from lowbit.errors import RunError, UsageError, shown
 from lowbit.inputs.checks import is_finite
 from lowbit.schedules.allocation import Option, allocate
 from lowbit.schedules.layerwise import Layerwise, Measure
@@ -40,7 +40,7 @@ class Budget(Layerwise):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_finite(self.budget) or not 0 < self.budget <= 1:
-            raise UsageError(f"budget={self.budget!r}: give a share, above 0 and at most 1")
+            raise UsageError(f"budget={shown(self.budget)}: give a share, above 0 and at most 1")
         least = (self.bits[0] / self.bits[-1]) ** 2
         if self.budget < least:
             raise UsageError(

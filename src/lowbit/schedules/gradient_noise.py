@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowbit.errors import UsageError
+from lowbit.errors import UsageError, shown
 from lowbit.inputs.checks import check_keys, check_whole, is_finite
 from lowbit.schedules.checks import MOST_STEPS
 from lowbit.schedules.layerwise import Layerwise, Measure
@@ -38,7 +38,7 @@ class GradientNoise(Layerwise):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_finite(self.ratio) or self.ratio <= 0:
-            raise UsageError(f"ratio={self.ratio!r}: give a finite number above 0; the paper's is the root of 3")
+            raise UsageError(f"ratio={shown(self.ratio)}: give a finite number above 0; the paper's is the root of 3")
         check_whole("patience", self.patience, 1, MOST_STEPS)
 
     def begin(self, layers: Any) -> None:

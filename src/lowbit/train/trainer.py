@@ -231,13 +231,15 @@ def _prove(config: TrainConfig, loaded: data.Data, module: Module) -> lowbit.Pro
     before = loaded.train.state_dict()
     x, y = next(iter(loaded.train))
     loaded.train.load_state_dict(before)
-    copied, _controller = copy.deepcopy((module.model, module.controller))
+    copied, controller = copy.deepcopy((module.model, module.controller))
     copied.train()
     amp = torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp == "bf16")
     with lowbit.verify(copied) as proof:
         with amp:
             loss, _ = loss_and_accuracy(copied(x), y)
         loss.backward()
+    if controller is not None:
+        controller.remove()  # it may measure, and would go on until the copy is collected
     return proof
 
 
