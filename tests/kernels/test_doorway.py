@@ -212,6 +212,24 @@ CALLS: dict[str, list[tuple[Callable[[], dict[str, Any]], dict[Place, list[Any]]
             {("view", 0): [1, -2], ("view", 3): [True], ("taps",): [0, 5], ("grid", "key"): [(-1, 0), (0, 2**32)]},
         )
     ],
+    "encode_blocks": [
+        (
+            lambda: {
+                "x": floats(6, 4),
+                "block": (4, 3),
+                "levels": 127.0,
+                "floor": 0.0,
+                "floor_power": True,
+                "key": (1, 2),
+            },
+            {
+                ("block", 0): [0, -1, -HUGE],
+                ("block", 1): [0, -1],
+                ("levels",): [0.0, 128.0],
+                ("key", 0): [-1, 2**32],
+            },
+        )
+    ],
     "fake_quantize": [
         (
             lambda: {
@@ -224,6 +242,28 @@ CALLS: dict[str, list[tuple[Callable[[], dict[str, Any]], dict[Place, list[Any]]
     ],
     "round_bf16": [(lambda: {"x": floats(7)}, {})],
     "noise": [(lambda: {"count": 9, "key": (1, 2)}, {("count",): [-1], ("key", 1): [-1, 2**32]})],
+    "multiply_blocks": [
+        (
+            lambda: {
+                "a": rows(dtype=torch.int8),
+                "b": rows(along=False, dtype=torch.int8),
+                "out": floats(5, 4),
+                "block": 4,
+                "scales": (torch.ones(1, 5), torch.ones(1, 4)),
+                "bias": torch.ones(4),
+            }
+            | {"b": Rows(data=torch.ones(16, dtype=torch.int8), rows=4, width=4, stride=4, along=False)},
+            {
+                ("a", "first"): [-1, 1, HUGE],
+                ("a", "rows"): [4, 6, -5],
+                ("a", "width"): [3, 5, -4],
+                ("a", "fold"): [5, -1],
+                ("a", "zero"): [1, 256],
+                ("b", "rows"): [3, 5],
+                ("block",): [0, 3, -4, 2**15 + 4],
+            },
+        )
+    ],
     "multiply": [
         (
             lambda: product(rows(), rows(dtype=torch.int8), 5, 5),
@@ -265,7 +305,14 @@ CALLS: dict[str, list[tuple[Callable[[], dict[str, Any]], dict[Place, list[Any]]
 }  # fmt: skip
 CASES = [(name, i) for name, calls in CALLS.items() for i in range(len(calls))]
 # Tensors that may be longer; and numbers that the function makes float itself.
-PARTS = {("multiply", "a"), ("multiply", "b"), ("multiply", "out"), ("round_bf16", "x")}
+PARTS = {
+    ("multiply_blocks", "a"),
+    ("multiply_blocks", "b"),
+    ("multiply", "a"),
+    ("multiply", "b"),
+    ("multiply", "out"),
+    ("round_bf16", "x"),
+}
 CONVERTED = {("quantize", "observed")}
 
 

@@ -162,7 +162,7 @@ def test_exponents_end_at_that_of_e8m0(recipe: str, element: float) -> None:
 def test_a_step_is_proven(recipe: str) -> None:
     """`verify` passes a network with a convolution, near full precision but not in it, on the reference engine."""
     model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Flatten(), nn.Linear(640, 5))
-    lowbit.convert_(model, recipe)
+    lowbit.convert_(model, recipe, engine="reference")
 
     with lowbit.verify(model) as proof:
         model(randn(4, 3, 6, 6, seed=6)).square().mean().backward()

@@ -12,6 +12,14 @@ import torch
 from torch import Tensor
 
 from lowbit.engines.base import Pair, Product
+from lowbit.engines.blocks import (
+    BlockCodes,
+    encode_blocks,
+    is_blocked,
+    multiply_blocks,
+    refusal_of_blocks,
+    values_of_blocks,
+)
 from lowbit.engines.codes import (
     MOST_SUMMED,
     Codes,
@@ -116,11 +124,13 @@ class Int8:
 
     def refusal(self, pair: Pair) -> str:
         """It refuses formats that it does not list, scales along what the product sums over, and missing units."""
+        if any(is_blocked(fmt) for fmt in pair.formats):
+            return refusal_of_blocks(pair) or missing("int8")
         if why := refusal_of_codes(pair, _OPERATORS, _TAKEN, offsets=True):
             return why
         return missing("bf16" if BF16 in pair.formats else "int8")
 
-    def encode(self, x: Tensor, slot: Slot, setting: Setting) -> Operand:
+    def encode(self, x: Tensor, slot: Slot, setting: Setting) -> Operand | BlockCodes:
         """Codes, in one or two passes over memory; values where the format is bf16."""
         fmt, layout, key = slot.format, slot.layout, None
         if fmt.scale is None or slot.levels is None:
@@ -134,6 +144,8 @@ class Int8:
                     f"{setting.layer or 'a product'}: {slot.operand} in {slot.product} rounds stochastically and got "
                     "no counter-based noise, which the int8 engine needs: use the reference engine with recorded noise"
                 )
+        if is_blocked(fmt):
+            return encode_blocks(x, slot, key)
         observed = setting.input_range if slot.keeps_range else None
         x = x.contiguous() if layout == "matrix" else x
         way = passes(x.shape, x.stride(), layout, slot.sharing, slot.stochastic)
@@ -155,8 +167,14 @@ class Int8:
         )
         return Codes(numbers=numbers, scale=scale, zero=zero, shape=x.shape, layout=layout)
 
-    def multiply(self, product: Product, a: Operand, b: Operand, bias: Tensor | None) -> Tensor:
+    def multiply(
+        self, product: Product, a: Operand | BlockCodes, b: Operand | BlockCodes, bias: Tensor | None
+    ) -> Tensor:
         """One native call for a matrix product, one for each group of a convolution's channels."""
+        if isinstance(a, BlockCodes) or isinstance(b, BlockCodes):
+            assert not isinstance(a, Values)
+            assert not isinstance(b, Values)
+            return multiply_blocks(product, a, b, bias)
         if isinstance(a, Codes) and isinstance(b, Codes) and not (a.offset is None and b.offset is None):
             return with_offsets(self.multiply, product, a, b, bias)
         bias = None if bias is None else bias.float().contiguous()
@@ -171,17 +189,19 @@ class Int8:
             sides.append(Rows(data=t.numbers, rows=rows, width=width, stride=width, along=runs_along, zero=t.zero))
         return _matrix(sides[0], sides[1], (a, b), product.shape, bias, product.dtype)
 
-    def values(self, operand: Operand, slot: Slot) -> Quantized:
+    def values(self, operand: Operand | BlockCodes, slot: Slot) -> Quantized:
         """The values of the codes, or those rounded to bf16."""
-        return values_of(operand, slot)
+        return values_of_blocks(operand, slot) if isinstance(operand, BlockCodes) else values_of(operand, slot)
 
     def sum_bias(self, op: Op, g: Tensor) -> Tensor:
         """It sums in float32, in an order that does not depend on the number of threads."""
         rows = g if op.geometry is None else g.movedim(1, -1)
         return cpu.sums(rows.contiguous(), rows.shape[-1])
 
-    def ran(self, product: Product, a: Operand, b: Operand) -> tuple[str, str]:  # noqa: ARG002 - operands say it
+    def ran(self, product: Product, a: Operand | BlockCodes, b: Operand | BlockCodes) -> tuple[str, str]:  # noqa: ARG002 - operands say it
         """Codes times codes run on int8 units, everything else on bf16 units."""
+        if isinstance(a, BlockCodes) or isinstance(b, BlockCodes):
+            return "int8", "lowbit::multiply_blocks"
         return ("int8", "lowbit::multiply_codes") if are_codes(a, b) else ("bf16", "lowbit::multiply_halves")
 
 

@@ -327,6 +327,32 @@ def encode(x: Tensor, view: View, grid: Grid, *, signed: bool, taps: int = 1) ->
     return codes
 
 
+def encode_blocks(
+    x: Tensor,
+    block: tuple[int, int],
+    *,
+    levels: float,
+    floor: float,
+    floor_power: bool,
+    key: tuple[int, int] | None,
+) -> tuple[Tensor, Tensor]:
+    """Codes of a matrix in blocks, int8 in its shape, and their scales, float32, one for each block.
+
+    Args:
+        x: contiguous float32 or bfloat16 ``(R, C)``, not empty.
+        block: rows and columns of a block; the last ones are shorter.
+        levels: the largest code, at most 127.
+        floor: the smallest scale; 0 for none.
+        floor_power: whether scales are powers of two that are rounded down, 2**-127 at least.
+        key: as for `Grid`.
+    """
+    rows, columns = x.shape
+    codes = torch.empty(rows, columns, dtype=torch.int8, device="cpu")
+    scale = _floats(*(-(-n // max(size, 1)) for n, size in zip(x.shape, block, strict=True)))
+    operators.encode_blocks(x, columns, list(block), levels, floor, floor_power, key, codes, scale)
+    return codes, scale
+
+
 def fake_quantize(x: Tensor, view: View, grid: Grid) -> Tensor:
     """The values of the codes in the dtype, shape and memory order of `x`."""
     y = torch.empty_like(x)
@@ -446,3 +472,20 @@ def multiply(
     operator = operators.multiply_codes if codes else operators.multiply_halves
     lhs, rhs = _numbers(a, b)
     operator(a.data, lhs, b.data, rhs, out, [first, stride, taps], *scales, bias)
+
+
+def multiply_blocks(
+    a: Rows, b: Rows, out: Tensor, *, block: int, scales: tuple[Tensor, Tensor], bias: Tensor | None
+) -> None:
+    """Write the sum over blocks of k of ``S_a S_b sum_k A B``, plus bias, into `out`; each block is summed in int32.
+
+    Args:
+        a: int8 codes, as for `multiply`, without a window, a fold or a zero point.
+        b: likewise.
+        out: float32 or bfloat16 ``(m, n)``.
+        block: numbers of k in a block, a multiple of 4 up to 32,768.
+        scales: float32 ``(blocks, m)`` and ``(blocks, n)``.
+        bias: float32 ``(n,)``.
+    """
+    lhs, rhs = _numbers(a, b)
+    operators.multiply_blocks(a.data, lhs, b.data, rhs, out, block, *scales, bias)

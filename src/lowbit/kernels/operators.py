@@ -124,11 +124,21 @@ normalize_backward = Native(
 code_sums = Native("code_sums", "(Tensor a, Tensor? b, Tensor(a!) sums, Tensor(b!) products) -> ()")
 affine = Native("affine", "(Tensor q, Tensor a, Tensor b, bool rectify, Tensor(a!) y) -> ()")
 encode = Native("encode", f"(Tensor x, int[] view, {_GRID}, int taps, Tensor(a!) codes) -> ()")
+encode_blocks = Native(
+    "encode_blocks",
+    "(Tensor x, int width, int[] block, float levels, float floor, bool floor_power, int[]? key, Tensor(a!) codes, "
+    "Tensor(b!) scale) -> ()",
+)
 fake_quantize = Native("fake_quantize", f"(Tensor x, int[] view, {_GRID}, Tensor(a!) y) -> ()")
 round_bf16 = Native("round_bf16", "(Tensor x, Tensor(a!) y) -> ()")
 noise = Native("noise", "(int[] key, Tensor(a!) u) -> ()")
 multiply_codes = Native("multiply_codes", f"({_SIDES}, {_ADDED}) -> ()")
 multiply_halves = Native("multiply_halves", f"({_SIDES}, {_ADDED}) -> ()")
+multiply_blocks = Native(
+    "multiply_blocks",
+    "(Tensor lhs, int[] lhs_rows, Tensor rhs, int[] rhs_rows, Tensor(a!) out, int block, Tensor row_scale, "
+    "Tensor column_scale, Tensor? bias) -> ()",
+)
 
 
 def _flops(_lhs: object, lhs: Sequence[int], _rhs: object, rhs: Sequence[int], *_: object, **__: object) -> int:
@@ -144,5 +154,5 @@ def _flops(_lhs: object, lhs: Sequence[int], _rhs: object, rhs: Sequence[int], *
     return 2 * rows * width * rhs[1 if rhs[6] else 2]
 
 
-for _native in (multiply_codes, multiply_halves):
+for _native in (multiply_codes, multiply_halves, multiply_blocks):
     register_flop_formula(_native.operator.overloadpacket)(_flops)

@@ -276,15 +276,32 @@ def quantize(
     if observed is not None and observed[0].numel() == 1:
         one = (1,) * x.dim()
         observed = (observed[0].reshape(one), observed[1].reshape(one))
+    placed, codes = encode_transformed(x, fmt, sharing, levels=levels, noise=noise, observed=observed)
+    values = fmt.transform.back(placed.joined(codes.dequantize_into(codes.q)), x, sharing.place).reshape(original)
+    return Quantized(values, None if codes.steps is None else Grid(format=fmt, sharing=sharing, steps=codes.steps))
+
+
+def encode_transformed(
+    x: Tensor,
+    fmt: Format,
+    sharing: Sharing,
+    *,
+    levels: Tensor | float | None = None,
+    noise: Tensor | None = None,
+    observed: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Sharing, Codes]:
+    """Transform a tensor of the view of `sharing` and put it on its grid.
+
+    Returns:
+        What shares a scale in the transform, whose axis may be longer, and the codes, in its cut shape.
+    """
     y = fmt.transform.forward(x, sharing.place)
     placed = sharing
     if y.shape != x.shape:
         placed = replace(sharing, view=tuple(y.shape))
         noise = _filled(noise, y.shape) if noise is not None and noise.shape == x.shape else noise
     noise = placed.cut(noise) if noise is not None and noise.shape == y.shape else noise
-    codes = encode(placed.cut(y), fmt, dims=placed.dims, levels=levels, noise=noise, observed=observed)
-    values = fmt.transform.back(placed.joined(codes.dequantize_into(codes.q)), x, sharing.place).reshape(original)
-    return Quantized(values, None if codes.steps is None else Grid(format=fmt, sharing=sharing, steps=codes.steps))
+    return placed, encode(placed.cut(y), fmt, dims=placed.dims, levels=levels, noise=noise, observed=observed)
 
 
 def _filled(noise: Tensor, shape: torch.Size) -> Tensor:

@@ -4,6 +4,7 @@
 // linker keeps each instruction set's own.
 #pragma once
 
+#include "blocks.h"
 #include "codes.h"
 #include "norm.h"
 #include "passes.h"
@@ -20,6 +21,7 @@ constexpr Passes all_passes() {
     p.observe = observe;
     p.encode = encode<Encoder>;
     p.quantize = quantize<Encoder>;
+    p.encode_blocks = encode_blocks<Encoder>;
     p.fake_quantize = fake_quantize;
     p.round_bf16 = round_bf16;
     p.noise = noise;

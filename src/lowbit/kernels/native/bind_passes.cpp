@@ -295,6 +295,25 @@ void encode(const Memory& x, const Shape& shape, const Memory& scale, const Memo
     passes().encode(from, type_of(x), view, grid, taps, to);
 }
 
+// `block`: rows and columns of one; the scales are as many as there are blocks.
+void encode_blocks(const Memory& x, int64_t width, const std::array<int64_t, 2>& block, float levels, float floor,
+                   bool floor_power, const MaybeKey& key, const Memory& codes, const Memory& scale) {
+    Call call("encode_blocks");
+    const auto [high, wide] = block;
+    call.need(high > 0 && wide > 0, "a block has less than one row or column");
+    call.need(levels >= 1 && levels <= 127, "the largest code is not 1 to 127");
+    const int64_t rows = rows_of(call, x, width);
+    const int64_t blocks = call.times((rows - 1) / high + (rows > 0), (width - 1) / wide + 1);
+    const auto [first, second] = key.value_or(Key{});
+    const void* from = floats(call, "x", x, count_of(x));
+    uint8_t* to = write_codes(call, codes, count_of(x));
+    float* to_scale = call.writes<float>("scale", scale, blocks);
+    call.check_disjoint();
+    const nb::gil_scoped_release release;
+    passes().encode_blocks(from, type_of(x), rows, width,
+                           {high, wide, levels, floor, floor_power, key.has_value(), first, second}, to, to_scale);
+}
+
 void fake_quantize(const Memory& x, const Shape& shape, const Memory& scale, const Memory& zero, float low, float high,
                    bool offset, const MaybeKey& key, const Memory& y) {
     Call call("fake_quantize");
@@ -340,6 +359,7 @@ void bind_passes(nb::module_& m) {
     m.def("code_sums", &code_sums);
     m.def("affine", &affine);
     m.def("encode", &encode);
+    m.def("encode_blocks", &encode_blocks);
     m.def("fake_quantize", &fake_quantize);
     m.def("round_bf16", &round_bf16);
     m.def("noise", &noise);

@@ -114,10 +114,46 @@ void multiply(const Memory& lhs_data, const Place& lhs_place, const Memory& rhs_
     product(p);
 }
 
+// Signed codes in blocks of the depth; scales have a row of m, of n, for each block.
+void multiply_blocks(const Memory& lhs_data, const Place& lhs_place, const Memory& rhs_data, const Place& rhs_place,
+                     const Memory& data, int64_t block, const Memory& row, const Memory& column, const Memory& bias) {
+    Call call("multiply_blocks");
+    Window none;
+    constexpr int kInt8 = 8;
+    const Side lhs = side_of(call, "the left side", lhs_data, lhs_place, kInt8, none);
+    const Side rhs = side_of(call, "the right side", rhs_data, rhs_place, kInt8, none);
+    const bool left = lhs.order == Order::width_major, right = rhs.order == Order::width_major;
+    const int64_t m = left ? lhs.rows : lhs.length, k = left ? lhs.length : lhs.rows, n = right ? rhs.rows : rhs.length;
+    call.need(k == (right ? rhs.length : rhs.rows), "the two sides sum over different numbers");
+    call.need(k > 0, "the two sides sum over no numbers: the result is the bias alone");
+    call.need(!lhs.window && !rhs.window && !lhs.fold && !rhs.fold && !lhs.zero_point && !rhs.zero_point,
+              "sides in blocks are plain matrices of codes without a zero point");
+    // A sum of a block must fit in 32 bits, with the bias of the left side.
+    call.need(block > 0 && block % 4 == 0 && block <= 1 << 15, "a block is not a multiple of 4 from 4 to 32768");
+    const int64_t blocks = (k - 1) / block + 1;
+    const auto* to =
+        static_cast<const uint8_t*>(call.take("the result", data, kFloats, call.times(m, n), call.times(m, n), true));
+    const Product p{
+        lhs,
+        rhs,
+        m,
+        n,
+        k,
+        {const_cast<uint8_t*>(to), type_of(data), n, 1, call.reads<float>("row scales", row, call.times(blocks, m)), m,
+         call.reads<float>("column scales", column, call.times(blocks, n)), n, call.may_read<float>("bias", bias, n)}};
+    call.check_disjoint();
+    const auto product = products().blocks;
+    if (!product)
+        throw std::runtime_error("multiply_blocks: this processor lacks avx512vnni: multiply on the reference engine");
+    const nb::gil_scoped_release release;
+    product(p, block);
+}
+
 }  // namespace
 
 void bind_products(nb::module_& m) {
     m.def("multiply_codes", &multiply<true>);
+    m.def("multiply_blocks", &multiply_blocks);
     m.def("multiply_halves", &multiply<false>);
 }
 

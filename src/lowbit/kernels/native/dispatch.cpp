@@ -56,6 +56,7 @@ Products choose_products() {
         if (!row.runs()) continue;
         if (!chosen.codes) chosen.codes = row.table->codes;
         if (!chosen.bf16) chosen.bf16 = row.table->bf16;
+        if (!chosen.blocks) chosen.blocks = row.table->blocks;
     }
     return chosen;
 }

@@ -36,6 +36,15 @@ struct Rule {
     uint32_t key0, key1;  // of the noise
 };
 
+// How blocks of so many rows by columns get their scale and codes, which lie in -levels..levels.
+struct BlockRule {
+    int64_t rows, columns;
+    float levels, floor;  // the largest code, the smallest scale
+    bool floor_power;     // whether scales are powers of two, rounded down as in the Microscaling formats
+    bool stochastic;
+    uint32_t key0, key1;  // of the noise
+};
+
 // A running range, as `lowbit.numerics.ranges.record_range` keeps it: lo, hi and the number of batches.
 struct Running {
     float* range;
@@ -74,6 +83,9 @@ struct Passes {
     void (*encode)(const void* x, Type type, View view, const Grid& grid, int64_t taps, uint8_t* codes);
     // Codes as `encode` writes them, their scales, and the zero point of the only scale; 0 where it is nan.
     int (*quantize)(const void* x, Type type, View view, const Rule& rule, int64_t taps, uint8_t* codes, float* scale);
+    // Codes of a matrix in blocks, in its order, and the scale of each block, row by row.
+    void (*encode_blocks)(const void* x, Type type, int64_t rows, int64_t width, const BlockRule& rule, uint8_t* codes,
+                          float* scales);
     // The values of the codes, (q - z) S or q S + o, in the type and order of x.
     void (*fake_quantize)(const void* x, Type type, View view, const Grid& grid, void* y);
     // The nearest bfloat16 of each number.

@@ -62,9 +62,13 @@ struct Products {
     using Multiply = void (*)(const Product& p);
     Multiply codes = nullptr;  // u8 or s8 by u8 or s8, summed in int32
     Multiply bf16 = nullptr;   // f32, bf16 or codes, rounded to bf16, summed in float32
+    // s8 by s8 in blocks of so many depths, a multiple of 4: sums of a block in int32, times its scales, in float32.
+    // Row and column scales are one row of m, of n, for each block of the depth.
+    void (*blocks)(const Product& p, int64_t block) = nullptr;
 
-    constexpr Products with_codes(Multiply multiply) const { return {multiply, bf16}; }
-    constexpr Products with_bf16(Multiply multiply) const { return {codes, multiply}; }
+    constexpr Products with_codes(Multiply multiply) const { return {multiply, bf16, blocks}; }
+    constexpr Products with_bf16(Multiply multiply) const { return {codes, multiply, blocks}; }
+    constexpr Products with_blocks(void (*multiply)(const Product&, int64_t)) const { return {codes, bf16, multiply}; }
 };
 
 // Of each kind those of the best instruction set that this process may use.
