@@ -53,7 +53,7 @@ GOOD: dict[str, list[str]] = {
     "optimizer": ["sgd", "adamw"],
     "schedule": ["one-cycle", "constant", "3-8x2", "RTH:3-8x2", "4,6@1", "8"],
     "engine": ["auto", "int8", "reference"],
-    "amp": ["none", "bf16"],
+    "amp": ["auto", "none", "bf16"],
     "shape": ["3,32,32", "64", "triangular-vertical"],
     "input": ["3,32,32", "16"],
     "profile": ["cosine", "rex"],

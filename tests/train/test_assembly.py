@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 from runs import config
 
+from lowbit.engines.int8 import missing
 from lowbit.errors import UsageError
 from lowbit.train import trainer
+from lowbit.train.assembly import fastest_amp
+from lowbit.train.folder import read_settings
 
 
 def test_context_of_images_is_refused(tmp_path: Path) -> None:
@@ -57,3 +60,29 @@ def test_precision_settings_that_do_not_fit_leave_no_folder(
         trainer.train(config(tmp_path / "run", **changes))
 
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(bool(missing("bf16")), reason=f"no bf16 units: {missing('bf16')}")
+@pytest.mark.parametrize(
+    ("recipe", "engine", "expected"),
+    [
+        ("int8", "auto", "bf16"),
+        ("sbm8", "auto", "bf16"),
+        ("bf16", "auto", "bf16"),
+        ("int8", "reference", "none"),
+        ("fp32", "auto", "none"),
+        ("cpt", "auto", "none"),
+    ],
+)
+def test_autocast_is_on_where_every_product_runs_on_narrow_units(recipe: str, engine: str, expected: str) -> None:
+    """What simulates a product in float32 trains without autocast, what runs all of them on narrow units with it."""
+    assert fastest_amp(config(Path("run"), recipe=recipe, engine=engine)) == expected
+
+
+def test_a_run_keeps_what_auto_became(tmp_path: Path) -> None:
+    """config.yaml has the setting that the run has, not ``auto``, so that a resumed run has it too."""
+    settings = config(tmp_path / "run", recipe="int8", max_steps=1)
+    trainer.train(settings)
+
+    assert settings.amp == "auto"
+    assert read_settings(tmp_path / "run").config.amp == fastest_amp(settings)

@@ -52,20 +52,22 @@ def test_near_miss_of_a_choice_is_suggested() -> None:
 
 
 def test_resolved_leaves_nothing_open_that_changes_the_weights() -> None:
-    """Resolving fills in rate, decay, threads and folder, each optimizer with its own."""
-    sgd = TrainConfig(model="mlp", data="digits").resolved(threads=2)
-    adamw = TrainConfig(model="mlp", data="text:/a/b.txt", optimizer="adamw", seed=7).resolved(threads=2)
+    """Resolving fills in rate, decay, threads, autocast and folder, each optimizer with its own."""
+    sgd = TrainConfig(model="mlp", data="digits").resolved(threads=2, amp="none")
+    adamw = TrainConfig(model="mlp", data="text:/a/b.txt", optimizer="adamw", seed=7).resolved(threads=2, amp="none")
 
     assert (sgd.lr, sgd.weight_decay, sgd.threads, sgd.out) == (0.1, 1e-4, 2, Path("runs/mlp-digits-sbm8-0"))
     assert (adamw.lr, adamw.weight_decay) == (1e-3, 0.01)
+    assert TrainConfig(model="mlp", data="digits").amp == "auto"
+    assert (sgd.amp, adamw.amp) == ("none", "none")
     assert adamw.out == Path("runs/mlp-text--a-b.txt-sbm8-7")
 
 
 def test_resolved_keeps_what_was_given() -> None:
     """A setting that was given survives resolving, zero included."""
-    given = config(Path("run"), lr=0.0, weight_decay=0.0, threads=3)
+    given = config(Path("run"), lr=0.0, weight_decay=0.0, threads=3, amp="bf16")
 
-    assert given.resolved(threads=8) == given
+    assert given.resolved(threads=8, amp="none") == given
 
 
 def test_settings_survive_yaml(tmp_path: Path) -> None:

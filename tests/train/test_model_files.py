@@ -142,7 +142,7 @@ def test_a_file_alone_is_told_what_to_add() -> None:
 
 def test_a_run_is_called_after_the_file_and_the_class() -> None:
     """The folder of a run has no path in its name."""
-    settings = TrainConfig(model="/a/b/net.py:Net", data="digits", recipe="int8").resolved(threads=1)
+    settings = TrainConfig(model="/a/b/net.py:Net", data="digits", recipe="int8").resolved(threads=1, amp="none")
 
     assert settings.out == Path("runs", "net-Net-digits-int8-0")
 

@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 import lowbit
+from lowbit.engines.choice import refusals
+from lowbit.engines.int8 import missing
 from lowbit.errors import UsageError
 from lowbit.precision.controller import PrecisionController
+from lowbit.products.operators import Linear
 from lowbit.train import data, models
-from lowbit.train.config import TrainConfig
+from lowbit.train.config import Amp, TrainConfig
 from lowbit.train.folder import model_name, read_recipe
 from lowbit.train.module import Module
 
@@ -92,6 +95,16 @@ def accelerator() -> str:
 def _engine(config: TrainConfig) -> str:
     """The engine to convert for: on a GPU, where the model moves after it, ``"auto"`` is the reference engine."""
     return "reference" if config.engine == "auto" and accelerator() == "cuda" else config.engine
+
+
+def fastest_amp(config: TrainConfig) -> Amp:
+    """What ``amp="auto"`` stands for: bf16 where every product of a layer runs on 8-bit or bf16 units, else none.
+
+    What is simulated in float32 gains nothing from autocast, and would lose the digits of its results.
+    """
+    if _engine(config) == "reference" or missing("bf16"):
+        return "none"
+    return "none" if refusals(Linear(), lowbit.Recipe.find(config.recipe), device=accelerator()) else "bf16"
 
 
 @contextlib.contextmanager

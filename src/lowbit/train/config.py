@@ -19,7 +19,7 @@ from lowbit.train.tuning import tunable, with_tunable
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["one-cycle", "cosine", "step", "constant"]
-Amp = Literal["none", "bf16"]
+Amp = Literal["auto", "none", "bf16"]
 EvalBits = int | Literal["highest", "current"]
 Measure = Literal["accuracy", "loss"]
 OptimizerStates = Literal["fp32", "int8", "dynamic8"]
@@ -63,7 +63,9 @@ class TrainConfig:
         threads: threads of torch. Default: torch's own choice. A resumed run keeps its first number.
         context: bytes in one sample of a text; other data sets refuse it. Default: 128.
         engine: how converted layers execute: ``auto``, or an engine, ``int8`` or ``reference``; see `lowbit.convert_`.
-        amp: ``bf16`` runs the operations that no recipe covers under bfloat16 autocast.
+        amp: ``bf16`` runs the operations that no recipe covers under bfloat16 autocast, ``none`` in float32. ``auto``
+            becomes ``bf16`` where all products of the recipe run on 8-bit or bf16 units here, since such steps are
+            faster in it, else ``none``. A resumed run keeps what it became.
         max_steps: stop after this many steps, even within an epoch.
         plateau_every: of recipes that follow the loss, e.g. ``pfq`` and ``fractrain``: steps whose mean loss the
             plateau rule takes as one epoch's. Default: an epoch.
@@ -97,7 +99,7 @@ class TrainConfig:
     threads: int | None = None
     context: int | None = None
     engine: str = "auto"
-    amp: Amp = "none"
+    amp: Amp = "auto"
     max_steps: int | None = None
     plateau_every: int | None = None
     blocks: str | None = None
@@ -142,11 +144,12 @@ class TrainConfig:
         """The settings that change the recipe's schedule or gates."""
         return {name: value for name in tunable() if (value := getattr(self, name, None)) is not None}
 
-    def resolved(self, *, threads: int) -> Self:
+    def resolved(self, *, threads: int, amp: Amp) -> Self:
         """The same run with nothing left open but what only some runs have (subset, steps, context).
 
         Args:
             threads: what torch chose on this machine.
+            amp: what ``auto`` stands for here.
         """
         recipe = Path(self.recipe).stem if is_file_name(self.recipe) else self.recipe
         own = userfile.split(self.model)
@@ -159,6 +162,7 @@ class TrainConfig:
             # A data set may carry a path (imagefolder:/data/cats), which must stay one folder name here.
             out=Path("runs", name.replace("/", "-").replace(":", "-")) if self.out is None else self.out,
             threads=self.threads or threads,
+            amp=amp if self.amp == "auto" else self.amp,
         )
 
     def to_dict(self) -> dict[str, Any]:

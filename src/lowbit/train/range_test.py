@@ -22,7 +22,7 @@ def range_test(config: RangeTestConfig) -> RangeTestResult:
         UsageError: a name is unknown, or the settings do not fit together.
         RunError: the loss is not finite.
     """
-    settings = config.training().resolved(threads=torch.get_num_threads())
+    settings = config.training().resolved(threads=torch.get_num_threads(), amp="none")
     loaded, model = build(settings, config.model)
     recipe = lowbit.Recipe.find(config.recipe)
     static = recipe.replace(schedule=None, gates=None, depthwise=None)

@@ -21,7 +21,7 @@ from lowbit.errors import RunError, Stopped, UsageError
 from lowbit.evidence.names import layer_names
 from lowbit.inputs import files
 from lowbit.train import checkpoint, data
-from lowbit.train.assembly import assemble, threads_of
+from lowbit.train.assembly import assemble, fastest_amp, threads_of
 from lowbit.train.callbacks import StepTimer
 from lowbit.train.config import Result, TrainConfig
 from lowbit.train.fitting import fit, make_trainer, quiet
@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> Result:
         RunError: the loss or the state is not finite, the disk is full, or another process has the run folder.
         Stopped: a signal came; its text says how to go on. It is a KeyboardInterrupt.
     """
-    config = config.resolved(threads=torch.get_num_threads())
+    config = config.resolved(threads=torch.get_num_threads(), amp=fastest_amp(config))
     out = _checked(config.out)
     with _ending(out) as stop:
         refuse_held(out)
