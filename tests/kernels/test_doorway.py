@@ -264,6 +264,30 @@ CALLS: dict[str, list[tuple[Callable[[], dict[str, Any]], dict[Place, list[Any]]
             },
         )
     ],
+    "encode_book": [
+        (
+            lambda: {
+                "x": floats(7, 3),
+                "block": 8,
+                "values": floats(2, 256),
+                "limits": torch.full((2, 256), torch.inf),
+                "starts": torch.zeros(2, 65536, dtype=torch.int32),
+                "key": (1, 2),
+            },
+            {("block",): [-1], ("key", 1): [-1, 2**32]},
+        )
+    ],
+    "decode_book": [
+        (
+            lambda: {
+                "codes": torch.zeros(3, dtype=torch.uint8),
+                "scales": torch.ones(3),
+                "block": 1,
+                "values": floats(2, 256),
+            },
+            {("block",): [0, -1, 2, HUGE]},
+        )
+    ],
     "multiply": [
         (
             lambda: product(rows(), rows(dtype=torch.int8), 5, 5),
@@ -305,13 +329,14 @@ CALLS: dict[str, list[tuple[Callable[[], dict[str, Any]], dict[Place, list[Any]]
 }  # fmt: skip
 CASES = [(name, i) for name, calls in CALLS.items() for i in range(len(calls))]
 # Tensors that may be longer; and numbers that the function makes float itself.
+ANY_LENGTH = {("round_bf16", "x"), ("encode_book", "x")}
 PARTS = {
     ("multiply_blocks", "a"),
     ("multiply_blocks", "b"),
     ("multiply", "a"),
     ("multiply", "b"),
     ("multiply", "out"),
-    ("round_bf16", "x"),
+    *ANY_LENGTH,
 }
 CONVERTED = {("quantize", "observed")}
 
@@ -346,7 +371,7 @@ def put(value: Any, place: Place, new: Any) -> Any:
 def others(name: str, place: Place, x: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Tensors that may not stand in the place of `x`."""
     flat = x.flatten()
-    if name != "round_bf16":
+    if (name, place[0]) not in ANY_LENGTH:
         yield "shorter", flat[:-1]
     if (name, place[0]) not in PARTS:
         yield "longer", torch.cat([flat, flat[:1]])

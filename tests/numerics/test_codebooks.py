@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.numerics.codebooks import BOOKS, CodeBook, decode, encode
+from lowbit.kernels import cpu
+from lowbit.numerics.codebooks import BOOKS, CodeBook, _tables, decode, encode
 
 KINDS = pytest.mark.parametrize("book", BOOKS.values(), ids=BOOKS)
 
@@ -108,3 +109,45 @@ def test_the_dynamic_book_spans_seven_decades() -> None:
     assert len(set(book.signed)) == len(set(book.unsigned)) == 256
     assert min(x for x in book.signed if x > 0) == pytest.approx(0.55e-6)
     assert min(x for x in book.unsigned if x > 0) == pytest.approx(0.325e-6)
+
+
+@KINDS
+@pytest.mark.parametrize("key", [None, (3, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_native_pass_is_the_definition(
+    book: CodeBook, key: tuple[int, int] | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes, scales and values are the same bits for random, special and limiting numbers, with ragged blocks."""
+    if not cpu.runs(torch.ones(1)):
+        pytest.skip("installed without native kernels")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200_000, generator=generator) ** 5
+    x[50_000:100_000].abs_()
+    x[1000:1300], x[2000], x[3000], x[4000:4600] = 0.0, torch.nan, -torch.inf, 1e-43
+    limits = torch.tensor([*book.signed, *[(a + b) / 2 for a, b in zip(book.signed, book.signed[1:], strict=False)]])
+    x = torch.cat([x, limits, limits.nextafter(torch.ones(1)), limits.nextafter(-torch.ones(1))]).to(dtype)
+
+    native = encode(x, book, noise=key)
+    values = decode(*native, book)
+    monkeypatch.setattr(cpu, "runs", lambda _: False)
+    defined = encode(x, book, noise=key)
+
+    assert torch.equal(native[0], defined[0])
+    assert torch.equal(
+        native[1].view(torch.int32).where(native[1].isfinite(), 0), defined[1].nan_to_num(0.0).view(torch.int32)
+    )
+    torch.testing.assert_close(values, decode(*defined, book), rtol=0, atol=0, equal_nan=True)
+
+
+@KINDS
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_few_numbers_share_their_upper_bits(book: CodeBook, stochastic: bool) -> None:
+    """Among numbers with the same upper 16 bits at most one limit lies, as the native pass supposes."""
+    limits, starts = _tables(book, stochastic=stochastic)
+    upper = torch.arange(2**15, dtype=torch.int32)
+    highest = ((upper << 16) | 0xFFFF).view(torch.float32)
+    inside = highest <= 1
+    for row in range(2):
+        passed = torch.bucketize(highest[inside], limits[row], right=stochastic)
+        start = starts[row, : 2**15][inside]
+        assert bool(((passed == start) | (passed == start + 1)).all())

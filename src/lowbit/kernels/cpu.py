@@ -378,6 +378,35 @@ def noise(count: int, key: tuple[int, int]) -> Tensor:
     return u
 
 
+def encode_book(
+    x: Tensor, block: int, values: Tensor, limits: Tensor, starts: Tensor, key: tuple[int, int] | None
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of blocks of numbers, as `lowbit.numerics.codebooks.encode` defines them.
+
+    Args:
+        x: dense float32 or bfloat16; blocks follow its memory.
+        block: numbers that share a scale.
+        values: float32 ``(2, 256)``, sorted numbers with and without a sign.
+        limits: float32 ``(2, 256)``: the code of a number beyond limit i is larger than i.
+        starts: int32 ``(2, 65536)``: by the upper 16 bits of a float32, the code of the smallest number that has them.
+        key: of noise, or None to round to nearest.
+
+    Returns:
+        uint8 codes, flat; float32 scales ``(blocks,)``.
+    """
+    codes = torch.empty(x.numel(), dtype=torch.uint8, device="cpu")
+    scales = _floats(-(-x.numel() // block))
+    operators.encode_book(x, block, values, limits, starts, key, codes, scales)
+    return codes, scales
+
+
+def decode_book(codes: Tensor, scales: Tensor, block: int, values: Tensor) -> Tensor:
+    """The values of codes, float32, flat: ``values[row, code] * |scale|``, the second row where a scale is negative."""
+    y = _floats(codes.numel())
+    operators.decode_book(codes, scales, block, values, y)
+    return y
+
+
 @dataclass(frozen=True, kw_only=True)
 class Window:
     """How rows unfold a convolution, always with three spatial axes.

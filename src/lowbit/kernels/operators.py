@@ -131,6 +131,12 @@ encode_blocks = Native(
 )
 fake_quantize = Native("fake_quantize", f"(Tensor x, int[] view, {_GRID}, Tensor(a!) y) -> ()")
 round_bf16 = Native("round_bf16", "(Tensor x, Tensor(a!) y) -> ()")
+encode_book = Native(
+    "encode_book",
+    "(Tensor x, int block, Tensor values, Tensor limits, Tensor starts, int[]? key, Tensor(a!) codes, "
+    "Tensor(b!) scales) -> ()",
+)
+decode_book = Native("decode_book", "(Tensor codes, Tensor scales, int block, Tensor values, Tensor(a!) y) -> ()")
 noise = Native("noise", "(int[] key, Tensor(a!) u) -> ()")
 multiply_codes = Native("multiply_codes", f"({_SIDES}, {_ADDED}) -> ()")
 multiply_halves = Native("multiply_halves", f"({_SIDES}, {_ADDED}) -> ()")

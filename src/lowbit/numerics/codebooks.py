@@ -11,6 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lowbit.kernels import cpu
+from lowbit.numerics.rounding import uniform_noise
+
 BLOCK = 256
 
 
@@ -39,6 +42,28 @@ def _table(book: CodeBook) -> Tensor:
     rows = [[*values, *[values[-1]] * (256 - len(values))] for values in (book.signed, book.unsigned)]
     with torch.inference_mode(mode=False):
         return torch.tensor(rows, dtype=torch.float32, device="cpu")
+
+
+@cache
+def _tables(book: CodeBook, *, stochastic: bool) -> tuple[Tensor, Tensor]:
+    """Limits and starts as `lowbit.kernels.cpu.encode_book` takes them.
+
+    Numbers that share the upper 16 bits of a float32 lie so close that at most one limit is among them.
+    """
+    with torch.inference_mode(mode=False):
+        upper = torch.arange(2**16, dtype=torch.int32, device="cpu")
+        # Of negative numbers the smallest has all lower bits set.
+        lowest = ((upper << 16) | (upper >> 15) * 0xFFFF).view(torch.float32).nan_to_num(0.0).clamp(-1.0, 1.0)
+        limits, starts = torch.full((2, 256), torch.inf, dtype=torch.float32, device="cpu"), []
+        for row, numbers in enumerate((book.signed, book.unsigned)):
+            values = book.table[row, : len(numbers)]
+            if stochastic:
+                starts.append(_below(lowest, values))
+                limits[row, : len(numbers) - 2] = values[1:-1]
+            else:
+                starts.append(torch.bucketize(lowest, _middles(values), out_int32=True))
+                limits[row, : len(numbers) - 1] = _middles(values)
+        return limits, torch.stack(starts)
 
 
 def linear() -> CodeBook:
@@ -88,7 +113,9 @@ def blocks_of(count: int, block: int) -> int:
     return -(-count // block)
 
 
-def encode(x: Tensor, book: CodeBook, *, block: int = BLOCK, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def encode(
+    x: Tensor, book: CodeBook, *, block: int = BLOCK, noise: Tensor | tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Codes and scales of a tensor: ``q`` of the nearest number to t, of the smaller one at equal distance.
 
     With noise u the number above t is taken iff ``u < (t - below) / (above - below)``, so that the mean over u is t.
@@ -97,13 +124,20 @@ def encode(x: Tensor, book: CodeBook, *, block: int = BLOCK, noise: Tensor | Non
         x: floating point, any shape; blocks follow its elements in row-major order. It is rounded to float32 first.
         book: the numbers.
         block: values that share a scale.
-        noise: draws in [0, 1), of the shape of `x`; None: nearest.
+        noise: draws in [0, 1), of the shape of `x`, or the two words of a noise field; None: nearest.
 
     Returns:
         uint8 codes of the shape of `x`, contiguous; float32 scales ``(blocks,)``, negative (or -0) where the block has
         the book without a sign, nan where a value of the block is not finite. Zeros give zeros.
     """
-    flat = _in_blocks(x.detach().float(), block)
+    x = x.detach()
+    if not isinstance(noise, Tensor) and cpu.runs(x) and x.numel():
+        limits, starts = _tables(book, stochastic=noise is not None)
+        found, found_scales = cpu.encode_book(x.contiguous(), block, book.table, limits, starts, noise)
+        return found.view(x.shape), found_scales
+    if isinstance(noise, tuple):
+        noise = uniform_noise(torch.tensor(noise, dtype=torch.int64, device="cpu"), x.shape, x.device)
+    flat = _in_blocks(x.float(), block)
     largest = flat.abs().amax(1)
     # A value that is not finite leaves nothing to scale: the block becomes nan.
     largest = largest.where(largest.isfinite(), torch.nan)
@@ -121,6 +155,8 @@ def encode(x: Tensor, book: CodeBook, *, block: int = BLOCK, noise: Tensor | Non
 
 def decode(codes: Tensor, scales: Tensor, book: CodeBook, *, block: int = BLOCK) -> Tensor:
     """The values of codes, float32 of their shape, contiguous; a block whose scale is nan gives nan."""
+    if cpu.runs(scales) and codes.is_cpu and codes.numel():
+        return cpu.decode_book(codes.contiguous(), scales, block, book.table).view(codes.shape)
     flat = _in_blocks(codes, block)
     rows = scales.signbit().to(torch.int32)[:, None] * 256 + flat.to(torch.int32)
     values = book.table.to(codes.device).flatten().index_select(0, rows.flatten()).view_as(flat)
@@ -137,11 +173,19 @@ def _in_blocks(x: Tensor, block: int) -> Tensor:
 
 
 def _nearest(t: Tensor, values: Tensor) -> Tensor:
-    middles = values[:-1] + (values[1:] - values[:-1]) / 2
-    return torch.bucketize(t.nan_to_num(0.0), middles, out_int32=True).to(torch.uint8)
+    return torch.bucketize(t.nan_to_num(0.0), _middles(values), out_int32=True).to(torch.uint8)
+
+
+def _middles(values: Tensor) -> Tensor:
+    return values[:-1] + (values[1:] - values[:-1]) / 2
 
 
 def _drawn(t: Tensor, values: Tensor, noise: Tensor) -> Tensor:
-    below = (torch.bucketize(t.nan_to_num(0.0), values, out_int32=True, right=True) - 1).clamp_(0, len(values) - 2)
+    below = _below(t.nan_to_num(0.0), values)
     low, high = values[below], values[below + 1]
     return (below + (noise < (t - low) / (high - low))).to(torch.uint8)
+
+
+def _below(t: Tensor, values: Tensor) -> Tensor:
+    """The code of the largest number that is not above t, of all but the last number; 0 below the first."""
+    return (torch.bucketize(t, values, out_int32=True, right=True) - 1).clamp_(0, len(values) - 2)

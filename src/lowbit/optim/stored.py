@@ -60,8 +60,16 @@ class Draws:
 
     def field(self, parameter: int, name: str, x: Tensor) -> Tensor:
         """The noise for one tensor of a parameter, given the parameter's number."""
+        return uniform_noise(self._key(parameter, name), x.shape, x.device)
+
+    def words(self, parameter: int, name: str) -> tuple[int, int]:
+        """The words of that field."""
+        first, second = self._key(parameter, name).tolist()
+        return first, second
+
+    def _key(self, parameter: int, name: str) -> Tensor:
         key = step_key(self.seed, torch.tensor(self.step, dtype=torch.int64, device="cpu"))
-        return uniform_noise(noise_key(key, tensor_id(f"parameter {parameter}", "update", name)), x.shape, x.device)
+        return noise_key(key, tensor_id(f"parameter {parameter}", "update", name))
 
 
 def on_grid(x: Tensor, fmt: Format, draws: Draws, parameter: int, name: str) -> Tensor:
@@ -74,7 +82,7 @@ def on_grid(x: Tensor, fmt: Format, draws: Draws, parameter: int, name: str) -> 
     dims = tuple(range(1, x.dim())) if fmt.granularity == "output-channel" else None
     axis = -1 if fmt.granularity == "block" or fmt.transform.along_axis else None
     wide = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
-    noise = draws.field(parameter, name, wide) if fmt.stochastic else None
+    noise = draws.words(parameter, name) if fmt.stochastic else None
     return quantize(wide, fmt, dims=dims, axis=axis, noise=noise).values.to(x.dtype)
 
 
@@ -103,7 +111,7 @@ class Coding:
 
     def pack(self, x: Tensor, book: str, draws: Draws, parameter: int, name: str) -> dict[str, Any]:
         """A state as codes, scales and the name of its dtype."""
-        noise = draws.field(parameter, name, x) if self.rounding == "stochastic" else None
+        noise = draws.words(parameter, name) if self.rounding == "stochastic" else None
         codes, scales = encode(x, BOOKS[book], block=self.block, noise=noise)
         return {"codes": codes, "scales": scales, "dtype": str(x.dtype).removeprefix("torch.")}
 

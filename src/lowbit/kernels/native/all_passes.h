@@ -5,6 +5,7 @@
 #pragma once
 
 #include "blocks.h"
+#include "books.h"
 #include "codes.h"
 #include "norm.h"
 #include "passes.h"
@@ -25,6 +26,8 @@ constexpr Passes all_passes() {
     p.fake_quantize = fake_quantize;
     p.round_bf16 = round_bf16;
     p.noise = noise;
+    p.encode_book = encode_book;
+    p.decode_book = decode_book;
     p.sums = sums;
     p.row_sums = row_sums;
     p.add_offsets = add_offsets;

@@ -336,6 +336,51 @@ void round_bf16(const Memory& x, const Memory& y) {
     passes().round_bf16(from, count_of(x), to);
 }
 
+// So many blocks as there are scales.
+void check_blocks(const Call& call, int64_t count, int64_t block, int64_t scales) {
+    call.need(block > 0, "a block has less than 1 number");
+    call.need(count / block + (count % block > 0) == scales, "there is not one scale for each block");
+}
+
+void encode_book(const Memory& x, int64_t block, const Memory& values, const Memory& limits, const Memory& starts,
+                 const MaybeKey& key, const Memory& codes, const Memory& scales) {
+    Call call("encode_book");
+    const int64_t count = count_of(x);
+    check_blocks(call, count, block, count_of(scales));
+    const auto [first, second] = key.value_or(Key{});
+    const void* from = floats(call, "x", x, count);
+    const Book book{call.reads<float>("values", values, 512),
+                    call.reads<float>("limits", limits, 512),
+                    call.reads<int32_t>("starts", starts, 131072),
+                    key.has_value(),
+                    first,
+                    second};
+    // A larger code would read beyond the rows: the last number of the book by noise, the last limit otherwise.
+    const int32_t most = key ? 254 : 255;
+    for (int64_t i = 0; i < 131072; i++)
+        call.need(book.starts[i] >= 0 && book.starts[i] <= most, "starts are not codes");
+    for (int64_t row = 0; row < 2; row++)
+        call.need(!(book.limits[row * 256 + most] < std::numeric_limits<float>::infinity()), "limits have no end");
+    uint8_t* to = call.writes<uint8_t>("codes", codes, count);
+    float* to_scales = call.writes<float>("scales", scales, count_of(scales));
+    call.check_disjoint();
+    const nb::gil_scoped_release release;
+    passes().encode_book(from, type_of(x), count, block, book, to, to_scales);
+}
+
+void decode_book(const Memory& codes, const Memory& scales, int64_t block, const Memory& values, const Memory& y) {
+    Call call("decode_book");
+    const int64_t count = count_of(y);
+    check_blocks(call, count, block, count_of(scales));
+    const uint8_t* from = call.reads<uint8_t>("codes", codes, count);
+    const float *by = call.reads<float>("scales", scales, count_of(scales)),
+                *numbers = call.reads<float>("values", values, 512);
+    float* to = call.writes<float>("y", y, count);
+    call.check_disjoint();
+    const nb::gil_scoped_release release;
+    passes().decode_book(from, by, count, block, numbers, to);
+}
+
 void noise(const Key& key, const Memory& u) {
     Call call("noise");
     float* to = call.writes<float>("u", u, count_of(u));
@@ -363,6 +408,8 @@ void bind_passes(nb::module_& m) {
     m.def("fake_quantize", &fake_quantize);
     m.def("round_bf16", &round_bf16);
     m.def("noise", &noise);
+    m.def("encode_book", &encode_book);
+    m.def("decode_book", &decode_book);
 }
 
 }  // namespace lowbit

@@ -69,6 +69,15 @@ struct CodeRows {
     int zero;
 };
 
+// A code book: rows for numbers with and without a sign.
+struct Book {
+    const float* values;    // 2 x 256, sorted
+    const float* limits;    // 2 x 256: beyond limit i the code is larger than i
+    const int32_t* starts;  // 2 x 65536: the code of the smallest number with these upper 16 bits
+    bool stochastic;
+    uint32_t key0, key1;  // of the noise
+};
+
 struct Passes {
     // ---- ranges.h ----
     // The smallest and largest value of each channel; nan where a nan is.
@@ -92,6 +101,14 @@ struct Passes {
     void (*round_bf16)(const float* x, int64_t count, float* y);
     // The uniform noise of numbers 0 to count - 1.
     void (*noise)(int64_t count, uint32_t key0, uint32_t key1, float* u);
+
+    // ---- books.h ----
+    // Codes of blocks of numbers and their scales, negative where the block has no negative numbers.
+    void (*encode_book)(const void* x, Type type, int64_t count, int64_t block, const Book& book, uint8_t* codes,
+                        float* scales);
+    // Their values.
+    void (*decode_book)(const uint8_t* codes, const float* scales, int64_t count, int64_t block, const float* values,
+                        float* y);
 
     // ---- sums.h ----
     // The sum of each of `width` columns of a matrix.
