@@ -230,6 +230,12 @@ CALLS: dict[str, list[tuple[Callable[[], dict[str, Any]], dict[Place, list[Any]]
             },
         )
     ],
+    "hadamard": [
+        (
+            lambda: {"x": floats(4, 6), "along": False, "size": 4, "signs": torch.ones(4)},
+            {("size",): [0, 1, 2, 3, 8, -4], ("along",): [True]},
+        )
+    ],
     "fake_quantize": [
         (
             lambda: {

@@ -337,3 +337,21 @@ class TestThroughLayers:
 
         torch.testing.assert_close(y, quantize(x, fmt).values, rtol=0, atol=1e-14)
         assert not torch.equal(y, quantize(x.flatten(0, 1), fmt).values.view_as(x))
+
+
+@pytest.mark.parametrize("signs", [None, 5])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("size", [2, 32, 1024])
+def test_the_native_pass_gives_the_bits_of_torch(
+    size: int, axis: int, signs: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Hadamard transform of whole blocks along either axis of a matrix, with signs and without."""
+    shape = (2 * size, 70) if axis == 0 else (19, 2 * size)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    transform, place = Hadamard(size=size, signs=signs), Place(dims=(axis,), axis=axis)
+
+    natively = transform.forward(x, place)
+
+    monkeypatch.setattr("lowbit.kernels.cpu.runs", lambda _: False)
+    assert torch.equal(natively, transform.forward(x, place))
+    assert not torch.equal(natively, x)

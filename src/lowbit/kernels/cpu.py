@@ -353,6 +353,21 @@ def encode_blocks(
     return codes, scale
 
 
+def hadamard(x: Tensor, *, along: bool, size: int, signs: Tensor | None) -> Tensor:
+    """``H D x / sqrt(size)`` of blocks of a matrix, as `lowbit.numerics.transforms.Hadamard` has it.
+
+    Args:
+        x: contiguous float32 ``(R, C)``, whose axis is whole blocks.
+        along: whether blocks lie along the last axis; else along the first.
+        size: of a block, a power of two from 2 to 1024.
+        signs: float32 ``(size,)``, the diagonal of D; None for ones.
+    """
+    _, width = x.shape
+    y = torch.empty_like(x)
+    operators.hadamard(x, width, along, signs, size, max(size, 1) ** -0.5, y)
+    return y
+
+
 def fake_quantize(x: Tensor, view: View, grid: Grid) -> Tensor:
     """The values of the codes in the dtype, shape and memory order of `x`."""
     y = torch.empty_like(x)

@@ -129,6 +129,9 @@ encode_blocks = Native(
     "(Tensor x, int width, int[] block, float levels, float floor, bool floor_power, int[]? key, Tensor(a!) codes, "
     "Tensor(b!) scale) -> ()",
 )
+hadamard = Native(
+    "hadamard", "(Tensor x, int width, bool along, Tensor? signs, int size, float factor, Tensor(a!) y) -> ()"
+)
 fake_quantize = Native("fake_quantize", f"(Tensor x, int[] view, {_GRID}, Tensor(a!) y) -> ()")
 round_bf16 = Native("round_bf16", "(Tensor x, Tensor(a!) y) -> ()")
 encode_book = Native(

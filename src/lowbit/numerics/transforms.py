@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowbit.errors import UsageError, shown
 from lowbit.inputs.checks import check_fields
+from lowbit.kernels import cpu
 from lowbit.numerics.parts import check_interval
 from lowbit.numerics.rounding import uniform_noise
 
@@ -186,8 +187,11 @@ class Hadamard:
 
     def forward(self, x: Tensor, place: Place) -> Tensor:
         """See the class; the result is longer along the axis if the last block is filled."""
+        short = -x.shape[place.axis] % self.size
+        if short == 0 and x.dim() == 2 and x.dtype == torch.float32 and x.numel() and cpu.runs(x):
+            signs = None if self.signs is None else self._signs()
+            return cpu.hadamard(x.contiguous(), along=place.axis % 2 == 1, size=self.size, signs=signs)
         rows = x.movedim(place.axis, -1)
-        short = -rows.shape[-1] % self.size
         rows = torch.nn.functional.pad(rows, (0, short)) if short else rows
         return self._turned(self._signed(rows)).movedim(-1, place.axis)
 
@@ -204,10 +208,13 @@ class Hadamard:
         """Each block of the last axis times the signs, which undo themselves."""
         if self.signs is None:
             return rows
-        key = torch.tensor([self.signs, 0], dtype=torch.int64, device="cpu")
-        signs = (uniform_noise(key, (self.size,)) < 0.5).to(rows) * -2 + 1
-        blocks: Tensor = rows.unflatten(-1, (-1, self.size)) * signs
+        blocks: Tensor = rows.unflatten(-1, (-1, self.size)) * self._signs().to(rows)
         return blocks.flatten(-2)
+
+    def _signs(self) -> Tensor:
+        """1 or -1 for each number of a block, float32."""
+        key = torch.tensor([self.signs, 0], dtype=torch.int64, device="cpu")
+        return (uniform_noise(key, (self.size,)) < 0.5).float() * -2 + 1
 
     def _turned(self, rows: Tensor) -> Tensor:
         """Each block of the last axis times the matrix, by butterflies: sums and differences of halves."""

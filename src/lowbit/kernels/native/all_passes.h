@@ -7,6 +7,7 @@
 #include "blocks.h"
 #include "books.h"
 #include "codes.h"
+#include "hadamard.h"
 #include "norm.h"
 #include "passes.h"
 #include "ranges.h"
@@ -23,6 +24,7 @@ constexpr Passes all_passes() {
     p.encode = encode<Encoder>;
     p.quantize = quantize<Encoder>;
     p.encode_blocks = encode_blocks<Encoder>;
+    p.hadamard = hadamard;
     p.fake_quantize = fake_quantize;
     p.round_bf16 = round_bf16;
     p.noise = noise;

@@ -314,6 +314,19 @@ void encode_blocks(const Memory& x, int64_t width, const std::array<int64_t, 2>&
                            {high, wide, levels, floor, floor_power, key.has_value(), first, second}, to, to_scale);
 }
 
+void hadamard(const Memory& x, int64_t width, bool along, const Memory& signs, int64_t size, float factor,
+              const Memory& y) {
+    Call call("hadamard");
+    const int64_t rows = rows_of(call, x, width);
+    call.need(size >= 2 && size <= 1024 && (size & (size - 1)) == 0, "the size is not a power of two from 2 to 1024");
+    call.need((along ? width : rows) % size == 0, "the axis is not whole blocks");
+    const float *from = call.reads<float>("x", x, count_of(x)), *of = call.may_read<float>("signs", signs, size);
+    float* to = call.writes<float>("y", y, count_of(x));
+    call.check_disjoint();
+    const nb::gil_scoped_release release;
+    passes().hadamard(from, rows, width, along, size, of, factor, to);
+}
+
 void fake_quantize(const Memory& x, const Shape& shape, const Memory& scale, const Memory& zero, float low, float high,
                    bool offset, const MaybeKey& key, const Memory& y) {
     Call call("fake_quantize");
@@ -405,6 +418,7 @@ void bind_passes(nb::module_& m) {
     m.def("affine", &affine);
     m.def("encode", &encode);
     m.def("encode_blocks", &encode_blocks);
+    m.def("hadamard", &hadamard);
     m.def("fake_quantize", &fake_quantize);
     m.def("round_bf16", &round_bf16);
     m.def("noise", &noise);

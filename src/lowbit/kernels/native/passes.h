@@ -95,6 +95,10 @@ struct Passes {
     // Codes of a matrix in blocks, in its order, and the scale of each block, row by row.
     void (*encode_blocks)(const void* x, Type type, int64_t rows, int64_t width, const BlockRule& rule, uint8_t* codes,
                           float* scales);
+    // Blocks of `size` numbers of each row, or with `along` false of each column, times signs where there are any, in
+    // the Hadamard transform times `factor`.
+    void (*hadamard)(const float* x, int64_t rows, int64_t width, bool along, int64_t size, const float* signs,
+                     float factor, float* y);
     // The values of the codes, (q - z) S or q S + o, in the type and order of x.
     void (*fake_quantize)(const void* x, Type type, View view, const Grid& grid, void* y);
     // The nearest bfloat16 of each number.
