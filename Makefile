@@ -11,7 +11,7 @@ ZOO := .venv-zoo
 ASAN := .venv-asan
 
 .PHONY: demo demo-short test test-zoo test-newest test-asan docs lint setup clean
-demo: $(READY)  ## train ResNet-20 on Fashion-MNIST in fp32, bf16 and sbm8, time them in turn, print one table
+demo: $(READY)  ## train ResNet-18 on Fashion-MNIST in fp32 and int8, time them beside bf16 and sbm8, print one table, write a page
 	$(BIN)/python benchmarks/demo.py
 
 demo-short: $(READY)  ## the same on fewer images, 1 to 2 minutes also on busy cores
