@@ -91,11 +91,6 @@ class BlockCodes:
         return scale.repeat_interleave(columns, 1)[:, : self.numbers.shape[1]].contiguous()
 
 
-def is_blocked(fmt: Format) -> bool:
-    """Whether scales lie along the summed axis, or a transform does."""
-    return fmt.granularity in ("block", "square") or fmt.transform.along_axis
-
-
 def refusal_of_blocks(pair: Pair) -> str:
     """Why two operands, of which one is blocked, are not matrices of codes in blocks, or ``""``."""
     if type(pair.op) not in _OPERATORS:
@@ -103,9 +98,9 @@ def refusal_of_blocks(pair: Pair) -> str:
     for fmt, keeps in zip(pair.formats, pair.kept, strict=True):
         if fmt.has_width and fmt.bits > 8:
             return f"codes of {fmt.bits} bits do not fit 8-bit units"
-        if why := unlisted(fmt, _BLOCKED if is_blocked(fmt) else _KEPT):
+        if why := unlisted(fmt, _BLOCKED if fmt.is_blocked else _KEPT):
             return why
-        if not keeps and not is_blocked(fmt):
+        if not keeps and not fmt.is_blocked:
             return f"scales per {fmt.granularity} lie along what the product sums over"
     a, b = pair.formats
     if a.transform != b.transform:

@@ -15,7 +15,6 @@ from lowbit.engines.base import Pair, Product
 from lowbit.engines.blocks import (
     BlockCodes,
     encode_blocks,
-    is_blocked,
     multiply_blocks,
     refusal_of_blocks,
     values_of_blocks,
@@ -124,7 +123,7 @@ class Int8:
 
     def refusal(self, pair: Pair) -> str:
         """It refuses formats that it does not list, scales along what the product sums over, and missing units."""
-        if any(is_blocked(fmt) for fmt in pair.formats):
+        if any(fmt.is_blocked for fmt in pair.formats):
             return refusal_of_blocks(pair) or missing("int8")
         if why := refusal_of_codes(pair, _OPERATORS, _TAKEN, offsets=True):
             return why
@@ -144,7 +143,7 @@ class Int8:
                     f"{setting.layer or 'a product'}: {slot.operand} in {slot.product} rounds stochastically and got "
                     "no counter-based noise, which the int8 engine needs: use the reference engine with recorded noise"
                 )
-        if is_blocked(fmt):
+        if slot.is_blocked:
             return encode_blocks(x, slot, key)
         observed = setting.input_range if slot.keeps_range else None
         x = x.contiguous() if layout == "matrix" else x

@@ -127,6 +127,11 @@ class Format:
         return self.rounding == "stochastic"
 
     @property
+    def is_blocked(self) -> bool:
+        """Whether scales lie along what a product sums over, or a transform does."""
+        return self.granularity in ("block", "square") or self.transform.along_axis
+
+    @property
     def granularity(self) -> Granularity:
         """What shares a scale; the tensor, if the format lacks scales."""
         return "tensor" if self.scale is None else self.scale.granularity

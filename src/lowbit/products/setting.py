@@ -107,6 +107,7 @@ class Slot:
         stochastic: whether it needs noise.
         symmetric: whether real zero is the code 0.
         has_offset: whether codes count from a float offset, so that real zero may lie between two of them.
+        is_blocked: whether scales lie along what is summed, or a transform does.
         sharing: what shares a scale.
         samples: the samples of whose extremes the range is a mean; None: the range rule does not look at samples.
         layout: the order of codes in memory: that of the tensor (``"matrix"``), channels last (``"activation"``) or
@@ -122,6 +123,7 @@ class Slot:
     stochastic: bool
     symmetric: bool
     has_offset: bool
+    is_blocked: bool
     sharing: Sharing
     samples: int | None
     layout: Layout
@@ -161,6 +163,7 @@ def slot(
         stochastic=fmt.stochastic,
         symmetric=fmt.zero == "symmetric",
         has_offset=fmt.zero == "offset",
+        is_blocked=fmt.is_blocked,
         samples=None if fmt.scale is None else fmt.scale.range.samples(shape),
         sharing=sharing(op, product, operand, fmt, shape),
         layout="matrix" if matrix else "weight" if operand == "weight" else "activation",
