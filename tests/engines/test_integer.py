@@ -766,7 +766,7 @@ class TestChoice:
             functional.linear(randn(4, 8), randn(3, 8), setting=setting)
 
 
-BLOCK = integer(bits=8, zero="symmetric", granularity="block", block=4)
+BLOCK = integer(bits=8, zero="symmetric", granularity="block", block=6)
 REFUSED = {
     "fp32": (Recipe.from_name("fp32"), "fp32"),
     "sbm8-cpt": (Recipe.from_name("sbm8-cpt"), "grad_input: scales per output-channel"),
@@ -775,7 +775,7 @@ REFUSED = {
     "an offset beside bf16": (recipe_of(BF16, output__weight=OFFSET), "output: a float offset beside a bf16 operand"),
     "an offset per row": (recipe_of(SYMMETRIC, output__input=OFFSET.replace(granularity="row")), "per row of anything"),
     "9 bits": (recipe_of(SYMMETRIC.replace(bits=9)), "9 bits"),
-    "blocks": (recipe_of(BLOCK), "per block"),
+    "blocks of 6": (recipe_of(BLOCK), "block"),
     "zero points per row": (recipe_of(AFFINE.replace(granularity="row")), "per row"),
     "rows in grad_weight": (
         recipe_of(SYMMETRIC, grad_weight__input=SYMMETRIC.replace(granularity="row")),
@@ -942,7 +942,7 @@ class TestVerify:
         model = network()
         lowbit.convert_(model, "int8", engine="int8")
         if how == "engine":
-            model[5].site.engine = "reference"
+            model[5].site.engines = ["reference"]
         else:
             model[5].site.bits.fill_(9)
 

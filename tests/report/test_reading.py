@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from report_runs import copied
+from tests.helpers import threads
 
 from lowbit import RunError, UsageError, machine
 from lowbit.report.reading import view_of, views_of
@@ -21,8 +22,9 @@ def test_a_view_has_what_the_result_says(runs: dict[str, Path]) -> None:
 
 
 def test_a_view_says_what_the_run_ran_on(runs: dict[str, Path]) -> None:
-    """Versions, processor and threads are those of this process."""
-    assert view_of(runs["int8-0"]).machines == [str(machine.here())]
+    """Versions and processor are those of this process, and the run had one thread."""
+    with threads(1):
+        assert view_of(runs["int8-0"]).machines == [str(machine.here())]
 
 
 def test_a_run_without_a_result_is_unfinished(runs: dict[str, Path]) -> None:

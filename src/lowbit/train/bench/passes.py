@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowbit.kernels import cpu, native_instruction_sets
 from lowbit.machine import here, paired, ratio
+from lowbit.numerics import codebooks
 from lowbit.numerics.ranges import new_running_range
 from lowbit.tables import text_table
 
@@ -62,7 +63,21 @@ def _native_passes(x: Tensor) -> dict[str, Step]:
             found[f"quantize s8 {per} {how} (extremes, encode)"] = partial(
                 cpu.quantize, x, views[per], symmetric=True, floor=0.0, levels=127.0, samples=samples, key=key
             )
-    return found | _norm_passes(x)
+    return found | _block_passes(x) | _norm_passes(x)
+
+
+def _block_passes(x: Tensor) -> dict[str, Step]:
+    """The passes over blocks of a summed axis, and over optimiser states."""
+    found: dict[str, Step] = {"hadamard 32": partial(cpu.hadamard, x, along=True, size=32, signs=None)}
+    book = codebooks.dynamic()
+    codes, scales = codebooks.encode(x, book)
+    for how, key in (("nearest", None), ("stochastic", (12345, 67890))):
+        found[f"blocks of 32: encode_blocks {how} (extremes, encode)"] = partial(
+            cpu.encode_blocks, x, (1, 32), levels=127.0, floor=0.0, floor_power=True, key=key
+        )
+        found[f"optimiser states: encode_book {how}"] = partial(codebooks.encode, x, book, noise=key)
+    found["optimiser states: decode_book"] = partial(codebooks.decode, codes, scales, book)
+    return found
 
 
 def _norm_passes(x: Tensor) -> dict[str, Step]:
