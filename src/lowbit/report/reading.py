@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from lowbit.errors import RunError, UsageError
 from lowbit.evidence.ledger import Ledger
-from lowbit.inputs import files
+from lowbit.inputs import files, userfile
 from lowbit.report.views import ACCURACY, BITS_PER_BYTE, LayerConversion, ProductError, View
 
 _T = TypeVar("_T")
@@ -91,6 +91,13 @@ class Reader:
 def _text(value: object) -> str:
     text = value if isinstance(value, str) else "" if value is None else str(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
+
+
+def _model(value: object) -> str:
+    """The name of a model; of a file of one's own without its folders, which say nothing to a reader."""
+    text = _text(value)
+    own = userfile.split(text)
+    return text if own is None else f"{own[0].name}:{own[1]}"
 
 
 def number(value: object) -> float | None:
@@ -169,7 +176,7 @@ def view_of(folder: Path) -> View:
     recipe = _text(settings.get("recipe"))
     return View(
         name=folder.name,
-        task=f"{_text(settings.get('model'))} on {_text(settings.get('data'))}",
+        task=f"{_model(settings.get('model'))} on {_text(settings.get('data'))}",
         recipe=recipe,
         label=recipe,
         seed=settings["seed"] if isinstance(settings.get("seed"), int) else None,
