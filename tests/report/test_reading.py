@@ -130,6 +130,6 @@ def test_what_is_not_a_run_is_refused(runs: dict[str, Path], tmp_path: Path) -> 
 
 def test_a_model_from_a_file_is_named_without_folders(runs: dict[str, Path], tmp_path: Path) -> None:
     """A page says ``net.py:Net``, wherever the file lay."""
-    run = copied(runs["int8-0"], tmp_path / "run", model="/home/somebody/net.py:Net")
+    run = copied(runs["int8-0"], tmp_path / "run", model="/elsewhere/net.py:Net")
 
     assert view_of(run).task == "net.py:Net on digits"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, Protocol
 
-from lowbit.cli import bench, cost, inspect, range_test, recipes, report, resume, train
+from lowbit.cli import bench, compare, cost, inspect, range_test, recipes, report, resume, train
 
 
 class Command(Protocol):
@@ -27,6 +27,7 @@ COMMANDS: dict[str, Command] = {
     "range-test": range_test,
     "inspect": inspect,
     "cost": cost,
+    "compare": compare,
     "report": report,
     "bench": bench,
     "recipes": recipes,
