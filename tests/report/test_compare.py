@@ -153,6 +153,14 @@ def test_equal_seeds_are_paired(views: list[View]) -> None:
     assert list(found.differences) == [0, 1, 2]
 
 
+def test_seeds_of_one_setting_alone_are_named(views: list[View]) -> None:
+    """They enter no difference, and the text says which they are."""
+    found = equality_of(views[0], [80.0, 81.0, 82.0], [80.1, 81.0], 0.3)
+
+    assert list(found.differences) == [0, 1]
+    assert "seeds 2" in str(found)
+
+
 @pytest.mark.parametrize(
     ("first", "second", "margin", "message"),
     [

@@ -266,6 +266,7 @@ class Equality:
         second: label of the second.
         margin: m, in points of the score.
         differences: d_i, second minus first, by seed.
+        unpaired: seeds that only one setting has, which are left out.
         low: lower end of the interval.
         high: upper end.
         verdict: what is shown.
@@ -279,6 +280,7 @@ class Equality:
     second: str
     margin: float
     differences: Mapping[int, float]
+    unpaired: Sequence[int]
     low: float
     high: float
     verdict: Verdict
@@ -298,6 +300,8 @@ class Equality:
             f"by seed: {seeds}",
             "two one-sided t-tests at 5 % on differences of equal seeds, which count as independent and normal",
         ]
+        if self.unpaired:
+            lines.append(f"left out, as one setting lacks them: seeds {', '.join(map(str, self.unpaired))}")
         if self.verdict == "not shown":
             lines.append(
                 f"about {self.more} more seeds would decide if mean and spread stayed as they are"
@@ -342,6 +346,7 @@ def equality(views: Sequence[View], margin: float) -> Equality:
         second=second,
         margin=margin,
         differences=differences,
+        unpaired=sorted(scores[0].keys() ^ scores[1].keys()),
         low=mean - half,
         high=mean + half,
         verdict=verdict,
