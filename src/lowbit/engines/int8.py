@@ -113,6 +113,10 @@ def missing(unit: Unit) -> str:
     return self_test()
 
 
+# The memory format in which channels come last, by the number of axes.
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 class Int8:
     """See the top of this file."""
 
@@ -148,6 +152,10 @@ class Int8:
         observed = setting.input_range if slot.keeps_range else None
         x = x.contiguous() if layout == "matrix" else x
         way = passes(x.shape, x.stride(), layout, slot.sharing, slot.stochastic)
+        if way is None and layout != "matrix" and x.dim() in _LAST:
+            # One copy costs far less than torch's operators, which take several passes over memory.
+            x = x.contiguous(memory_format=_LAST[x.dim()])
+            way = passes(x.shape, x.stride(), layout, slot.sharing, slot.stochastic)
         if way is None:
             noise = None if key is None else cpu.noise(x.numel(), key)
             return encode_by_torch(x.contiguous(), slot, noise=noise, observed=observed)
