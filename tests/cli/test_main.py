@@ -49,7 +49,6 @@ print(codes, "lightning" in sys.modules)
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        ([], ["subcommand"]),
         (["trian"], ["trian", "train", "resume"]),
         (["train"], ["--model", "--data"]),
         (["train", "--model", "mlp", "--data", "digits", "--epochs", "x"], ["--epochs", "int", "x"]),
@@ -209,3 +208,25 @@ def test_a_setting_that_is_no_number_is_named(capsys: pytest.CaptureFixture[str]
     assert cli.main(["train", "--model", "mlp", "--data", "digits", "--lr", "abc"]) == 2
 
     assert capsys.readouterr().err == "lowbit: error: --lr: expected float, got abc\n"
+
+
+def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """`lowbit` alone lists the commands, and is no failure."""
+    assert cli.main([]) == 0
+
+    out = capsys.readouterr().out
+    assert "train" in out
+    assert "compare" in out
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    """`lowbit cost ... | head -1` ends with the exit code of a closed pipe and writes nothing to stderr."""
+    command = [sys.executable, "-m", "lowbit.cli", "cost", "--model", "mlp", "--recipe", "int8", "--steps", "9"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.close()
+        err = run.stderr.read()
+        code = run.wait(timeout=60)
+
+    assert (code, err) == (141, b"")

@@ -1,7 +1,8 @@
-"""The command line: ``lowbit train | resume | range-test | inspect | cost | bench | recipes``."""
+"""The command line: ``lowbit COMMAND``; `lowbit.cli.parser.COMMANDS` has the commands."""
 
 import os
 import re
+import signal
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -18,11 +19,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 if it did what was asked, 1 if a correct request failed (`RunError`), 2 if the request was wrong
-        (`UsageError`), 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. Failures are one line on stderr;
-        ``LOWBIT_TRACEBACK=1`` shows where.
+        (`UsageError`), 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 141 if who reads the output went away.
+        Failures are one line on stderr; ``LOWBIT_TRACEBACK=1`` shows where.
     """
     try:
-        return _command(sys.argv[1:] if argv is None else argv)
+        code = _command((sys.argv[1:] if argv is None else argv) or ["--help"])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # of `lowbit cost ... | head`: Python would write what is left once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (UsageError, ArgumentError) as error:
         return _fail(error, str(error), 2)
     except RunError as error:
