@@ -10,6 +10,7 @@ from lowbit import hardware as hardware
 from lowbit import optim as optim
 from lowbit import plot as plot
 from lowbit import schedules as schedules
+from lowbit.advice import Advice, advise
 from lowbit.conversion.convert import convert_, restore_
 from lowbit.conversion.report import Report
 from lowbit.conversion.state import load_state_dict, state_dict
@@ -31,6 +32,7 @@ from lowbit.report.cost import Cost
 __version__ = version("lowbit")
 
 __all__ = [
+    "Advice",
     "Cost",
     "Ledger",
     "Meter",
@@ -43,6 +45,7 @@ __all__ = [
     "RunError",
     "UsageError",
     "VerificationError",
+    "advise",
     "convert_",
     "load_state_dict",
     "plan",

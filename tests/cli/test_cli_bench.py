@@ -124,3 +124,41 @@ def test_flags_that_do_not_fit_are_refused(flags: list[str], message: str, capsy
 
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+class TestModel:
+    """``lowbit bench --model``: advice for one model."""
+
+    def test_a_model_of_ones_own_is_timed(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A class of a file gets random images, and the advice is printed."""
+        source = "from torch import nn\nclass Net(nn.Sequential):\n    def __init__(self):\n"
+        source += "        super().__init__(nn.Flatten(), nn.Linear(48, 10))\n"
+        (tmp_path / "net.py").write_text(source)
+
+        code = cli.main(
+            ["bench", "--model", f"{tmp_path}/net.py:Net", "--input", "2,3,4,4", "--recipes", "int8", "--threads", "1"]
+        )
+
+        assert code == 0
+        out = capsys.readouterr().out
+        assert "fastest here:" in out
+        assert "int8 in bf16 autocast" in out
+        assert "sbm8" not in out
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            (["--model", "mlp"], "--model needs --input"),
+            (["--model", "mlp", "--input", "3"], "--input after its batch size must be C,H,W"),
+            (["--model", "mlp", "--input", "x,3,4,4"], "--input must be B,C,H,W"),
+            (["--input", "8,3,4,4"], "--input describe a model of your own: give --model"),
+            (["--model", "mlp", "--input", "2,3,4,4", "--rounds", "3"], "--rounds belong to others"),
+            (["--model", "mlp", "--input", "2,3,4,4", "--kernels"], "--kernels belong to others"),
+        ],
+    )
+    def test_flags_that_do_not_fit_are_refused(
+        self, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Each message names the flag and what to give."""
+        assert cli.main(["bench", *flags]) == 2
+        assert words in capsys.readouterr().err

@@ -322,7 +322,7 @@ class TestAuto:
         assert report.without_gain == ("0",)
         assert [row.speed for row in report.rows] == [0.5, 2.0]
         assert "no gain: 0.50 times the speed of fp32 as linear 4 to 4" in report.rows[0].reason
-        assert "no engine is faster than fp32 here for 0:" in str(report)
+        assert "no engine is faster than fp32 for 0; whether the whole step is faster" in str(report)
 
     def test_where_all_gain_nobody_is_named(self) -> None:
         """A table in which int8 is faster throughout gives no such line."""

@@ -182,7 +182,7 @@ class TestSteps:
 
         lines = list(bench.steps(["tiny"], ["fp32", "sbm8"], 1))
 
-        assert lines[1] == "tiny, sbm8: measured as no faster than fp32 on any engine: 3"
+        assert lines[1] == "tiny, sbm8: measured alone as no faster than fp32 on any engine: 3"
 
 
 class TestForeign:

@@ -105,7 +105,10 @@ def convert_(
         notes = (*notes, *choice_notes(choices, found))
     report = Report(recipe=recipe.name, rows=rows, notes=notes)
     if slow := report.without_gain:
-        gain = f"no engine is faster than fp32 here for {some(slow)}: rules=[(name, None)] leaves them in fp32"
+        gain = (
+            f"measured alone and in float32, no engine is faster than fp32 for {some(slow)}; whether the whole step is "
+            "faster without them, lowbit.advise(model, batch) measures"
+        )
         report = replace(report, notes=(*notes, gain))
     warn_of_a_small_share(report, model)
     return report

@@ -76,7 +76,10 @@ class Report:
 
     @property
     def without_gain(self) -> tuple[str, ...]:
-        """Names of the layers for which no engine is faster than full precision on this machine, as measured."""
+        """Names of the layers for which no engine is faster than full precision here, measured alone and in float32.
+
+        A whole step may be slower without them converted: `lowbit.advise` measures that.
+        """
         return tuple(row.name for row in self.rows if row.speed is not None and row.speed <= 1)
 
     def __str__(self) -> str:

@@ -154,4 +154,4 @@ def without_gain(works: Sequence[str], variants: Sequence[str]) -> Iterator[str]
             report = lowbit.convert_(WORKS[work]().model, recipe)
             if report.without_gain:
                 layers = ", ".join(report.without_gain)
-                yield f"{work}, {recipe}: measured as no faster than fp32 on any engine: {layers}"
+                yield f"{work}, {recipe}: measured alone as no faster than fp32 on any engine: {layers}"
