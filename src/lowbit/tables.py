@@ -72,6 +72,11 @@ def json_text(data: Mapping[str, Any]) -> str:
     return json.dumps(_finite(data), indent=2, allow_nan=False)
 
 
+def json_line(data: Mapping[str, Any]) -> str:
+    """The same in one line without blanks, for files of one record a line."""
+    return json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(each) for key, each in value.items()}

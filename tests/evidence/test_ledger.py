@@ -268,6 +268,23 @@ def test_a_score_that_is_no_number_is_not_the_best(higher: bool) -> None:
     assert best.score == 0.2
 
 
+def test_a_score_that_is_no_number_is_written_as_null(tmp_path: Path) -> None:
+    """Any JSON reader takes the file; a ledger of an earlier version, with NaN in it, is read too."""
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger.create(path)
+    ledger.add_evaluation(None, name="x", score=math.nan, higher_is_better=True)
+    ledger.close()
+    line = path.read_text().splitlines()[-1]
+    old = tmp_path / "old.jsonl"
+    records = [json.loads(text) for text in path.read_text().splitlines()]
+    old.write_text("".join(f"{json.dumps({k: v for k, v in r.items() if k != 'crc'})}\n" for r in records))
+    old.write_text(old.read_text().replace('"score": null', '"score": NaN'))
+
+    assert json.loads(line, parse_constant=pytest.fail)["score"] is None
+    assert Ledger.load(path).evaluations[0].score is None
+    assert math.isnan(Ledger.load(old).evaluations[0].score or 0.0)
+
+
 def test_scores_of_two_kinds_have_no_best() -> None:
     """Scores of different names cannot be compared."""
     ledger = Ledger()

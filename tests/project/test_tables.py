@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from lowbit.tables import json_text, text_table
+from lowbit.tables import json_line, json_text, text_table
 
 
 def test_words_stand_left_and_numbers_right() -> None:
@@ -58,3 +58,8 @@ def test_json_has_null_for_what_is_not_finite() -> None:
     read = json.loads(json_text(data), parse_constant=pytest.fail)
 
     assert read == {"a": None, "b": [1, None, {"c": None}], "d": [True, "nan", None, 0.1]}
+
+
+def test_a_line_of_json_is_short_and_strict() -> None:
+    """A record of a file of lines has no blanks, keeps its order, and null for what is not a number."""
+    assert json_line({"b": math.nan, "a": (1, 2.5)}) == '{"b":null,"a":[1,2.5]}'

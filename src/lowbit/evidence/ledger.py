@@ -20,6 +20,7 @@ from lowbit.evidence.history import History
 from lowbit.evidence.records import Evaluation, Product, Program, Step
 from lowbit.inputs import files
 from lowbit.inputs.checks import check_type, check_whole
+from lowbit.tables import json_line
 
 _T = TypeVar("_T")
 _VERSION = 1
@@ -143,7 +144,7 @@ class Ledger(History):
         if self._file is not None and self._file.closed:
             raise UsageError(f"the ledger's file {self._file.name} is closed: go on with Ledger.resume")
         if self._file is not None:
-            content = json.dumps({"record": record, **values}, separators=(",", ":")).encode()[:-1]
+            content = json_line({"record": record, **values}).encode()[:-1]
             self._file.write(b'%b,"crc":"%08x"}\n' % (content, zlib.crc32(content)))
             self._file.flush()
 

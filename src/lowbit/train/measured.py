@@ -17,6 +17,7 @@ from lowbit.errors import RunError
 from lowbit.evidence.energy import Energy, measured_energy
 from lowbit.inputs import files
 from lowbit.inputs.checks import check_type
+from lowbit.tables import json_line
 
 MEASURED = "measured.jsonl"
 
@@ -51,7 +52,7 @@ def measured(out: Path, *, steps: Callable[[], int], seconds_per_step: Callable[
         path = out / MEASURED
         before = bytes(_content(path)) if path.exists() else b""
         whole = before + b"\n" if before and not before.endswith(b"\n") else before  # a damaged line stays alone
-        files.write_bytes(path, whole + json.dumps(line | asdict(energy)).encode() + b"\n")
+        files.write_bytes(path, whole + json_line(line | asdict(energy)).encode() + b"\n")
 
     energy = Energy()
     try:
