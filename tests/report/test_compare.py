@@ -53,6 +53,29 @@ def test_a_setting_is_the_mean_of_its_seeds(views: list[View]) -> None:
     assert any("one run has no interval" in note for note in found.notes)
 
 
+def test_memory_is_that_of_a_step(views: list[View]) -> None:
+    """The column is the whole step where every run measured it, and what was held for the backward otherwise."""
+    first, *rest = views
+    assert first.memory is not None
+
+    whole, part = compare(views), compare([replace(first, memory=None), *rest])
+
+    assert whole.groups[0].step_mib == pytest.approx(first.memory.total / 2**20)
+    assert "MiB" in whole.table.header
+    assert "MiB held" in part.table.header
+
+
+def test_other_engines_and_versions_are_said(views: list[View]) -> None:
+    """A note names versions that differ, and a setting whose runs had different engines."""
+    first, second, *rest = views
+
+    notes = compare([replace(first, engines={"bf16": 1}, versions={"torch": "1.0"}), second, *rest]).notes
+
+    assert any("versions of torch: 1.0, " in note for note in notes)
+    assert any(note.startswith("fp32: its runs had different engines") for note in notes) == bool(second.engines)
+    assert not any("versions" in note or "engines" in note for note in compare(views).notes)
+
+
 def test_costs_are_those_of_the_ledgers(views: list[View]) -> None:
     """The bit operations of a group are the mean over its runs, and the table has their share of the baseline's."""
     found = compare(views)

@@ -1,17 +1,21 @@
 """The files of a run folder: written whole, read up to a limit, links not followed."""
 
 import errno
+import json
+import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import config, last
 
 from lowbit.cli import main as cli
 from lowbit.errors import RunError, UsageError
 from lowbit.inputs import files
-from lowbit.train import checkpoint, trainer
+from lowbit.train import checkpoint, folder, trainer
 
 
 def test_taken_folder_is_refused_untouched(tmp_path: Path) -> None:
@@ -111,3 +115,43 @@ def test_a_nul_byte_in_the_name_is_one_clear_line(tmp_path: Path) -> None:
         trainer.train(config(Path(f"{tmp_path}/a\0b")))
     with pytest.raises(UsageError, match="NUL byte"):
         trainer.resume(Path("a\0b"))
+
+
+def test_a_result_says_what_ran(complete: Path) -> None:
+    """Model, data, seed, engines, versions and the memory of a step are in result.json, and are read back."""
+    values = json.loads((complete / "result.json").read_text())
+    result = folder.read_result(complete)
+
+    assert (values["model"], values["data"], values["seed"]) == ("mlp", "digits", 0)
+    assert sum(values["engines"].values()) == 3 * values["converted"]
+    assert values["versions"]["torch"] == torch.__version__
+    assert result.memory is not None
+    assert result.memory.states == result.memory.gradients  # SGD keeps one momentum for each weight
+    assert result.memory.activations > 0
+    assert result.memory.update > 0
+
+
+def test_a_resumed_run_measures_its_memory_too(halfway: Path, complete: Path) -> None:
+    """The memory of a step is that of a run that was never stopped."""
+    assert trainer.resume(halfway).memory == folder.read_result(complete).memory
+
+
+def test_a_result_of_an_earlier_version_is_read(complete: Path, tmp_path: Path) -> None:
+    """A file without the later fields and with a bare NaN gives a result with these left open."""
+    values = json.loads((complete / "result.json").read_text())
+    for name in ("model", "data", "seed", "engines", "versions", "memory"):
+        del values[name]
+    (tmp_path / "result.json").write_text(json.dumps(values | {"test_loss": math.nan}))
+
+    result = folder.read_result(tmp_path)
+    assert math.isnan(result.test_loss)
+    assert (result.model, result.seed, result.engines, result.memory) == ("", None, {}, None)
+
+
+def test_a_loss_that_is_no_number_is_written_as_null(complete: Path, tmp_path: Path) -> None:
+    """The file is JSON for any reader, and the result comes back with nan."""
+    folder.write_result(replace(folder.read_result(complete), test_loss=math.nan, out=tmp_path))
+
+    read = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
+    assert read["test_loss"] is None
+    assert math.isnan(folder.read_result(tmp_path).test_loss)

@@ -21,6 +21,8 @@ def show(result: Result) -> None:
         table.add_row(
             "bit operations", f"{result.bit_operations:.4g} ({result.bit_operations / result.macs:.4g} a MAC)"
         )
+    if result.memory is not None:
+        table.add_row("memory of a step", f"{result.memory.total / 2**20:,.4g} MiB at most, its parts in result.json")
     if result.low is not None:
         table.add_row("range test", f"{result.low} bits, {result.out / 'range-test.txt'}")
     table.add_row("what ran", f"{result.out / 'conversion.txt'}, {result.out / 'proof.txt'}")

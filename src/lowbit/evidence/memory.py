@@ -1,13 +1,14 @@
 """Memory of a forward pass and of a whole training step: measured, not modelled."""
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit.errors import UsageError
 from lowbit.inputs.checks import checked
@@ -68,6 +69,11 @@ class StepMemory:
     activations: int
     update: int
 
+    @property
+    def total(self) -> int:
+        """The most that these are together: the saved activations are gone when the update runs."""
+        return self.parameters + self.gradients + self.states + max(self.activations, self.update)
+
     def __str__(self) -> str:
         rows = {
             "parameters and buffers": self.parameters,
@@ -84,7 +90,7 @@ def step_memory(model: nn.Module, optimizer: torch.optim.Optimizer, step: Callab
     """Measure one training step: what stays in memory, what the forward keeps, and what the update takes besides.
 
     Tensors are counted by their distinct storages. Not counted are temporary tensors of the forward and the backward,
-    memory that native code takes outside torch's allocator, and what the allocator keeps unused.
+    what an operator allocates and frees within itself (on a GPU that counts), and what the allocator keeps unused.
 
     Args:
         model: whose parameters and buffers count.
@@ -96,42 +102,102 @@ def step_memory(model: nn.Module, optimizer: torch.optim.Optimizer, step: Callab
         UsageError: the step does not call the optimiser.
     """
     step()
-    kept = [*model.parameters(), *model.buffers()]
-    found: dict[str, int] = {}
-    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    cuda = any(each.is_cuda for each in kept)
-
-    def begin(*_: object) -> None:
-        found["gradients"] = _bytes(p.grad for p in model.parameters() if p.grad is not None)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-            found["before"] = torch.cuda.memory_allocated()
-        else:
-            profiler.start()
-
-    def end(*_: object) -> None:
-        if cuda:
-            found["update"] = torch.cuda.max_memory_allocated() - found["before"]
-        else:
-            profiler.stop()
-            found["update"] = _peak(profiler)
-
-    hooks = [optimizer.register_step_pre_hook(begin), optimizer.register_step_post_hook(end)]
+    update = UpdateMemory(model, optimizer)
+    hooks = [
+        optimizer.register_step_pre_hook(lambda *_: update.begin()),
+        optimizer.register_step_post_hook(lambda *_: update.end()),
+    ]
     try:
-        with held_for_backward(kept) as held:
+        with held_for_backward(update.kept) as held:
             step()
     finally:
         for hook in hooks:
             hook.remove()
-    if "update" not in found:
+    if update.scratch is None:
         raise UsageError("step_memory: the step did not call step() of this optimizer: give the one that it calls")
-    return StepMemory(
-        parameters=_bytes(kept),
-        gradients=found["gradients"],
-        states=_bytes(_tensors(optimizer.state)),
-        activations=held.bytes,
-        update=found["update"],
-    )
+    return update.result(activations=held.bytes)
+
+
+class UpdateMemory:
+    """Measures one update of a run: call `begin` when the gradients are there, and `end` after the optimiser's step.
+
+    Args:
+        model: whose parameters and buffers count.
+        optimizer: of these parameters, which has made a step before.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.kept = [*model.parameters(), *model.buffers()]
+        self.scratch: int | None = None  # the most that the update allocated; None before `end`
+        self._optimizer = optimizer
+        self._gradients = 0
+        self._watch = ExitStack()
+
+    def begin(self) -> None:
+        """Note the gradients, and watch what is allocated from now on."""
+        self._gradients = _bytes(p.grad for p in self.kept if p.grad is not None)
+        cuda = any(each.is_cuda for each in self.kept)
+        self._allocated = self._watch.enter_context(_AllocatedOnCuda() if cuda else _Allocated())
+
+    def end(self) -> None:
+        """Watch no more."""
+        self._watch.close()
+        self.scratch = self._allocated.most
+
+    def result(self, *, activations: int) -> StepMemory:
+        """What was measured, after `end`.
+
+        Args:
+            activations: bytes that the forward passes kept for the backward.
+        """
+        assert self.scratch is not None
+        return StepMemory(
+            parameters=_bytes(self.kept),
+            gradients=self._gradients,
+            states=_bytes(_tensors(self._optimizer.state)),
+            activations=activations,
+            update=self.scratch,
+        )
+
+
+class _Allocated(TorchDispatchMode):
+    """The most bytes of new tensors that operators returned and that lived at one moment.
+
+    torch's profiler would ask the allocator itself, but it takes long to start and writes on stderr.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self._now = 0
+        self._living: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs or {}))}
+        for storage in [t.untyped_storage() for t in _tensors(out)]:
+            if storage._cdata not in given and storage._cdata not in self._living:
+                self._living[storage._cdata] = storage.nbytes()
+                self._now += storage.nbytes()
+                self.most = max(self.most, self._now)
+                weakref.finalize(storage, self._free, storage._cdata)
+        return out
+
+    def _free(self, address: int) -> None:
+        self._now -= self._living.pop(address)
+
+
+class _AllocatedOnCuda:
+    """The same, as the allocator of the GPU counts it."""
+
+    most = 0
+
+    def __enter__(self) -> Self:
+        torch.cuda.reset_peak_memory_stats()
+        self._before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.most = torch.cuda.max_memory_allocated() - self._before
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -147,14 +213,3 @@ def _tensors(content: object) -> Iterator[Tensor]:
     elif isinstance(content, Mapping | list | tuple):
         for each in content.values() if isinstance(content, Mapping) else content:
             yield from _tensors(each)
-
-
-def _peak(profiler: profile) -> int:
-    """The largest sum of what was allocated and not yet freed."""
-    results: Any = profiler.profiler
-    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most

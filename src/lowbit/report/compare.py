@@ -6,7 +6,6 @@ Notation: d_i difference of two settings' scores with seed i, n seeds, m the mar
 import csv
 import importlib
 import io
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from lowbit.errors import RunError, UsageError, shown, unknown
 from lowbit.evidence.metrics import METRICS
 from lowbit.report.charts import by_label, front
 from lowbit.report.views import View
-from lowbit.tables import Table, html_of
+from lowbit.tables import Table, html_of, json_text
 
 BASELINE = "fp32"
 CONFIDENCE = 0.95
@@ -39,8 +38,9 @@ class Group:
         deviation: their standard deviation; None for one run.
         interval: half the width of the 95 % interval of the mean, by Student's t; None for one run.
         costs: the mean of each cost metric over the runs, by its name.
-        seconds_per_step: mean of the runs' medians; None if a run lacks it. So are the two below.
+        seconds_per_step: mean of the runs' medians; None if a run lacks it. So are the three below.
         mib: memory held for the backward, at most.
+        step_mib: memory of a whole step, see `StepMemory.total`.
         joules: of a run.
         best: whether no other setting has a better mean score for the same bit operations or fewer.
     """
@@ -54,6 +54,7 @@ class Group:
     costs: Mapping[str, float]
     seconds_per_step: float | None
     mib: float | None
+    step_mib: float | None
     joules: float | None
     best: bool
 
@@ -94,8 +95,10 @@ class Comparison:
             "s/step",
             "speed",
         ]
-        known = {name for name in ("mib", "joules") if any(getattr(g, name) is not None for g in self.groups)}
-        header += [title for name, title in (("mib", "MiB"), ("joules", "J")) if name in known]
+        whole = all(group.step_mib is not None for group in self.groups)
+        titles = {"step_mib" if whole else "mib": "MiB" if whole else "MiB held", "joules": "J"}
+        known = [name for name in titles if any(getattr(g, name) is not None for g in self.groups)]
+        header += [titles[name] for name in known]
         rows = []
         for group in self.groups:
             row = [
@@ -111,7 +114,7 @@ class Comparison:
                 if not group.seconds_per_step or base.seconds_per_step is None
                 else f"{base.seconds_per_step / group.seconds_per_step:.2f}",
             ]
-            row += [_cell(getattr(group, name), ",.3g") for name in ("mib", "joules") if name in known]
+            row += [_cell(getattr(group, name), ",.3g") for name in known]
             rows.append(row)
         return Table(header=header, rows=rows)
 
@@ -139,11 +142,11 @@ class Comparison:
 
     def to_json(self) -> str:
         """`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        return json_text(self.to_dict())
 
     def to_csv(self) -> str:
         """A line for each setting, with every cost metric."""
-        columns = ("label", "mean", "deviation", "interval", "seconds_per_step", "mib", "joules", "best")
+        columns = ("label", "mean", "deviation", "interval", "seconds_per_step", "mib", "step_mib", "joules", "best")
         names = [metric.name for metric in METRICS]
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
@@ -235,6 +238,7 @@ def _group(label: str, runs: Sequence[View], costs: Mapping[str, float], *, best
         costs=costs,
         seconds_per_step=_mean([view.seconds_per_step for view in runs]),
         mib=_mean([None if value is None else value / 2**20 for value in held]),
+        step_mib=_mean([None if view.memory is None else view.memory.total / 2**20 for view in runs]),
         joules=_mean([view.joules for view in runs]),
         best=best,
     )
@@ -251,6 +255,13 @@ def _notes(given: Sequence[View], whole: Sequence[View], groups: Sequence[Group]
     machines = {machine for view in whole for machine in view.machines}
     if len(machines) > 1:
         notes.append(f"seconds are of {len(machines)} machines or numbers of threads: compare them with care")
+    for label, runs in by_label(whole).items():
+        if len({tuple(sorted(view.engines.items())) for view in runs if view.engines}) > 1:
+            notes.append(f"{_printable(label)}: its runs had different engines, so their seconds are of several kinds")
+    for name in ("lowbit", "torch"):
+        found = {view.versions[name] for view in whole if name in view.versions}
+        if len(found) > 1:
+            notes.append(f"runs are of several versions of {name}: {', '.join(map(_printable, sorted(found)))}")
     return notes
 
 

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from lowbit.evidence.memory import StepMemory
 from lowbit.evidence.records import PRODUCTS
 from lowbit.report import charts
 from lowbit.report.views import View
@@ -15,6 +16,7 @@ def facts(view: View) -> list[tuple[str, str]]:
     """Where the time, the memory and the energy of a run went, as names and values."""
     seconds, held = view.seconds_per_step, view.ledger.held_bytes
     costs = view.costs
+    whole = view.memory
     energy = view.energy if view.joules is None else f"{view.joules:,.4g} J ({view.energy})"
     return [
         ("state", "complete" if view.complete else f"unfinished: {view.steps:,} steps so far"),
@@ -24,6 +26,9 @@ def facts(view: View) -> list[tuple[str, str]]:
         ("time", "too few steps to say" if seconds is None else f"{seconds:.4g} s a step (median)"),
         ("time of all steps", "-" if seconds is None else f"about {_duration(seconds * view.steps)}"),
         ("memory", "not measured" if held is None else f"{held / 2**20:,.1f} MiB held for the backward, at most"),
+        ("memory of a step", "not measured" if whole is None else _parts(whole)),
+        ("engines", ", ".join(f"{name} for {n} products" for name, n in view.engines.items()) or "not known"),
+        ("versions", ", ".join(f"{name} {text}" for name, text in view.versions.items()) or "not known"),
         ("operands", f"{digits(costs['operand bytes'].total / 2**30, 3)} GiB, each read once at its width"),
         ("energy", energy),
         ("bit operations", f"{digits(costs['GBitOPs'].total)} × 10⁹, {costs['cp'].total:.3g} % of 32 × 32 bits"),
@@ -32,6 +37,12 @@ def facts(view: View) -> list[tuple[str, str]]:
 
 def _score(view: View) -> str:
     return f"{view.score:.2f} %" if view.higher_is_better else f"{view.score:.4f}"
+
+
+def _parts(memory: StepMemory) -> str:
+    parts = {name.replace("_", " "): size for name, size in vars(memory).items()}
+    listed = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in parts.items())
+    return f"{memory.total / 2**20:,.1f} MiB at most ({listed})"
 
 
 def digits(value: float, digits: int = 4) -> str:

@@ -15,7 +15,9 @@ from typing import Any, TypeVar
 
 from lowbit.errors import RunError, UsageError
 from lowbit.evidence.ledger import Ledger
+from lowbit.evidence.memory import StepMemory
 from lowbit.inputs import files, userfile
+from lowbit.inputs.checks import check_fields, check_type
 from lowbit.report.views import ACCURACY, BITS_PER_BYTE, LayerConversion, ProductError, View
 
 _T = TypeVar("_T")
@@ -165,7 +167,7 @@ def view_of(folder: Path) -> View:
     if not ledger.steps:
         raise UsageError(f"{folder}: its ledger has no step yet")
     columns = reader.columns()
-    result: Mapping[str, Any] = reader.read("result.json", _mapping, {})
+    result: Mapping[str, Any] = reader.read("result.json", _result, {})
     starts: Sequence[Mapping[str, Any]] = reader.read("measured.jsonl", _starts, [])
     text = "test_bits_per_byte" in columns
     name = "test_bits_per_byte" if text else "test_accuracy"
@@ -194,6 +196,9 @@ def view_of(folder: Path) -> View:
         joules=whole,
         energy=_text(starts[-1].get("reason")) if starts else "not measured",
         settings=settings,
+        memory=result.get("memory"),
+        engines=result.get("engines", {}),
+        versions=result.get("versions", {}),
         machines=list(dict.fromkeys(_text(start["machine"]) for start in starts if "machine" in start)),
         problems=reader.problems,
     )
@@ -218,6 +223,17 @@ def _mapping(text: str) -> Mapping[str, Any]:
     values = json.loads(text)
     if not isinstance(values, dict):
         raise TypeError("it is not an object")
+    return values
+
+
+def _result(text: str) -> Mapping[str, Any]:
+    values = dict(_mapping(text))
+    if values.get("memory") is not None:
+        values["memory"] = StepMemory(**values["memory"])
+        check_fields(values["memory"])
+    for name, of in (("engines", int), ("versions", str)):
+        check_type(name, values.setdefault(name, {}), Mapping[str, of])  # type: ignore[valid-type]  # made, not written
+        values[name] = {_text(key): _text(value) if of is str else value for key, value in values[name].items()}
     return values
 
 

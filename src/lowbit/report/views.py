@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from lowbit.evidence.ledger import Ledger
+from lowbit.evidence.memory import StepMemory
 from lowbit.evidence.metrics import METRICS, Terms
 from lowbit.evidence.records import Total
 
@@ -85,6 +86,10 @@ class View:
         joules: of the whole run; None if the machine reports none.
         energy: where the joules come from, or why there are none.
         settings: all settings of the run.
+        memory: bytes of one step by part, see `StepMemory`; None if the run did not measure them. This and the next two
+            are None or empty for unfinished runs and for those of earlier versions.
+        engines: products of converted layers by the engine that executes them.
+        versions: of ``lowbit``, ``torch`` and ``python`` at the end of the run.
         machines: versions, processor and threads of the run's starts, as text; empty if it did not write them.
         problems: what could not be read.
     """
@@ -108,6 +113,9 @@ class View:
     joules: float | None = None
     energy: str = "not measured"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    memory: StepMemory | None = None
+    engines: Mapping[str, int] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
     machines: Sequence[str] = ()
     problems: Sequence[str] = ()
 

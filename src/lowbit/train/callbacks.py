@@ -8,8 +8,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch.optim import Optimizer
 
 import lowbit
+from lowbit.evidence.memory import StepMemory, UpdateMemory
 from lowbit.inputs import files
 from lowbit.precision.range_test import RangeTestResult
 from lowbit.train.config import TrainConfig
@@ -40,6 +42,40 @@ class StepTimer(Callback):
         """The median of the steps that count; None where too few ran."""
         counted = self.seconds[_WARM_UP:]
         return statistics.median(counted) if counted else None
+
+
+class MemoryOfStep(Callback):
+    """Measures the update of one early step, as soon as the optimiser has made its states.
+
+    Args:
+        meter: whose ledger knows what the forward passes keep.
+        resumed: whether the run goes on, with states from the first step.
+    """
+
+    def __init__(self, meter: lowbit.Meter, *, resumed: bool) -> None:
+        self.meter = meter
+        self.found: StepMemory | None = None
+        self._waits = 0 if resumed else 1  # steps to let pass
+        self._update: UpdateMemory | None = None
+
+    def on_before_optimizer_step(self, _: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Begin in the step that is measured."""
+        if self._waits == 0:
+            self._update = UpdateMemory(pl_module, optimizer)
+            self._update.begin()
+        self._waits -= 1
+
+    def on_exception(self, *_: object) -> None:
+        """Watch no more."""
+        if self._update is not None:
+            self._update.end()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        """End there; the meter, which comes first, has counted the step's forward."""
+        if self._update is not None:
+            self._update.end()
+            self.found = self._update.result(activations=self.meter.ledger.held_bytes or 0)
+            self._update = None
 
 
 class MeterSteps(Callback):

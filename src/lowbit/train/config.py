@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, get_type_hints
 
 from lowbit.engines.choice import ENGINES
 from lowbit.errors import UsageError, shown, unknown
+from lowbit.evidence.memory import StepMemory
 from lowbit.inputs import userfile
 from lowbit.inputs.checks import check_fields, is_finite, is_whole
 from lowbit.methods.recipe import is_file_name
@@ -205,6 +206,12 @@ class Result:
         bit_operations: the same, each counted as the product of its two operands' bits. Evaluation, layers that were
             left in full precision, gates, additions and quantisation are in neither.
         low: the lowest bits that a range test in the run found; None without one.
+        model: name of the model; this and what follows is empty or None in results of earlier versions.
+        data: name of the data set.
+        seed: of the run.
+        engines: products of converted layers by the engine that executes them.
+        versions: of ``lowbit``, ``torch`` and ``python`` at the end of the run.
+        memory: of one step, measured early in the run's last start; None if it had no step left.
     """
 
     test_loss: float
@@ -219,6 +226,12 @@ class Result:
     macs: int
     bit_operations: int
     low: int | None
+    model: str = ""
+    data: str = ""
+    seed: int | None = None
+    engines: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    memory: StepMemory | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,16 @@ from lightning.pytorch.plugins.io import CheckpointIO
 import lowbit
 from lowbit.train import checkpoint, data
 from lowbit.train.assembly import accelerator
-from lowbit.train.callbacks import Bar, Checkpoints, MeterSteps, NextBits, StepTimer, StopAtEnd, TrainingRows
+from lowbit.train.callbacks import (
+    Bar,
+    Checkpoints,
+    MemoryOfStep,
+    MeterSteps,
+    NextBits,
+    StepTimer,
+    StopAtEnd,
+    TrainingRows,
+)
 from lowbit.train.config import TrainConfig
 from lowbit.train.folder import CHECKPOINT
 from lowbit.train.module import Module
@@ -33,11 +42,13 @@ def make_trainer(
     meter: lowbit.Meter,
     stop: Stop,
     module: Module,
+    memory: MemoryOfStep,
 ) -> Trainer:
     """A Trainer on one device, which keeps the checkpoints and writes the logs of this run."""
     assert config.out is not None
     callbacks = [
         MeterSteps(meter),
+        memory,
         timer,
         TrainingRows(),
         NextBits(config.out),

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any, Self
 import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 from lowbit.errors import RunError, UsageError
+from lowbit.evidence.memory import StepMemory
 from lowbit.inputs import files, userfile
 from lowbit.inputs.checks import check_fields
 from lowbit.methods.recipe import Recipe, from_toml, is_file_name, read_file
+from lowbit.tables import json_text
 from lowbit.train.config import CHANGEABLE, Result, TrainConfig
 from lowbit.train.lock import LOCK
 
@@ -174,17 +177,23 @@ def read_result(out: Path) -> Result:
         RunError: the file is damaged.
     """
     try:
-        result = Result(**json.loads(_read_text(out / RESULT)), out=out)
+        values = json.loads(_read_text(out / RESULT))
+        loss, memory = values["test_loss"], values.get("memory")
+        values["test_loss"] = math.nan if loss is None else loss
+        values["memory"] = None if memory is None else StepMemory(**memory)
+        result = Result(**values, out=out)
         check_fields(result)
+        if result.memory is not None:
+            check_fields(result.memory)
         return result
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise RunError(f"{out / RESULT} is damaged; delete it and resume again.") from error
 
 
 def write_result(result: Result) -> None:
     """Write a result into its run folder."""
     values = {name: value for name, value in dataclasses.asdict(result).items() if name != "out"}
-    files.write_text(result.out / RESULT, json.dumps(values, indent=2) + "\n")
+    files.write_text(result.out / RESULT, json_text(values) + "\n")
 
 
 def _read_text(path: Path) -> str:

@@ -9,7 +9,10 @@ epoch, batch), torch is seeded anew before each step, and lowbit counts its own 
 
 import contextlib
 import copy
+import platform
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from lowbit.evidence.names import layer_names
 from lowbit.inputs import files
 from lowbit.train import checkpoint, data
 from lowbit.train.assembly import assemble, fastest_amp, threads_of
-from lowbit.train.callbacks import StepTimer
+from lowbit.train.callbacks import MemoryOfStep, StepTimer
 from lowbit.train.config import Result, TrainConfig
 from lowbit.train.fitting import fit, make_trainer, quiet
 from lowbit.train.folder import (
@@ -187,7 +190,7 @@ def _run(
     config = module.config
     assert config.out is not None
     module.sources = sources(config)
-    timer = StepTimer()
+    timer, memory = StepTimer(), None
     began = stop.saved = 0 if start is None else start["global_step"]
     if start is None:
         _write_report(config.out / "conversion.txt", str(report), report)
@@ -200,13 +203,16 @@ def _run(
             measured(config.out, steps=lambda: began + len(timer.seconds), seconds_per_step=timer.median),
             lowbit.Meter(module.model, _open_ledger(config, module.model, began, drop_damaged=drop_damaged)) as meter,
         ):
+            resumed = start is not None
+            measuring = MemoryOfStep(meter, resumed=resumed)
             fit(
-                make_trainer(config, timer, start, meter, stop, module),
+                make_trainer(config, timer, start, meter, stop, module, measuring),
                 module,
                 loaded,
                 stop,
-                resumed=start is not None,
+                resumed=resumed,
             )
+            memory = measuring.found
     test = None if module.controller is None else module.controller.range_test
     result = Result(
         test_loss=module.test["test_loss"],
@@ -221,6 +227,12 @@ def _run(
         macs=module.cost["macs"],
         bit_operations=module.cost["bit_operations"],
         low=None if test is None else test.chosen,
+        model=config.model,
+        data=config.data,
+        seed=config.seed,
+        engines=dict(Counter(engine for row in report.rows for engine in row.engines.values())),
+        versions={"lowbit": version("lowbit"), "torch": torch.__version__, "python": platform.python_version()},
+        memory=memory,
     )
     write_result(result)
     return result
