@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch.optim import Optimizer
 
 import lowbit
+from lowbit.evidence.ledger import Ledger
 from lowbit.evidence.memory import StepMemory, UpdateMemory
 from lowbit.inputs import files
 from lowbit.precision.range_test import RangeTestResult
@@ -19,8 +21,14 @@ from lowbit.train.folder import CHECKPOINT, RANGE_TEST
 from lowbit.train.module import Module, log_row
 from lowbit.train.stop import Leave, Stop
 
+Evaluated = Callable[[Ledger], None]
+
 _WARM_UP = 5  # steps of each start whose time is not counted
 _LOG_EVERY = 10  # steps between two rows of metrics.csv
+
+
+def ignored(_: Ledger) -> None:
+    """Nobody wants to know."""
 
 
 class StepTimer(Callback):
@@ -79,10 +87,16 @@ class MemoryOfStep(Callback):
 
 
 class MeterSteps(Callback):
-    """Ends the ledger's steps and evaluations where those of the run end, and adds up the run's cost from them."""
+    """Ends the ledger's steps and evaluations where those of the run end, and adds up the run's cost from them.
 
-    def __init__(self, meter: lowbit.Meter) -> None:
+    Args:
+        meter: writes the ledger.
+        evaluated: gets the ledger after each evaluation.
+    """
+
+    def __init__(self, meter: lowbit.Meter, evaluated: Evaluated) -> None:
         self.meter = meter
+        self.evaluated = evaluated
 
     def on_train_batch_end(self, _: Trainer, pl_module: LightningModule, *__: object) -> None:
         """End the step in the ledger, and add up its cost."""
@@ -95,6 +109,7 @@ class MeterSteps(Callback):
         assert isinstance(pl_module, Module)
         name = "test_bits_per_byte" if pl_module.text else "test_accuracy"
         self.meter.evaluated(name, pl_module.test[name], higher_is_better=not pl_module.text)
+        self.evaluated(self.meter.ledger)
 
     def on_save_checkpoint(self, *_: object) -> None:
         """Bring the ledger to the disk."""

@@ -39,7 +39,7 @@ def make_trainer(
     config: TrainConfig,
     timer: StepTimer,
     start: dict[str, Any] | None,
-    meter: lowbit.Meter,
+    meter: MeterSteps,
     stop: Stop,
     module: Module,
     memory: MemoryOfStep,
@@ -47,7 +47,7 @@ def make_trainer(
     """A Trainer on one device, which keeps the checkpoints and writes the logs of this run."""
     assert config.out is not None
     callbacks = [
-        MeterSteps(meter),
+        meter,
         memory,
         timer,
         TrainingRows(),

@@ -25,7 +25,7 @@ from lowbit.evidence.names import layer_names
 from lowbit.inputs import files
 from lowbit.train import checkpoint, data
 from lowbit.train.assembly import assemble, fastest_amp, threads_of
-from lowbit.train.callbacks import MemoryOfStep, StepTimer
+from lowbit.train.callbacks import Evaluated, MemoryOfStep, MeterSteps, StepTimer, ignored
 from lowbit.train.config import Result, TrainConfig
 from lowbit.train.fitting import fit, make_trainer, quiet
 from lowbit.train.folder import (
@@ -50,11 +50,15 @@ from lowbit.train.step import NotFiniteError, loss_and_accuracy
 from lowbit.train.stop import Leave, Stop, signals
 
 
-def train(config: TrainConfig) -> Result:
+def train(config: TrainConfig, *, evaluated: Evaluated = ignored) -> Result:
     """Run `config` from its first step in a new run folder.
 
     SIGINT, SIGTERM and SIGHUP end the run once the step in progress, and an evaluation in progress, is done and saved;
     a second signal of the kind ends it at once.
+
+    Args:
+        config: the settings.
+        evaluated: hears of each evaluation of the run: it gets the ledger so far.
 
     Raises:
         UsageError: a name is unknown, the settings do not fit together, or the run folder is taken.
@@ -75,7 +79,7 @@ def train(config: TrainConfig) -> Result:
                 write_settings(Settings(config=config))
                 stop.saved = 0  # there is a run to resume
                 write_sources(config)
-                return _run(stop, loaded, module, report, None)
+                return _run(stop, loaded, module, report, None, evaluated)
 
 
 def resume(
@@ -84,6 +88,7 @@ def resume(
     *,
     data_changed: bool = False,
     drop_damaged: bool = False,
+    evaluated: Evaluated = ignored,
 ) -> Result:
     """Continue the run in folder `out` from its last good checkpoint; a complete run just gives its result.
 
@@ -96,6 +101,7 @@ def resume(
         changes: settings that change from here on, of `CHANGEABLE`; ``config.yaml`` keeps what changed, and when.
         data_changed: go on although the data set is not what it was at the checkpoint; ``config.yaml`` says so.
         drop_damaged: go on although lines of the ledger are damaged; the steps in them are missing from it.
+        evaluated: as `train`.
 
     Raises:
         UsageError: `out` is not a run folder, or a change is impossible.
@@ -122,7 +128,7 @@ def resume(
                 after = settings.changed(config, step=step, data=changed_data)
                 if after != settings:
                     write_settings(after)
-                return _run(stop, loaded, module, report, start, drop_damaged=drop_damaged)
+                return _run(stop, loaded, module, report, start, evaluated, drop_damaged=drop_damaged)
 
 
 def trained(out: Path) -> tuple[nn.Module, data.Data]:
@@ -183,6 +189,7 @@ def _run(
     module: Module,
     report: lowbit.Report,
     start: dict[str, Any] | None,
+    evaluated: Evaluated,
     *,
     drop_damaged: bool = False,
 ) -> Result:
@@ -206,7 +213,7 @@ def _run(
             resumed = start is not None
             measuring = MemoryOfStep(meter, resumed=resumed)
             fit(
-                make_trainer(config, timer, start, meter, stop, module, measuring),
+                make_trainer(config, timer, start, MeterSteps(meter, evaluated), stop, module, measuring),
                 module,
                 loaded,
                 stop,
