@@ -25,6 +25,7 @@ EvalBits = int | Literal["highest", "current"]
 Measure = Literal["accuracy", "loss"]
 OptimizerStates = Literal["fp32", "int8", "dynamic8"]
 Weights = Literal["fp32", "bf16", "int8"]
+LoggerName = Literal["tensorboard", "csv", "trackio", "mlflow", "wandb"]
 
 CHANGEABLE = ("lr", "weight_decay", "epochs", "threads", "checkpoint_every", "checkpoint_minutes", "keep")
 """The settings that may change when a run goes on. `lr` stays the peak of the schedule, which `epochs` stretches."""
@@ -77,6 +78,8 @@ class TrainConfig:
             ``dynamic8``, see `lowbit.optim.LowBitOptimizer`. Default: ``fp32``, or as the recipe's update says.
         weights: what weights are rounded to, by noise, as they are written: ``fp32``, ``bf16`` or ``int8``. Default:
             ``fp32``, or as the recipe's update says.
+        logger: where the figures go beside ``csv/metrics.csv``: ``tensorboard``, ``mlflow``, ``trackio`` or ``wandb``,
+            whose package must be installed, or ``csv``: nowhere else. Default: tensorboard.
 
     Raises:
         UsageError: a value is out of its range; the message names the setting.
@@ -107,6 +110,7 @@ class TrainConfig:
     eval_bits: EvalBits | None = None
     optimizer_states: OptimizerStates | None = None
     weights: Weights | None = None
+    logger: LoggerName | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "data", "recipe"):
@@ -298,7 +302,7 @@ def settled(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def may_lack() -> set[str]:
     """The settings that runs of earlier versions may lack; None leaves each open."""
-    return {*tunable(), "optimizer_states", "weights"}
+    return {*tunable(), "optimizer_states", "weights", "logger"}
 
 
 def lr_factor(schedule: Schedule, step: int, total: int) -> float:

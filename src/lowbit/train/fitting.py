@@ -11,7 +11,6 @@ from typing import Any
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 
 import lowbit
@@ -29,8 +28,8 @@ from lowbit.train.callbacks import (
 )
 from lowbit.train.config import TrainConfig
 from lowbit.train.folder import CHECKPOINT
+from lowbit.train.loggers import make_loggers
 from lowbit.train.module import Module
-from lowbit.train.rows import Rows
 from lowbit.train.step import NotFiniteError
 from lowbit.train.stop import Leave, Stop
 
@@ -63,7 +62,7 @@ def make_trainer(
         devices=1,
         precision="bf16-mixed" if config.amp == "bf16" else "32-true",
         max_epochs=config.epochs,
-        logger=_loggers(config.out, 0 if start is None else start["global_step"]),
+        logger=make_loggers(config, 0 if start is None else start["global_step"]),
         log_every_n_steps=1,  # `TrainingRows` logs; a larger value is a warning where an epoch is shorter
         callbacks=callbacks,
         # One process: Lightning would read a cluster's environment variables and change what the run does.
@@ -75,13 +74,6 @@ def make_trainer(
         num_sanity_val_steps=0,
         inference_mode=False,  # tensors that a layer keeps from the evaluation must serve the next step
     )
-
-
-def _loggers(out: Path, began: int) -> list[Rows | TensorBoardLogger]:
-    """Loggers that carry on where the checkpoint of step `began` was written."""
-    # With this step TensorBoard drops what a killed process wrote after its checkpoint.
-    board = TensorBoardLogger(out, name="", version="tensorboard", purge_step=began + 1)
-    return [Rows(out / "csv" / "metrics.csv", step=began), board]
 
 
 def fit(trainer: Trainer, module: Module, loaded: data.Data, stop: Stop, *, resumed: bool) -> None:

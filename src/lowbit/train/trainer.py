@@ -43,6 +43,7 @@ from lowbit.train.folder import (
     write_sources,
 )
 from lowbit.train.lock import locked, refuse_held
+from lowbit.train.loggers import check_installed
 from lowbit.train.measured import measured
 from lowbit.train.module import Module
 from lowbit.train.resuming import check_fit, newest, result_of_complete, resume_point
@@ -66,6 +67,7 @@ def train(config: TrainConfig, *, evaluated: Evaluated = ignored) -> Result:
         Stopped: a signal came; its text says how to go on. It is a KeyboardInterrupt.
     """
     config = config.resolved(threads=torch.get_num_threads(), amp=fastest_amp(config))
+    check_installed(config)
     out = _checked(config.out)
     with _ending(out) as stop:
         refuse_held(out)
@@ -121,6 +123,7 @@ def resume(
             files.remove_parts(out)
             settings = read_settings(out)
             config = settings.config.changed(changes or {})
+            check_installed(config)
             with threads_of(config):
                 loaded, module, report = assemble(config)
                 start, changed_data = resume_point(settings, loaded, module, data_changed=data_changed)
