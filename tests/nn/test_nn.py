@@ -333,6 +333,30 @@ class TestCheckpointing:
         assert all(bool(g.any()) for g in results[0].gradients if g.dim() > 1)
         assert all(torch.equal(a, b) for a, b in zip(results[0].buffers, results[1].buffers, strict=True))
 
+    @pytest.mark.parametrize("together", [True, False], ids=["one backward", "two backwards"])
+    @pytest.mark.parametrize("reentrant", [True, False])
+    @pytest.mark.parametrize("recipe", [SBM8, NOISY], ids=["sbm8", "noisy"])
+    def test_two_forwards_before_their_backwards_keep_their_noise(
+        self, recipe: Recipe, reentrant: bool, together: bool
+    ) -> None:
+        """Recomputed layers draw the noise of the forward that the backward is of, not of the last forward."""
+        xs = [torch.randn(6, 8, requires_grad=True) for _ in range(2)]
+        gradients = []
+        for kind in (None, reentrant):
+            torch.manual_seed(1)
+            model = _Checkpointed(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)), reentrant=kind)
+            lowbit.convert_(model, recipe)
+            losses = [model(x).square().sum() for x in xs]
+            if together:
+                sum(losses, torch.zeros(())).backward()
+            else:
+                for loss in losses:
+                    loss.backward()
+            gradients.append([p.grad for p in model.parameters()])
+
+        assert _same(*gradients)
+        assert all(bool(g.any()) for g in gradients[0])
+
     def test_a_checkpointed_layer_that_runs_twice_and_rounds_its_input_is_refused(self) -> None:
         """Recomputing one of two uses with a stochastic forward raises, naming the layer."""
         layer = nn.Linear(8, 8)

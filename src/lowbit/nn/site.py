@@ -6,12 +6,14 @@ A converted model has one `Clock` (seed and step), shared by all its sites.
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.utils._pytree import tree_leaves
 
 from lowbit import functional
 from lowbit.errors import UsageError
@@ -61,9 +63,11 @@ class Clock:
 
     Attributes:
         rounds_updates: whether an optimiser was made that rounds as the recipes' `update` says.
+        recalled: the key of the step whose backward runs, or ran last; None since the last step began.
     """
 
     rounds_updates: bool = False
+    recalled: Tensor | None = None
     # How often the weights were written, before the last training forward; None where no recipe rounds updates.
     written: int | None = None
 
@@ -126,15 +130,28 @@ class Clock:
         if training:
             self.next_step()
 
-    def leave(self, *_: object) -> None:
-        """End a forward of the converted model, even one that raised."""
-        if not torch.compiler.is_compiling() and not is_recomputing():
-            self.here.inside = False
+    def leave(self, _module: object, _args: object, output: object) -> None:
+        """End a forward of the converted model, even one that raised.
+
+        The backward of its output is that of the present step, whichever step is the present one by then.
+        """
+        if torch.compiler.is_compiling() or is_recomputing():
+            return
+        if self.here.inside:
+            recall = partial(self.recall, self.key)
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                    tensor.register_hook(recall)
+        self.here.inside = False
+
+    def recall(self, key: Tensor, _: Tensor) -> None:
+        """Begin the backward of a step: a layer that is run again in it draws what it drew in that step."""
+        self.recalled = key
 
     def next_step(self, *, of_parts: bool = False) -> None:
         """Begin a step; `of_parts` says that it is outside the converted model's forward."""
         self._check_controlled()
-        self.of_parts = of_parts
+        self.of_parts, self.recalled = of_parts, None
         # New tensors, not in place: a backward that has not run yet keeps the noise of its own forward.
         self._begin_step(self.step + 1)
         for site in self.sites:
@@ -358,7 +375,8 @@ class Site(nn.Module):
         self._check_runs()
         if is_recomputing():
             self._check_recomputed()
-            return CounterNoise(key=self.clock.key, layer=self.name)
+            recalled = self.clock.recalled
+            return CounterNoise(key=self.clock.key if recalled is None else recalled, layer=self.name)
         inside = self.clock.here.inside or (compiled and self.clock.here.compiled)
         if not (
             inside or self.training
