@@ -34,7 +34,7 @@ def _part(path: Path) -> str:
 
 # Files that may need more than torch.
 _OPTIONAL_NAMES = ("energy.py", "frames.py", "page.py", "plot.py", "reading.py")
-OPTIONAL = [p for p in FILES if _part(p) in ("train", "cli") or p.name in _OPTIONAL_NAMES]
+OPTIONAL = [p for p in FILES if _part(p) in ("train", "cli", "integrations") or p.name in _OPTIONAL_NAMES]
 
 
 def _imports(path: Path) -> list[str]:
@@ -133,7 +133,7 @@ def test_the_check_of_layer_types_sees_them() -> None:
     assert _layer_types_asked_for(PACKAGE / "nn" / "kinds.py") != []
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if _part(p) not in ("train", "cli")], ids=_identify)
+@pytest.mark.parametrize("path", [p for p in FILES if p not in OPTIONAL or p.name in _OPTIONAL_NAMES], ids=_identify)
 def test_libraries_of_the_trainer_stay_in_the_trainer(path: Path) -> None:
     """Lightning, numpy, jsonargparse and rich are imported only by the trainer and the command line."""
     used = {name.split(".")[0] for name in _imports(path)}

@@ -150,7 +150,7 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
         if clock.free:
             _check_engines(clock, saved["sites"], here)
     for clock, saved in zip(groups, state["groups"], strict=True):
-        clock.seed = saved["seed"]
+        clock.seed, clock.has_state, clock.lacks_state = saved["seed"], True, False
         clock.set_step(saved["step"])
         for site in _of(clock, here):
             entry = saved["sites"][site.name]

@@ -63,10 +63,14 @@ class Clock:
 
     Attributes:
         rounds_updates: whether an optimiser was made that rounds as the recipes' `update` says.
+        has_state: whether `lowbit.load_state_dict` gave this clock its step.
+        lacks_state: whether the weights were loaded before the first step, and the state was not.
         recalled: the key of the step whose backward runs, or ran last; None since the last step began.
     """
 
     rounds_updates: bool = False
+    has_state: bool = False
+    lacks_state: bool = False
     recalled: Tensor | None = None
     # How often the weights were written, before the last training forward; None where no recipe rounds updates.
     written: int | None = None
@@ -91,13 +95,18 @@ class Clock:
         self.written = _written(model) if any(site.recipe.update is not None for site in self.sites) else None
         model.register_forward_pre_hook(self.advance)
         model.register_forward_hook(self.leave, always_call=True)
+        model.register_load_state_dict_post_hook(self.weights_loaded)
 
     def detach(self, module: nn.Module) -> None:
         """Remove the hooks of `attach`."""
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._load_state_dict_post_hooks):
             for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
+
+    def weights_loaded(self, *_: object) -> None:
+        """Remember that the weights are those of a checkpoint, whose noise and ranges may be missing."""
+        self.lacks_state = not self.has_state and not int(self.step)
 
     def set_step(self, step: int) -> None:
         """Set the number of training forwards done."""
@@ -151,6 +160,7 @@ class Clock:
     def next_step(self, *, of_parts: bool = False) -> None:
         """Begin a step; `of_parts` says that it is outside the converted model's forward."""
         self._check_controlled()
+        self._check_state()
         self.of_parts, self.recalled = of_parts, None
         # New tensors, not in place: a backward that has not run yet keeps the noise of its own forward.
         self._begin_step(self.step + 1)
@@ -168,6 +178,19 @@ class Clock:
             warnings.warn(
                 f"the weights of this model change, and recipe {names} rounds updates too, which no optimizer does "
                 "here: make it with lowbit.optim.from_recipe(model, optimizer)",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _check_state(self) -> None:
+        """Warn once where the weights are those of a checkpoint, and nothing else is."""
+        if self.lacks_state:
+            self.lacks_state = False
+            warnings.warn(
+                "weights were loaded into this converted model, and lowbit's own state was not: its noise begins at "
+                "step 0 and its ranges are empty. If this continues a run, save lowbit.state_dict(model) beside the "
+                "weights and give it to lowbit.load_state_dict, or let an adapter of lowbit.integrations do so; if "
+                "it begins one, load the weights before lowbit.convert_",
                 UserWarning,
                 stacklevel=2,
             )

@@ -288,8 +288,9 @@ class LowBitOptimizer(torch.optim.Optimizer):
             for name, value in kept.items():
                 if isinstance(value, dict):
                     self.coding.check(f"LowBitOptimizer.load_state_dict: {name} of parameter {number}", value)
-        # torch would cast states to the parameter's dtype, codes too: it gets the groups alone.
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        # torch would cast states to the parameter's dtype, codes too: it gets the groups, and what hooks have added.
+        rest = {name: value for name, value in state_dict.items() if name != _KEY}
+        super().load_state_dict({**rest, "state": {}})
         self.inner.param_groups = self.param_groups
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         for number, p in zip(numbers, _parameters(self.param_groups), strict=True):
