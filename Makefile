@@ -20,8 +20,8 @@ demo-short: $(READY)  ## the same on fewer images, 1 to 2 minutes also on busy c
 test: $(READY)  ## the whole test suite
 	$(BIN)/python -m pytest
 
-test-zoo: $(ZOO)/.ready  ## models of torchvision, timm and transformers on the newest torch; TABLE=FILE writes what came of each
-	HF_HUB_OFFLINE=1 $(ZOO)/bin/python -m pytest tests/zoo $(if $(TABLE),--zoo-table $(TABLE))
+test-zoo: $(ZOO)/.ready  ## models and trainers of other libraries on the newest torch; TABLE=FILE writes what came of each model
+	HF_HUB_OFFLINE=1 $(ZOO)/bin/python -m pytest tests/zoo tests/integrations $(if $(TABLE),--zoo-table $(TABLE))
 
 test-newest: $(ZOO)/.ready  ## the whole test suite on the newest torch
 	$(ZOO)/bin/python -m pytest
