@@ -41,11 +41,12 @@ def _commands(page: Path) -> list[str]:
     return [*lines, *re.findall(r"`(lowbit [a-z][^`\n]* --[^`\n]*)`", _prose(text))]
 
 
-# test_extending.py runs the blocks of docs/extending.md, which need the diffs between them.
+# test_extending.py runs the blocks of docs/extending.md, which need the diffs between them; those of docs/stack.md need
+# other libraries.
 WITH_CODE = [
     page
     for page in sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "methods").glob("*.md")])
-    if _python(page) and page.stem != "extending"
+    if _python(page) and page.stem not in ("extending", "stack")
 ]
 # What `model` is on pages that do not speak of a small ResNet; the range test takes hundreds of steps.
 MODELS = {"sparse": "gpt", "range-test": "mlp"}
