@@ -18,6 +18,7 @@ from small_net import SmallNet
 
 import lowbit
 from lowbit import machine
+from lowbit.errors import UsageError
 from lowbit.evidence.memory import step_memory
 from lowbit.tables import text_table
 from lowbit.train import Result, TrainConfig
@@ -106,14 +107,21 @@ def main() -> int:
     args = parser.parse_args()
 
     results: dict[str, list[Result]] = {}
+    refused: dict[str, str] = {}
     for recipe in dict.fromkeys(["fp32", *args.recipes]):
-        results[recipe] = [run(recipe, seed, args) for seed in args.seeds]
+        try:
+            results[recipe] = [run(recipe, seed, args) for seed in args.seeds]
+        except UsageError as error:
+            refused[recipe] = str(error).partition(";")[0]
+            continue
         each = " ".join(f"{100 * (r.test_accuracy or 0):.2f}" for r in results[recipe])
         print(f"{recipe}: {each} %", file=sys.stderr, flush=True)
     most = results["fp32"][0].bit_operations
     header = ["recipe", "test accuracy %", "std", "bit operations, % of fp32", "ms a step", "saved activations, MiB"]
     print(f"{args.steps} steps of {BATCH} images, seeds {args.seeds}, SGD with peak rate {RATE}\n{machine.here()}\n")
     print(text_table(header, [row(name, each, most) for name, each in results.items()]))
+    for recipe, why in refused.items():
+        print(f"note: {recipe} is left out: {why}")
     return 0
 
 

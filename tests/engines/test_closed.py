@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit import Recipe, UsageError, functional
 from lowbit.engines import choice, int8
-from lowbit.numerics.elements import ELEMENTS, FixedPoint, Integer, Minifloat, PowerOfTwo, Sign
+from lowbit.numerics.elements import ELEMENTS, FixedPoint, Flagged, Integer, Minifloat, PowerOfTwo, Sign
 from lowbit.numerics.formats import BF16, FP32, Format, integer
 from lowbit.numerics.parts import unlisted
 from lowbit.numerics.quantizer import quantize
@@ -28,7 +28,7 @@ from lowbit.numerics.scales import (
     SampleMean,
     Scale,
 )
-from lowbit.numerics.transforms import TRANSFORMS, Clip, Hadamard
+from lowbit.numerics.transforms import TRANSFORMS, Clip, Hadamard, Normalized
 from lowbit.products.setting import Setting
 
 MADE_UP = "made-up"
@@ -38,9 +38,10 @@ SAMPLES: dict[tuple[str, str], tuple[Any, ...]] = {
     ("Integer", "bits"): (2, 3, 7, 8, 9, 16),
     ("Minifloat", "exponent"): (2, 4, 5, 8),
     ("Minifloat", "mantissa"): (0, 1, 3, 7, 10),
-    ("FixedPoint", "integer"): (1, 2, 8),
+    ("FixedPoint", "integer"): (-1, 1, 2, 8),
     ("FixedPoint", "fraction"): (0, 4, 8, 14),
     ("PowerOfTwo", "bits"): (2, 3, 4, 8),
+    ("Flagged", "number"): (2, 8, 16),
     ("Scale", "block"): (None, 1, 5, 8, 64),
     ("Scale", "running"): (None, 0.0, 0.9),
     ("Scale", "floor"): (0.0, 1e-8, 0.5),
@@ -52,6 +53,7 @@ SAMPLES: dict[tuple[str, str], tuple[Any, ...]] = {
     ("Clip", "high"): (0.25, 1.0),
     ("Hadamard", "size"): (2, 8, 16),
     ("Hadamard", "signs"): (None, 0, 7),
+    ("Normalized", "size"): (0.25, 1.0),
     ("Format", "widths"): ((), ((1, Format(element=Sign(), scale=Scale())),), ((32, FP32),)),
 }
 # Every class of parts, once.
@@ -61,10 +63,11 @@ PARTS: dict[str, tuple[Any, ...]] = {
         Minifloat(exponent=4, mantissa=3, top="nan"),
         FixedPoint(integer=2, fraction=6),
         PowerOfTwo(bits=4),
+        Flagged(number=4),
     ),
     "range": (MinMax(), SampleMean(fewest=4), Constant(low=-1.0, high=1.0)),
     "format": (Float32(), PowerOfTwoScale(), IntegerScale(bits=8)),
-    "transform": (Clip(low=-1.0, high=1.0), Hadamard(size=8)),
+    "transform": (Clip(low=-1.0, high=1.0), Hadamard(size=8), Normalized(size=0.5)),
 }
 BASES: tuple[Format, ...] = (
     FP32,
@@ -84,6 +87,8 @@ BASES: tuple[Format, ...] = (
     Format(element=Minifloat(exponent=8, mantissa=7, overflow="infinite"), scale=Scale()),
     Format(element=FixedPoint(integer=2, fraction=6), rounding="stochastic"),
     Format(element=PowerOfTwo(bits=4), scale=Scale()),
+    Format(element=FixedPoint(integer=1, fraction=7), scale=Scale(format=PowerOfTwoScale(direction="nearest"))),
+    Format(element=Flagged(number=8), scale=Scale(format=PowerOfTwoScale(direction="nearest"))),
 )
 needs_units = pytest.mark.skipif(
     bool(int8.missing("int8") or int8.missing("bf16")), reason="this machine lacks the units"

@@ -101,10 +101,10 @@ class TestStored:
 
     @pytest.mark.parametrize("name", STORED)
     def test_only_gradients_round_stochastically(self, name: str) -> None:
-        """Forward operands of these recipes round to nearest."""
+        """Forward operands of these recipes round to nearest, but for the inputs of `fixed16`."""
         rounded = {operand for _, operand, fmt in Recipe.from_name(name).operands() if fmt.stochastic}
 
-        assert rounded <= {"grad_output"}
+        assert rounded <= {"grad_output"} | ({"input"} if name == "fixed16" else set())
 
     @pytest.mark.parametrize(("name", "bifurcates"), [("sbm8", True), ("sbm8-hoffer", True), ("sbm8-cpt", False)])
     def test_the_gradient_is_bifurcated(self, name: str, bifurcates: bool) -> None:

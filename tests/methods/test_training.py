@@ -26,21 +26,27 @@ TEXT = "In the beginning was the plain loop, and the loop was with the user, and
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A model, the pattern of its repeated blocks, its rate, and how much of the first loss may be left."""
+    """A model, the pattern of its repeated blocks, its rate, and how much of the first loss may be left.
+
+    Recipes that say how momentum is rounded train with momentum, at a rate of their own.
+    """
 
     model: nn.Module
     blocks: str
     rate: float
     left: float
+    momentum_rate: float
 
 
 def work(name: str) -> Work:
     """The same weights at each call."""
     torch.manual_seed(0)
     if name == "digits":
-        return Work(model=MLP(inputs=64, classes=10, width=64), blocks=r"hidden\.[12]", rate=1e-2, left=0.7)
+        return Work(
+            model=MLP(inputs=64, classes=10, width=64), blocks=r"hidden\.[12]", rate=1e-2, left=0.8, momentum_rate=0.8
+        )
     model = GPT(vocabulary=128, d=16, layers=2, heads=2, context=32)
-    return Work(model=model, blocks=r"blocks\.\d+", rate=2e-2, left=0.85)
+    return Work(model=model, blocks=r"blocks\.\d+", rate=2e-2, left=0.85, momentum_rate=0.1)
 
 
 @cache
@@ -81,7 +87,9 @@ class Run:
                 self.model, total_steps=STEPS, steps_per_epoch=STEPS // 4, blocks=blocks
             )
         gates = [] if self.bits is None or self.bits.gates is None else list(self.bits.gates.parameters())
-        plain = torch.optim.AdamW([*self.model.parameters(), *gates], lr=given.rate)
+        plain: torch.optim.Optimizer = torch.optim.AdamW([*self.model.parameters(), *gates], lr=given.rate)
+        if self.recipe.update is not None and self.recipe.update.states:  # those of momentum
+            plain = torch.optim.SGD(self.model.parameters(), lr=given.momentum_rate, momentum=0.25)
         self.optimizer = lowbit.optim.from_recipe(self.model, plain) if self.recipe.update else plain
 
     def step(self, x: Tensor, y: Tensor) -> float:

@@ -113,7 +113,7 @@ class TestKinds:
         [
             (
                 "clop",
-                "here: unknown transform 'clop'. Did you mean 'clip'.*Known: centred, clip, hadamard, none, tanh-max",
+                "here: unknown transform 'clop'. Did you mean 'clip'.*Known: centred, clip, hadamard, none, normal",
             ),
             ("clip", "here: transform 'clip' lacks high, low"),
             ({"low": 0}, "here: transform={'low': 0}: give a kind of transform, or a table with kind and its fields"),

@@ -20,6 +20,7 @@ from lowbit.numerics.transforms import (
     Centred,
     Clip,
     Hadamard,
+    Normalized,
     NoTransform,
     Place,
     TanhMax,
@@ -27,7 +28,14 @@ from lowbit.numerics.transforms import (
 )
 from lowbit.products.setting import Setting
 
-ALL: list[Transform] = [NO_TRANSFORM, TanhMax(), Clip(low=-0.5, high=0.8), Hadamard(size=4), Centred()]
+ALL: list[Transform] = [
+    NO_TRANSFORM,
+    TanhMax(),
+    Clip(low=-0.5, high=0.8),
+    Hadamard(size=4),
+    Centred(),
+    Normalized(size=0.5),
+]
 every_transform = pytest.mark.parametrize("transform", ALL, ids=lambda t: t.kind)
 
 

@@ -47,7 +47,4 @@ def run(name: str | None) -> None:
     if norm is None:
         write("batch normalisation: kept, in full precision")
     else:
-        write(
-            f"batch normalisation: Range BN, input {norm.input}; grad_output {norm.grad_output}; "
-            f"constant of the {norm.constant}, epsilon {norm.epsilon}, at most {norm.chunks} chunks"
-        )
+        write(f"batch normalisation: {norm}")

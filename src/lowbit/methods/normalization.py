@@ -1,11 +1,12 @@
 """What a recipe says about normalisation."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lowbit.errors import UsageError
 from lowbit.inputs.checks import check_fields
-from lowbit.numerics.formats import Format
+from lowbit.numerics.formats import FP32, Format
 from lowbit.numerics.transforms import NoTransform
 
 Constant = Literal["paper", "authors"]
@@ -29,6 +30,8 @@ class RangeNorm:
         epsilon: ``"inside"``: divide by ``sqrt(sigma**2 + eps)`` as BatchNorm does; ``"outside"``: by ``sigma + eps``.
         momentum: weight of the new batch in the running statistics; None keeps the layer's own.
     """
+
+    kind: ClassVar[str] = "range"
 
     input: Format
     grad_output: Format
@@ -61,3 +64,65 @@ class RangeNorm:
             raise UsageError("normalization.grad_output: only `input` keeps a running range")
         if self.momentum is not None and not 0 < self.momentum <= 1:
             raise UsageError(f"momentum={self.momentum}: the weight of the new batch is in (0, 1]")
+
+    def __str__(self) -> str:
+        return (
+            f"Range BN, input {self.input}; grad_output {self.grad_output}; constant of the {self.constant}, epsilon "
+            f"{self.epsilon}, at most {self.chunks} chunks"
+        )
+
+
+TERMS = ("normalized", "mean", "deviation", "weight", "bias")
+"""The terms of a batch normalisation that can have formats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermNorm:
+    """Batch normalisation whose terms have formats, see `lowbit.nn.norm.terms`; fp32 is a term as it is.
+
+    Args:
+        normalized: of ``(x - mean) / deviation``.
+        mean: of the mean of a channel.
+        deviation: of its standard deviation.
+        weight: of gamma.
+        bias: of beta.
+        grad_output: of the gradient that arrives at the output.
+        epsilon: what is added to the deviation; None: the layer's own.
+    """
+
+    kind: ClassVar[str] = "terms"
+
+    normalized: Format
+    mean: Format = FP32
+    deviation: Format = FP32
+    weight: Format = FP32
+    bias: Format = FP32
+    grad_output: Format = FP32
+    epsilon: float | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for _, name, fmt in self.table():
+            if fmt.granularity != "tensor" or fmt.running is not None or fmt.widths or fmt.transform.along_axis:
+                raise UsageError(
+                    f"normalization.{name} is {fmt}: the terms of a normalisation share one scale, keep no running "
+                    "range, have one format at all widths and no transform along an axis"
+                )
+        if self.normalized == FP32:
+            raise UsageError("normalization.normalized is fp32: leave the normalisation out of the recipe")
+        if self.epsilon is not None and not 0 < self.epsilon < math.inf:
+            raise UsageError(f"normalization.epsilon={self.epsilon}: give a positive number")
+
+    def table(self) -> list[tuple[str, str, Format]]:
+        """The terms and the gradient that have formats: (product, name, format)."""
+        forward = [("output", name, getattr(self, name)) for name in TERMS]
+        found = [*forward, ("grad_input", "grad_output", self.grad_output)]
+        return [row for row in found if row[2] != FP32]
+
+    def __str__(self) -> str:
+        epsilon = "" if self.epsilon is None else f"; epsilon {self.epsilon:g}"
+        return "; ".join(f"{name} {fmt}" for _, name, fmt in self.table()) + epsilon
+
+
+Normalization = RangeNorm | TermNorm
+NORMALIZATIONS: dict[str, type[Normalization]] = {RangeNorm.kind: RangeNorm, TermNorm.kind: TermNorm}

@@ -14,7 +14,7 @@ from lowbit.errors import RunError, UsageError, shown, unknown
 from lowbit.inputs.checks import check_fields, check_type, checked
 from lowbit.methods.dynamic import Gating, Phase, Scheduling, Skipping
 from lowbit.methods.names import ON_THE_FLY, folder, is_family, is_file_name, recipes, stored, widths_in
-from lowbit.methods.normalization import RangeNorm
+from lowbit.methods.normalization import Normalization, RangeNorm, TermNorm
 from lowbit.methods.operands import SLOTS, GradInput, GradWeight, Output, check_operand, range_of
 from lowbit.methods.toml import frozen, parsed, read_file
 from lowbit.methods.update import Update
@@ -32,6 +32,7 @@ __all__ = [
     "Recipe",
     "Scheduling",
     "Skipping",
+    "TermNorm",
     "Update",
     "from_toml",
     "is_family",
@@ -56,7 +57,7 @@ class Recipe:
         grad_weight: formats of ``grad_weight = grad_output x input``. If its `grad_output` differs from that of
             `grad_input`, the gradient is bifurcated.
         bias: format of the bias that is added to the output.
-        normalization: what replaces batch normalisation; None keeps it.
+        normalization: what replaces batch normalisation, Range BN or one with formats; None keeps it.
         first: whether the first layer with products, in registration order, is converted or left.
         last: the same for the last one.
         schedule: how bits change over the run; None: they do not change.
@@ -76,7 +77,7 @@ class Recipe:
     grad_input: GradInput = field(hash=False)
     grad_weight: GradWeight = field(hash=False)
     bias: Format = field(default=FP32, hash=False)
-    normalization: RangeNorm | None = field(default=None, hash=False)
+    normalization: Normalization | None = field(default=None, hash=False)
     first: Policy = field(default="convert", hash=False)
     last: Policy = field(default="convert", hash=False)
     schedule: Scheduling | None = field(default=None, hash=False)

@@ -10,7 +10,7 @@ from lowbit.errors import RunError, UsageError, shown, unknown
 from lowbit.inputs import files
 from lowbit.inputs.checks import is_whole
 from lowbit.methods.dynamic import Gating, Scheduling, Skipping
-from lowbit.methods.normalization import RangeNorm
+from lowbit.methods.normalization import NORMALIZATIONS
 from lowbit.methods.operands import GradInput, GradWeight, Output
 from lowbit.methods.update import Update
 from lowbit.numerics.formats import NAMED, Format, from_table
@@ -69,14 +69,15 @@ def parsed(cls: type[Any], name: str, text: str, *, base_of: Callable[[str], Any
     if "base" in data:
         base = base_of(data.pop("base"))
         inherited = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
-    for key, table in (
-        ("output", Output),
-        ("grad_input", GradInput),
-        ("grad_weight", GradWeight),
-        ("normalization", RangeNorm),
-    ):
+    for key, table in (("output", Output), ("grad_input", GradInput), ("grad_weight", GradWeight)):
         if key in data:
             data[key] = resolved(table, key, data[key])
+    if "normalization" in data:
+        fields = dict(_table("normalization", data["normalization"]))
+        kind = fields.pop("kind", "range")
+        if kind not in NORMALIZATIONS:
+            raise unknown(f"recipe {name}: normalization of kind", kind, NORMALIZATIONS)
+        data["normalization"] = resolved(NORMALIZATIONS[kind], "normalization", fields)
     if "update" in data:
         data["update"], used = _update(f"recipe {name}: update", data["update"], formats)
         unused -= used

@@ -13,7 +13,14 @@ from lowbit.nn.layers import (
     QuantLayer,
     QuantLinear,
 )
-from lowbit.nn.norm import RangeBatchNorm1d, RangeBatchNorm2d, RangeBatchNorm3d
+from lowbit.nn.norm import (
+    RangeBatchNorm1d,
+    RangeBatchNorm2d,
+    RangeBatchNorm3d,
+    TermBatchNorm1d,
+    TermBatchNorm2d,
+    TermBatchNorm3d,
+)
 from lowbit.nn.recurrent import QuantGRU, QuantLSTM
 
 # The twins of layers that have products. A layer is added by its file and a row here.
@@ -33,9 +40,11 @@ PRODUCT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     )
 }
 
-# The twins of batch normalisations, for recipes that replace them.
-NORM_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
-    twin.plain: twin for twin in (RangeBatchNorm1d, RangeBatchNorm2d, RangeBatchNorm3d)
+# The twins of batch normalisations, by the kind of normalisation of a recipe.
+NORM_LAYERS: dict[type[nn.Module], tuple[type[QuantLayer], ...]] = {
+    nn.BatchNorm1d: (RangeBatchNorm1d, TermBatchNorm1d),
+    nn.BatchNorm2d: (RangeBatchNorm2d, TermBatchNorm2d),
+    nn.BatchNorm3d: (RangeBatchNorm3d, TermBatchNorm3d),
 }
 
 # Layers with products that lack a twin, and why.
@@ -65,4 +74,7 @@ __all__ = [
     "RangeBatchNorm1d",
     "RangeBatchNorm2d",
     "RangeBatchNorm3d",
+    "TermBatchNorm1d",
+    "TermBatchNorm2d",
+    "TermBatchNorm3d",
 ]

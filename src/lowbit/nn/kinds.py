@@ -8,7 +8,10 @@ from lowbit.methods.recipe import Recipe
 from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS, REFUSED_LAYERS
 from lowbit.nn.layers import QuantLayer
 
-_TWINS = PRODUCT_LAYERS | NORM_LAYERS
+_TWINS: dict[type[nn.Module], tuple[type[QuantLayer], ...]] = {
+    **{plain: (twin,) for plain, twin in PRODUCT_LAYERS.items()},
+    **NORM_LAYERS,
+}
 
 _NO_PRODUCT: tuple[type[nn.Module], ...] = (
     nn.Embedding,
@@ -23,8 +26,11 @@ _NO_PRODUCT: tuple[type[nn.Module], ...] = (
 
 
 def twin_of(layer: nn.Module) -> type[QuantLayer] | None:
-    """The twin of a layer's type, or of the nearest type that it is a subclass of; None without one."""
-    return next((_TWINS[base] for base in type(layer).__mro__ if base in _TWINS), None)
+    """The twin of a layer's type, or of the nearest type that it is a subclass of; None without one.
+
+    A normalisation has several; they are alike in all but what they compute.
+    """
+    return next((_TWINS[base][0] for base in type(layer).__mro__ if base in _TWINS), None)
 
 
 def plain_type(layer: nn.Module) -> type[nn.Module]:
@@ -34,14 +40,15 @@ def plain_type(layer: nn.Module) -> type[nn.Module]:
 
 def choose_twin(layer: nn.Module, recipe: Recipe) -> tuple[type[QuantLayer] | None, str, bool]:
     """What a layer becomes with a recipe, or None; a remark or reason; and whether a request is thereby refused."""
-    exact, near = _TWINS.get(type(layer)), twin_of(layer)
-    if exact is not None and exact.is_in(recipe):
+    near = twin_of(layer)
+    exact = next((twin for twin in _TWINS.get(type(layer), ()) if twin.is_in(recipe)), None)
+    if exact is not None:
         why = next(filter(None, (exact.refusal(layer, phase) for phase in recipe.in_phases())), "")
         return (None, why, True) if why else (exact, exact.remark, False)
     if near is None and (why := _refused(layer)):
         return None, why, True
     if isinstance(layer, nn.modules.batchnorm._BatchNorm) and recipe.normalization is not None:
-        return None, f"only {', '.join(t.__name__ for t in NORM_LAYERS)} have a Range BN", True
+        return None, f"only {', '.join(t.__name__ for t in NORM_LAYERS)} have a normalisation of recipes", True
     if near is not None and near.is_in(recipe):
         lazy = isinstance(layer, nn.modules.lazy.LazyModuleMixin)
         hint = "run one forward first" if lazy else "its forward may differ"

@@ -12,6 +12,7 @@ from torch import Tensor
 from lowbit.errors import UsageError, check_choice, shown
 from lowbit.inputs.checks import check_fields, is_whole
 from lowbit.numerics.element import Element, Scaled, Step, Steps, Zero, bound
+from lowbit.numerics.fixed import FixedPoint, Flagged
 from lowbit.numerics.rounding import round_nearest, round_to, round_to_float
 
 Top = Literal["ieee", "nan", "finite"]
@@ -227,73 +228,6 @@ class Minifloat:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixedPoint:
-    """Fixed point: `integer` bits before the point, sign included, and `fraction` after it, without a scale.
-
-    ``x = q 2**-fraction``, q in ``-2**(b-1) .. 2**(b-1) - 1`` for ``b = integer + fraction``; values beyond saturate.
-
-    Args:
-        integer: bits before the point, sign included, 1 or more.
-        fraction: bits after it, 0 or more; 2 to 25 bits in all, whose codes float32 holds exactly.
-
-    Source: Gupta et al. 2015, arXiv:1502.02551, <IL, FL>; halves go to the even code here.
-    """
-
-    kind: ClassVar[str] = "fixed-point"
-    has_width: ClassVar[bool] = False
-    scaled: ClassVar[Scaled] = "never"
-
-    integer: int
-    fraction: int
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.integer < 1 or self.fraction < 0 or not 2 <= self.bits <= 25:
-            raise UsageError(
-                f"integer={self.integer}, fraction={self.fraction}: give 1 bit or more before the point, 0 or more "
-                "after it, 2 to 25 in all"
-            )
-
-    @property
-    def bits(self) -> int:
-        """The bits before and after the point."""
-        return self.integer + self.fraction
-
-    @property
-    def zero(self) -> Zero:
-        """The code 0."""
-        return "symmetric"
-
-    @property
-    def code_range(self) -> tuple[int, int]:
-        """``-2**(b-1) .. 2**(b-1) - 1``."""
-        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-
-    @property
-    def margin(self) -> float:
-        """Half a step."""
-        return 0.5
-
-    def steps(self, lo: Tensor, hi: Tensor, levels: Tensor | float, step: Step) -> Steps:  # noqa: ARG002 - none
-        """It raises, as there is only one grid."""
-        raise TypeError(f"{self} has no scale")
-
-    def fixed_steps(self, x: Tensor) -> Steps:
-        """``2**-fraction``."""
-        low, high = self.code_range
-        return Steps(scale=x.new_full([1] * x.dim(), 2.0**-self.fraction), low=low, high=high)
-
-    def codes(self, x: Tensor, steps: Steps | None, noise: Tensor | None) -> Tensor:
-        """``q = clamp(round(x / S))``; nan where x is not finite."""
-        assert steps is not None
-        q = bound(round_to(x / steps.scale, noise), float(steps.low), float(steps.high))
-        return q.masked_fill_(~x.isfinite(), torch.nan)
-
-    def __str__(self) -> str:
-        return f"fixed point {self.integer}.{self.fraction}"
-
-
-@dataclass(frozen=True, kw_only=True)
 class PowerOfTwo:
     """0 and the powers of two ``S 2**-k``, k from 0 to ``2**(b-1) - 2``, with a sign.
 
@@ -386,4 +320,4 @@ class Sign:
         return "sign"
 
 
-ELEMENTS: tuple[type[Element], ...] = (Real, Integer, Minifloat, FixedPoint, PowerOfTwo, Sign)
+ELEMENTS: tuple[type[Element], ...] = (Real, Integer, Minifloat, FixedPoint, Flagged, PowerOfTwo, Sign)

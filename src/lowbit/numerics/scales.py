@@ -17,7 +17,7 @@ from lowbit.numerics.rounding import exponent_of, power_of_two, round_to_float
 
 Granularity = Literal["tensor", "sample", "row", "kept-channel", "output-channel", "block", "square"]
 RunningStart = Literal["first", "zero"]
-Direction = Literal["up", "floor"]
+Direction = Literal["up", "floor", "nearest"]
 
 
 class RangeRule(Protocol):
@@ -238,9 +238,10 @@ class PowerOfTwoScale:
     Args:
         direction: ``"up"``: the smallest that clips nothing; ``"floor"``: ``2**(floor(log2 max|x|) - floor(log2 n))``,
             as in the Microscaling formats, where the largest values of a block may be clipped. As in their E8M0, it is
-            ``2**-127`` at least, and nan beyond ``2**127``, which float64 alone reaches.
+            ``2**-127`` at least, and nan beyond ``2**127``, which float64 alone reaches. ``"nearest"``:
+            ``2**round(log2(max|x| / n))``, where the largest values may be clipped too.
 
-    Source: OCP Microscaling Formats 1.0 (``"floor"``).
+    Source: OCP Microscaling Formats 1.0 (``"floor"``); Yang et al. 2020, WAGEUBN, arXiv:1909.02384 (``"nearest"``).
     """
 
     kind: ClassVar[str] = "power-of-two"
@@ -256,6 +257,10 @@ class PowerOfTwoScale:
         if self.direction == "up":
             power = power_of_two(exponent_of(wide))
             found = torch.where(power < wide, 2 * power, power)
+        elif self.direction == "nearest":
+            power = power_of_two(exponent_of(wide))
+            # The middle of two exponents is the square root of 2, and the square of 24 bits is exact in float64.
+            found = torch.where((wide / power) ** 2 > 2, 2 * power, power)
         else:
             n = torch.as_tensor(levels, dtype=torch.float64, device=scale.device)
             exponent = exponent_of(span.double()) - exponent_of(n)
@@ -263,7 +268,8 @@ class PowerOfTwoScale:
         return torch.where(scale.isfinite() & (scale > 0), found, wide).to(scale.dtype)
 
     def __str__(self) -> str:
-        return "power-of-two scale" if self.direction == "up" else "power-of-two scale rounded down"
+        how = {"up": "", "floor": " rounded down", "nearest": " rounded to nearest"}[self.direction]
+        return f"power-of-two scale{how}"
 
 
 @dataclass(frozen=True, kw_only=True)

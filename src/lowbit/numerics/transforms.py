@@ -16,6 +16,7 @@ from lowbit.inputs.checks import check_fields
 from lowbit.kernels import cpu
 from lowbit.numerics.parts import check_interval
 from lowbit.numerics.rounding import uniform_noise
+from lowbit.numerics.scales import PowerOfTwoScale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,4 +264,49 @@ class Centred:
         return "centred"
 
 
-TRANSFORMS: tuple[type[Transform], ...] = (NoTransform, TanhMax, Clip, Hadamard, Centred)
+@dataclass(frozen=True, kw_only=True)
+class Normalized:
+    """``y = size x / R`` with R the power of two nearest to ``max|x|`` of the tensor; the value stays y.
+
+    What is left of x is its shape, and its magnitude is dropped. A tensor of zeros stays as it is. The gradient is that
+    for a constant R, ``g size / R``.
+
+    Args:
+        size: the value that R gets, positive.
+
+    Source: Yang et al. 2020, WAGEUBN, arXiv:1909.02384, the constant quantisation of its weights' gradients.
+    """
+
+    kind: ClassVar[str] = "normalized"
+    has_gradient: ClassVar[bool] = True
+    along_axis: ClassVar[bool] = False
+
+    size: float
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_interval(0.0, self.size)
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - of the whole tensor
+        """See the class."""
+        return x / self._unit(x) * self.size
+
+    def back(self, y: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - stays y
+        """See the class."""
+        return y
+
+    def gradient(self, g: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - of the whole tensor
+        """See the class."""
+        return g / self._unit(x) * self.size
+
+    def _unit(self, x: Tensor) -> Tensor:
+        """R; the size for zeros."""
+        most = x.detach().abs().amax() if x.numel() else x.new_ones(())
+        unit = PowerOfTwoScale(direction="nearest").rounded(most, most, 1.0)
+        return torch.where(unit == 0, torch.full_like(unit, self.size), unit)
+
+    def __str__(self) -> str:
+        return f"normalized to {self.size:g}"
+
+
+TRANSFORMS: tuple[type[Transform], ...] = (NoTransform, TanhMax, Clip, Hadamard, Centred, Normalized)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.engines.int8 import missing
+from lowbit.methods.normalization import RangeNorm
 from lowbit.methods.recipe import Recipe
 from lowbit.nn.layers import QuantLayer
 from lowbit.nn.norm.function import Tape, range_batch_norm
@@ -21,13 +22,13 @@ class NormSite(Site):
     def formats(self, phase: int | None = None) -> list[tuple[str, str, Format]]:  # noqa: ARG002 - alike in all
         """The formats of its operands; it lacks products."""
         norm = self.recipe.normalization
-        assert norm is not None
+        assert isinstance(norm, RangeNorm)
         return [("output", "input", norm.input), ("grad_input", "grad_output", norm.grad_output)]
 
     def setting_of_norm(self, x: Tensor, eps: float, *, rectify: bool, compiled: bool = False) -> NormSetting:
         """How a call is computed for input `x`."""
         norm = self.recipe.normalization
-        assert norm is not None
+        assert isinstance(norm, RangeNorm)
         return NormSetting(
             norm=norm,
             eps=eps,
@@ -77,7 +78,7 @@ class RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
     @classmethod
     def is_in(cls, recipe: Recipe) -> bool:
         """Whether the recipe replaces normalisations."""
-        return recipe.normalization is not None
+        return isinstance(recipe.normalization, RangeNorm)
 
     @classmethod
     def refusal(cls, layer: Any, recipe: Recipe) -> str:  # noqa: ARG003 - always so
@@ -102,7 +103,7 @@ class RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
     def formats(cls, recipe: Recipe) -> dict[str, tuple[Format, ...]]:
         """One operand in the forward, and one in the backward."""
         norm = recipe.normalization
-        return {} if norm is None else {"output": (norm.input,), "grad_input": (norm.grad_output,)}
+        return {"output": (norm.input,), "grad_input": (norm.grad_output,)} if isinstance(norm, RangeNorm) else {}
 
     @classmethod
     def engine_refusals_of_formats(cls, layer: Any, recipe: Recipe, engine: str) -> dict[str, str]:  # noqa: ARG003
@@ -119,7 +120,7 @@ class RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
     def attach(self, *, name: str, recipe: Recipe, clock: Clock, engine: str) -> None:
         """Give the layer its state."""
         norm = recipe.normalization
-        if norm is None:
+        if not isinstance(norm, RangeNorm):
             raise TypeError(f"{name}: recipe {recipe.name!r} has no range normalisation")
         bits = [norm.input.bits, norm.grad_output.bits]
         self.site = NormSite(name=name, recipe=recipe, clock=clock, input_format=norm.input, bits=bits, engine=engine)
