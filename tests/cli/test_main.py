@@ -1,5 +1,6 @@
 """The command line: what it refuses, in which words, and its exit codes."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -230,3 +231,25 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
         code = run.wait(timeout=60)
 
     assert (code, err) == (141, b"")
+
+
+def test_ctrl_c_while_the_process_ends_is_not_answered() -> None:
+    """Once the command has ended, as a script's last act, another SIGINT prints no traceback and changes no code."""
+    code = (
+        "import os, signal, sys; from lowbit.cli.main import main; sys.argv = ['lowbit', 'recipes', 'nothing']\n"
+        "code = main(); os.kill(os.getpid(), signal.SIGINT); sys.exit(code)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_main_with_arguments_leaves_ctrl_c_alone() -> None:
+    """A program that calls the command line still hears of Ctrl-C afterwards."""
+    before = signal.getsignal(signal.SIGINT)
+
+    cli.main(["recipes"])
+
+    assert signal.getsignal(signal.SIGINT) is before

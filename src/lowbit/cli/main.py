@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (fault := userfile.fault(error)) is None:
             raise
         return _fail(error, fault, 1)
+    finally:
+        if argv is None:  # it is the whole process, and Ctrl-C while that ends would only print tracebacks
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _command(argv: Sequence[str]) -> int:
