@@ -4,7 +4,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, Protocol
 
-from lowbit.cli import bench, compare, cost, inspect, range_test, recipes, report, resume, train
+from lowbit.cli import bench, compare, cost, inspect, range_test, recipes, report, resume, sweep, train
 
 
 class Command(Protocol):
@@ -24,6 +24,7 @@ class Command(Protocol):
 COMMANDS: dict[str, Command] = {
     "train": train,
     "resume": resume,
+    "sweep": sweep,
     "range-test": range_test,
     "inspect": inspect,
     "cost": cost,

@@ -249,7 +249,7 @@ def _notes(given: Sequence[View], whole: Sequence[View], groups: Sequence[Group]
     if any(group.interval is None for group in groups):
         notes.append("one run has no interval: train it with other seeds")
     if any(group.interval is not None for group in groups):
-        notes.append("sd: standard deviation over seeds. 95 %: interval of the mean by Student's t, normal scores")
+        notes.append("sd: over seeds. 95 %: interval of the mean by Student's t, for normal scores")
     if left := len(given) - len(whole):
         notes.append(f"{left} unfinished run{'s' * (left != 1)} left out")
     machines = {machine for view in whole for machine in view.machines}

@@ -85,6 +85,11 @@ def refuse_taken(out: Path) -> None:
         )
 
 
+def is_complete(out: Path) -> bool:
+    """Whether the run in `out` reached its end."""
+    return (out / CONFIG).exists() and (out / RESULT).exists()
+
+
 def read_settings(out: Path) -> Settings:
     """The settings of the run in `out`.
 
