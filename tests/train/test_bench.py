@@ -153,10 +153,11 @@ class TestSteps:
     @needs_units
     def test_the_engine_that_auto_chose_is_said(self) -> None:
         """A note names what `auto` came to; a recipe on the engine that was asked for needs none."""
-        text = "\n".join(bench.steps(["tiny"], ["sbm8:auto", "sbm8", "w9a9g9:auto"], 1))
+        text = "\n".join(bench.steps(["tiny"], ["sbm8:auto", "sbm8", "w9a9g9:auto", "sbm8-cpt:auto"], 1))
 
-        assert "tiny, sbm8:auto: on int8" in text
+        assert "tiny, sbm8:auto: output on int8, grad_input on int8, grad_weight on bf16" in text
         assert "tiny, w9a9g9:auto: on reference" in text
+        assert "tiny, sbm8-cpt:auto: output on int8, grad_input on reference, grad_weight on int8" in text
         assert "tiny, sbm8:" not in text.replace("tiny, sbm8:auto", "")
 
     @needs_units

@@ -2,13 +2,15 @@
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
 
 import lowbit
-from lowbit.engines.choice import ENGINES
+from lowbit.conversion.report import Row
+from lowbit.engines.choice import ENGINES, PRODUCTS
 from lowbit.errors import unknown
 from lowbit.methods.recipe import is_family, is_file_name, recipes
 from lowbit.nn import PRODUCT_LAYERS
@@ -61,10 +63,22 @@ def _plain_layers(model: nn.Module) -> int:
 def _recipe(name: str, engine: str) -> Variant:
     def prepare(model: nn.Module) -> str:
         report = lowbit.convert_(model, name, engine=engine)
-        engines = {row.engines.get("output") for row in report.rows if row.converted}
-        return "" if engines == {engine} else f"on {' and '.join(sorted(filter(None, engines)))}"
+        return _ran_on(report.rows) if engine == "auto" else ""
 
     return Variant(prepare)
+
+
+def _ran_on(rows: Iterable[Row]) -> str:
+    """What products run on, of the layers that multiply."""
+    chosen = {product: Counter[str]() for product in PRODUCTS}
+    for row in rows:
+        for product, engine in row.engines.items() if "grad_weight" in row.engines else ():
+            chosen[product][engine] += 1
+    engines = {engine for counts in chosen.values() for engine in counts}
+    if len(engines) == 1:
+        return f"on {engines.pop()}"
+    shown = (f"{product} on {' and '.join(sorted(counts))}" for product, counts in chosen.items() if counts)
+    return ", ".join(shown)
 
 
 BASES: dict[str, Variant] = {
