@@ -12,6 +12,7 @@ from lowbit import plot as plot
 from lowbit import schedules as schedules
 from lowbit.advice import Advice, advise
 from lowbit.conversion.convert import convert_, restore_
+from lowbit.conversion.freeze import freeze_, thaw_
 from lowbit.conversion.report import Report
 from lowbit.conversion.state import load_state_dict, state_dict
 from lowbit.errors import RunError, UsageError
@@ -47,6 +48,7 @@ __all__ = [
     "VerificationError",
     "advise",
     "convert_",
+    "freeze_",
     "load_state_dict",
     "plan",
     "probe",
@@ -54,6 +56,7 @@ __all__ = [
     "recipes",
     "restore_",
     "state_dict",
+    "thaw_",
     "tripwire",
     "verify",
 ]

@@ -303,6 +303,8 @@ class _Products(torch.autograd.Function):
         expected: tuple[str, ...],
     ) -> Tensor:
         y, saved, ctx.kept = outputs(x, w, bias, op, setting, dtype, expected, ctx.needs_input_grad[:2])
+        if setting.remake is not None:
+            saved = tuple(None if t is w else t for t in saved)
         # Codes are saved as tensors, so that they go as soon as the backward has used them.
         ctx.save_for_backward(*saved)
         wanted = ctx.kept.route.strides or op.output_strides(y.shape, x, w)
@@ -317,8 +319,11 @@ class _Products(torch.autograd.Function):
                 "products have none: rounding is differentiated once, straight through. Call backward without "
                 "create_graph, or restore_ this layer"
             )
+        x, w, *exact = ctx.saved_tensors
+        if w is None and ctx.needs_input_grad[0] and kept.setting.remake is not None:
+            w = kept.setting.remake()
         with torch.autocast(autocast_device(grad_output), enabled=False):
-            grads = gradients(in_memory(grad_output), ctx.saved_tensors, kept, ctx.needs_input_grad[:3])
+            grads = gradients(in_memory(grad_output), (x, w, *exact), kept, ctx.needs_input_grad[:3])
         return (*grads, None, None, None, None)
 
 

@@ -1,6 +1,6 @@
 """How products are asked for: the recipe, bits and noise of one call, and what follows for each operand."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -51,6 +51,7 @@ class Setting:
         source: what calls, for observers.
         samples: bits that differ between samples, in place of `bits`.
         skips: whether no `grad_weight` is computed.
+        remake: makes the weight again for the backward, which then does not keep it; None: it is kept.
     """
 
     recipe: Recipe
@@ -62,6 +63,7 @@ class Setting:
     source: object = None
     samples: Samples | None = None
     skips: bool = False
+    remake: Callable[[], Tensor] | None = None
 
     def format(self, product: str, operand: str) -> Format:
         """The format of one operand of one product."""
