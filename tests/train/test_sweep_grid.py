@@ -156,6 +156,24 @@ def test_a_sweep_survives_kill_9(tmp_path: Path) -> None:
     assert start["to_step"] == 300
 
 
+def test_ctrl_c_is_answered_once(tmp_path: Path) -> None:
+    """A terminal sends Ctrl-C to every process; only the command says something, even while the first run begins."""
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"out": str(tmp_path / "runs"), "train": TRAIN, "grid": {"seed": [0, 1]}}))
+    code = "import sys; from lowbit.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "sweep", str(path)]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate()
+
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert said.rstrip().endswith("lowbit: SIGINT: stopped; the same command goes on")
+
+
 def test_a_process_that_dies_is_a_failed_run(tmp_path: Path) -> None:
     """A run whose process is killed by the system is reported with its code, and the same call goes on with it."""
     sweep = sweep_of(tmp_path, train=TRAIN | {"epochs": 400, "checkpoint_every": 2}, grid={"seed": [0]})

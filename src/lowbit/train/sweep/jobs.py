@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -156,7 +156,14 @@ class _Run:
         self.process: BaseProcess = context.Process(
             target=_work, args=(config, os.getcwd(), str(self.log), cost, theirs)
         )
-        self.process.start()
+        # The server is started with the first run, and would answer Ctrl-C while it imports. The tracker of
+        # resources, which it starts first, unblocks the signal.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()
 
     def stop(self) -> None:
