@@ -344,3 +344,26 @@ def test_foreign_states_are_refused() -> None:
 def test_the_package_has_it() -> None:
     """`lowbit.optim` is there after `import lowbit`."""
     assert lowbit.optim.LowBitOptimizer is LowBitOptimizer
+
+
+@pytest.mark.parametrize("states", ["fp32", *BOOKS])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_scaled_loss_gives_the_same_steps(name: str, states: Any) -> None:
+    """A GradScaler's power of two changes no bit of float32 weights and states, and an overflow leaves a step out."""
+    plain, scaled = problem(), problem()
+    train(plain, LowBitOptimizer(OPTIMIZERS[name](list(plain.parameters())), states=states), range(4))
+    optimizer = LowBitOptimizer(OPTIMIZERS[name](list(scaled.parameters())), states=states)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in (0, 1, None, 2, 3):  # None: a step whose gradients overflow
+        generator = torch.Generator().manual_seed(step or 0)
+        x = torch.randn(64, 64, generator=generator)
+        y = (x[:, :10] + x[:, 10:20]).argmax(1)
+        loss = F.cross_entropy(scaled(x), y)
+        optimizer.zero_grad()
+        scaler.scale(loss if step is not None else loss * torch.inf).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    assert scaler.get_scale() == 2.0**9
+    for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
+        assert torch.equal(a, b)
