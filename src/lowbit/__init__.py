@@ -6,6 +6,7 @@
 
 from importlib.metadata import version
 
+from lowbit import amp as amp
 from lowbit import hardware as hardware
 from lowbit import optim as optim
 from lowbit import plot as plot

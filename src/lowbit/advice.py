@@ -257,7 +257,7 @@ def advise(
         model: a plain model on the CPU.
         batch: its input: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
         loss: a function of the model's output that returns a scalar; None: `mean_square`.
-        recipes: recipes to try, each inside bf16 autocast and alone.
+        recipes: recipes to try, each inside bf16 autocast and, unless it asks for that, alone.
         seconds: about how long to measure; every variant takes at least two steps, and a warm-up.
 
     Returns:
@@ -278,6 +278,8 @@ def advise(
     chosen = {recipe.name: recipe for recipe in map(as_recipe, recipes)}
     if len(chosen) != len(recipes):
         raise UsageError("advise: two of the recipes have the same name")
+    if other := [r.name for r in chosen.values() if r.autocast is not None and r.autocast.dtype != "bf16"]:
+        raise UsageError(f"advise: steps are timed in fp32 and in bf16 autocast, and {other[0]} asks for another one")
     with torch.random.fork_rng(devices=[]):
         return _Bench(model, batch, loss or mean_square, chosen, seconds).advice()
 
@@ -304,7 +306,9 @@ class _Bench:
         for last in self.formats:
             for autocast in (False, True):
                 models[Variant(autocast=autocast, channels_last=last)] = self.plain[last]
-                for name in self.recipes:
+                for name, recipe in self.recipes.items():
+                    if recipe.autocast is not None and not autocast:
+                        continue
                     variant = Variant(recipe=name, autocast=autocast, channels_last=last)
                     models[variant] = self.converted(variant)
         taken = self.race(models, 0.6 * self.seconds)
@@ -322,7 +326,8 @@ class _Bench:
         model = copy.deepcopy(plain, {id(p): p for p in plain.parameters()})
         rules = [(name, None) for name in leave]
         report = convert_(model, self.recipes[variant.recipe], rules=rules, strict=False)
-        if not leave and not variant.autocast and not variant.channels_last:
+        alone = variant.autocast is (self.recipes[variant.recipe].autocast is not None)  # once for each recipe
+        if not leave and alone and not variant.channels_last:
             left = [row.name for row in report.rows if not row.converted and row.weights]
             engines = {e for row in report.rows if row.converted for e in row.engines.values()}
             if left:

@@ -82,13 +82,15 @@ def train(model: nn.Module, steps: int, *, autocast: bool, control: Any = None) 
     x, y = data()
     gates = getattr(control, "gates", None)
     optimizer = torch.optim.SGD([*model.parameters(), *(gates.parameters() if gates else ())], lr=0.1)
+    scaler = lowbit.amp.GradScaler.from_recipe(model)
     losses = []
     for _ in range(steps):
-        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast), lowbit.amp.autocast(model):
             loss = F.cross_entropy(model(x).float(), y)
         optimizer.zero_grad()
-        (loss if gates is None else loss + gates.penalty()).backward()
-        optimizer.step()
+        scaler.scale(loss if gates is None else loss + gates.penalty()).backward()
+        scaler.step(optimizer)
+        scaler.update()
         if control is not None:
             control.step(loss)
         losses.append(loss.item())
@@ -138,8 +140,10 @@ def test_the_first_step_is_near_that_of_the_cpu(name: str) -> None:
     there = copy.deepcopy(here).to(DEVICE)
     x, y = data()
 
-    one = F.cross_entropy(here(x.cpu()), y.cpu())
-    two = F.cross_entropy(there(x), y)
+    with lowbit.amp.autocast(here):
+        one = F.cross_entropy(here(x.cpu()), y.cpu())
+    with lowbit.amp.autocast(there):
+        two = F.cross_entropy(there(x), y)
 
     torch.testing.assert_close(two.cpu(), one, rtol=1e-2, atol=1e-3)
 

@@ -91,13 +91,16 @@ class Run:
         if self.recipe.update is not None and self.recipe.update.states:  # those of momentum
             plain = torch.optim.SGD(self.model.parameters(), lr=given.momentum_rate, momentum=0.25)
         self.optimizer = lowbit.optim.from_recipe(self.model, plain) if self.recipe.update else plain
+        self.scaler = lowbit.amp.GradScaler.from_recipe(self.model)
 
     def step(self, x: Tensor, y: Tensor) -> float:
         """One step, and its loss."""
-        loss = F.cross_entropy(self.model(x).flatten(0, -2), y.flatten())
+        with lowbit.amp.autocast(self.model):
+            loss = F.cross_entropy(self.model(x).flatten(0, -2), y.flatten())
         penalty = 0.0 if self.bits is None or self.bits.gates is None else self.bits.gates.penalty()
-        (loss + penalty).backward()
-        self.optimizer.step()
+        self.scaler.scale(loss + penalty).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         if self.bits is not None:
             self.bits.step(loss.detach())
@@ -113,6 +116,7 @@ class Run:
             "model": self.model.state_dict(),
             "lowbit": lowbit.state_dict(self.model),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "bits": None if self.bits is None else self.bits.state_dict(),
             "gates": None if self.bits is None or self.bits.gates is None else self.bits.gates.state_dict(),
         }
@@ -122,6 +126,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         lowbit.load_state_dict(self.model, state["lowbit"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
         if self.bits is not None:
             self.bits.load_state_dict(state["bits"])
             if self.bits.gates is not None:

@@ -1,10 +1,12 @@
 """The formats of an optimiser's step, as part of a recipe."""
 
+import zlib
+
 import pytest
 
 from lowbit.conversion.state import _fingerprint
 from lowbit.errors import UsageError
-from lowbit.methods.recipe import Recipe, Update, from_toml
+from lowbit.methods.recipe import Autocast, Recipe, Update, from_toml
 from lowbit.numerics.elements import FixedPoint
 from lowbit.numerics.formats import BF16, FP32, Format, integer
 
@@ -75,8 +77,11 @@ def test_formats_that_nothing_stored_can_have_are_refused(fields: dict[str, obje
 
 
 def test_states_saved_before_there_were_updates_still_load() -> None:
-    """The number that identifies a recipe without an update is the one that it had before, and an update changes it."""
+    """The number that identifies a recipe without update and autocast is that of before, and each changes it."""
     recipe = Recipe.from_name("sbm8")
+    before = repr(recipe).replace(", phases=(), skip=None, update=None, autocast=None)", ")")
+    others = recipe.replace(update=Update(weight=BF16)), recipe.replace(autocast=Autocast(dtype="bf16"))
 
-    assert _fingerprint(recipe) != _fingerprint(recipe.replace(update=Update(weight=BF16)))
-    assert "update" not in repr(recipe).replace(", update=None)", ")")
+    assert "update" not in before
+    assert _fingerprint(recipe) == zlib.crc32(before.encode())
+    assert len({_fingerprint(each) for each in (recipe, *others)}) == 3

@@ -72,6 +72,8 @@ def test_precision_settings_that_do_not_fit_leave_no_folder(
         ("int8", "reference", "none"),
         ("fp32", "auto", "none"),
         ("cpt", "auto", "none"),
+        ("amp-bf16", "reference", "bf16"),
+        ("amp-fp16", "auto", "fp16"),
     ],
 )
 def test_autocast_is_on_where_every_product_runs_on_narrow_units(recipe: str, engine: str, expected: str) -> None:

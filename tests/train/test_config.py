@@ -25,7 +25,7 @@ from lowbit.train.config import lr_factor
         ("weight_decay", math.inf),
         ("optimizer", "sdg"),
         ("schedule", "one_cycle"),
-        ("amp", "fp16"),
+        ("amp", "fp8"),
         ("seed", -1),
         ("seed", 2**63),
         ("subset", 0),

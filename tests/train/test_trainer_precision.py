@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from runs import config, last, same
 from torch import nn
 
-from lowbit.errors import RunError
+from lowbit.errors import RunError, UsageError
 from lowbit.schedules import Cyclic
 from lowbit.train import checkpoint, models, trainer
 
@@ -31,6 +32,7 @@ GATED = {"recipe": "fractrain", "blocks": r"0\.hidden\.\d", "targets": [1.9, 3.0
         {**TESTED, "range_test_steps": 6, "range_test_threshold": 0.02},
         {"recipe": "pfq", **SHORT_EPOCHS},
         {**GATED, **SHORT_EPOCHS},
+        {"recipe": "amp-fp16"},
         {"recipe": "heal", "starts": ["0.5"]},
         {"recipe": "sparse", "update_every": 3},
         {"recipe": "sqrt3", "measure_every": 3, "ratio": 12.0},
@@ -152,3 +154,47 @@ def test_bits_planned_over_the_run_refuse_other_epochs(tmp_path: Path) -> None:
         trainer.resume(out, {"epochs": 4})
 
     assert trainer.resume(out) == result
+
+
+SCALED = """
+base = "amp-fp16"
+[autocast]
+dtype = "fp16"
+scaling = {{ start = {start}, interval = 2, minimum = {minimum} }}
+"""
+
+
+def test_the_scale_of_a_loss_is_kept_in_checkpoints(tmp_path: Path) -> None:
+    """Updates are left out until the scale fits, and a run resumed in between ends with the same scale and weights."""
+    recipe, whole, part = tmp_path / "mine.toml", tmp_path / "whole", tmp_path / "part"
+    recipe.write_text(SCALED.format(start=2.0**30, minimum=1))
+    result = trainer.train(config(whole, recipe=str(recipe), checkpoint_every=1, keep=20))
+    shutil.copytree(whole, part)
+    for path in [part / "result.json", *checkpoint.kept(part / "last.ckpt")]:
+        path.unlink()
+    shutil.copy(whole / "last-9.ckpt", part / "last.ckpt")
+    scales = [checkpoint.load(path)["MixedPrecision"]["scale"] for path in checkpoint.kept(whole / "last.ckpt")]
+
+    trainer.resume(part)
+
+    assert scales[-1] == 2.0**29
+    assert any(newer > older for newer, older in pairwise(scales))
+    assert same(last(part), last(whole))
+    assert result.memory is not None
+    assert result.memory.states == result.memory.gradients  # measured in a step that was not left out
+
+
+def test_a_scale_below_its_minimum_ends_a_run(tmp_path: Path) -> None:
+    """The run stops with the reason, and its checkpoint is from before."""
+    (tmp_path / "mine.toml").write_text(SCALED.format(start=2.0**40, minimum=2.0**38))
+
+    with pytest.raises(RunError, match=r"loss scale fell to 137438953472.0.*gradients of \d of 8 parameters"):
+        trainer.train(config(tmp_path / "run", recipe=str(tmp_path / "mine.toml"), checkpoint_every=1))
+    assert last(tmp_path / "run")["global_step"] == 2
+
+
+@pytest.mark.parametrize(("recipe", "amp"), [("int8", "fp16"), ("amp-bf16", "none"), ("amp-fp16", "bf16")])
+def test_an_autocast_that_the_recipe_does_not_ask_for_is_refused(recipe: str, amp: str, tmp_path: Path) -> None:
+    """`amp` and recipe must agree where the recipe asks, and fp16 needs a recipe that scales the loss."""
+    with pytest.raises(UsageError, match=f"amp='{amp}', and recipe '{recipe}' asks for"):
+        trainer.train(config(tmp_path / "run", recipe=recipe, amp=amp))

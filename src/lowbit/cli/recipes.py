@@ -42,6 +42,8 @@ def run(name: str | None) -> None:
         write(f"gates choose input/gradient bits by block and sample: {choices}; cost {targets} of full precision")
     if recipe.depthwise is not None:
         write("depthwise convolutions: forward {} bits, backward {} bits".format(*recipe.depthwise))
+    if recipe.autocast is not None:
+        write(f"training loop: {recipe.autocast}")
     norm = recipe.normalization
     write(f"bias: {recipe.bias}; first layer: {recipe.first}; last layer: {recipe.last}")
     if norm is None:

@@ -26,6 +26,7 @@ from lowbit.kernels import native_instruction_sets
 from lowbit.nn import containers
 from lowbit.nn.gate import release
 from lowbit.nn.layers import QuantLayer, converted_layers
+from lowbit.nn.loop import autocast_of
 from lowbit.nn.site import Clock
 
 
@@ -76,6 +77,7 @@ def convert_(
     table, found = calibration.load() if engine == "auto" else (None, "")
     choices = choose_all(plans, engine, table)
     _check_skipping(plans)
+    _check_autocast(plans)
     if strict and not any(plan.twin or plan.left_by == "rule" for plan in plans):
         reasons = "; ".join(f"{p.name or 'the model'} ({type_name(p.layer)}): {p.reason}" for p in plans[:5])
         raise UsageError(f"nothing in this model would be converted. {reasons or 'It has no layer with products'}")
@@ -148,6 +150,16 @@ def _check_skipping(plans: Sequence[Plan]) -> None:
             )
 
 
+def _check_autocast(plans: Sequence[Plan]) -> None:
+    """Raise if layers are to train in different autocasts: a forward runs in one."""
+    asked = autocast_of([plan.recipe for plan in plans if plan.twin is not None and plan.recipe is not None])
+    if len(asked) > 1:
+        raise UsageError(
+            f"recipes of this model ask for {' and for '.join(map(str, asked))}: a forward runs in one, so give rules "
+            "recipes with the same autocast or none"
+        )
+
+
 def _notes(clock: Clock) -> tuple[str, ...]:
     """What holds for many layers at once."""
     notes = []
@@ -164,6 +176,14 @@ def _notes(clock: Clock) -> tuple[str, ...]:
     for recipe in dict.fromkeys(site.recipe for site in clock.sites if site.recipe.phases):
         switches = ", ".join(f"{phase.name} from {phase.start}" for phase in recipe.phases)
         notes.append(f"the table shows the first phase of {recipe.name}; later ones: {switches}")
+    for recipe in dict.fromkeys(site.recipe for site in clock.sites):
+        if recipe.autocast is None:
+            continue
+        scaler = ", and scale the loss by lowbit.amp.GradScaler.from_recipe(model)" if recipe.autocast.scaling else ""
+        notes.append(
+            f"{recipe.name} trains in {recipe.autocast.dtype} autocast: put forward and loss into "
+            f"lowbit.amp.autocast(model){scaler}"
+        )
     if skipping := [site.name for site in clock.sites if site.may_skip]:
         notes.append(f"{some(skipping)} skip grad_weight, always or in some steps: their weights then stay as they are")
     return tuple(notes)

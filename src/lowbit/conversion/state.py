@@ -116,7 +116,10 @@ def _fingerprint(recipe: Recipe) -> int:
     this setting of recipes.
     """
     # As before recipes had these fields.
-    text = repr(recipe).replace(", update=None)", ")").replace(", phases=(), skip=None", "")
+    text = repr(recipe)
+    for late in (", autocast=None", ", update=None"):
+        text = text.replace(f"{late})", ")")
+    text = text.replace(", phases=(), skip=None", "")
     if recipe.schedule is not None:
         forward = recipe.schedule.forward
         text = text.replace(repr(forward.settings), repr(forward.of_the_class))

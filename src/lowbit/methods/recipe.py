@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from lowbit.errors import RunError, UsageError, shown, unknown
 from lowbit.inputs.checks import check_fields, check_type, checked
+from lowbit.methods.autocast import Autocast, LossScaling
 from lowbit.methods.dynamic import Gating, Phase, Scheduling, Skipping
 from lowbit.methods.names import ON_THE_FLY, folder, is_family, is_file_name, recipes, stored, widths_in
 from lowbit.methods.normalization import Normalization, RangeNorm, TermNorm
@@ -23,9 +24,11 @@ from lowbit.schedules import Time
 
 __all__ = [
     "SLOTS",
+    "Autocast",
     "Gating",
     "GradInput",
     "GradWeight",
+    "LossScaling",
     "Output",
     "Phase",
     "RangeNorm",
@@ -67,6 +70,7 @@ class Recipe:
         phases: formats that take the place of these from later steps on, in order of time, see `then`.
         skip: steps and layers without a `grad_weight`; None: every step computes that of every layer.
         update: formats of the optimiser's step, which `lowbit.optim.from_recipe` applies; None: it is the optimiser's.
+        autocast: what of torch's mixed precision it trains in, which `lowbit.amp` applies; None: whatever the loop has.
     """
 
     # Equal recipes share a name, and a recipe is looked up at every product: its hash is that of the name.
@@ -86,6 +90,7 @@ class Recipe:
     phases: tuple[Phase, ...] = field(default=(), hash=False)
     skip: Skipping | None = field(default=None, hash=False)
     update: Update | None = field(default=None, hash=False)
+    autocast: Autocast | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -195,6 +200,10 @@ class Recipe:
             )
         if other.update not in (None, self.update):
             raise UsageError(f"a phase of {other.name!r}, which has an update: say so in the recipe that has phases")
+        if other.autocast not in (None, self.autocast):
+            raise UsageError(
+                f"a phase of {other.name!r}, which asks for autocast: say so in the recipe that has phases"
+            )
         if other.skip not in (None, self.skip):
             raise UsageError(
                 f"a phase of {other.name!r}, which skips grad_weight: say so in the recipe that has phases"

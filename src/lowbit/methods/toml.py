@@ -9,6 +9,7 @@ from typing import Any
 from lowbit.errors import RunError, UsageError, shown, unknown
 from lowbit.inputs import files
 from lowbit.inputs.checks import is_whole
+from lowbit.methods.autocast import Autocast, LossScaling
 from lowbit.methods.dynamic import Gating, Scheduling, Skipping
 from lowbit.methods.normalization import NORMALIZATIONS
 from lowbit.methods.operands import GradInput, GradWeight, Output
@@ -103,6 +104,17 @@ def _changes(name: str, data: dict[str, Any]) -> None:
         del data["grad_weight"]
     if "skip" in data:
         data["skip"] = _construct(Skipping, f"recipe {name}: skip", data["skip"])
+    if "autocast" in data:
+        data["autocast"] = _autocast(f"recipe {name}: autocast", data["autocast"])
+
+
+def _autocast(where: str, value: object) -> Autocast:
+    """The table of an autocast, whose scaling is a table too."""
+    fields = dict(_table(where, value))
+    if "scaling" in fields:
+        fields["scaling"] = _construct(LossScaling, f"{where}.scaling", fields["scaling"])
+    made: Autocast = _construct(Autocast, where, fields)
+    return made
 
 
 def _update(where: str, value: object, formats: dict[str, Format]) -> tuple[Update, set[str]]:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from lowbit import functional
 from lowbit.errors import UsageError
 from lowbit.methods.recipe import Recipe
+from lowbit.nn.loop import Loop
 from lowbit.numerics.formats import Format
 from lowbit.numerics.ranges import new_running_range, observed_extremes
 from lowbit.numerics.rounding import CounterNoise, step_key
@@ -62,23 +63,21 @@ class Clock:
         free: whether no engine was asked for, so that a loaded state brings its own.
 
     Attributes:
-        rounds_updates: whether an optimiser was made that rounds as the recipes' `update` says.
+        loop: what the recipes ask of the training loop.
         has_state: whether `lowbit.load_state_dict` gave this clock its step.
         lacks_state: whether the weights were loaded before the first step, and the state was not.
         recalled: the key of the step whose backward runs, or ran last; None since the last step began.
     """
 
-    rounds_updates: bool = False
     has_state: bool = False
     lacks_state: bool = False
     recalled: Tensor | None = None
-    # How often the weights were written, before the last training forward; None where no recipe rounds updates.
-    written: int | None = None
 
     def __init__(self, seed: int, *, free: bool = False) -> None:
         self.seed = seed
         self.free = free
         self.sites: list[Site] = []
+        self.loop = Loop()
         self.here = PerThread()
         self.of_parts = False
         self.number = compiler.register(self)
@@ -92,7 +91,7 @@ class Clock:
 
     def attach(self, model: nn.Module) -> None:
         """Follow the forwards of the model that was converted."""
-        self.written = _written(model) if any(site.recipe.update is not None for site in self.sites) else None
+        self.loop = Loop.of(model, [site.recipe for site in self.sites])
         model.register_forward_pre_hook(self.advance)
         model.register_forward_hook(self.leave, always_call=True)
         model.register_load_state_dict_post_hook(self.weights_loaded)
@@ -129,7 +128,7 @@ class Clock:
             return
         self.here.inside = self.here.compiled = False
         if module.training:
-            self._check_updates(module)
+            self.loop.check(module, first=not int(self.step))
             self.next_step()
             self.here.inside = True
 
@@ -167,21 +166,6 @@ class Clock:
         for site in self.sites:
             site.uses = 0
 
-    def _check_updates(self, module: nn.Module) -> None:
-        """Warn once where weights changed since the last step, and no optimiser rounds as their recipe says."""
-        if self.written is None or self.rounds_updates:
-            return
-        before, self.written = self.written, _written(module)
-        if int(self.step) and before != self.written:
-            self.rounds_updates = True
-            names = ", ".join(dict.fromkeys(site.recipe.name for site in self.sites if site.recipe.update is not None))
-            warnings.warn(
-                f"the weights of this model change, and recipe {names} rounds updates too, which no optimizer does "
-                "here: make it with lowbit.optim.from_recipe(model, optimizer)",
-                UserWarning,
-                stacklevel=2,
-            )
-
     def _check_state(self) -> None:
         """Warn once where the weights are those of a checkpoint, and nothing else is."""
         if self.lacks_state:
@@ -212,11 +196,6 @@ class Clock:
         for controller in {id(site.controller): site.controller for site in self.sites}.values():
             if controller is not None:
                 controller.check_forward()
-
-
-def _written(model: nn.Module) -> int:
-    """How often the parameters were written in place."""
-    return sum(p._version for p in model.parameters())
 
 
 def rank_of_process() -> int:

@@ -41,7 +41,7 @@ def from_recipe(
     if others:
         raise UsageError("from_recipe: layers of this model have recipes with different updates: give them one")
     for clock in {site.clock for site in sites}:
-        clock.rounds_updates = True
+        clock.loop.done("update")
     asked = bool(settings)
     settings = {"states": "fp32", "seed": seed, **settings}
     if update is None:

@@ -55,6 +55,10 @@ def _recipe(config: TrainConfig) -> tuple[lowbit.Recipe, str | None]:
         raise UsageError(f"eval_bits goes with a recipe whose bits follow a schedule, and {recipe.name!r} has none.")
     if config.plateau_every is not None and "threshold" not in recipe.settings():
         raise UsageError(f"plateau_every goes with a recipe that follows the loss, and {recipe.name!r} does not.")
+    asked = None if recipe.autocast is None else recipe.autocast.dtype
+    if config.amp != asked and (asked is not None or config.amp == "fp16"):
+        wants = "asks for no autocast and scales no loss" if asked is None else f"asks for {asked} autocast"
+        raise UsageError(f"amp={config.amp!r}, and recipe {recipe.name!r} {wants}: leave amp out.")
     if recipe.gates is None:
         if config.blocks is not None:
             raise UsageError(f"blocks goes with a recipe that has gates, and {recipe.name!r} has none.")
@@ -98,13 +102,16 @@ def _engine(config: TrainConfig) -> str:
 
 
 def fastest_amp(config: TrainConfig) -> Amp:
-    """What ``amp="auto"`` stands for: bf16 where every product of a layer runs on 8-bit or bf16 units, else none.
+    """What ``amp="auto"`` stands for: the recipe's own, else bf16 where all products run on 8-bit or bf16 units.
 
     What is simulated in float32 gains nothing from autocast, and would lose the digits of its results.
     """
+    recipe = lowbit.Recipe.find(config.recipe)
+    if recipe.autocast is not None:
+        return recipe.autocast.dtype
     if _engine(config) == "reference" or missing("bf16"):
         return "none"
-    return "none" if refusals(Linear(), lowbit.Recipe.find(config.recipe), device=accelerator()) else "bf16"
+    return "none" if refusals(Linear(), recipe, device=accelerator()) else "bf16"
 
 
 @contextlib.contextmanager

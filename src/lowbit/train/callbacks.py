@@ -53,25 +53,22 @@ class StepTimer(Callback):
 
 
 class MemoryOfStep(Callback):
-    """Measures the update of one early step, as soon as the optimiser has made its states.
+    """Measures the first update of a run that finds the optimiser's states made; one that is skipped does not count.
 
     Args:
         meter: whose ledger knows what the forward passes keep.
-        resumed: whether the run goes on, with states from the first step.
     """
 
-    def __init__(self, meter: lowbit.Meter, *, resumed: bool) -> None:
+    def __init__(self, meter: lowbit.Meter) -> None:
         self.meter = meter
         self.found: StepMemory | None = None
-        self._waits = 0 if resumed else 1  # steps to let pass
         self._update: UpdateMemory | None = None
 
     def on_before_optimizer_step(self, _: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Begin in the step that is measured."""
-        if self._waits == 0:
+        if self.found is None and optimizer.state and _all_finite(optimizer):
             self._update = UpdateMemory(pl_module, optimizer)
             self._update.begin()
-        self._waits -= 1
 
     def on_exception(self, *_: object) -> None:
         """Watch no more."""
@@ -84,6 +81,12 @@ class MemoryOfStep(Callback):
             self._update.end()
             self.found = self._update.result(activations=self.meter.ledger.held_bytes or 0)
             self._update = None
+
+
+def _all_finite(optimizer: Optimizer) -> bool:
+    """Whether all gradients are finite: a step without is skipped where the loss is scaled."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return all(bool(grad.isfinite().all()) for grad in grads)
 
 
 class MeterSteps(Callback):

@@ -20,7 +20,7 @@ from lowbit.train.tuning import tunable, with_tunable
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["one-cycle", "cosine", "step", "constant"]
-Amp = Literal["auto", "none", "bf16"]
+Amp = Literal["auto", "none", "bf16", "fp16"]
 EvalBits = int | Literal["highest", "current"]
 Measure = Literal["accuracy", "loss"]
 OptimizerStates = Literal["fp32", "int8", "dynamic8"]
@@ -67,7 +67,8 @@ class TrainConfig:
         engine: how converted layers execute: ``auto``, or an engine, ``int8`` or ``reference``; see `lowbit.convert_`.
         amp: ``bf16`` runs the operations that no recipe covers under bfloat16 autocast, ``none`` in float32. ``auto``
             becomes ``bf16`` where all products of the recipe run on 8-bit or bf16 units here, since such steps are
-            faster in it, else ``none``. A resumed run keeps what it became.
+            faster in it, else ``none``. Recipes that ask for autocast have theirs, ``amp-fp16`` alone ``fp16`` with a
+            scaled loss. A resumed run keeps what it became.
         max_steps: stop after this many steps, even within an epoch.
         plateau_every: of recipes that follow the loss, e.g. ``pfq`` and ``fractrain``: steps whose mean loss the
             plateau rule takes as one epoch's. Default: an epoch.

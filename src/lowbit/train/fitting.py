@@ -12,6 +12,7 @@ from typing import Any
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 
 import lowbit
 from lowbit.train import checkpoint, data
@@ -60,13 +61,16 @@ def make_trainer(
     return Trainer(
         accelerator=accelerator(),
         devices=1,
-        precision="bf16-mixed" if config.amp == "bf16" else "32-true",
         max_epochs=config.epochs,
         logger=make_loggers(config, 0 if start is None else start["global_step"]),
         log_every_n_steps=1,  # `TrainingRows` logs; a larger value is a warning where an epoch is shorter
         callbacks=callbacks,
         # One process: Lightning would read a cluster's environment variables and change what the run does.
-        plugins=[_CheckpointIO(start, config.keep, set(checkpoint.not_finite(never_finite))), LightningEnvironment()],
+        plugins=[
+            _CheckpointIO(start, config.keep, set(checkpoint.not_finite(never_finite))),
+            LightningEnvironment(),
+            _precision(config, module),
+        ],
         default_root_dir=config.out,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -74,6 +78,17 @@ def make_trainer(
         num_sanity_val_steps=0,
         inference_mode=False,  # tensors that a layer keeps from the evaluation must serve the next step
     )
+
+
+def _precision(config: TrainConfig, module: Module) -> Precision:
+    """Autocast as the settings have it, and the scaled loss of the recipe, whose state the checkpoints keep."""
+    if config.amp == "none":
+        return Precision()
+    if config.amp == "bf16":
+        return MixedPrecision("bf16-mixed", accelerator())
+    # Lightning refuses the name "16-mixed" on a CPU, and takes the plugin.
+    scaler = lowbit.amp.GradScaler.from_recipe(module.model, device=accelerator())
+    return MixedPrecision("16-mixed", accelerator(), scaler)
 
 
 def fit(trainer: Trainer, module: Module, loaded: data.Data, stop: Stop, *, resumed: bool) -> None:
@@ -99,6 +114,8 @@ def quiet() -> Iterator[None]:
             # Lightning 2.6 asks torch's tree utilities in a way that torch 2.13 deprecates.
             message = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
             warnings.filterwarnings("ignore", message, FutureWarning)
+            # The first steps of a scaled loss may be skipped: the learning rate goes on, as it does for any step.
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
             yield
     finally:
         logger.setLevel(level)

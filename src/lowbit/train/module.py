@@ -13,7 +13,7 @@ from lowbit.evidence.records import PLAIN, Total
 from lowbit.precision.controller import PrecisionController
 from lowbit.train import data
 from lowbit.train.config import CHANGEABLE, TrainConfig, lr_factor
-from lowbit.train.step import NotFiniteError, explain_non_finite, loss_and_accuracy, make_optimizer, step_seed
+from lowbit.train.step import NotFiniteError, autocast, explain_non_finite, loss_and_accuracy, make_optimizer, step_seed
 
 
 class Module(LightningModule):
@@ -49,7 +49,7 @@ class Module(LightningModule):
         x, y = batch
         loss, accuracy = loss_and_accuracy(self.model(x), y)
         if not loss.isfinite():
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
+            with autocast(self.config, x.device.type):
                 cause = explain_non_finite(self.model, x)
             raise NotFiniteError(f"the loss is {loss.item()} at step {self.global_step}: {cause}.")
         lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]  # there is one optimizer

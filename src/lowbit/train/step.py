@@ -26,6 +26,12 @@ def _mix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def autocast(config: TrainConfig, device: str) -> torch.autocast:
+    """The autocast that the settings ask for, on a type of device; switched off where they ask for none."""
+    dtype = torch.float16 if config.amp == "fp16" else torch.bfloat16
+    return torch.autocast(device, dtype, enabled=config.amp in ("bf16", "fp16"))
+
+
 def loss_and_accuracy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross entropy in nats and the share of right predictions, of (..., classes) against (...)."""
     logits = logits.float().flatten(0, -2)  # bfloat16 under autocast, too coarse for a loss

@@ -47,7 +47,7 @@ from lowbit.train.loggers import check_installed
 from lowbit.train.measured import measured
 from lowbit.train.module import Module
 from lowbit.train.resuming import check_fit, newest, result_of_complete, resume_point
-from lowbit.train.step import NotFiniteError, loss_and_accuracy
+from lowbit.train.step import NotFiniteError, autocast, loss_and_accuracy
 from lowbit.train.stop import Leave, Stop, signals
 
 
@@ -214,7 +214,7 @@ def _run(
             lowbit.Meter(module.model, _open_ledger(config, module.model, began, drop_damaged=drop_damaged)) as meter,
         ):
             resumed = start is not None
-            measuring = MemoryOfStep(meter, resumed=resumed)
+            measuring = MemoryOfStep(meter)
             fit(
                 make_trainer(config, timer, start, MeterSteps(meter, evaluated), stop, module, measuring),
                 module,
@@ -255,9 +255,8 @@ def _prove(config: TrainConfig, loaded: data.Data, module: Module) -> lowbit.Pro
     loaded.train.load_state_dict(before)
     copied, controller = copy.deepcopy((module.model, module.controller))
     copied.train()
-    amp = torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp == "bf16")
     with lowbit.verify(copied) as proof:
-        with amp:
+        with autocast(config, x.device.type):
             loss, _ = loss_and_accuracy(copied(x), y)
         loss.backward()
     if controller is not None:

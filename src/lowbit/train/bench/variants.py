@@ -11,7 +11,7 @@ from torch import nn
 import lowbit
 from lowbit.conversion.report import Row
 from lowbit.engines.choice import ENGINES, PRODUCTS
-from lowbit.errors import unknown
+from lowbit.errors import UsageError, unknown
 from lowbit.methods.recipe import is_family, is_file_name, recipes
 from lowbit.nn import PRODUCT_LAYERS
 
@@ -100,7 +100,8 @@ def variant(name: str) -> Variant:
     A recipe is a name, also of the kind ``int8:w4a4g4``, or a file that ends in ``.toml``.
 
     Raises:
-        UsageError: an unknown name or engine, or a recipe's file or widths that make no recipe.
+        UsageError: an unknown name or engine, a recipe's file or widths that make no recipe, or a recipe that trains
+            in another autocast.
     """
     if name in BASES:
         return BASES[name]
@@ -112,5 +113,7 @@ def variant(name: str) -> Variant:
         raise unknown("engine", engine, engines)
     if recipe not in recipes() and not is_family(recipe) and not is_file_name(recipe):
         raise unknown("variant", name, {*BASES, *recipes()})
-    lowbit.Recipe.find(recipe)  # raises before anything runs
+    asked = lowbit.Recipe.find(recipe).autocast  # raises before anything runs
+    if asked is not None and asked.dtype != "bf16":
+        raise UsageError(f"variant {name!r}: steps are timed in bf16 autocast, and {recipe} asks for {asked}")
     return _recipe(recipe, engine or "int8")
