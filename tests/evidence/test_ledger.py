@@ -500,3 +500,30 @@ def test_a_link_in_the_ledgers_place_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "mine").read_text() == "mine"
     with pytest.raises(RunError, match="cannot write the ledger"):
         Ledger.resume(tmp_path / "link", steps=4)
+
+
+def test_other_widths_change_bits_and_nothing_else() -> None:
+    """`at` gives each operand its width, keeps steps, calls and scores, and leaves what is plain as it is."""
+    ledger = filled(Ledger(model="m", layers=["a"]))
+    plain = ledger.intern(product("b", engine="plain", bits=(32, 32)))
+    ledger.add_step(Program(calls=((plain, 3),)), samples=4)
+
+    other = ledger.at("w4a3g6")
+
+    calls = [(total.product.layer, total.product.product, total.product.bits, total.calls) for total in other.totals()]
+    assert calls == [("a", "output", (3, 4), 6), ("a", "grad_weight", (6, 3), 4), ("b", "output", (32, 32), 3)]
+    charged = [total for total in other.totals("as-charged") if total.product.product == "grad_input"]
+    assert [total.product.bits for total in charged] == [(6, 4)]
+    assert sum(total.macs for total in other.totals()) == sum(total.macs for total in ledger.totals())
+    assert [(step.step, step.samples) for step in other.steps] == [(step.step, step.samples) for step in ledger.steps]
+    assert other.evaluations == ledger.evaluations
+    assert other.held_bytes == ledger.held_bytes
+    assert other.notes == ["costed at w4a3g6, not at the widths that ran"]
+    assert [total.product.bits for total in ledger.totals()][:2] == [(8, 8), (4, 8)]
+
+
+@pytest.mark.parametrize("widths", ["w0a4g8", "sbm8:w4a4g8", "4", "w4a4", "w4a4g8 "])
+def test_widths_of_another_form_are_refused(widths: str) -> None:
+    """Widths are wXaYgZ with whole numbers from 1."""
+    with pytest.raises(UsageError, match="write wXaYgZ"):
+        filled(Ledger()).at(widths)

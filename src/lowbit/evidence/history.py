@@ -4,12 +4,13 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from lowbit.errors import UsageError, check_choice
+from lowbit.errors import UsageError, check_choice, shown
 from lowbit.evidence.records import PRODUCTS, Convention, Evaluation, Product, Program, Step, Total, fields_of
 from lowbit.inputs.checks import check_type, check_whole, checked
+from lowbit.methods.names import widths_of
 
 
 class History(ABC):
@@ -182,6 +183,25 @@ class History(ABC):
         part._append(self, until=step)
         return part
 
+    @checked
+    def at(self, widths: str) -> Self:
+        """The same ledger, in memory, as if every converted layer had had these widths all the time.
+
+        Nothing runs again: shapes, calls, samples and scores stay. What ran outside converted layers keeps its widths.
+
+        Args:
+            widths: of `weight`, `input` and `grad_output` in bits, e.g. ``"w4a4g8"``; ``"w32a32g32"`` is full
+                precision.
+
+        Raises:
+            UsageError: these are no widths, or one is 0.
+        """
+        bits = _widths(widths)
+        other = type(self)(model=self.model, layers=self.layers, first_step=self.first_step)
+        other._append(self, change=lambda product: product.at(bits))
+        other.add_note(f"costed at {widths}, not at the widths that ran")
+        return other
+
     @classmethod
     def merged(cls, ledgers: Sequence["History"]) -> Self:
         """The ledgers of the ranks of one run as one ledger: calls and samples of each step add up.
@@ -239,18 +259,28 @@ class History(ABC):
             uncounted.update(dict(program.uncounted))
         held = [program.held_bytes for _, program in programs if program.held_bytes is not None]
         return Program(
-            calls=tuple(sorted(calls.items())),
+            calls=tuple(calls.items()),
             uncounted=tuple(sorted(uncounted.items())),
             held_bytes=sum(held) if held else None,
         )
 
-    def _append(self, other: "History", until: int | None = None) -> None:
-        """Take over the records of another ledger, in the order they were made, up to a number of steps."""
-        products = [self.intern(product) for product in other.products]
-        programs = [
-            self.intern_program(dataclasses.replace(program, calls=tuple((products[i], n) for i, n in program.calls)))
-            for program in other.programs
-        ]
+    def _append(
+        self, other: "History", until: int | None = None, change: Callable[[Product], Product] | None = None
+    ) -> None:
+        """Take over the records of another ledger, in the order they were made, up to a number of steps.
+
+        Args:
+            other: the ledger.
+            until: the number of steps; None: all.
+            change: what becomes of each product; None: it stays. Products that become equal are one.
+        """
+        products = [self.intern(product if change is None else change(product)) for product in other.products]
+        programs = []
+        for program in other.programs:
+            calls: Counter[int] = Counter()
+            for i, n in program.calls:
+                calls[products[i]] += n
+            programs.append(self.intern_program(dataclasses.replace(program, calls=tuple(calls.items()))))
         events = sorted(
             [(s.step, 1, s) for s in other.steps] + [(e.step, 0, e) for e in other.evaluations],
             key=lambda event: event[:2],
@@ -267,3 +297,11 @@ class History(ABC):
                 self.add_evaluation(used, **rest)
         for note in other.notes:
             self.add_note(note)
+
+
+def _widths(text: str) -> Mapping[str, int]:
+    """The bits of each operand in a text like ``w4a4g8``."""
+    bits = widths_of(text)
+    if bits is None or min(bits) < 1:
+        raise UsageError(f"widths {shown(text)}: write wXaYgZ with whole numbers from 1, e.g. w4a4g8")
+    return dict(zip(("weight", "input", "grad_output"), bits, strict=True))

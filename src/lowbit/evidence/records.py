@@ -4,7 +4,7 @@ Notation: a step is one update of the weights, counted from 0; one multiply-accu
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -71,11 +71,23 @@ class Product:
         """Bit operations of one call: multiply-accumulates times the widths of both operands."""
         return self.macs * self.bits[0] * self.bits[1]
 
+    def at(self, bits: Mapping[str, int]) -> "Product":
+        """The same product with these widths of its operands, by name; outside converted layers nothing changes."""
+        if self.engine == PLAIN:
+            return self
+        charged = None if self.grad_input_bits is None else _bits_of("grad_input", bits)
+        return dataclasses.replace(self, bits=_bits_of(self.product, bits), grad_input_bits=charged)
+
     def charged(self) -> "Product | None":
         """The `grad_input` that papers charge for this layer although it did not run; None if it did."""
         if self.grad_input_bits is None:
             return None
         return dataclasses.replace(self, product="grad_input", bits=self.grad_input_bits, grad_input_bits=None)
+
+
+def _bits_of(product: str, bits: Mapping[str, int]) -> tuple[int, int]:
+    first, second = OPERANDS[product]
+    return bits[first], bits[second]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from lowbit.hardware.choice import ACCELERATORS, accelerator
 from lowbit.hardware.energies import Energies
 from lowbit.hardware.estimate import Estimate, Loop, Store, TrainingEstimate, total
 from lowbit.hardware.matrix import Matrix, as_matrix
+from lowbit.hardware.workloads import scale_sim, zigzag
 
 __all__ = [
     "ACCELERATORS",
@@ -19,5 +20,7 @@ __all__ = [
     "TrainingEstimate",
     "accelerator",
     "as_matrix",
+    "scale_sim",
     "total",
+    "zigzag",
 ]

@@ -28,6 +28,15 @@ def widths_in(name: str) -> tuple[str, int, int, int] | None:
     return base, int(weight), int(input_), int(grad_output)
 
 
+def widths_of(text: str) -> tuple[int, int, int] | None:
+    """Bits of `weight`, `input` and `grad_output` of ``wXaYgZ``; None if the text is anything else."""
+    match = _WIDTHS.fullmatch(text)
+    if match is None or match[1] is not None:
+        return None
+    weight, input_, grad_output = map(int, match.groups()[1:])
+    return weight, input_, grad_output
+
+
 def recipes() -> tuple[str, ...]:
     """The names of all recipes; ``wXaYgZ`` stands for any widths, e.g. ``w4a4g6``."""
     return (*stored(), ON_THE_FLY)
