@@ -9,8 +9,10 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard src/lowbit/kernels/native/*)
 ZOO := .venv-zoo
 # The environment of the native module under sanitizers.
 ASAN := .venv-asan
+# What `make test-wheel` tries, where it is on the machine.
+PYTHONS ?= 3.11 3.12 3.13
 
-.PHONY: demo demo-short test test-zoo test-newest test-asan docs lint setup clean
+.PHONY: demo demo-short test test-wheel test-zoo test-newest test-asan docs lint setup clean
 demo: $(READY)  ## train ResNet-18 on Fashion-MNIST in fp32 and int8, time them beside bf16 and sbm8, print one table, write a page
 	$(BIN)/python benchmarks/demo.py
 
@@ -19,6 +21,9 @@ demo-short: $(READY)  ## the same on fewer images, 1 to 2 minutes also on busy c
 
 test: $(READY)  ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-wheel: $(READY)  ## the sdist and its wheels in fresh environments, on each of PYTHONS that is here; 6 GB for a moment
+	$(BIN)/python tests/wheel/check.py --pythons "$(PYTHONS)"
 
 test-zoo: $(ZOO)/.ready  ## models and trainers of other libraries on the newest torch; TABLE=FILE writes what came of each model
 	HF_HUB_OFFLINE=1 $(ZOO)/bin/python -m pytest tests/zoo tests/integrations $(if $(TABLE),--zoo-table $(TABLE))

@@ -15,10 +15,23 @@ TEXT = sorted(
 
 
 def test_the_package_needs_torch_only() -> None:
-    """Whoever installs the package gets torch and nothing else; the rest are extras."""
+    """Whoever installs the package gets torch and the NumPy that it warns without; the rest are extras."""
     dependencies = tomllib.loads(PROJECT)["project"]["dependencies"]
 
-    assert [re.split(r"[<>=~ ]", d)[0] for d in dependencies] == ["torch"]
+    assert [re.split(r"[<>=~ ]", d)[0] for d in dependencies] == ["numpy", "torch"]
+
+
+def test_classifiers_name_the_pythons_that_wheels_are_built_for() -> None:
+    """The Pythons of the classifiers, of cibuildwheel and of `make test-wheel` are the same."""
+    project = tomllib.loads(PROJECT)
+    named = re.findall(r":: (3\.\d+)\b", "\n".join(project["project"]["classifiers"]))
+    built = [f"3.{build[3:5]}" for build in project["tool"]["cibuildwheel"]["build"]]
+    tried = re.search(r"^PYTHONS \?= (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+    assert tried is not None
+    assert named == built == tried[1].split()
+    assert project["project"]["requires-python"] == f">={named[0]}"
+    assert "Typing :: Typed" in project["project"]["classifiers"]
 
 
 def test_every_rule_that_is_switched_off_has_its_reason() -> None:
