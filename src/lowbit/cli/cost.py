@@ -33,7 +33,13 @@ def add_arguments(parser: Any) -> None:
         "--drop_damaged", action="store_true", help="leave out damaged lines of the ledger, and count them"
     )
     parser.add_argument(
-        "--format", type=Literal["text", "json", "csv"], default="text", help="text, json or csv (text)"
+        "--at", type=str, help="cost it as if every converted layer had had these widths, wXaYgZ, e.g. w4a4g8"
+    )
+    parser.add_argument(
+        "--format",
+        type=Literal["text", "json", "csv", "zigzag", "scale-sim"],
+        default="text",
+        help="text, json or csv; zigzag or scale-sim: the last step as a workload of that simulator (text)",
     )
 
 
@@ -43,11 +49,12 @@ def run(
     hardware: str | None,
     set: list[str] | None,  # noqa: A002 - the flag
     drop_damaged: bool,
+    at: str | None,
     format: str,  # noqa: A002 - the flag
     **planned: Any,
 ) -> None:
     """Print the cost of a ledger: of the run in a folder, or of a plan."""
-    from lowbit.hardware import accelerator
+    from lowbit.hardware import accelerator, scale_sim, zigzag
     from lowbit.report.cost import Cost
 
     given = [f"--{name.replace('_', '-')}" for name, value in planned.items() if value is not None]
@@ -62,6 +69,14 @@ def run(
         ledger, measured = _plan(**planned), dict[str, str]()
     else:
         ledger, measured = _ran(run, drop_damaged=drop_damaged)
+    if at is not None:
+        # What was measured was measured at other widths.
+        ledger, measured = ledger.at(at), {}
+    if workload := {"zigzag": zigzag, "scale-sim": scale_sim}.get(format):
+        if hardware is not None:
+            raise UsageError(f"--hardware is of a cost, and --format {format} writes what runs: leave one out.")
+        print(workload(ledger).rstrip("\n"))
+        return
     cost = Cost(ledger, estimated_on, measured)
     # Tables are as wide as they are: folded by the terminal's width they could not be read or piped.
     print({"text": cost.__str__, "json": cost.to_json, "csv": cost.to_csv}[format]().rstrip("\n"))

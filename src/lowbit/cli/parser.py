@@ -4,7 +4,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, Protocol
 
-from lowbit.cli import bench, compare, cost, inspect, range_test, recipes, report, resume, sweep, train
+from lowbit.cli import bench, compare, cost, export, inspect, range_test, recipes, report, resume, sweep, train
 
 
 class Command(Protocol):
@@ -30,6 +30,7 @@ COMMANDS: dict[str, Command] = {
     "cost": cost,
     "compare": compare,
     "report": report,
+    "export": export,
     "bench": bench,
     "recipes": recipes,
 }

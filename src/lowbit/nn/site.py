@@ -31,6 +31,13 @@ from lowbit.products.setting import Samples, Setting
 runs_eagerly = _disable_dynamo
 
 
+# A compiled model names its sites by numbers of this process: another process would lack them, or have others.
+_NOT_EXPORTED = (
+    "torch.export cannot take a converted model out of this process: call lowbit.restore_(model) first, or write its "
+    "8-bit arithmetic with `lowbit export --to onnx`"
+)
+
+
 class PerThread(threading.local):
     """What each thread that runs a model keeps for itself; a copy of the model begins with nothing.
 
@@ -119,6 +126,8 @@ class Clock:
     def advance(self, module: nn.Module, _args: object) -> None:
         """Begin a forward of the converted model; a training forward is a new step, a recomputed one is not."""
         if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting():
+                raise UsageError(_NOT_EXPORTED)
             torch.ops.lowbit.advance(self.pulse, self.number, module.training)
             return
         if is_recomputing():
