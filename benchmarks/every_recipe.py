@@ -76,11 +76,15 @@ def activations(recipe: str) -> str:
     model = SmallNet(10, (1, 28, 28)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     lowbit.convert_(model, recipe)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
+    scaler = lowbit.amp.GradScaler.from_recipe(model)
     x, y = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
 
     def step() -> None:
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
+        with lowbit.amp.autocast(model):
+            loss = F.cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
 
     return f"{step_memory(model, optimizer, step).activations / 2**20:.2f}"
