@@ -116,6 +116,11 @@ class History(ABC):
         known = [self.programs[number].held_bytes for number in set(self._program_numbers(False))]
         return max((held for held in known if held is not None), default=None)
 
+    @property
+    def sent_bytes(self) -> int:
+        """The bytes that this process sent for its gradients in all steps; see `Program`."""
+        return sum(self.programs[step.program].sent_bytes for step in self.steps)
+
     @checked
     def totals(self, convention: Convention = "as-ran", *, evaluations: bool = False) -> list[Total]:
         """Each product with its number of calls over all steps, in the order of first appearance.
@@ -262,6 +267,7 @@ class History(ABC):
             calls=tuple(calls.items()),
             uncounted=tuple(sorted(uncounted.items())),
             held_bytes=sum(held) if held else None,
+            sent_bytes=sum(program.sent_bytes for _, program in programs),
         )
 
     def _append(

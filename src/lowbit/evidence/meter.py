@@ -132,6 +132,11 @@ class Meter:
         self._end_step(samples)
         self._end_evaluation()
 
+    def sent(self, sent_bytes: int) -> None:
+        """Count bytes that this process sends to others in this step, for its gradients."""
+        with self._lock:
+            self._training.sent += sent_bytes
+
     @checked
     def evaluated(self, name: str, score: float, *, higher_is_better: bool = True) -> None:
         """Score what ran in evaluation mode since the last step; the best score marks the best checkpoint.
@@ -299,6 +304,7 @@ class _Pending:
         self.uncounted: Counter[str] = Counter()
         self.samples = 0
         self.held: int | None = None
+        self.sent = 0
 
     def take(self, forward: Forward) -> None:
         """Add one forward of the model."""
@@ -312,6 +318,7 @@ class _Pending:
             calls=tuple(sorted(self.calls.items())),
             uncounted=tuple(sorted(self.uncounted.items())),
             held_bytes=self.held,
+            sent_bytes=self.sent,
         )
 
 

@@ -100,15 +100,17 @@ class Program:
             layers, without views and the creation of tensors.
         held_bytes: the most bytes that one forward pass kept for its backward; None if none was watched. See
             `lowbit.evidence.memory` for what is counted.
+        sent_bytes: the bytes that this process sent to others for their gradients, as far as whatever sends them says.
     """
 
     calls: tuple[tuple[int, int], ...]
     uncounted: tuple[tuple[str, int], ...] = ()
     held_bytes: int | None = None
+    sent_bytes: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if min([n for _, n in (*self.calls, *self.uncounted)] + [self.held_bytes or 0], default=0) < 0:
+        if min([n for _, n in (*self.calls, *self.uncounted)] + [self.held_bytes or 0, self.sent_bytes], default=0) < 0:
             raise UsageError(f"{shown(vars(self))}: counts are 0 or more")
 
 

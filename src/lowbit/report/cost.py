@@ -236,6 +236,8 @@ class Cost:
             lines.append(f"evaluations also ran operators whose products are not counted: {_some(hidden)}.")
         if ledger.held_bytes is not None:
             lines.append(f"held for the backward: {ledger.held_bytes / 2**20:,.1f} MiB by one forward pass, at most.")
+        if ledger.sent_bytes:
+            lines.append(f"sent for gradients: {ledger.sent_bytes / 2**20:,.1f} MiB by this process.")
         lines += [f"{name}: {value}" for name, value in self.measured.items()]
         if idle := ledger.never_ran():
             lines.append(f"never ran, so they cost nothing: {_some(idle)}.")
@@ -272,6 +274,7 @@ class Cost:
                 "macs": metrics.macs(ledger.totals(evaluations=True)).total,
             },
             "held_bytes": ledger.held_bytes,
+            "sent_bytes": ledger.sent_bytes,
             "measured": dict(self.measured),
             "never_ran": ledger.never_ran(),
             "uncounted": ledger.uncounted(),
