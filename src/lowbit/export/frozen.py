@@ -232,12 +232,12 @@ class Between(nn.Module):
 
     def product(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's own product of any two operands."""
-        if isinstance(self.layer, nn.Linear):
+        layer: Any = self.layer
+        if w.dim() == 2:
             # A matrix with a bias is a Gemm in ONNX. onnxruntime rounds the input of a MatMul after DequantizeLinear
             # once more (its MatMulNBits), and does not do so with a Gemm.
             added = torch.zeros(w.shape[0], dtype=w.dtype, device=w.device) if bias is None else bias
             return F.linear(x.reshape(-1, x.shape[-1]), w, added).reshape(*x.shape[:-1], w.shape[0])
-        layer: Any = self.layer
         y: Tensor = layer._conv_forward(x, w, bias)
         return y
 
