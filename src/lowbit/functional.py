@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit.attention.function import attention
 from lowbit.engines.base import Engine, Operand, Product
 from lowbit.engines.choice import REFERENCE, Route, route
 from lowbit.engines.reference import in_full
@@ -25,6 +26,8 @@ from lowbit.numerics.quantizer import quantize
 from lowbit.products import strides, watch
 from lowbit.products.operators import Convolution, Linear, Matmul, Op
 from lowbit.products.setting import Samples, Setting, Slot, slot
+
+__all__ = ["attention", "conv", "conv_transpose", "linear", "matmul"]
 
 _NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 

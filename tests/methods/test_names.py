@@ -40,7 +40,7 @@ class TestNames:
     )
     def test_a_misspelt_name_is_answered_with_the_nearest(self, name: str, nearest: str) -> None:
         """The error names the nearest recipe and lists all."""
-        with pytest.raises(UsageError, match=f"unknown recipe '{name}'. Did you mean '{nearest}'.* sbm8, sbm8-cpt"):
+        with pytest.raises(UsageError, match=f"unknown recipe '{name}'. Did you mean '{nearest}'.* sbm8, .*sbm8-cpt"):
             Recipe.from_name(name)
 
     @pytest.mark.parametrize("name", ["", "w4a4", "w4a4g", "w-4a4g4", "w4.0a4g4", "../sbm8", "sbm8.toml", "xw4a4g4"])

@@ -179,16 +179,17 @@ class Meter:
         if source is None and not self._is_of_this_model(call):
             return
         place = (getattr(source, "clock", None), call.layer)
+        alone = (*place, call.part)
         with self._lock:
             charged = None
             if product == "grad_input":
-                self._without_grad_input.discard(place)
+                self._without_grad_input.discard(alone)
             else:
                 # If the gradient of the input comes, it comes before that of the weight.
-                if product == "grad_weight" and place in self._without_grad_input and isinstance(source, Site):
+                if product == "grad_weight" and alone in self._without_grad_input and isinstance(source, Site):
                     charged = _widths_of_grad_input(source)
-                self._without_grad_input.add(place)
-            key = (place, product, call.kind, call.engine, call.bits, call.input, call.weight, call.output, charged)
+                self._without_grad_input.add(alone)
+            key = (alone, product, call.kind, call.engine, call.bits, call.input, call.weight, call.output, charged)
             index = self._known[key] if key in self._known else self._learn(key, call, place, charged)
             if index is not None:
                 forward = product == "output"
@@ -197,7 +198,7 @@ class Meter:
 
     def _is_of_this_model(self, call: ProductCall) -> bool:
         """Whether a product of a function, which has no site, runs in a forward of this model or in its backward."""
-        place = call.layer, call.kind, call.input, call.weight, call.output
+        place = call.layer, call.part, call.kind, call.input, call.weight, call.output
         if call.product == "output" and getattr(self._local, "depth", 0) > 0:
             self._functions.add(place)
             return True
@@ -212,7 +213,9 @@ class Meter:
             if place not in self._names:
                 self._names |= layers_of(self._model)  # it was converted since
             name = self._names.get(place)
-        index = None if name is None else self.ledger.intern(record(name, call, call.bits, charged))
+        index = None
+        if name is not None:
+            index = self.ledger.intern(record(".".join(filter(None, (name, call.part))), call, call.bits, charged))
         self._known[key] = index
         return index
 

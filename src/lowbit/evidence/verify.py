@@ -43,6 +43,7 @@ class _Collector:
     def __init__(self, model: nn.Module) -> None:
         self.name_of = name_of_source(model)
         self.rows: dict[tuple[str, str], ProofRow] = {}
+        self.ran: set[str] = set()
         self.promised: set[tuple[str, str]] = set()
         self.failures: list[str] = []
         self.not_finite: dict[tuple[str, str], str] = {}
@@ -55,7 +56,10 @@ class _Collector:
         layer = self.name_of(run.source)
         if layer is not None:
             with self._lock:  # the model may run in several threads
-                self._take(layer, run)
+                if run.product == "output":
+                    self.ran.add(layer)
+                self._take_source(layer, run)
+                self._take(".".join(filter(None, (layer, run.part))), run)
 
     def _take(self, layer: str, run: ProductRun) -> None:
         row = self.rows.setdefault((layer, run.product), ProofRow(layer=layer, product=run.product))
@@ -63,7 +67,6 @@ class _Collector:
         row.kernels[run.kernel] = row.kernels.get(run.kernel, 0) + 1
         row.calls += 1
         row.macs += run.macs
-        self._take_source(layer, run)
         off_grid = False
         for name, operand in run.operands.items():
             proof = row.operands.setdefault(
@@ -122,7 +125,7 @@ class _Collector:
         """A sentence for each quantiser that should have run but did not; `users` says what multiplied instead."""
         ran, names = set(self.rows), site_names(model)
         for name, layer in converted_layers(model).items():
-            idle = [names[site] for site in layer.sites() if (names[site], "output") not in ran]
+            idle = [names[site] for site in layer.sites() if names[site] not in self.ran]
             if not idle:
                 continue
             shown, kind = " and ".join(n or "the model" for n in idle), plain_type(layer).__name__

@@ -12,7 +12,7 @@ native function, since the dispatcher takes longer than a small product.
 import importlib
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -148,6 +148,16 @@ multiply_blocks = Native(
     "(Tensor lhs, int[] lhs_rows, Tensor rhs, int[] rhs_rows, Tensor(a!) out, int block, Tensor row_scale, "
     "Tensor column_scale, Tensor? bias) -> ()",
 )
+_ATTENTION = (
+    "Tensor q, int[] q_at, Tensor k, int[] k_at, Tensor v, int[] v_at, Tensor? mask, int[] mask_at, int[] sizes, "
+    "float[] levels, float scale, bool causal, bool smooth_k, float dropout, int[]? key"
+)
+attention_forward = Native("attention_forward", f"({_ATTENTION}, Tensor(a!) out, int[] out_at, Tensor(b!) lse) -> ()")
+attention_backward = Native(
+    "attention_backward",
+    f"(Tensor g, int[] g_at, {_ATTENTION}, Tensor out, int[] out_at, Tensor lse, Tensor(a!) dq, int[] dq_at, "
+    "Tensor(b!) dk, int[] dk_at, Tensor(c!) dv, int[] dv_at) -> ()",
+)
 
 
 def _flops(_lhs: object, lhs: Sequence[int], _rhs: object, rhs: Sequence[int], *_: object, **__: object) -> int:
@@ -165,3 +175,22 @@ def _flops(_lhs: object, lhs: Sequence[int], _rhs: object, rhs: Sequence[int], *
 
 for _native in (multiply_codes, multiply_halves, multiply_blocks):
     register_flop_formula(_native.operator.overloadpacket)(_flops)
+
+
+def _attention_flops(products: tuple[int, int], at: int) -> Callable[..., int]:
+    """As torch counts its own attention: so many products over E and over F, of all pairs of positions.
+
+    Args:
+        products: how many of either.
+        at: which argument has the sizes.
+    """
+
+    def flops(*arguments: Any, **_: object) -> int:
+        batch, heads, _groups, queries, keys, size, width = arguments[at]
+        return int(2 * batch * heads * queries * keys * (products[0] * size + products[1] * width))
+
+    return flops
+
+
+register_flop_formula(attention_forward.operator.overloadpacket)(_attention_flops((1, 1), 8))
+register_flop_formula(attention_backward.operator.overloadpacket)(_attention_flops((3, 2), 10))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from lowbit.errors import RunError, UsageError, shown, unknown
 from lowbit.inputs.checks import check_fields, check_type, checked
+from lowbit.methods.attention import Attention
 from lowbit.methods.autocast import Autocast, LossScaling
 from lowbit.methods.dynamic import Gating, Phase, Scheduling, Skipping
 from lowbit.methods.names import ON_THE_FLY, folder, is_family, is_file_name, recipes, stored, widths_in
@@ -24,6 +25,7 @@ from lowbit.schedules import Time
 
 __all__ = [
     "SLOTS",
+    "Attention",
     "Autocast",
     "Gating",
     "GradInput",
@@ -71,6 +73,7 @@ class Recipe:
         skip: steps and layers without a `grad_weight`; None: every step computes that of every layer.
         update: formats of the optimiser's step, which `lowbit.optim.from_recipe` applies; None: it is the optimiser's.
         autocast: what of torch's mixed precision it trains in, which `lowbit.amp` applies; None: whatever the loop has.
+        attention: formats of the products between queries, keys and values; None: they stay as they are.
     """
 
     # Equal recipes share a name, and a recipe is looked up at every product: its hash is that of the name.
@@ -91,6 +94,7 @@ class Recipe:
     skip: Skipping | None = field(default=None, hash=False)
     update: Update | None = field(default=None, hash=False)
     autocast: Autocast | None = field(default=None, hash=False)
+    attention: Attention | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -203,6 +207,11 @@ class Recipe:
         if other.autocast not in (None, self.autocast):
             raise UsageError(
                 f"a phase of {other.name!r}, which asks for autocast: say so in the recipe that has phases"
+            )
+        if other.attention not in (None, self.attention):
+            raise UsageError(
+                f"a phase of {other.name!r}, whose attention is another: only formats of layers switch. Say so in the "
+                "recipe that has phases"
             )
         if other.skip not in (None, self.skip):
             raise UsageError(
@@ -376,7 +385,7 @@ def from_toml(name: str, text: str) -> Recipe:
     number of bits, and may have one for `backward`; `[gates]` has the fields of `Gating`. Each `[[phases]]` has a
     `start` and the name of a stored `recipe`, see `Recipe.then`; `[skip]` has the fields of `Skipping`, and
     ``grad_weight = "skip"`` alone means that no step computes one. `[update]` names the formats of the fields of
-    `Update`; its `states` is a table by the states' names.
+    `Update`; its `states` is a table by the states' names. `[attention]` names those of `Attention`.
 
     Raises:
         UsageError: it is not TOML, or has an unknown name or value.

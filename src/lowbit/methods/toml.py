@@ -9,6 +9,7 @@ from typing import Any
 from lowbit.errors import RunError, UsageError, shown, unknown
 from lowbit.inputs import files
 from lowbit.inputs.checks import is_whole
+from lowbit.methods.attention import Attention
 from lowbit.methods.autocast import Autocast, LossScaling
 from lowbit.methods.dynamic import Gating, Scheduling, Skipping
 from lowbit.methods.normalization import NORMALIZATIONS
@@ -70,7 +71,12 @@ def parsed(cls: type[Any], name: str, text: str, *, base_of: Callable[[str], Any
     if "base" in data:
         base = base_of(data.pop("base"))
         inherited = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
-    for key, table in (("output", Output), ("grad_input", GradInput), ("grad_weight", GradWeight)):
+    for key, table in (
+        ("output", Output),
+        ("grad_input", GradInput),
+        ("grad_weight", GradWeight),
+        ("attention", Attention),
+    ):
         if key in data:
             data[key] = resolved(table, key, data[key])
     if "normalization" in data:

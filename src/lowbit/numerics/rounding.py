@@ -141,15 +141,33 @@ def uniform_noise(key: Tensor, shape: torch.Size | tuple[int, ...], device: torc
         float32 of `shape`, contiguous.
     """
     device = device or key.device
-    first, second = (_as_int32(word) for word in key.to(device).unbind())
     count = torch.Size(shape).numel()
-    h = torch.arange(count, dtype=torch.int64 if count > 2**31 else torch.int32, device=device).to(torch.int32)
+    index = torch.arange(count, dtype=torch.int64 if count > 2**31 else torch.int32, device=device).to(torch.int32)
+    return _uniform(key.to(device), index).reshape(shape)
+
+
+def uniform_noise_at(key: Tensor, index: Tensor) -> Tensor:
+    """A part of a noise field: the draws of `uniform_noise` for the elements of these row-major numbers.
+
+    Args:
+        key: int64 ``(2,)`` from `noise_key`.
+        index: int64, any shape, on the device of `key`.
+
+    Returns:
+        float32 in the shape of `index`.
+    """
+    return _uniform(key, _as_int32(index & _MASK))
+
+
+def _uniform(key: Tensor, h: Tensor) -> Tensor:
+    """The noise of the elements of these int32 numbers, whose memory it takes."""
+    first, second = (_as_int32(word) for word in key.unbind())
     h.mul_(_SPREAD - 2**32).add_(first)
     scratch = torch.empty_like(h)
     _xor_shifted(h, 16, scratch).mul_(_MULTIPLIER_1).bitwise_xor_(second)
     _xor_shifted(h, 15, scratch).mul_(_MULTIPLIER_2 - 2**32)
     _xor_shifted(h, 16, scratch).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
-    return h.to(torch.float32).mul_(2.0**-24).reshape(shape)
+    return h.to(torch.float32).mul_(2.0**-24)
 
 
 def _xor_shifted(h: Tensor, shift: int, scratch: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ class ProductRun:
         result: the product.
         full_precision: computes the product of the operands before quantisation.
         expected: the products of the backward that are due after this one.
+        part: which of the layer's products this is, if one call computes several.
     """
 
     source: object
@@ -85,6 +86,7 @@ class ProductRun:
     result: Tensor
     full_precision: Callable[[], Tensor]
     expected: tuple[str, ...]
+    part: str = ""
 
 
 class Observer(Protocol):
@@ -111,6 +113,7 @@ class ProductCall:
         input: shape of the layer's input.
         weight: shape of its weight.
         output: shape of its output.
+        part: which of the layer's products this is, if one call computes several.
     """
 
     source: object
@@ -123,6 +126,7 @@ class ProductCall:
     input: torch.Size
     weight: torch.Size
     output: torch.Size
+    part: str = ""
 
     @property
     def macs(self) -> int:

@@ -1,6 +1,8 @@
-// Products of bfloat16 numbers for AVX-512 BF16.
+// Products of bfloat16 numbers, and attention, for AVX-512 BF16.
 
 #include "all_products.h"
+#include "avx512_attention_backward.h"
+#include "avx512_attention_forward.h"
 #include "avx512_kernels.h"
 #include "dispatch.h"
 
@@ -19,6 +21,7 @@ struct DotBf16 {
 
 }  // namespace
 
-constexpr Products avx512bf16_products = Products().with_bf16(multiply<Avx512Kernels<DotBf16>, Bf16>);
+constexpr Products avx512bf16_products =
+    Products().with_bf16(multiply<Avx512Kernels<DotBf16>, Bf16>).with_attention(attention_forward, attention_backward);
 
 }  // namespace lowbit

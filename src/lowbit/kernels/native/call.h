@@ -26,7 +26,8 @@ namespace lowbit {
 
 namespace nb = nanobind;
 
-// Add the functions of bind_passes.cpp, of bind_products.cpp, to the module.
+// Add the functions of bind_attention.cpp, of bind_passes.cpp, of bind_products.cpp, to the module.
+void bind_attention(nb::module_& m);
 void bind_passes(nb::module_& m);
 void bind_products(nb::module_& m);
 

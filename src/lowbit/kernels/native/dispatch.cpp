@@ -57,6 +57,7 @@ Products choose_products() {
         if (!chosen.codes) chosen.codes = row.table->codes;
         if (!chosen.bf16) chosen.bf16 = row.table->bf16;
         if (!chosen.blocks) chosen.blocks = row.table->blocks;
+        if (!chosen.attend) chosen = chosen.with_attention(row.table->attend, row.table->differentiate);
     }
     return chosen;
 }

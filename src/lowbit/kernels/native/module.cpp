@@ -6,6 +6,7 @@
 NB_MODULE(_cpu, m) {
     m.def("instruction_sets", &lowbit::instruction_sets,
           "Instruction sets that the kernels use here, by their usual names, lowest first.");
+    lowbit::bind_attention(m);
     lowbit::bind_passes(m);
     lowbit::bind_products(m);
 }

@@ -15,6 +15,9 @@ namespace {
 
 inline int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : type == Type::bf16 ? 2 : 1; }
 
+// 2**32 over the golden ratio: what noise multiplies the number of an element by, which spreads it over 32 bits.
+constexpr uint32_t kGolden = 0x9E3779B1u;
+
 // Ties to even; nan stays nan.
 inline uint16_t float_to_bf16(float x) {
     uint32_t bits;

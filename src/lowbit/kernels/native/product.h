@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "attention.h"
 #include "number.h"
 
 namespace lowbit {
@@ -66,9 +67,32 @@ struct Products {
     // Row and column scales are one row of m, of n, for each block of the depth.
     void (*blocks)(const Product& p, int64_t block) = nullptr;
 
-    constexpr Products with_codes(Multiply multiply) const { return {multiply, bf16, blocks}; }
-    constexpr Products with_bf16(Multiply multiply) const { return {codes, multiply, blocks}; }
-    constexpr Products with_blocks(void (*multiply)(const Product&, int64_t)) const { return {codes, bf16, multiply}; }
+    // Attention in 8-bit codes, with dP on bf16 units.
+    void (*attend)(const Attention& a) = nullptr;
+    void (*differentiate)(const Attention& a, const AttentionGradients& of) = nullptr;
+
+    constexpr Products with_codes(Multiply multiply) const {
+        Products p = *this;
+        p.codes = multiply;
+        return p;
+    }
+    constexpr Products with_bf16(Multiply multiply) const {
+        Products p = *this;
+        p.bf16 = multiply;
+        return p;
+    }
+    constexpr Products with_blocks(void (*multiply)(const Product&, int64_t)) const {
+        Products p = *this;
+        p.blocks = multiply;
+        return p;
+    }
+    constexpr Products with_attention(void (*forward)(const Attention&),
+                                      void (*backward)(const Attention&, const AttentionGradients&)) const {
+        Products p = *this;
+        p.attend = forward;
+        p.differentiate = backward;
+        return p;
+    }
 };
 
 // Of each kind those of the best instruction set that this process may use.

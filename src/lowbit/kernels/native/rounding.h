@@ -37,9 +37,6 @@ inline float uniform(uint32_t h, uint32_t key1) {
     return static_cast<float>(static_cast<int32_t>(h >> 8)) * 0x1p-24f;
 }
 
-// 2**32 over the golden ratio: what the number of an element is multiplied by, which spreads it over 32 bits.
-constexpr uint32_t kGolden = 0x9E3779B1u;
-
 // Scales and zeros of a run: one for all numbers of it, or one for each.
 struct Run {
     const float *scale, *reciprocal, *zero;

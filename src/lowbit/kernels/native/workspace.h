@@ -19,6 +19,8 @@ enum class Slot {
     image,    // a padded image
     kernel_row,
     grouped_image,
+    attention,       // of one thread
+    attention_keys,  // encoded keys and values of a call
     count
 };
 
