@@ -275,10 +275,10 @@ class TestPage:
 
     def test_the_recipe_of_the_page_is_one(self, tmp_path: Path) -> None:
         """From its file it converts a model, and the report names the format that the int8 engine does not take."""
-        (tmp_path / "fp8.toml").write_text(RECIPE)
+        (tmp_path / "mine.toml").write_text(RECIPE)
         model = network()
 
-        report = str(lowbit.convert_(model, str(tmp_path / "fp8.toml")))
+        report = str(lowbit.convert_(model, str(tmp_path / "mine.toml")))
 
         assert "2 of 2 layers converted" in report
         assert "e4m3 (max 448) is a Minifloat, which is not listed" in report
