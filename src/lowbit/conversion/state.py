@@ -47,7 +47,7 @@ def replaced(model: nn.Module) -> dict[Site, str]:
 
 @checked
 def state_dict(model: nn.Module) -> dict[str, Any]:
-    """The state that `model.state_dict()` lacks: seed, step, recipes, bits, running ranges, engines.
+    """The state that `model.state_dict()` lacks: seed, step, recipes, bits, ranges and histories, engines.
 
     It holds the layers in `model`, which may be a part of a converted model. If converted layers were replaced since, a
     warning names them, and they are forgotten: later states lack them, and `verify` no longer misses them.
@@ -81,6 +81,8 @@ _SITE = ("recipe", "formats", "engine", "uses", "bits", "running_range")
 _CONTROLLED = "evaluation_bits"
 # What is saved besides where the recipe has phases.
 _PHASED = ("phase", "engines")
+# What is saved besides where scales are delayed.
+_REMEMBERED = ("histories", "remembered_step")
 
 
 def _state_of(clock: Clock, here: Mapping[Site, QuantLayer]) -> dict[str, Any]:
@@ -97,11 +99,16 @@ def _state_of(clock: Clock, here: Mapping[Site, QuantLayer]) -> dict[str, Any]:
                 "bits": site.bits.detach().cpu().clone(),
                 "running_range": site.running_range.detach().cpu().clone(),
                 **({_CONTROLLED: site.evaluation_bits.detach().cpu().clone()} if site.is_controlled else {}),
+                **(_memory(site) if site.remembers else {}),
                 **({"phase": site.phase, "engines": list(site.engines)} if site.recipe.phases else {}),
             }
             for site in _of(clock, here)
         },
     }
+
+
+def _memory(site: Site) -> dict[str, Any]:
+    return {"histories": site.histories.detach().cpu().clone(), "remembered_step": site.remembered_step}
 
 
 def _of(clock: Clock, here: Mapping[Site, QuantLayer]) -> list[Site]:
@@ -163,6 +170,9 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
             site.set_bits(entry["bits"].tolist(), entry.get(_CONTROLLED, entry["bits"]).tolist())
             site.lost_controller = site.controller is None and _CONTROLLED in entry
             site.running_range.copy_(entry["running_range"])
+            if site.remembers:
+                site.histories.copy_(entry["histories"])
+                site.remembered_step = entry["remembered_step"]
         for controller in {id(site.controller): site.controller for site in _of(clock, here)}.values():
             if controller is not None:
                 controller.write()
@@ -193,7 +203,8 @@ def _identity(name: str, entry: object, clock: Clock) -> str:
     """What must agree between a saved site and one here."""
     controlled = isinstance(entry, Mapping) and _CONTROLLED in entry
     phased = _PHASED if isinstance(entry, Mapping) and "phase" in entry else ()
-    keys = (*_SITE, *((_CONTROLLED,) if controlled else ()), *phased)
+    remembered = _REMEMBERED if isinstance(entry, Mapping) and "histories" in entry else ()
+    keys = (*_SITE, *((_CONTROLLED,) if controlled else ()), *phased, *remembered)
     check_keys(f"load_state_dict: the state of {shown(name)}", entry, keys)
     assert isinstance(entry, Mapping)
     check_type(f"load_state_dict: recipe of {shown(name)}", entry["recipe"], str)
@@ -219,10 +230,17 @@ def _check_site(site: Site, entry: dict[str, Any]) -> None:
     if len(engines) != len(site.recipes) or engines[phase] != entry["engine"]:
         raise UsageError(f"{what}: engines={shown(engines)} of {len(site.recipes)} phases, now {entry['engine']!r}")
     widths = [name for name in ("bits", _CONTROLLED) if name in entry]
-    for name in (*widths, "running_range"):
+    remembered = [name for name in ("histories",) if name in entry]
+    for name in (*widths, "running_range", *remembered):
         own, saved = getattr(site, name), entry[name]
         if not is_like(saved, own):
             raise UsageError(f"{what}: {name} is {shown(saved)}: expected {own.dtype} of shape {tuple(own.shape)}")
+    if ("histories" in entry) != site.remembers:
+        raise UsageError(f"{what}: histories are {'missing' if site.remembers else 'given'}: another recipe saved this")
+    if site.remembers:
+        check_whole(f"{what}: remembered_step", entry["remembered_step"], 0, _MOST_STEPS)
+        if not (entry["histories"][:, 0].isfinite().all() and (entry["histories"].nan_to_num() >= 0).all()):
+            raise UsageError(f"{what}: histories has a negative magnitude, or a scale of one that is not finite")
     for bits, (product, operand, fmt) in (
         pair for name in widths for pair in zip(entry[name].tolist(), site.formats(phase), strict=True)
     ):

@@ -85,7 +85,7 @@ class Reference:
             sharing=slot.sharing,
             levels=slot.levels,
             noise=noise,
-            observed=setting.input_range if slot.keeps_range else None,
+            observed=setting.observed(slot, x),
         )
         return Rounded(numbers=hat.values, grid=hat.grid, exact=fmt == FP32)
 

@@ -56,6 +56,8 @@ class RangeNorm:
                 )
             if fmt.widths:
                 raise UsageError(f"normalization.{operand} is {fmt}: Range BN has one format at all widths")
+            if fmt.delay is not None:
+                raise UsageError(f"normalization.{operand} has a delayed range: Range BN remembers running ranges only")
             if not isinstance(fmt.transform, NoTransform):
                 raise UsageError(
                     f"normalization.{operand} has transform={fmt.transform.kind!r}: Range BN has formats without one"

@@ -114,6 +114,12 @@ class Recipe:
             raise UsageError(
                 "grad_weight.input keeps another running range than output.input: a layer has one running input range"
             )
+        for operand in ("input", "weight", "grad_output"):
+            rules = {fmt.delay for _, of, fmt in self.operands() if of == operand and fmt.delay is not None}
+            if len(rules) > 1:
+                raise UsageError(
+                    f"{operand} has two delayed ranges: a layer remembers one history of it. Give one rule"
+                )
         if self.phases:
             self._check_ranges_of_phases()
 
@@ -362,8 +368,8 @@ def _check_bias(bias: Format) -> None:
     """Raise a UsageError for a format that no bias can have."""
     if bias.stochastic:
         raise UsageError("the bias rounds to nearest: no noise is drawn for it")
-    if bias.granularity != "tensor" or bias.running is not None:
-        raise UsageError("the bias shares one scale and keeps no running range")
+    if bias.granularity != "tensor" or bias.running is not None or bias.delay is not None:
+        raise UsageError("the bias shares one scale and keeps no range")
     if bias.widths:
         raise UsageError(f"the bias is {bias}: its bits never change, so leave the widths out")
     if bias.transform.has_gradient:

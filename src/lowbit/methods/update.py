@@ -54,8 +54,8 @@ class Update:
 
 def _check_stored(name: str, fmt: Format) -> None:
     """Raise a UsageError for a format that belongs to operands of products only."""
-    if fmt.running is not None or fmt.widths:
-        raise UsageError(f"update.{name} is {fmt}: it keeps no running range, and its bits never change")
+    if fmt.running is not None or fmt.delay is not None or fmt.widths:
+        raise UsageError(f"update.{name} is {fmt}: it keeps no range, and its bits never change")
     if fmt.granularity not in ("tensor", "output-channel", "block"):
         raise UsageError(
             f"update.{name} has granularity={fmt.granularity!r}: outside a product there are tensor, output-channel "

@@ -20,6 +20,7 @@ from lowbit.errors import UsageError
 from lowbit.methods.recipe import Recipe
 from lowbit.nn.loop import Loop
 from lowbit.numerics.formats import Format
+from lowbit.numerics.history import Histories, advance, new_history
 from lowbit.numerics.ranges import new_running_range, observed_extremes
 from lowbit.numerics.rounding import CounterNoise, step_key
 from lowbit.products import compiled as compiler
@@ -233,6 +234,9 @@ def is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+_OPERANDS = ("input", "weight", "grad_output")
+
+
 class Site(nn.Module):
     """One place where a recipe is applied: its bits, its running input range, its use number.
 
@@ -260,12 +264,16 @@ class Site(nn.Module):
         evaluation_bits: the widths in evaluation mode.
         controller: what writes both; None: they do not change.
         lost_controller: whether this is a copy of a site that has a controller, or has its state; a copy lacks one.
+        histories: the largest magnitudes of each operand that its delayed scales are made from, see
+            `lowbit.numerics.history`; they have no length where no scale is delayed.
+        remembered_step: the step that they count as the present one.
         gated: whether a gate chooses the bits for each sample.
     """
 
     bits: Tensor
     evaluation_bits: Tensor
     running_range: Tensor
+    histories: Tensor
 
     def __init__(
         self,
@@ -301,6 +309,13 @@ class Site(nn.Module):
         for buffer in ("bits", "evaluation_bits"):
             self.register_buffer(buffer, torch.tensor(bits, dtype=torch.int64, device="cpu"), persistent=False)
         self.register_buffer("running_range", new_running_range(), persistent=False)
+        self.remembered_step = 0
+        phases = range(len(self.recipes))
+        rules = [fmt.delay for phase in phases for _, _, fmt in self.formats(phase) if fmt.delay is not None]
+        self.remembers = bool(rules)
+        longest = max((rule.history for rule in rules), default=0)
+        histories = torch.stack([new_history(longest) for _ in _OPERANDS])
+        self.register_buffer("histories", histories, persistent=False)
         clock.sites.append(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -432,6 +447,18 @@ class Site(nn.Module):
         values = x.float() if x.dtype == torch.float16 else x
         return observed_extremes(values, self.input_format, self.running_range, training=self.training)
 
+    def histories_now(self) -> Histories | None:
+        """What operands with delayed scales take their ranges from; the first training forward of a step moves on."""
+        if not self.remembers:
+            return None
+        rules = {operand: fmt.delay for _, operand, fmt in self.formats() if fmt.delay is not None}
+        kept = {operand: self.histories[_OPERANDS.index(operand)] for operand in rules}
+        if self.training and not is_recomputing() and int(self.clock.step) != self.remembered_step:
+            self.remembered_step = int(self.clock.step)
+            for operand, rule in rules.items():
+                advance(kept[operand], rule)
+        return Histories(kept=kept, records=self.training)
+
     def setting(self, x: Tensor) -> "Setting | Site":
         """How the products of this call are computed for input `x`; while a model is compiled, this site itself."""
         return self if torch.compiler.is_compiling() else self.setting_now(x)
@@ -450,11 +477,13 @@ class Site(nn.Module):
                 "Gradient checkpointing inside gated blocks and sharing their layers with other blocks do not work: "
                 "name other blocks, or leave this layer out of them with a rule"
             )
+        noise = self.noise(compiled=compiled)  # first: it may begin a step
         return Setting(
             recipe=self.present,
-            noise=self.noise(compiled=compiled),
+            noise=noise,
             bits=tuple((self.bits if self.training else self.evaluation_bits).tolist()),
             input_range=self.input_range(x) if self.keeps_range else None,
+            histories=None if x.is_meta else self.histories_now(),
             layer=self.name,
             engine=self.engine,
             source=self,

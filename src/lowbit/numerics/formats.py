@@ -19,6 +19,7 @@ from lowbit.numerics.scales import (
     MINMAX,
     RANGE_RULES,
     SCALE_FORMATS,
+    Delayed,
     Granularity,
     RangeRule,
     RunningStart,
@@ -71,6 +72,11 @@ class Format:
                 f"running={self.running} with transform={self.transform.kind!r}: a running range is measured before a "
                 "transform and would be used after it. Leave one of them out"
             )
+        if self.delay is not None and (self.running is not None or not isinstance(self.transform, NoTransform)):
+            raise UsageError(
+                "range='delayed' with a running range or a transform: a layer remembers largest magnitudes as they are "
+                "before a transform, and evaluation uses what training left. Leave the other one out"
+            )
         per_sample = self.scale is not None and (self.granularity == "sample" or self.scale.range.per_tensor)
         if per_sample and self.transform.along_axis:
             raise UsageError(
@@ -80,17 +86,17 @@ class Format:
 
     def _check_widths(self) -> None:
         given = [bits for bits, _ in self.widths]
-        if not self.has_width or self.running is not None:
+        if not self.has_width or self.running is not None or self.delay is not None:
             raise UsageError(
                 f"widths={given} of {self.element}: other widths have other formats only where bits can be set, and "
-                "where no running range is kept"
+                "where no range is kept from step to step"
             )
         if given != sorted({*given}) or self.bits in given:
             raise UsageError(f"widths={given} of {self.bits} bits: give each other width once, the smallest first")
         for bits, other in self.widths:
-            if other.bits != bits or other.has_width or other.running is not None:
+            if other.bits != bits or other.has_width or other.running is not None or other.delay is not None:
                 raise UsageError(
-                    f"widths: {other} at {bits} bits: give a format that has these bits alone and no running range"
+                    f"widths: {other} at {bits} bits: give a format that has these bits alone and keeps no range"
                 )
 
     @cached_property
@@ -140,6 +146,11 @@ class Format:
     def running(self) -> float | None:
         """Weight of the old value in its running range; None if it does not keep one."""
         return None if self.scale is None else self.scale.running
+
+    @property
+    def delay(self) -> Delayed | None:
+        """The rule of its range, where a layer remembers what that is made from; else None."""
+        return self.scale.range if self.scale is not None and isinstance(self.scale.range, Delayed) else None
 
     @property
     def forms(self) -> tuple["Format", ...]:

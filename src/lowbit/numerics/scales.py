@@ -18,6 +18,7 @@ from lowbit.numerics.rounding import exponent_of, power_of_two, round_to_float
 Granularity = Literal["tensor", "sample", "row", "kept-channel", "output-channel", "block", "square"]
 RunningStart = Literal["first", "zero"]
 Direction = Literal["up", "floor", "nearest"]
+Choice = Literal["max", "most-recent"]
 
 
 class RangeRule(Protocol):
@@ -177,6 +178,52 @@ class Magnitude:
 
     def __str__(self) -> str:
         return "largest magnitude"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delayed:
+    """From ``-2**margin m`` to ``2**margin m``, m the largest magnitude of earlier steps, which a layer remembers.
+
+    Outside a layer, which has no steps, m is the largest magnitude of the tensor itself. See `lowbit.numerics.history`.
+
+    Args:
+        history: the number of steps that are remembered, this one included.
+        choice: which of them is m: the largest one (``"max"``) or that of the last step (``"most-recent"``).
+        margin: binades that are left free, 0 or more.
+
+    Source: TransformerEngine at d0067d0da, delayed scaling.
+    """
+
+    kind: ClassVar[str] = "delayed"
+    per_tensor: ClassVar[bool] = True
+
+    history: int = 1024
+    choice: Choice = "max"
+    margin: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 1 <= self.history <= 2**20:
+            raise UsageError(f"history={self.history}: a history has 1 to 2**20 steps")
+        if not 0 <= self.margin <= 16:
+            raise UsageError(f"margin={self.margin}: give the binades that are left free, 0 to 16")
+
+    def extremes(self, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Those of the tensor itself."""
+        m = x.abs().amax(dims, keepdim=True) * 2.0**self.margin
+        return -m, m
+
+    def samples(self, shape: torch.Size) -> None:  # noqa: ARG002 - whatever the shape
+        """None: no extremes are averaged."""
+        return
+
+    def applied(self, size: int) -> "Delayed":  # noqa: ARG002 - whatever the size
+        """The same."""
+        return self
+
+    def __str__(self) -> str:
+        seen = f"largest of {self.history} steps" if self.choice == "max" else "largest magnitude of the last step"
+        return seen + (f", margin {self.margin}" if self.margin else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,5 +457,5 @@ class Scale:
         )
 
 
-RANGE_RULES: tuple[type[RangeRule], ...] = (MinMax, SampleMean, Constant, Magnitude, MeanMagnitude)
+RANGE_RULES: tuple[type[RangeRule], ...] = (MinMax, SampleMean, Constant, Magnitude, MeanMagnitude, Delayed)
 SCALE_FORMATS: tuple[type[ScaleFormat], ...] = (Float32, PowerOfTwoScale, E4M3, IntegerScale)

@@ -12,6 +12,7 @@ from lowbit.errors import UsageError
 from lowbit.methods.operands import SLOTS
 from lowbit.methods.recipe import Recipe
 from lowbit.numerics.formats import Format, check_defined, largest_code
+from lowbit.numerics.history import Histories
 from lowbit.numerics.quantizer import Sharing, blocked
 from lowbit.numerics.rounding import Noise
 from lowbit.products.operators import Op
@@ -46,6 +47,7 @@ class Setting:
         bits: the width of each operand in the order of `lowbit.methods.operands.SLOTS`; None: the recipe's own. Float
             formats keep their own width.
         input_range: lo and hi for `input` where its format keeps a running range; None: of the batch.
+        histories: what operands with delayed scales take their ranges from; None: each has its own range.
         layer: name for reports and errors.
         engine: how products are executed, one of `lowbit.engines.choice.ENGINES`.
         source: what calls, for observers.
@@ -58,6 +60,7 @@ class Setting:
     noise: Noise | None = None
     bits: tuple[int, ...] | None = None
     input_range: tuple[Tensor, Tensor] | None = None
+    histories: Histories | None = None
     layer: str = ""
     engine: str = "reference"
     source: object = None
@@ -79,6 +82,14 @@ class Setting:
         if self.bits is None or not fmt.has_width:
             return fmt.bits
         return self.bits[slot_of(self.recipe, product, operand)]
+
+    def observed(self, slot: "Slot", x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The range of an operand that is not made from its own values; None if it is."""
+        if slot.keeps_range:
+            return self.input_range
+        if self.histories is not None and slot.format.delay is not None:
+            return self.histories.observe(slot.operand, x, slot.format)
+        return None
 
     def noise_of(self, product: str, operand: str) -> Noise:
         """The noise of an operand that rounds stochastically."""
