@@ -164,6 +164,7 @@ LEARNT = [(10.0, 50.0), (20.0, 60.0)]
         ([(10.0, 40.0)], [LEARNT] * LEAST, True),
         ([(10.0, 50.0)], [LEARNT] * LEAST, False),  # as good as the median
         ([(10.0, 40.0)], [LEARNT] * (LEAST - 1), False),  # too few to compare with
+        ([(10.0, 40.0)], [LEARNT] * (LEAST - 1) + [[(10.0, float("nan"))]], False),  # one of them diverged
         ([(9.0, 40.0)], [LEARNT] * LEAST, False),  # it costs less than all
         ([(10.0, 40.0), (20.0, 61.0)], [LEARNT] * LEAST, False),  # it has caught up
         ([(10.0, 55.0), (20.0, 55.0)], [LEARNT] * LEAST, True),

@@ -5,6 +5,7 @@ asks for the same trials as one that was never stopped. Only this process opens 
 """
 
 import importlib
+import math
 import statistics
 import zlib
 from collections import Counter
@@ -209,6 +210,7 @@ def is_behind(own: Sequence[Point], others: Sequence[Sequence[Point]], *, higher
         return False
     cost, score = own[-1]
     rivals = [each[n - 1][1] for each in others if len(each) >= n and each[n - 1][0] <= cost]
+    rivals = [each for each in rivals if not math.isnan(each)]
     if len(rivals) < LEAST:
         return False
     median = statistics.median(rivals)
