@@ -31,7 +31,7 @@ import torch
 import yaml
 
 from lowbit.cli import main as cli
-from lowbit.cli.parser import make_parser
+from lowbit.cli.parser import parser_of
 from lowbit.errors import RunError
 
 ALLOWED = {0, 1, 2}
@@ -88,7 +88,7 @@ COMMANDS = tuple(BASE)
 
 def options(command: str) -> list[str]:
     """The options of a command, as its parser knows them."""
-    parser = make_parser()._subcommands_action.choices[command]
+    parser = parser_of(command)
     return sorted(
         option[2:] for action in parser._actions for option in action.option_strings[-1:] if option.startswith("--")
     )
@@ -191,7 +191,7 @@ def on_folder(rng: random.Random, run: Path) -> list[str]:
             ["cost", str(run)],
             ["cost", str(run), "--hardware", "bitfusion", "--format", "json"],
             ["cost", str(run / "ledger.jsonl"), "--format", "csv"],
-            ["inspect", "--probe", "--run", str(run), "--batches", "1", "--bits", "4"],
+            ["inspect", "--probe", "--run", str(run), "--batches", "1", "--widths", "4"],
         ]
     )
 
@@ -303,7 +303,7 @@ def processes(lines: int, seed: int) -> list[str]:
             if argv[0] in ("train", "range-test") or any("\0" in arg for arg in argv):
                 argv = ["cost", *argv[1:3]]
             done = subprocess.run(
-                [sys.executable, "-m", "lowbit.cli", *argv],
+                [sys.executable, "-m", "lowbit", *argv],
                 check=False,
                 capture_output=True,
                 text=True,

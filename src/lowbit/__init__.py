@@ -4,60 +4,36 @@
 >>> with lowbit.verify(model) as proof: ...   # one training step; print(proof)
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-from lowbit import amp as amp
-from lowbit import hardware as hardware
-from lowbit import optim as optim
-from lowbit import plot as plot
-from lowbit import schedules as schedules
-from lowbit.advice import Advice, advise
-from lowbit.conversion.convert import convert_, restore_
-from lowbit.conversion.freeze import freeze_, thaw_
-from lowbit.conversion.report import Report
-from lowbit.conversion.state import load_state_dict, state_dict
-from lowbit.errors import RunError, UsageError
-from lowbit.evidence import metrics as metrics
-from lowbit.evidence.ledger import Ledger
-from lowbit.evidence.meter import Meter
-from lowbit.evidence.plan import plan
-from lowbit.evidence.probe import Probe, probe
-from lowbit.evidence.proof import Proof
-from lowbit.evidence.verify import VerificationError, tripwire, verify
-from lowbit.methods.names import recipes
-from lowbit.methods.recipe import Recipe
-from lowbit.numerics import formats as formats
-from lowbit.precision.controller import PrecisionController
-from lowbit.precision.range_test import RangeTestResult, range_test
-from lowbit.report.cost import Cost
+if TYPE_CHECKING:
+    from lowbit.exports import *  # noqa: F403 - its `__all__` lists them
+    from lowbit.exports import __all__ as __all__
+    from lowbit.exports import amp as amp
+    from lowbit.exports import formats as formats
+    from lowbit.exports import hardware as hardware
+    from lowbit.exports import metrics as metrics
+    from lowbit.exports import optim as optim
+    from lowbit.exports import plot as plot
+    from lowbit.exports import schedules as schedules
 
 __version__ = version("lowbit")
 
-__all__ = [
-    "Advice",
-    "Cost",
-    "Ledger",
-    "Meter",
-    "PrecisionController",
-    "Probe",
-    "Proof",
-    "RangeTestResult",
-    "Recipe",
-    "Report",
-    "RunError",
-    "UsageError",
-    "VerificationError",
-    "advise",
-    "convert_",
-    "freeze_",
-    "load_state_dict",
-    "plan",
-    "probe",
-    "range_test",
-    "recipes",
-    "restore_",
-    "state_dict",
-    "thaw_",
-    "tripwire",
-    "verify",
-]
+
+def __getattr__(name: str) -> Any:
+    """A submodule or an export, imported when it is first asked for: the help of the command line needs no torch."""
+    if find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")
+    exports = import_module("lowbit.exports")
+    if not hasattr(exports, name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(exports, name)
+    return found
+
+
+def __dir__() -> list[str]:
+    """All exports, imported or not."""
+    return sorted({*globals(), *import_module("lowbit.exports").__all__})

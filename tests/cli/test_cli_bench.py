@@ -136,7 +136,19 @@ class TestModel:
         (tmp_path / "net.py").write_text(source)
 
         code = cli.main(
-            ["bench", "--model", f"{tmp_path}/net.py:Net", "--input", "2,3,4,4", "--recipes", "int8", "--threads", "1"]
+            [
+                "bench",
+                "--model",
+                f"{tmp_path}/net.py:Net",
+                "--input",
+                "3,4,4",
+                "--batch-size",
+                "2",
+                "--recipes",
+                "int8",
+                "--threads",
+                "1",
+            ]
         )
 
         assert code == 0
@@ -149,11 +161,11 @@ class TestModel:
         ("flags", "words"),
         [
             (["--model", "mlp"], "--model needs --input"),
-            (["--model", "mlp", "--input", "3"], "--input after its batch size must be C,H,W"),
-            (["--model", "mlp", "--input", "x,3,4,4"], "--input must be B,C,H,W"),
-            (["--input", "8,3,4,4"], "--input describe a model of your own: give --model"),
-            (["--model", "mlp", "--input", "2,3,4,4", "--rounds", "3"], "--rounds belong to others"),
-            (["--model", "mlp", "--input", "2,3,4,4", "--kernels"], "--kernels belong to others"),
+            (["--model", "mlp", "--input", "x,3,4"], "--input must be C,H,W"),
+            (["--model", "mlp", "--input", "8,3,4,4"], "give --input 3,4,4 --batch-size 8"),
+            (["--input", "3,4,4"], "--input describe a model of your own: give --model"),
+            (["--model", "mlp", "--input", "3,4,4", "--rounds", "3"], "--rounds belong to others"),
+            (["--model", "mlp", "--input", "3,4,4", "--kernels"], "--kernels belong to others"),
         ],
     )
     def test_flags_that_do_not_fit_are_refused(

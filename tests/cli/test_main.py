@@ -71,7 +71,7 @@ print(codes, "lightning" in sys.modules)
         (["resume"], ["run"]),
         (["resume", "/no/such/run"], ["/no/such/run", "lowbit train"]),
         (["recipes", "smb8"], ["smb8", "'sbm8'?"]),
-        (["inspect", "--model", "mlp", "--shape", "3,x"], ["--shape", "3,x"]),
+        (["inspect", "--model", "mlp", "--input", "3,x"], ["--input", "3,x"]),
         (["inspect", "--model", "mlp", "--data", "digits", "--classes", "3"], ["--classes", "--data"]),
         (["inspect", "--model", "mlp", "--classes", "0"], ["--classes", "0"]),
         (["inspect"], ["--model"]),
@@ -79,21 +79,25 @@ print(codes, "lightning" in sys.modules)
         (["inspect", "--probe", "--run", "x", "--model", "mlp"], ["--probe", "--run"]),
         (["inspect", "--probe", "--run", "x", "--batch-size", "3"], ["--batch-size"]),
         (["inspect", "--probe", "--run", "x"], ["x", "last.ckpt"]),
-        (["inspect", "--probe", "--model", "mlp", "--data", "digits", "--bits", "2,x"], ["--bits", "2,x"]),
+        (["inspect", "--probe", "--model", "mlp", "--data", "digits", "--widths", "2,x"], ["--widths", "2,x"]),
         (["inspect", "--probe", "--model", "mlp", "--data", "digits", "--batches", "0"], ["--batches", "0"]),
-        (["inspect", "--probe", "--model", "mlp", "--data", "digits", "--shape", "3,8,8"], ["--shape"]),
+        (["inspect", "--probe", "--model", "mlp", "--data", "digits", "--input", "3,8,8"], ["--input"]),
         (["cost"], ["--model"]),
         (["cost", "/no/such/run"], ["/no/such/run", "ledger"]),
         (["cost", "x", "--model", "mlp"], ["--model", "x"]),
         (["cost", "--model", "resnet21"], ["resnet21", "'resnet20'?"]),
         (["cost", "--model", "mlp", "--input", "3,x"], ["--input", "3,x"]),
         (["cost", "--model", "mlp", "--steps", "0"], ["--steps", "0"]),
-        (["cost", "--model", "mlp", "--schedule", "8-3"], ["low=8", "high=3"]),
-        (["cost", "--model", "mlp", "--recipe", "fp32", "--schedule", "4"], ["nothing in this model has bits"]),
+        (["cost", "--model", "mlp", "--forward", "8-3"], ["low=8", "high=3"]),
+        (["cost", "--model", "mlp", "--recipe", "fp32", "--forward", "4"], ["nothing in this model has bits"]),
         (["cost", "--model", "mlp", "--set", "rows=8"], ["--set", "--hardware"]),
-        (["cost", "--model", "mlp", "--recipe", "pfq", "--steps", "9"], ["pfq", "--schedule"]),
-        (["cost", "--model", "resnet20", "--recipe", "dfq", "--steps", "9"], ["dfq", "--schedule"]),
-        (["cost", "--model", "mobilenetv2", "--recipe", "cpt", "--steps", "64"], ["depthwise", "--schedule"]),
+        (["cost", "--model", "mlp", "--recipe", "pfq", "--steps", "3"], ["--steps 3", "4 stages"]),
+        (["cost", "--model", "mlp", "--recipe", "sqrt3", "--steps", "9"], ["sqrt3", "--forward"]),
+        (["cost", "--model", "mlp", "--schedule", "8"], ["--schedule", "--forward"]),
+        (["inspect", "--model", "mlp", "--shape", "64"], ["--shape", "--input"]),
+        (["inspect", "--model", "mlp", "--bits", "4"], ["--bits", "--widths"]),
+        (["cost", "--model", "mobilenetv2", "--recipe", "dfq"], ["depthwise", "--forward"]),
+        (["cost", "--model", "mobilenetv2", "--recipe", "cpt", "--steps", "64"], ["depthwise", "--forward"]),
         (["cost", "--model", "mlp", "--recipe", "cpt"], ["total_steps=1, cycles=32"]),
         (["cost", "--model", "mlp", "--hardware", "tpu"], ["'tpu'", "bitfusion", "FILE.py:CLASS"]),
         (["cost", "--model", "mlp", "--hardware", "no.py:Mine"], ["no.py", "FILE.py:CLASS"]),
@@ -222,7 +226,7 @@ def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
     """`lowbit cost ... | head -1` ends with the exit code of a closed pipe and writes nothing to stderr."""
-    command = [sys.executable, "-m", "lowbit.cli", "cost", "--model", "mlp", "--recipe", "int8", "--steps", "9"]
+    command = [sys.executable, "-m", "lowbit", "cost", "--model", "mlp", "--recipe", "int8", "--steps", "9"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         assert run.stdout is not None
         assert run.stderr is not None

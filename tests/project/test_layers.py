@@ -135,10 +135,10 @@ def test_the_check_of_layer_types_sees_them() -> None:
 
 @pytest.mark.parametrize("path", [p for p in FILES if p not in OPTIONAL or p.name in _OPTIONAL_NAMES], ids=_identify)
 def test_libraries_of_the_trainer_stay_in_the_trainer(path: Path) -> None:
-    """Lightning, numpy, jsonargparse and rich are imported only by the trainer and the command line."""
+    """Lightning, numpy and rich are imported only by the trainer and the command line."""
     used = {name.split(".")[0] for name in _imports(path)}
 
-    assert used & {"lightning", "numpy", "jsonargparse", "rich"} == set()
+    assert used & {"lightning", "numpy", "rich"} == set()
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p not in OPTIONAL], ids=_identify)
@@ -150,21 +150,30 @@ def test_the_core_needs_torch_only(path: Path) -> None:
 
 
 def test_importing_the_package_loads_no_optional_part() -> None:
-    """`import lowbit` loads torch, but neither the trainer nor its libraries."""
-    code = "import sys, lowbit; print(*sys.modules)"
+    """The names of `lowbit` load torch, but neither the trainer nor its libraries."""
+    code = "import sys, lowbit; lowbit.convert_; print(*sys.modules)"
 
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
 
     assert {"torch", "lowbit.conversion.convert"} <= loaded
-    assert loaded & {"lightning", "pytorch_lightning", "jsonargparse", "rich", "lowbit.train", "lowbit.cli"} == set()
+    assert loaded & {"lightning", "pytorch_lightning", "rich", "lowbit.train", "lowbit.cli"} == set()
+
+
+def test_importing_the_package_alone_is_quick() -> None:
+    """`import lowbit` imports no torch before a name is asked for, and the command line does not in order to help."""
+    code = "import sys, lowbit, lowbit.cli.main as cli; cli.main(['--help']); print('torch' in sys.modules)"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_importing_the_package_leaves_the_global_generator_alone() -> None:
     """Nothing is drawn from torch's generator and no thread count changes at import."""
     code = (
         "import torch; s, n = torch.get_rng_state(), torch.get_num_threads()\n"
-        "import lowbit; print(torch.equal(s, torch.get_rng_state()), n == torch.get_num_threads())"
+        "import lowbit; lowbit.convert_; print(torch.equal(s, torch.get_rng_state()), n == torch.get_num_threads())"
     )
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -96,11 +96,11 @@ def run(code: str) -> list[str]:
 
 def test_a_new_schedule_reaches_the_command_line() -> None:
     """The fields of a class in the table become flags with their docstring's text; those of the run do not."""
-    words = " ".join(run("from lowbit.cli.main import main; main(['train', '--help'])"))
+    words = " ".join(run("from lowbit.cli.main import main; main(['train', '--help-all'])"))
 
-    assert "--tread TREAD of stairs schedules: steps at each width, 1 or more." in " ".join(words.split())
-    assert "--landing LANDING" in words
-    assert "--total_steps" not in words
+    assert "--tread N of stairs schedules: steps at each width, 1 or more." in " ".join(words.split())
+    assert "--landing N" in words
+    assert "--total-steps" not in words
 
 
 def test_the_flag_of_a_new_schedule_reaches_its_bits() -> None:
@@ -109,12 +109,13 @@ def test_the_flag_of_a_new_schedule_reaches_its_bits() -> None:
         """
 from lowbit import PrecisionController, Recipe, convert_
 from lowbit.cli.main import main
-from lowbit.cli.parser import make_parser
+from lowbit.cli.parser import parser_of
 from lowbit.methods.recipe import Scheduling
 from lowbit.train.config import TrainConfig
 from torch import nn
-given = ["train", "--model", "mlp", "--data", "digits", "--tread", "3"]
-config = TrainConfig(**{k: v for k, v in make_parser().parse_args(given).train.items() if k != "config"})
+given = ["--model", "mlp", "--data", "digits", "--tread", "3"]
+settings = parser_of("train").read(given)
+config = TrainConfig(**{k: v for k, v in settings.items() if k in TrainConfig.__dataclass_fields__})
 stairs = schedules.Template(kind="stairs", settings=(("tread", 1),))
 recipe = Recipe.from_name("w8a8g8").replace(schedule=Scheduling(forward=stairs), last="convert")
 model = nn.Sequential(nn.Linear(4, 4))

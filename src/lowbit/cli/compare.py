@@ -12,6 +12,7 @@ DESCRIPTION = (
     "Runs whose settings differ in the seed alone are one row."
 )
 HELP = "compare runs in one table, or test whether two settings are equal"
+EXAMPLE = "lowbit compare runs"
 FORMATS = ("json", "csv", "markdown")
 
 

@@ -1,46 +1,53 @@
 """``lowbit cost``: what a run cost, or what a planned one would."""
 
 import math
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lowbit.cli.shapes import MOST_NUMBERS, task_of
 from lowbit.errors import UsageError
 
 DESCRIPTION = "Show what a run cost, from its folder, or what a planned run would cost."
 HELP = "show what a run costs, before or after it"
+EXAMPLE = "lowbit cost --model resnet20 --recipe cpt --steps 6400"
 
 
 def add_arguments(parser: Any) -> None:
     """What the command takes."""
     parser.add_argument("run", type=Path, nargs="?", help="run folder or ledger; without it, plan a run of --model")
-    parser.add_argument("--model", type=str, help="plan: name of the model, or FILE.py:CLASS")
-    parser.add_argument("--recipe", type=str, help="plan: name of the recipe (sbm8)")
-    parser.add_argument("--schedule", type=str, help="plan: forward bits, e.g. 8, 3-8x32, RTH:3-8x8 or 4,6@80ep,8@0.9")
-    parser.add_argument("--backward", type=str, help="plan: gradient bits, written likewise")
-    parser.add_argument("--input", type=str, help="plan: C,H,W of an image or T of a text (3,32,32)")
-    parser.add_argument("--classes", type=int, help="plan: outputs of the model (10; 256 for text)")
-    parser.add_argument("--batch_size", type=int, help="plan: samples per step (128)")
-    parser.add_argument("--steps", type=int, help="plan: steps of the run (1)")
-    parser.add_argument("--steps_per_epoch", type=int, help="plan: for times in epochs")
-    parser.add_argument(
-        "--hardware", type=str, help="also estimate cycles and energy on it: bitfusion, or FILE.py:CLASS, which is run"
+    group = parser.add_argument_group("plan a run")
+    group.add_argument("--model", metavar="NAME", help="name of the model, or FILE.py:CLASS")
+    group.add_argument("--recipe", metavar="NAME", help="name of the recipe (sbm8)")
+    group.add_argument("--forward", metavar="BITS", help="of inputs and weights: 8, 3-8x32, RTH:3-8x8, 4,6@80ep,8@0.9")
+    group.add_argument("--backward", metavar="BITS", help="of gradients, written likewise")
+    group.add_argument("--input", metavar="SIZES", help="C,H,W of an image or T of a text (3,32,32)")
+    group.add_argument("--classes", type=int, metavar="N", help="outputs of the model (10; 256 for text)")
+    group.add_argument("--batch-size", type=int, metavar="N", help="samples per step (128)")
+    group.add_argument("--steps", type=int, metavar="N", help="steps of the run (1)")
+    group.add_argument("--steps-per-epoch", type=int, metavar="N", help="for times in epochs")
+    group = parser.add_argument_group("on an accelerator")
+    group.add_argument(
+        "--hardware", metavar="NAME", help="estimate cycles and energy: bitfusion, or FILE.py:CLASS, which is run"
     )
-    parser.add_argument(
-        "--set", type=str, action="append", help="a setting of --hardware, NAME=VALUE, e.g. rows=32; may be repeated"
+    group.add_argument(
+        "--set", action="append", metavar="NAME=VALUE", help="a setting of it, e.g. rows=32; may be repeated"
     )
-    parser.add_argument(
-        "--drop_damaged", action="store_true", help="leave out damaged lines of the ledger, and count them"
+    group.add_argument(
+        "--at", metavar="wXaYgZ", help="cost it as if all converted layers had these widths, e.g. w4a4g6"
     )
-    parser.add_argument(
-        "--at", type=str, help="cost it as if every converted layer had had these widths, wXaYgZ, e.g. w4a4g8"
-    )
-    parser.add_argument(
+    group = parser.add_argument_group("output")
+    group.add_argument(
         "--format",
-        type=Literal["text", "json", "csv", "zigzag", "scale-sim"],
+        choices=("text", "json", "csv", "zigzag", "scale-sim"),
         default="text",
+        metavar="NAME",
         help="text, json or csv; zigzag or scale-sim: the last step as a workload of that simulator (text)",
     )
+    group.add_argument(
+        "--drop-damaged", action="store_true", help="leave out damaged lines of the ledger, and count them"
+    )
+    parser.rename("--schedule", "--forward", "in lowbit train, --schedule is that of the learning rate")
 
 
 def run(
@@ -66,18 +73,20 @@ def run(
         raise UsageError("--drop-damaged is of a ledger: give a run folder.")
     estimated_on = None if hardware is None else accelerator(hardware, set or ())
     if run is None:
-        ledger, measured = _plan(**planned), dict[str, str]()
+        ledger, gated = _plan(**planned)
+        measured: dict[str, str] = {}
     else:
+        gated = {}
         ledger, measured = _ran(run, drop_damaged=drop_damaged)
     if at is not None:
         # What was measured was measured at other widths.
-        ledger, measured = ledger.at(at), {}
+        ledger, measured, gated = ledger.at(at), {}, {}
     if workload := {"zigzag": zigzag, "scale-sim": scale_sim}.get(format):
         if hardware is not None:
             raise UsageError(f"--hardware is of a cost, and --format {format} writes what runs: leave one out.")
         print(workload(ledger).rstrip("\n"))
         return
-    cost = Cost(ledger, estimated_on, measured)
+    cost = Cost(ledger, estimated_on, measured, gated)
     # Tables are as wide as they are: folded by the terminal's width they could not be read or piped.
     print({"text": cost.__str__, "json": cost.to_json, "csv": cost.to_csv}[format]().rstrip("\n"))
 
@@ -86,7 +95,7 @@ def _plan(
     *,
     model: str | None,
     recipe: str | None,
-    schedule: str | None,
+    forward: str | None,
     backward: str | None,
     input: str | None,  # noqa: A002 - the flag
     classes: int | None,
@@ -116,39 +125,90 @@ def _plan(
         shape = (batch_size, *task.shape)
         batch = torch.zeros(shape, dtype=torch.int64 if task.kind == "text" else torch.float32, device="meta")
     method = lowbit.Recipe.find(recipe or "sbm8")
-    forward, back = [
+    ahead, back = [
         None if text is None else parse_schedule(text, total_steps=steps, steps_per_epoch=steps_per_epoch)
-        for text in (schedule, backward)
+        for text in (forward, backward)
     ]
-    if forward is None and (method.schedule is not None or method.gates is not None):
-        forward, own = _own_schedule(method, network, steps, steps_per_epoch)
+    if ahead is None and (method.schedule is not None or method.gates is not None):
+        _refuse_depthwise(method, network)
+    notes: list[str] = []
+    if ahead is None and method.schedule is not None:
+        ahead, own, notes = _own_schedule(method, steps, steps_per_epoch)
         back = own if back is None else back
-    lowbit.convert_(network, method, engine="reference")
-    return plan(
-        network, batch, steps=steps, forward=forward, backward=back, name=model, steps_per_epoch=steps_per_epoch
+    blocks = models.blocks(model)
+    gates = method.gates if forward is None else None
+    if gates is not None and blocks is None:
+        raise UsageError(f"which blocks of {model} have gates is not known to a plan: give --forward, or a run.")
+    # As in a run: what has a gate is converted, whatever the recipe says of the first layer.
+    rules = [] if gates is None or blocks is None else [(_within(blocks), method)]
+    lowbit.convert_(network, method, rules=rules, engine="reference")
+    ledger = plan(
+        network, batch, steps=steps, forward=ahead, backward=back, name=model, steps_per_epoch=steps_per_epoch
     )
+    for note in notes:
+        ledger.add_note(note)
+    return ledger, {} if gates is None or blocks is None else _at_target(gates, ledger, blocks)
 
 
-def _own_schedule(recipe: Any, network: Any, steps: int, steps_per_epoch: int | None) -> tuple[Any, Any]:
-    """The bits that a recipe plans by itself: forward, backward or None; what only a run decides is refused."""
+def _refuse_depthwise(recipe: Any, network: Any) -> None:
     from lowbit.nn.kinds import is_depthwise
-    from lowbit.schedules import Schedule
 
-    forward, backward = (
-        None if template is None else template.build(total_steps=steps, steps_per_epoch=steps_per_epoch)
-        for template in ((recipe.schedule.forward, recipe.schedule.backward) if recipe.schedule else (None, None))
-    )
-    if not isinstance(forward, Schedule):
-        raise UsageError(
-            f"the bits of {recipe.name} follow what the run sees, which a plan cannot know: give --schedule, or the "
-            "folder of a run."
-        )
     if recipe.depthwise is not None and any(map(is_depthwise, network.modules())):
         raise UsageError(
             f"{recipe.name} keeps depthwise convolutions at bits of their own, and a plan gives every layer the same: "
-            "give --schedule to plan that, or the folder of a run."
+            "give --forward to plan that, or the folder of a run."
         )
+
+
+def _own_schedule(recipe: Any, steps: int, steps_per_epoch: int | None) -> tuple[Any, Any, list[str]]:
+    """The bits that a recipe plans by itself: forward, backward or None, and what is assumed of what a run decides."""
+    from lowbit.schedules import Progressive, Schedule
+
+    forward, backward = (
+        None if template is None else template.build(total_steps=steps, steps_per_epoch=steps_per_epoch)
+        for template in ((recipe.schedule.forward, recipe.schedule.backward))
+    )
+    if isinstance(forward, Progressive):
+        return *_equal_stages(forward, steps), [
+            f"assumed: the {len(forward.bits)} stages of {recipe.name} are equally long; a run decides by its loss."
+        ]
+    if not isinstance(forward, Schedule):
+        raise UsageError(
+            f"the bits of {recipe.name} follow what the run sees, which a plan cannot know: give --forward, or the "
+            "folder of a run."
+        )
+    return forward, backward, []
+
+
+def _equal_stages(rule: Any, steps: int) -> tuple[Any, Any]:
+    """Progressive bits and gradient bits, each stage as long as the others."""
+    from lowbit.schedules import Piecewise
+
+    if steps < len(rule.bits):
+        raise UsageError(f"--steps {steps} are too few for {len(rule.bits)} stages: give --steps of a whole run.")
+    starts = [i * steps // len(rule.bits) for i in range(len(rule.bits))]
+    forward, backward = (
+        Piecewise(pieces=tuple(zip(starts, widths, strict=True)), total_steps=steps)
+        for widths in (rule.bits, rule.grad_bits)
+    )
     return forward, backward
+
+
+def _at_target(gates: Any, ledger: Any, blocks: str) -> dict[str, float]:
+    """Bit operations per MAC of each layer in a gated block, where the gates meet their targets, each equally long."""
+    target = sum(gates.targets) / len(gates.targets)
+    layers = {ran.product.layer for ran in ledger.totals()}
+    gated = [layer for layer in layers if _within(blocks).fullmatch(layer)]
+    ledger.add_note(
+        f"assumed in the last line: gates choose bits that cost {target:g} % of full precision in their blocks, as "
+        "they are trained to. The tables are at the recipe's own bits."
+    )
+    return dict.fromkeys(gated, target / 100 * 32 * 32)
+
+
+def _within(blocks: str) -> re.Pattern[str]:
+    """The names of the layers in blocks whose names match a pattern."""
+    return re.compile(rf"(?:{blocks})(\..*)?")
 
 
 def _ran(run: Path, *, drop_damaged: bool) -> tuple[Any, dict[str, str]]:

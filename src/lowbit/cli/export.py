@@ -1,12 +1,13 @@
 """``lowbit export``: the trained model of a run in a form that other programs read."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lowbit.errors import UsageError
 
 DESCRIPTION = "Write the model of a run's checkpoint for other programs: plain parameters, ONNX, or 8-bit codes."
 HELP = "write a run's model for other programs"
+EXAMPLE = "lowbit export runs/first --to onnx"
 
 # The file of each form, in the run folder unless --output names another.
 FILES = {"plain": "model.safetensors", "onnx": "model.onnx", "torch-int8": "model-int8.safetensors"}
@@ -15,7 +16,7 @@ FILES = {"plain": "model.safetensors", "onnx": "model.onnx", "torch-int8": "mode
 def add_arguments(parser: Any) -> None:
     """What the command takes."""
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--to", type=Literal["plain", "onnx", "torch-int8"], required=True, help=f"{', '.join(FILES)}")
+    parser.add_argument("--to", choices=tuple(FILES), required=True, help=f"{', '.join(FILES)}")
     parser.add_argument("-o", "--output", type=Path, help="the file (model.onnx or the like in the run folder)")
     parser.add_argument("--samples", type=int, default=32, help="test samples that an ONNX file is checked on (32)")
 

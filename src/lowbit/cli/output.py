@@ -1,46 +1,71 @@
-"""What the commands print: text, tables and the result of a run."""
+"""What the commands print: text, tables that fit the terminal, and the result of a run."""
 
-from typing import Any
+import shutil
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from lowbit.train.config import Result
+from lowbit.tables import text_table
+
+if TYPE_CHECKING:  # help must not wait for torch
+    from lowbit.train.config import Result
+
+_NARROWEST = 20  # columns that a cell of several words keeps
 
 
-def show(result: Result) -> None:
+def show(result: "Result") -> None:
     """The result of a run and where its files are, as a table."""
-    table = table_of("result", "")
+    rows = []
     if result.test_accuracy is not None:
-        table.add_row("test accuracy", f"{result.test_accuracy:.2%}")
+        rows.append(("test accuracy", f"{result.test_accuracy:.2%}"))
     if result.test_bits_per_byte is not None:
-        table.add_row("test bits per byte", f"{result.test_bits_per_byte:.4f}")
-    table.add_row("test loss", f"{result.test_loss:.4f}")
+        rows.append(("test bits per byte", f"{result.test_bits_per_byte:.4f}"))
+    rows.append(("test loss", f"{result.test_loss:.4f}"))
     seconds = result.seconds_per_step
-    table.add_row("seconds per step", "too few to say" if seconds is None else f"{seconds:.4g} (median)")
-    table.add_row("steps", f"{result.steps:,}")
-    table.add_row("recipe", f"{result.recipe}: {result.converted} of {result.layers} layers converted")
+    rows.append(("seconds per step", "too few to say" if seconds is None else f"{seconds:.4g} (median)"))
+    rows.append(("steps", f"{result.steps:,}"))
+    rows.append(("recipe", f"{result.recipe}: {result.converted} of {result.layers} layers converted"))
     if result.macs:
-        table.add_row(
-            "bit operations", f"{result.bit_operations:.4g} ({result.bit_operations / result.macs:.4g} a MAC)"
-        )
+        each = result.bit_operations / result.macs
+        rows.append(("bit operations", f"{result.bit_operations:.4g} ({each:.4g} a MAC)"))
     if result.memory is not None:
-        table.add_row("memory of a step", f"{result.memory.total / 2**20:,.4g} MiB at most, its parts in result.json")
+        mib = f"{result.memory.total / 2**20:,.4g} MiB"
+        rows.append(("memory of a step", f"{mib} at most, its parts in result.json"))
     if result.low is not None:
-        table.add_row("range test", f"{result.low} bits, {result.out / 'range-test.txt'}")
-    table.add_row("what ran", f"{result.out / 'conversion.txt'}, {result.out / 'proof.txt'}")
-    table.add_row("checkpoint", str(result.out / "last.ckpt"))
-    table.add_row("logs", f"{result.out / 'csv' / 'metrics.csv'}, {result.out / 'tensorboard'}")
-    write(table)
+        rows.append(("range test", f"{result.low} bits, {result.out / 'range-test.txt'}"))
+    rows.append(("what ran", f"{result.out / 'conversion.txt'}, {result.out / 'proof.txt'}"))
+    rows.append(("checkpoint", str(result.out / "last.ckpt")))
+    rows.append(("logs", f"{result.out / 'csv' / 'metrics.csv'}, {result.out / 'tensorboard'}"))
+    write(fitted(("result", ""), rows))
 
 
-def table_of(*columns: str) -> Any:
-    """An empty table with these columns."""
-    from rich import box
-    from rich.table import Table
+def fitted(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose cells are wrapped between words, the widest first, until it fits the terminal if it can.
 
-    return Table(*columns, box=box.SIMPLE_HEAD, header_style="bold")
+    Args:
+        header: column titles.
+        rows: cells as text, each row as long as the header.
+    """
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    least = [max(_NARROWEST, *(len(word) for cell in column for word in cell.split())) for column in columns]
+    room = shutil.get_terminal_size().columns - 2 * (len(columns) - 1)
+    while sum(widths) > room and any(width > low for width, low in zip(widths, least, strict=True)):
+        widest = max(range(len(widths)), key=lambda i: (widths[i] > least[i], widths[i]))
+        widths[widest] -= 1
+    lines = [
+        [
+            textwrap.wrap(cell, width, break_long_words=False, break_on_hyphens=False)
+            for cell, width in zip(row, widths, strict=True)
+        ]
+        for row in rows
+    ]
+    return text_table(
+        header,
+        [[cell[i] if i < len(cell) else "" for cell in row] for row in lines for i in range(max(1, *map(len, row)))],
+    )
 
 
-def write(what: Any) -> None:
-    """Text or a table, in the width of the terminal."""
-    from rich.console import Console
-
-    Console(highlight=False, markup=False).print(what)
+def write(text: str) -> None:
+    """Text as it is, but for what would move the cursor."""
+    print("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))

@@ -1,20 +1,21 @@
-"""The parser of the command line, made of what the file of each command says."""
+"""The commands of the command line, and the parser of each, made of what its file says."""
 
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any, Protocol
 
 from lowbit.cli import bench, compare, cost, export, inspect, range_test, recipes, report, resume, sweep, train
+from lowbit.cli.flags import Parser
 
 
 class Command(Protocol):
-    """What the file of a command has. It imports libraries where it uses them: help must not wait for Lightning."""
+    """What the file of a command has. It imports where it uses: help must not wait for torch."""
 
     DESCRIPTION: str
     HELP: str
+    EXAMPLE: str
 
     def add_arguments(self, parser: Any) -> None:
-        """Give the command's own parser its arguments."""
+        """Give the command's own parser, a `Parser`, its arguments."""
 
     @property
     def run(self) -> Callable[..., None]:
@@ -36,18 +37,34 @@ COMMANDS: dict[str, Command] = {
 }
 """The file of each command, in the order of the help."""
 
+GROUPS = {
+    "look": ("recipes", "inspect", "cost", "bench"),
+    "train": ("train", "resume", "sweep", "range-test"),
+    "use": ("compare", "report", "export"),
+}
+"""The commands by what they are for; one that is in none comes last."""
 
-def make_parser() -> Any:
-    """The parser of all commands; the arguments of each are in a namespace of its name."""
-    from jsonargparse import ArgumentParser
 
-    def parser(**names: Any) -> ArgumentParser:
-        return ArgumentParser(**names, exit_on_error=False, allow_abbrev=False, default_env=False)
+def parser_of(name: str) -> Parser:
+    """The parser of one command, with its arguments."""
+    command = COMMANDS[name]
+    parser = Parser(prog=f"lowbit {name}", description=command.DESCRIPTION, example=command.EXAMPLE)
+    command.add_arguments(parser)
+    return parser
 
-    whole = parser(prog="lowbit", description="Train neural networks in few bits.", version=version("lowbit"))
-    commands = whole.add_subcommands(title="commands", metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        own = parser(description=command.DESCRIPTION)
-        command.add_arguments(own)
-        commands.add_subcommand(name, own, help=command.HELP)
-    return whole
+
+def overview() -> str:
+    """The help of the whole: one line for each command."""
+    others = tuple(name for name in COMMANDS if not any(name in names for names in GROUPS.values()))
+    lines = [
+        "usage: lowbit COMMAND [FLAGS]",
+        "",
+        "Train neural networks in few bits.",
+        "",
+        "Example: lowbit train --model mlp --data digits --recipe int8",
+    ]
+    for title, names in {**GROUPS, "more": others}.items():
+        if names:
+            lines += ["", f"{title}:", *(f"  {name:<12}{COMMANDS[name].HELP}" for name in names)]
+    lines += ["", "`lowbit COMMAND --help` shows its flags, `lowbit --version` the version."]
+    return "\n".join(lines)

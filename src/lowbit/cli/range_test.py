@@ -3,19 +3,27 @@
 from typing import Any
 
 from lowbit.cli.output import write
-from lowbit.train.config import RangeTestConfig
 
 DESCRIPTION = "Find the lowest precision at which a fresh model makes progress, for a cyclic schedule."
 HELP = "find the lowest precision that makes progress"
+EXAMPLE = "lowbit range-test --model resnet20 --data fashion-mnist"
+_GROUPS = {
+    "model and data": ("model", "data", "recipe", "batch_size", "subset"),
+    "the test": ("low", "high", "backward", "steps_per_bit", "measure", "gain", "significance", "every"),
+    "training": ("optimizer", "lr", "seed", "threads"),
+}
 
 
 def add_arguments(parser: Any) -> None:
     """What the command takes."""
-    parser.add_class_arguments(RangeTestConfig)
+    from lowbit.train.config import RangeTestConfig
+
+    parser.add_class_arguments(RangeTestConfig, _GROUPS, rest="further settings")
 
 
 def run(**settings: Any) -> None:
     """Test, and print every width's gain and the choice."""
+    from lowbit.train.config import RangeTestConfig
     from lowbit.train.range_test import range_test
 
     write(str(range_test(RangeTestConfig(**settings))))

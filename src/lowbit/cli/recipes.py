@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from lowbit.cli.output import table_of, write
+from lowbit.cli.output import fitted, write
 
 DESCRIPTION = "List the recipes, or show the number formats of one."
 HELP = "list the recipes, or show one"
+EXAMPLE = "lowbit recipes sbm8"
 
 
 def add_arguments(parser: Any) -> None:
@@ -18,21 +19,21 @@ def run(name: str | None) -> None:
     from lowbit.methods.recipe import Recipe, recipes
 
     if name is None:
-        table = table_of("recipe", "what it does", "source")
+        rows: list[list[str]] = []
         for known in recipes():
             # The last entry stands for a family of recipes: show one of them.
             recipe = Recipe.from_name("w4a4g6" if known == "wXaYgZ" else known)
-            table.add_row(known, recipe.summary, recipe.source)
-        write(table)
+            rows.append([known, recipe.summary, recipe.source])
+        write(fitted(("recipe", "what it does", "source"), rows))
         return
     recipe = Recipe.find(name)
     write(f"{recipe.name}: {recipe.summary}\nsource: {recipe.source}\n")
     operands = ("input", "weight", "grad_output")
-    table = table_of("product", *operands)
+    rows = []
     for product in ("output", "grad_input", "grad_weight"):
         formats = [getattr(getattr(recipe, product), operand, None) for operand in operands]
-        table.add_row(product, *("" if format_ is None else str(format_) for format_ in formats))
-    write(table)
+        rows.append([product, *("" if format_ is None else str(format_) for format_ in formats)])
+    write(fitted(("product", *operands), rows) + "\n")
     if recipe.schedule is not None:
         backward = "as forward says" if recipe.schedule.backward is None else recipe.schedule.backward
         write(f"over the run: forward bits {recipe.schedule.forward}; backward bits {backward}")

@@ -10,6 +10,7 @@ DESCRIPTION = (
     "Write one HTML page of run folders: accuracy against cost, curves, bits, errors, proofs. It opens offline."
 )
 HELP = "write a page of charts and tables of runs"
+EXAMPLE = "lowbit report runs -o report.html"
 
 
 def add_arguments(parser: Any) -> None:

@@ -14,7 +14,7 @@ def whole(text: str) -> int:
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
 
 
-def task_of(shape: str, classes: int | None, flag: str = "--shape") -> Any:
+def task_of(shape: str, classes: int | None, flag: str) -> Any:
     """What a model maps for C,H,W of an image or T of a text; `flag` is where the shape was given."""
     from lowbit.train.data import Task
 

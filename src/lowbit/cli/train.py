@@ -2,32 +2,50 @@
 
 from typing import Any
 
-from lowbit.cli.output import show
+from lowbit.cli.output import show, write
 from lowbit.cli.sweep import run_seeds
 from lowbit.errors import UsageError
-from lowbit.train.config import TrainConfig
 
 DESCRIPTION = "Train a model in a new run folder."
 HELP = "train a model in a new run folder"
+EXAMPLE = "lowbit train --model resnet20 --data fashion-mnist --recipe sbm8 --epochs 3"
+_GROUPS = {
+    "what to train": ("model", "data", "recipe", "epochs", "batch_size", "max_steps", "subset", "seed", "out"),
+    "learning rate": ("optimizer", "lr", "weight_decay", "schedule"),
+    "bits over time (recipes such as cpt)": ("low", "high", "cycles"),
+    "speed": ("threads", "engine", "amp"),
+    "logs": ("logger",),
+}
 
 
 def add_arguments(parser: Any) -> None:
     """What the command takes."""
-    parser.add_argument("--config", action="config", help="YAML file of the settings below; later flags win")
-    parser.add_argument("--seeds", type=str, help="e.g. 0,1,2: a run for each, OUT/seed0 and so on, and a table")
-    parser.add_argument("--jobs", type=int, help="with --seeds: runs at the same time (1)")
-    parser.add_class_arguments(TrainConfig)
+    from lowbit.train.config import TrainConfig
+
+    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of settings; later flags win")
+    parser.add_argument("--print-config", action="store_true", help="print the settings as YAML, and do not train")
+    group = parser.add_argument_group("several runs")
+    group.add_argument("--seeds", metavar="N,N", help="e.g. 0,1,2: a run for each, OUT/seed0 and so on, and a table")
+    group.add_argument("--jobs", type=int, metavar="N", help="with --seeds: runs at the same time (1)")
+    parser.add_class_arguments(TrainConfig, _GROUPS, rest="further settings, of some recipes or of rare use")
 
 
-def run(*, seeds: str | None, jobs: int | None, **settings: Any) -> None:
+def run(*, print_config: bool, seeds: str | None, jobs: int | None, **settings: Any) -> None:
     """Train, and print the result."""
-    from lowbit.train import trainer
+    from lowbit.train.config import TrainConfig
 
     del settings["config"]  # its settings are among the others
     config = TrainConfig(**settings)
+    if jobs is not None and seeds is None:
+        raise UsageError("--jobs goes with --seeds: one run is one process")
+    if print_config:
+        import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
+
+        write(yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip("\n"))
+        return
     if seeds is not None:
         run_seeds(config, seeds, 1 if jobs is None else jobs)
-    elif jobs is not None:
-        raise UsageError("--jobs goes with --seeds: one run is one process")
-    else:
-        show(trainer.train(config))
+        return
+    from lowbit.train import trainer
+
+    show(trainer.train(config))

@@ -15,7 +15,7 @@ from lowbit.errors import RunError, UsageError
 from lowbit.evidence import metrics
 from lowbit.evidence.ledger import Ledger
 from lowbit.evidence.metrics import METRICS, Terms
-from lowbit.evidence.records import PRODUCTS, Convention, Product, Total
+from lowbit.evidence.records import PLAIN, PRODUCTS, Convention, Product, Total
 from lowbit.frames import data_frame
 from lowbit.hardware import Accelerator, Estimate, total
 from lowbit.inputs import userfile
@@ -25,6 +25,7 @@ from lowbit.tables import Table, html_of, json_text
 
 CONVENTIONS: tuple[Convention, ...] = ("as-ran", "as-charged")
 FULL_PRECISION = (32, 32)  # bits of the operands that savings are against
+STATIC = (8, 8)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Cost:
         ledger: the ledger of the run, or of a plan.
         hardware: an accelerator to estimate cycles and energy on, e.g. `lowbit.hardware.BitFusion()`.
         measured: what was measured beside the ledger, by name with unit, e.g. ``{"seconds per step": "0.19"}``.
+        gated: bit operations per MAC by layer, where gates choose the bits of a plan; savings count these.
 
     Raises:
         UsageError: the ledger has no step, or `hardware` is not an accelerator.
@@ -44,6 +46,7 @@ class Cost:
     ledger: Ledger
     hardware: Accelerator | None = None
     measured: Mapping[str, str] = field(default_factory=dict)
+    gated: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -112,6 +115,25 @@ class Cost:
             if row.estimate is None:
                 raise UsageError(f"{layer_of(row.total.product)}: {row.reason}")
         return total(row.estimate for row in wide if row.estimate is not None)
+
+    def saved(self) -> dict[str, float]:
+        """Percent of the bit operations that the run saves, by what it is compared with; negative if it takes more.
+
+        ``"static 8 bits"``: the products of converted layers at 8 x 8 bits, those of others as they ran; ``"fp32"``:
+        all products at 32 x 32 bits. Empty where nothing ran.
+        """
+        totals = self.ledger.totals()
+        plain = sum(ran.bit_operations for ran in totals if ran.product.engine == PLAIN)
+        converted = [ran for ran in totals if ran.product.engine != PLAIN]
+        ran = plain + sum(
+            each.macs * self.gated[each.product.layer] if each.product.layer in self.gated else each.bit_operations
+            for each in converted
+        )
+        others = {
+            "static 8 bits": plain + sum(STATIC[0] * STATIC[1] * each.macs for each in converted),
+            "fp32": sum(FULL_PRECISION[0] * FULL_PRECISION[1] * each.macs for each in totals),
+        }
+        return {name: 100 * (1 - ran / operations) for name, operations in others.items() if operations}
 
     def notes_on_hardware(self) -> dict[str, list[str]]:
         """What the accelerator assumed for some products, each with its layers."""
@@ -244,7 +266,9 @@ class Cost:
         if left := ledger.uncounted():
             listed = [f"{op} {calls:,}" for op, calls in left.items()]
             lines.append(f"not counted (operators outside converted layers, calls in forward): {_some(listed, 12)}.")
-        return [*lines, *(f"note: {note}" for note in ledger.notes)]
+        lines += [f"note: {note}" for note in ledger.notes]
+        saved = [f"{_saved(percent)} {name}" for name, percent in self.saved().items()]
+        return [*lines, f"bit operations: {', '.join(saved)}."] if saved else lines
 
     # As data.
 
@@ -273,6 +297,7 @@ class Cost:
                 "number": len(ledger.evaluations),
                 "macs": metrics.macs(ledger.totals(evaluations=True)).total,
             },
+            "saved_percent": self.saved(),
             "held_bytes": ledger.held_bytes,
             "sent_bytes": ledger.sent_bytes,
             "measured": dict(self.measured),
@@ -327,6 +352,12 @@ def _hardware_cells(name: str, e: Estimate) -> list[str]:
         f"{e.operations_per_cycle:.1f}",
         f"{e.operations_per_memory_bit:.3f}",
     ]
+
+
+def _saved(percent: float) -> str:
+    if abs(percent) < 0.05:
+        return "the same as"
+    return f"{percent:.1f} % saved against" if percent > 0 else f"{-percent:.1f} % more than"
 
 
 def _terms(terms: Terms) -> dict[str, float]:

@@ -52,7 +52,7 @@ class TrainConfig:
         batch_size: samples per step.
         optimizer: ``sgd`` (momentum 0.9) or ``adamw`` (betas 0.9 and 0.999).
         lr: peak learning rate. Default: 0.1 for sgd, 0.001 for adamw.
-        weight_decay: left open: 1e-4 for sgd, 0.01 for adamw.
+        weight_decay: of the optimizer. Default: 1e-4 for sgd, 0.01 for adamw.
         schedule: how the learning rate moves. ``one-cycle``: up from lr/25 over the first quarter of the run,
             then along a cosine to zero; ``cosine``: from lr to zero; ``step``: divided by 10 at a half and at
             three quarters of the run; ``constant``.

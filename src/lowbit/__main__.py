@@ -1,4 +1,4 @@
-"""`python -m lowbit.cli`."""
+"""`python -m lowbit`."""
 
 import sys
 
