@@ -1,4 +1,4 @@
-"""DistributedDataParallel with two gloo processes on this machine: equal to one process, and gradients in 8 bits."""
+"""DDP and FSDP2 with two gloo processes on this machine: equal to one process, and gradients in 8 bits."""
 
 import json
 import os
@@ -147,9 +147,48 @@ model = network("sbm8")
 ddp = DistributedDataParallel(model)
 for _ in range(3):
     ddp((rank + 1) * X).square().mean().backward()
+ddp.eval()(X)
+found["broadcast"] = [layer.site.running_range.tolist() for layer in model[::2]]
+model = network("sbm8")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name for it, older ones do not
+    ddp = DistributedDataParallel(model, broadcast_buffers=False)
+for _ in range(3):
+    ddp((rank + 1) * X).square().mean().backward()
 before = [layer.site.running_range.tolist() for layer in model[::2]]
 average_ranges_(ddp)
 found["ranges"] = [before, [layer.site.running_range.tolist() for layer in model[::2]]]
+
+# Parameters sharded over both ranks.
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+mesh = init_device_mesh("cpu", (2,))
+
+def shard(model):
+    for layer in model[::2]:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+for recipe in ("fp32", "int8"):
+    model, twin = network(recipe), network(recipe)
+    shard(model)
+    ddp = DistributedDataParallel(twin)
+    x = X.chunk(2)[rank]
+    for call in (model, ddp):
+        call(x).square().mean().backward()
+    whole = torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
+    found["sharded " + recipe] = relative(whole, torch.cat([p.grad.flatten() for p in twin.parameters()]))
+    found["steps " + recipe] = lowbit.state_dict(model)["groups"][0]["step"]
+    lowbit.restore_(model)
+    plain = torch.nn.Sequential(*[nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 4)])
+    plain.load_state_dict(twin.state_dict())
+    found["restored " + recipe] = torch.allclose(model(x), plain(x), atol=1e-6) and isinstance(model[0], FSDPModule)
+    found["class " + recipe] = [type(model[0]).__name__, hasattr(model[0], "site")]
+try:
+    lowbit.convert_(shard(nn.Sequential(nn.Linear(8, 8))), "int8")
+except lowbit.UsageError as error:
+    found["refused"] = str(error)
 print(json.dumps(found), flush=True)
 dist.barrier()
 dist.destroy_process_group()
@@ -231,8 +270,16 @@ def test_the_ledger_has_the_bytes(found: list[dict[str, Any]]) -> None:
         assert rank["in_report"]
 
 
+def test_ranges_are_those_of_rank_0_by_default(found: list[dict[str, Any]]) -> None:
+    """DDP broadcasts buffers at each forward, so that an evaluation has the same ranges on all ranks."""
+    one, two = (rank["broadcast"] for rank in found)
+
+    assert one == two
+    assert one[0] == found[0]["ranges"][0][0]
+
+
 def test_ranges_are_averaged(found: list[dict[str, Any]]) -> None:
-    """Ranks that saw other samples evaluate with one range, the mean of theirs."""
+    """Without that broadcast, ranks that saw other samples get one range, the mean of theirs."""
     (one, shared), (two, shared_too) = (rank["ranges"] for rank in found)
 
     assert one != two
@@ -240,6 +287,27 @@ def test_ranges_are_averaged(found: list[dict[str, Any]]) -> None:
     for a, b, mean in zip(one, two, shared, strict=True):
         assert mean[1] == pytest.approx((a[1] + b[1]) / 2, rel=1e-6)
         assert mean[2] == a[2]
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "int8"])
+def test_sharded_parameters_give_the_gradients_of_replicas(found: list[dict[str, Any]], recipe: str) -> None:
+    """`fully_shard` after the conversion: gradients are those under DDP, to 1e-6, with the same noise."""
+    for rank in found:
+        assert rank[f"sharded {recipe}"] < 1e-6
+        assert rank[f"steps {recipe}"] == 1
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "int8"])
+def test_a_sharded_model_is_restored(found: list[dict[str, Any]], recipe: str) -> None:
+    """It computes what the plain model computes, stays sharded, and has nothing of lowbit."""
+    for rank in found:
+        assert rank[f"restored {recipe}"]
+        assert rank[f"class {recipe}"] == ["FSDPLinear", False]
+
+
+def test_conversion_comes_before_sharding(found: list[dict[str, Any]]) -> None:
+    """A sharded model is refused, with the order that works."""
+    assert all("convert the plain model first, then shard it" in rank["refused"] for rank in found)
 
 
 def test_a_model_that_is_not_distributed_is_refused() -> None:

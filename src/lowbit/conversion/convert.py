@@ -138,6 +138,14 @@ def _check_model(model: nn.Module) -> None:
             raise UsageError(f"{where} is compiled: convert the plain model first, then compile it")
         if isinstance(module, torch.jit.ScriptModule):
             raise UsageError(f"{where} is a TorchScript module: convert the plain model instead")
+        if _is_sharded(module):
+            raise UsageError(f"{where} is sharded by fully_shard: convert the plain model first, then shard it")
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` made a subclass of the module's class, with a class of its own before it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and fsdp.FSDPModule in type(module).__bases__
 
 
 def _check_skipping(plans: Sequence[Plan]) -> None:
@@ -202,19 +210,29 @@ def restore_(model: nn.Module) -> None:
     _check_controllers(layers)
     release(model)
     for layer in layers:
-        if layer.is_altered:
+        if layer.is_altered and not _is_sharded(layer):
             raise UsageError(
                 f"restore_: {layer.sites()[0].name or 'the model'} is a {type(layer).__name__} since its conversion: "
                 "undo that first"
             )
     for layer in layers:
-        layer.undo()
+        _undo(layer)
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, Clock) and not owner.sites:
                 owner.detach(module)
         containers.restore(module)
+
+
+def _undo(layer: QuantLayer) -> None:
+    """Make a layer plain again; a sharded one stays sharded, with the class that `fully_shard` gives the plain one."""
+    kind, sharded = type(layer), _is_sharded(layer)
+    layer.undo()
+    if sharded:
+        own = {name: value for name, value in vars(kind).items() if name not in ("__module__", "__doc__")}
+        module: nn.Module = layer
+        module.__class__ = type(f"FSDP{type(layer).__name__}", (kind.__bases__[0], type(layer)), own)
 
 
 def _check_controllers(layers: list[QuantLayer]) -> None:

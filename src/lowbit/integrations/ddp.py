@@ -185,8 +185,10 @@ class Int8AllReduce:
 def average_ranges_(model: nn.Module) -> None:
     """Give every rank the mean of all ranks' running input ranges; call it on all ranks, before one saves or evaluates.
 
-    Ranks see other samples, so each records other ranges. With the mean, every rank evaluates alike, and a checkpoint
-    that rank 0 writes is that of the whole run, to be resumed by any number of processes.
+    It is for ``DistributedDataParallel(..., forward_sync_buffers=False)`` (before torch 2.13 ``broadcast_buffers``) and
+    for FSDP, where each rank records the ranges of its own samples. By default, DDP begins each forward with the
+    buffers of rank 0, and so with its ranges. With the mean, every rank evaluates alike, and a checkpoint of rank 0 has
+    seen the samples of all.
 
     Args:
         model: a converted model, the same on all ranks.
