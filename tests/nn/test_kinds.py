@@ -10,7 +10,7 @@ from lowbit import functional
 from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS, QuantLayer, QuantLinear, kinds
 from lowbit.products.operators import Linear, Op
 
-TWINS = PRODUCT_LAYERS | NORM_LAYERS
+TWINS = [*PRODUCT_LAYERS.items(), *((plain, twin) for plain, twins in NORM_LAYERS.items() for twin in twins)]
 CHANNELS = 6
 
 
@@ -23,24 +23,23 @@ def _layer(kind: type[nn.Module]) -> nn.Module:
     return kind(CHANNELS, 2)
 
 
-@pytest.mark.parametrize(("plain", "twin"), TWINS.items(), ids=str)
+@pytest.mark.parametrize(("plain", "twin"), TWINS, ids=str)
 def test_a_twin_says_its_own_plain_type(plain: type[nn.Module], twin: type[QuantLayer]) -> None:
     """Each class of the tables names the type that it is a subclass of, so that `restore_` knows what to go back to."""
     assert vars(twin)["plain"] is plain
     assert issubclass(twin, plain)
 
 
-@pytest.mark.parametrize(("plain", "twin"), TWINS.items(), ids=str)
+@pytest.mark.parametrize(("plain", "twin"), TWINS, ids=str)
 def test_a_twin_knows_the_channels_of_a_plain_layer(plain: type[nn.Module], twin: type[QuantLayer]) -> None:
     """The class answers for a layer that is not converted yet."""
     assert twin.input_channels(_layer(plain)) == CHANNELS
 
 
-@pytest.mark.parametrize("plain", TWINS, ids=str)
-def test_a_layer_multiplies_if_it_has_an_operator(plain: type[nn.Module]) -> None:
+@pytest.mark.parametrize(("plain", "twin"), TWINS, ids=str)
+def test_a_layer_multiplies_if_it_has_an_operator(plain: type[nn.Module], twin: type[QuantLayer]) -> None:
     """Layers with products have an operator and weights, normalisations have neither."""
     layer = _layer(plain)
-    twin = TWINS[plain]
 
     assert kinds.has_product_twin(layer) == (plain in PRODUCT_LAYERS)
     assert (twin.operator(layer) is not None) == (plain in PRODUCT_LAYERS)
@@ -73,7 +72,7 @@ def test_the_nearest_type_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         plain = Narrow
 
     assert kinds.twin_of(Narrow(2, 2)) is QuantLinear
-    monkeypatch.setitem(kinds._TWINS, Narrow, QuantNarrow)
+    monkeypatch.setitem(kinds._TWINS, Narrow, (QuantNarrow,))
     assert kinds.twin_of(Narrow(2, 2)) is QuantNarrow
 
 
@@ -117,7 +116,7 @@ class TestNewLayer:
     @pytest.fixture(autouse=True)
     def row(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The row."""
-        monkeypatch.setitem(kinds._TWINS, Scaled, QuantScaled)
+        monkeypatch.setitem(kinds._TWINS, Scaled, (QuantScaled,))
 
     def test_it_is_converted_and_restored(self) -> None:
         """`convert_` finds it, the proof sees its products, and `restore_` gives the plain layer back."""
