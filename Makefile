@@ -36,7 +36,7 @@ SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print
 	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(ASAN)/bin/python
 test-asan: $(ASAN)/.ready  ## native tests and random layers under address and undefined-behaviour sanitizers
-	$(SANITIZED) -m pytest tests/kernels/test_doorway.py tests/kernels/test_views.py tests/kernels/test_native.py tests/attention/test_native.py -k 'not lack_of_memory'
+	$(SANITIZED) -m pytest tests/kernels/test_doorway.py tests/kernels/test_views.py tests/kernels/test_native.py tests/attention/test_attention_native.py -k 'not lack_of_memory'
 	$(SANITIZED) tests/fuzz_layers.py --cases 1000
 
 # Offline, with warnings as errors. The pages and their code are checked by `make test` too.

@@ -1,5 +1,6 @@
 import re
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,11 @@ def test_random_state_is_never_set_for_everybody(path: Path) -> None:
     allowed = path.relative_to(ROOT).parts[0] != "src" or "train" in path.parts or "cli" in path.parts
 
     assert allowed or "manual_seed" not in path.read_text(encoding="utf-8")
+
+
+def test_every_test_file_has_a_name_of_its_own() -> None:
+    """Pytest imports test files by their names alone, so two of one name stop a run of the whole suite."""
+    names = Counter(path.name for path in Path(__file__).parents[1].rglob("*.py") if path.name != "conftest.py")
+
+    assert len(names) > 100
+    assert [name for name, count in names.items() if count > 1] == []
