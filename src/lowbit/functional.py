@@ -415,7 +415,8 @@ def _apply(x: Tensor, w: Tensor, bias: Tensor | None, op: Op, setting: Setting |
         return _by_choice(x, w, bias, op, setting, setting.samples)
     recorded = torch.is_grad_enabled()
     expected = ("grad_input",) * (recorded and x.requires_grad) + ("grad_weight",) * (recorded and w.requires_grad)
-    with torch.autocast(device, enabled=False):
+    # Modes that watch functions of torch must not see those that a product is made of.
+    with torch._C.DisableTorchFunction(), torch.autocast(device, enabled=False):
         result: Tensor = _Products.apply(x, w, bias, op, setting, dtype, expected)
     return result
 

@@ -260,7 +260,7 @@ class TestCopies:
 
 
 class TestRefused:
-    """What is refused, by name, and without a trace in the model."""
+    """What is refused, by name, and without a trace in the model; some of it only without `calls`."""
 
     CASES = {  # noqa: RUF012 - never changed
         "subclass": (lambda: nn.Sequential(nn.Linear(3, 3), _Plain(3, 3)), r"1 \(_Plain\): a subclass of Linear"),
@@ -292,7 +292,7 @@ class TestRefused:
         before = _snapshot(model)
 
         with pytest.raises(UsageError, match=message):
-            lowbit.convert_(model, "sbm8")
+            lowbit.convert_(model, "sbm8", calls=False)
 
         assert _is_same(_snapshot(model), before)
 
@@ -304,7 +304,7 @@ class TestRefused:
         model = make()
         name = message.split(" ")[0]
 
-        report = lowbit.convert_(model, "sbm8", strict=False)
+        report = lowbit.convert_(model, "sbm8", strict=False, calls=False)
 
         left = [row for row in report.rows if not row.converted and row.name == name]
         assert len(left) == 1
@@ -405,7 +405,7 @@ class TestRules:
         model = nn.Sequential(nn.Linear(3, 3), _Plain(3, 3))
 
         with pytest.raises(UsageError, match=r"1 \(_Plain\)"):
-            lowbit.convert_(model, "sbm8", rules=[(nn.Linear, None)])
+            lowbit.convert_(model, "sbm8", rules=[(nn.Linear, None)], calls=False)
         assert self._recipes(model, (_Plain, None)) == ["sbm8", None]
 
     def test_the_first_match_wins(self) -> None:
@@ -815,7 +815,7 @@ class TestShare:
         model = _foreign(tied=tied)
 
         with pytest.warns(UserWarning, match="1 of 8 layers"):
-            report = lowbit.convert_(model, "sbm8")
+            report = lowbit.convert_(model, "sbm8", calls=False)
 
         assert {row.name: row.weights for row in report.rows} == {
             "": 0,
@@ -836,7 +836,7 @@ class TestShare:
             "converted: up (Conv1D, 256), down (Conv1D, 256), mix (Conv1D, 32)"
         )
         with pytest.warns(UserWarning, match=re.escape(f"convert_(ModuleDict, 'sbm8'): {said}. What")):
-            report = lowbit.convert_(_foreign(), "sbm8")
+            report = lowbit.convert_(_foreign(), "sbm8", calls=False)
 
         assert str(report).splitlines()[0] == f"sbm8: {said}; bits as first operand x second"
 
@@ -859,8 +859,8 @@ class TestShare:
         """One unconverted weight in a thousand and more does not round to 100 %, and half of them is enough."""
         large = nn.Sequential(nn.Linear(100, 100), Conv1D(2, 2))
 
-        assert "with 99.9 % of" in str(lowbit.convert_(large, "sbm8"))
-        assert lowbit.convert_(nn.Sequential(nn.Linear(4, 4), Conv1D(4, 4)), "sbm8").share == 0.5
+        assert "with 99.9 % of" in str(lowbit.convert_(large, "sbm8", calls=False))
+        assert lowbit.convert_(nn.Sequential(nn.Linear(4, 4), Conv1D(4, 4)), "sbm8", calls=False).share == 0.5
 
     def test_all_weights_of_a_layer_with_several_count(self) -> None:
         """Those of attention, its output projection included, and of an LSTM."""
@@ -919,7 +919,7 @@ class TestAwkward:
         layer = nn.Bilinear(2, 2, 2)
 
         with pytest.raises(UsageError, match=re.escape("rules=[('', None)]")):
-            lowbit.convert_(layer, "sbm8")
+            lowbit.convert_(layer, "sbm8", calls=False)
         report = lowbit.convert_(layer, "sbm8", rules=[("", None)])
 
         assert not report.rows[0].converted

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import nn
 
 from lowbit.conversion.calibration import Shape, Table, Timing
@@ -11,6 +12,7 @@ from lowbit.engines.choice import in_words
 from lowbit.errors import UsageError
 from lowbit.methods.recipe import Recipe
 from lowbit.nn.layers import QuantLayer
+from lowbit.products.operators import Op
 from lowbit.products.strides import suggests_channels_last
 
 # A grouped convolution with fewer channels in a group leaves 32-wide tiles mostly idle: on a machine that was not
@@ -80,13 +82,27 @@ def choose_all(plans: Sequence[Plan], engine: str, table: Table | None) -> dict[
 
 def _choose(layer: nn.Module, twin: type[QuantLayer], recipe: Recipe, engine: str, table: Table | None) -> Choice:
     """What runs a layer: an engine that can, and with ``"auto"`` the faster one, by the table or else by a rule."""
-    wanted = "int8" if engine == "auto" else engine
-    refused = twin.engine_refusals(layer, recipe, wanted)
-    why = in_words(refused) if len(refused) == len(twin.formats(recipe)) else ""
+    refused = twin.engine_refusals(layer, recipe, "int8" if engine == "auto" else engine)
     op, weight = twin.operator(layer), twin.largest_weight(layer)
+    shape = None if weight is None else weight.shape
+    return choose_for(op, shape, recipe, engine, table, refused, len(twin.formats(recipe)))
+
+
+def choose_for(
+    op: Op | None,
+    weight: torch.Size | None,
+    recipe: Recipe,
+    engine: str,
+    table: Table | None,
+    refused: Mapping[str, str],
+    products: int,
+) -> Choice:
+    """`_choose` for what multiplies by a weight of a shape, given the products that the engine refuses, of so many."""
+    wanted = "int8" if engine == "auto" else engine
+    why = in_words(refused) if len(refused) == products else ""
     if engine != "auto" or op is None or weight is None:
         return Choice(wanted=wanted, why=why, refused=refused)
-    shape = Shape.of(op, weight.shape)
+    shape = Shape.of(op, weight)
     timing = None if table is None else table.nearest(shape, recipe)
     if why:
         return Choice(why=why, timing=timing)

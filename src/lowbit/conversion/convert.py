@@ -6,15 +6,16 @@ parameters and its hooks stay. So shared layers, layers used twice and a bare la
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from lowbit.conversion import calibration
+from lowbit.conversion.calls import CallPlan, names_of_left, watch_calls
 from lowbit.conversion.choice import choice_notes, choose_all, memory_notes
 from lowbit.conversion.report import Report, count_weights, row_of, warn_of_a_small_share
 from lowbit.conversion.rules import Plan, RecipeLike, Rule, as_recipe, as_rules, plan_layers, some, type_name
@@ -24,6 +25,8 @@ from lowbit.errors import UsageError, unknown
 from lowbit.inputs.checks import check_type, check_whole, checked
 from lowbit.kernels import native_instruction_sets
 from lowbit.nn import containers
+from lowbit.nn.calls.call import QuantCall
+from lowbit.nn.calls.caller import callers, is_altered, stop_watching
 from lowbit.nn.gate import release
 from lowbit.nn.layers import QuantLayer, converted_layers
 from lowbit.nn.loop import autocast_of
@@ -38,6 +41,7 @@ def convert_(
     strict: bool = True,
     engine: str = "auto",
     seed: int = 0,
+    calls: bool = True,
 ) -> Report:
     """Convert every layer with products in place, so that it trains and evaluates in the formats of a recipe.
 
@@ -55,6 +59,10 @@ def convert_(
         engine: ``"auto"`` or one of `lowbit.engines.choice.ENGINES`.
         seed: of all noise in stochastic rounding, 0 to ``2**64 - 1``. Parts of one model that are converted separately
             need different seeds.
+        calls: whether products in functions are converted too, e.g. ``x @ self.w``, `F.linear` or `addmm`, if one
+            operand is a parameter or made of parameters alone. The first forward finds them, in every module with a
+            forward that is not torch's own. Each is then a layer, named after its module, the operator and its number,
+            as in ``"h.0.attn.c_attn.addmm.0"``; rules by name mean these names too.
 
     Returns:
         The report, a row per layer.
@@ -65,6 +73,7 @@ def convert_(
             unchanged.
     """
     check_type("strict", strict, bool)
+    check_type("calls", calls, bool)
     check_whole("seed", seed, 0, MOST_SEED)
     recipe = as_recipe(recipe)
     resolved = [(which, None if r is None else as_recipe(r)) for which, r in as_rules(rules)]
@@ -73,12 +82,12 @@ def convert_(
     _check_model(model)
     if engine == "auto":
         _warn_once_without_kernels()
-    plans = plan_layers(model, recipe, resolved, strict)
+    plans = plan_layers(model, recipe, resolved, strict, calls)
     table, found = calibration.load() if engine == "auto" else (None, "")
     choices = choose_all(plans, engine, table)
     _check_skipping(plans)
     _check_autocast(plans)
-    if strict and not any(plan.twin or plan.left_by == "rule" for plan in plans):
+    if strict and not any(plan.twin or plan.called or plan.left_by == "rule" for plan in plans):
         reasons = "; ".join(f"{p.name or 'the model'} ({type_name(p.layer)}): {p.reason}" for p in plans[:5])
         raise UsageError(f"nothing in this model would be converted. {reasons or 'It has no layer with products'}")
 
@@ -93,7 +102,12 @@ def convert_(
                 chosen = choices[plan.name]
                 for site in layer.sites():
                     site.engines = [chosen.engine, *(later.engine for later in chosen.later)]
-    if clock.sites:
+        if calls and any(plan.twin or plan.called for plan in plans):
+            call_plan = CallPlan(
+                default=recipe, rules=tuple(resolved), left=names_of_left(plans), engine=engine, table=table
+            )
+            watch_calls(model, plans, call_plan, clock)
+    if clock.sites or clock.callers:
         clock.attach(model)
         for module in model.modules():
             containers.adapt(module)
@@ -102,7 +116,7 @@ def convert_(
         replace(row_of(plan, choices.get(plan.name)), weights=weights[plan.name], left_by=plan.left_by)
         for plan in plans
     )
-    notes = (*_notes(clock), *memory_notes(plans, choices))
+    notes = (*_notes(clock), *_call_notes(plans), *memory_notes(plans, choices))
     if engine == "auto":
         notes = (*notes, *choice_notes(choices, found))
     report = Report(recipe=recipe.name, rows=rows, notes=notes)
@@ -197,6 +211,17 @@ def _notes(clock: Clock) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def _call_notes(plans: Sequence[Plan]) -> list[str]:
+    """Where products in functions are looked for, if a layer depends on it."""
+    names = [plan.name for plan in plans if plan.called]
+    if not names:
+        return []
+    return [
+        f"the first forward finds the products in the forwards of {some(names)}; lowbit.verify names them. A product "
+        "outside every module's forward is not found"
+    ]
+
+
 @checked
 def restore_(model: nn.Module) -> None:
     """Make every converted layer of a model plain again, in place; parameters stay the same objects.
@@ -204,35 +229,39 @@ def restore_(model: nn.Module) -> None:
     Raises:
         UsageError: nothing in the model is converted.
     """
-    layers = list(converted_layers(model).values())
-    if not layers:
+    layers, watched = list(converted_layers(model).values()), callers(model)
+    if not layers and not watched:
         raise UsageError("restore_: nothing in this model is converted")
     _check_controllers(layers)
     release(model)
+    altered: list[tuple[str, nn.Module]] = [(layer.sites()[0].name, layer) for layer in layers if layer.is_altered]
+    altered += [(name, caller) for name, caller in watched.items() if is_altered(caller)]
+    if changed := [(name, module) for name, module in altered if not _is_sharded(module)]:
+        name, module = changed[0]
+        raise UsageError(
+            f"restore_: {name or 'the model'} is a {type(module).__name__} since its conversion: undo that first"
+        )
+    for caller in watched.values():
+        _undo(caller, partial(stop_watching, caller))
     for layer in layers:
-        if layer.is_altered and not _is_sharded(layer):
-            raise UsageError(
-                f"restore_: {layer.sites()[0].name or 'the model'} is a {type(layer).__name__} since its conversion: "
-                "undo that first"
-            )
-    for layer in layers:
-        _undo(layer)
+        if not isinstance(layer, QuantCall):
+            _undo(layer, layer.undo)
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):
             owner = getattr(hook, "__self__", None)
-            if isinstance(owner, Clock) and not owner.sites:
+            if isinstance(owner, Clock) and not owner.sites and not owner.callers:
                 owner.detach(module)
         containers.restore(module)
 
 
-def _undo(layer: QuantLayer) -> None:
+def _undo(layer: nn.Module, undo: Callable[[], None]) -> None:
     """Make a layer plain again; a sharded one stays sharded, with the class that `fully_shard` gives the plain one."""
     kind, sharded = type(layer), _is_sharded(layer)
-    layer.undo()
+    undo()
     if sharded:
         own = {name: value for name, value in vars(kind).items() if name not in ("__module__", "__doc__")}
-        module: nn.Module = layer
-        module.__class__ = type(f"FSDP{type(layer).__name__}", (kind.__bases__[0], type(layer)), own)
+        changed: Any = layer
+        changed.__class__ = type(f"FSDP{type(layer).__name__}", (kind.__bases__[0], type(layer)), own)
 
 
 def _check_controllers(layers: list[QuantLayer]) -> None:

@@ -34,6 +34,7 @@ class Row:
         weights: numbers in the weights of its matrix products and convolutions, see `lowbit.Report`.
         left_by: what leaves it as it is: a ``"rule"``, the ``"recipe"`` (first or last layer), or an earlier
             ``"conversion"``, which converted it.
+        called: whether it is no layer that lowbit knows, and the products in functions of its forward run the recipe.
     """
 
     name: str
@@ -45,10 +46,11 @@ class Row:
     speed: float | None = None
     weights: int = 0
     left_by: LeftBy | None = None
+    called: bool = False
 
     @property
     def converted(self) -> bool:
-        """Whether the layer runs a recipe."""
+        """Whether the layer runs a recipe, itself or in the products that its forward calls."""
         return self.recipe is not None
 
 
@@ -154,7 +156,9 @@ class Report:
 
     def _converted(self) -> str:
         """How many layers and which share of the weights are converted, and where the largest of the others are."""
-        layers = f"{self._number} of {len(self.rows)} layers converted"
+        called = sum(row.called for row in self.rows)
+        by_calls = f", {called} of them by the products in their forwards," if called else ""
+        layers = f"{self._number} of {len(self.rows)} layers converted{by_calls}"
         if self.share is None:
             return layers
         largest = [f"{row.name or '(model)'} ({row.type}, {row.weights:,})" for row in self._largest_left()]
@@ -186,7 +190,7 @@ def count_weights(plans: Sequence[Plan]) -> dict[str, int]:
     """How many numbers each layer multiplies by, see `Report`; a shared tensor counts for a converted layer."""
     counts: dict[str, int] = {}
     seen: set[Tensor] = set()
-    for plan in sorted(plans, key=lambda plan: plan.twin is None):
+    for plan in sorted(plans, key=lambda plan: plan.twin is None and plan.called is None):
         own = [p for p in kinds.weights(plan.layer) if p not in seen]
         seen.update(own)
         counts[plan.name] = sum(p.numel() for p in own)
@@ -196,6 +200,8 @@ def count_weights(plans: Sequence[Plan]) -> dict[str, int]:
 def row_of(plan: Plan, choice: Choice | None) -> Row:
     """The row of a layer, without its weights."""
     recipe = plan.recipe
+    if plan.called is not None:
+        return Row(name=plan.name, type=type_name(plan.layer), recipe=plan.called.name, reason=plan.reason, called=True)
     if recipe is None or plan.twin is None or choice is None:
         return Row(name=plan.name, type=type_name(plan.layer), recipe=None, reason=plan.reason)
     tables = plan.twin.formats(recipe)

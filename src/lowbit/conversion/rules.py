@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,7 +26,7 @@ _WHICH = "give a name, a compiled regular expression, or a module type"
 
 @dataclass(frozen=True)
 class Plan:
-    """One layer of the walk and what is to become of it."""
+    """One layer of the walk and what is to become of it; `called` is the recipe of what its forward calls."""
 
     name: str
     layer: nn.Module
@@ -34,12 +34,13 @@ class Plan:
     recipe: Recipe | None
     reason: str
     left_by: LeftBy | None = None
+    called: Recipe | None = None
 
 
 def plan_layers(
-    model: nn.Module, recipe: Recipe, rules: Sequence[tuple[Matcher, Recipe | None]], strict: bool
+    model: nn.Module, recipe: Recipe, rules: Sequence[tuple[Matcher, Recipe | None]], strict: bool, calls: bool
 ) -> list[Plan]:
-    """What is to become of each layer of a model.
+    """What is to become of each layer of a model; `calls` says whether products in functions are converted.
 
     Raises:
         UsageError: a rule decided no layer, or, where `strict`, a layer cannot be converted or is converted already.
@@ -62,7 +63,10 @@ def plan_layers(
         end = next((end for end, which in ends.items() if which is layer), None)
         twin, reason = None, ""
         left_by: LeftBy | None = None
-        if isinstance(layer, QuantLayer):
+        called: Recipe | None = None
+        if kinds.is_watched(layer):
+            reason, left_by = "its calls are converted already", "conversion"
+        elif isinstance(layer, QuantLayer):
             reason = f"converted already, to {layer.sites()[0].recipe.name}"
             left_by = "conversion" if chosen else "rule"
             if chosen:
@@ -73,10 +77,12 @@ def plan_layers(
             reason, left_by = f"{recipe.name} leaves the {end} layer", "recipe"
         else:
             twin, reason, refused = kinds.choose_twin(layer, chosen)
+            if twin is None and calls and reason != kinds.WITHOUT_PRODUCT and kinds.is_called(layer):
+                called, reason, refused = chosen, kinds.in_calls(layer), False
             if refused:
                 refusals.append((name, f"{name or 'the model'} ({type_name(layer)}): {reason}"))
-        plans.append(Plan(name, layer, twin, chosen if twin else None, reason, left_by))
-    _check_rules(model, {plan.name for plan in plans}, rules, used)
+        plans.append(Plan(name, layer, twin, chosen if twin else None, reason, left_by, called))
+    _check_rules(model, {plan.name for plan in plans}, rules, used, calls)
     if strict and converted:
         raise UsageError(
             f"{len(converted)} of {len(plans)} layers are converted already: {some(converted)}. Call lowbit.restore_ "
@@ -93,12 +99,12 @@ def plan_layers(
 
 
 def _check_rules(
-    model: nn.Module, layers: set[str], rules: Sequence[tuple[Matcher, Recipe | None]], used: set[int]
+    model: nn.Module, layers: set[str], rules: Sequence[tuple[Matcher, Recipe | None]], used: set[int], calls: bool
 ) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     first_names = {module: name for name, module in reversed(list(modules.items()))}
     for i, (which, _) in enumerate(rules):
-        if i in used:
+        if i in used or (calls and may_mean_calls(which, modules)):
             continue
         shown = which.pattern if isinstance(which, re.Pattern) else getattr(which, "__name__", which)
         hint = "no layer has that name or type"
@@ -113,13 +119,19 @@ def _check_rules(
 
 def matches(which: Matcher, name: str, layer: nn.Module) -> bool:
     """Whether a rule means this layer: by its exact name, a pattern of its whole name, or its exact plain type."""
-    if isinstance(which, str):
-        return which == name
-    if isinstance(which, re.Pattern):
-        return which.fullmatch(name) is not None
+    return plain_type(layer) is which if isinstance(which, type) else is_named(which, name)
+
+
+def is_named(which: Matcher, name: str) -> bool:
+    """Whether a rule by name means this one."""
+    return which == name if isinstance(which, str) else isinstance(which, re.Pattern) and bool(which.fullmatch(name))
+
+
+def may_mean_calls(which: Matcher, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a rule can mean products in functions of these modules, before any has run."""
     if isinstance(which, type):
-        return plain_type(layer) is which
-    raise UsageError(f"rule for {shown(which)}: {_WHICH}")
+        return any(plain_type(module) is which for module in modules.values())
+    return any(is_named(which, call) for name in modules for call in kinds.possible_calls(name))
 
 
 def as_recipe(given: object) -> Recipe:

@@ -1,6 +1,7 @@
 """The state of a converted model that its own `state_dict()` lacks, saved and loaded."""
 
 import math
+import re
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -12,8 +13,12 @@ from lowbit.engines.choice import ENGINES, in_words
 from lowbit.errors import UsageError, shown, unknown
 from lowbit.inputs.checks import check_keys, check_type, check_whole, checked, is_like, is_whole
 from lowbit.methods.recipe import Recipe
+from lowbit.nn.calls.call import Calls, QuantCall
+from lowbit.nn.calls.caller import callers
+from lowbit.nn.calls.readers import OPERATORS
 from lowbit.nn.layers import QuantLayer, sites_of
 from lowbit.nn.site import Clock, Site
+from lowbit.numerics.ranges import new_running_range
 
 # The largest seed and step: noise is a hash of 64 bits of each, and a larger one would give another's noise.
 MOST_SEED = 2**64 - 1
@@ -21,8 +26,9 @@ _MOST_STEPS = 2**63 - 1
 
 
 def clocks(model: nn.Module) -> list[Clock]:
-    """The clocks of a model's converted layers, each once, in the order of the layers."""
-    return list(dict.fromkeys(site.clock for site in sites_of(model)))
+    """The clocks of a model's converted layers and watched modules, each once, in order."""
+    found = [site.clock for site in sites_of(model)]
+    return list(dict.fromkeys([*found, *(caller.lowbit_calls.clock for caller in callers(model).values())]))
 
 
 def replaced(model: nn.Module) -> dict[Site, str]:
@@ -152,30 +158,74 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     if not isinstance(state["groups"], list) or len(groups) != len(state["groups"]):
         saved = len(state["groups"]) if isinstance(state["groups"], list) else shown(state["groups"])
         raise UsageError(f"load_state_dict: {saved} conversions saved, the model has {len(groups)}")
+    made = [calls for clock, saved in zip(groups, state["groups"], strict=True) for calls in _expected(clock, saved)]
     here = sites_of(model)
+    try:
+        for clock, saved in zip(groups, state["groups"], strict=True):
+            _check_group(clock, here, saved)
+            for site in _saved(clock, here, saved):
+                _check_site(site, saved["sites"][site.name])
+            if clock.free:
+                _check_engines(clock, saved["sites"], here)
+    except Exception:
+        for calls, layer in made:
+            calls.forget(layer)
+        raise
     for clock, saved in zip(groups, state["groups"], strict=True):
-        _check_group(clock, here, saved)
-        for site in _of(clock, here):
-            _check_site(site, saved["sites"][site.name])
-        if clock.free:
-            _check_engines(clock, saved["sites"], here)
-    for clock, saved in zip(groups, state["groups"], strict=True):
-        clock.seed, clock.has_state, clock.lacks_state = saved["seed"], True, False
-        clock.set_step(saved["step"])
-        for site in _of(clock, here):
-            entry = saved["sites"][site.name]
-            site.engines = entry.get("engines", [entry["engine"]])
-            site.set_phase(entry.get("phase", 0))
-            site.uses = entry["uses"]
-            site.set_bits(entry["bits"].tolist(), entry.get(_CONTROLLED, entry["bits"]).tolist())
-            site.lost_controller = site.controller is None and _CONTROLLED in entry
-            site.running_range.copy_(entry["running_range"])
-            if site.remembers:
-                site.histories.copy_(entry["histories"])
-                site.remembered_step = entry["remembered_step"]
-        for controller in {id(site.controller): site.controller for site in _of(clock, here)}.values():
-            if controller is not None:
-                controller.write()
+        _give(clock, here, saved)
+
+
+def _give(clock: Clock, here: Mapping[Site, QuantLayer], saved: dict[str, Any]) -> None:
+    """Give a clock, and those of its sites that are here, a saved group that was checked."""
+    clock.seed, clock.has_state, clock.lacks_state = saved["seed"], True, False
+    clock.set_step(saved["step"])
+    for site in _of(clock, here):
+        if site.name not in saved["sites"]:  # a product in a function that had not run when the state was saved
+            site.uses = 0
+            site.running_range.copy_(new_running_range())
+            site.histories.zero_()
+            site.remembered_step = 0
+    for site in _saved(clock, here, saved):
+        entry = saved["sites"][site.name]
+        site.engines = entry.get("engines", [entry["engine"]])
+        site.set_phase(entry.get("phase", 0))
+        site.uses = entry["uses"]
+        site.set_bits(entry["bits"].tolist(), entry.get(_CONTROLLED, entry["bits"]).tolist())
+        site.lost_controller = site.controller is None and _CONTROLLED in entry
+        site.running_range.copy_(entry["running_range"])
+        if site.remembers:
+            site.histories.copy_(entry["histories"])
+            site.remembered_step = entry["remembered_step"]
+    for controller in {id(site.controller): site.controller for site in _of(clock, here)}.values():
+        if controller is not None:
+            controller.write()
+
+
+def _expected(clock: Clock, saved: Any) -> list[tuple[Calls, QuantCall]]:
+    """Make the calls that a saved group has, and that have not run here yet."""
+    entries = saved.get("sites") if isinstance(saved, dict) else None
+    known = {site.name for site in clock.sites}
+    by_module = {calls.module: calls for calls in clock.callers}
+    made = []
+    for name, entry in entries.items() if isinstance(entries, dict) else ():
+        found = _CALL.fullmatch(name) if isinstance(name, str) and name not in known else None
+        calls = by_module.get(found[1] or "") if found else None
+        if found is None or calls is None or not isinstance(entry, dict):
+            continue
+        engines = entry.get("engines", [entry.get("engine")])
+        layer = calls.expect(found[2], engines) if isinstance(engines, list) else None
+        if layer is not None:
+            made.append((calls, layer))
+    return made
+
+
+# The name of a call: that of its module, and the operator with its number.
+_CALL = re.compile(rf"(?:(.*)\.)?((?:{'|'.join(OPERATORS)})\.\d+)")
+
+
+def _saved(clock: Clock, here: Mapping[Site, QuantLayer], saved: Any) -> list[Site]:
+    """The sites of a clock that a saved group has."""
+    return [site for site in _of(clock, here) if site.name in saved["sites"]]
 
 
 def _check_group(clock: Clock, here: Mapping[Site, QuantLayer], saved: Any) -> None:
@@ -190,7 +240,8 @@ def _check_group(clock: Clock, here: Mapping[Site, QuantLayer], saved: Any) -> N
         raise UsageError(f"load_state_dict: sites is {shown(saved['sites'])}: expected a dict by the layers' names")
     there = {name: _identity(name, entry, clock) for name, entry in saved["sites"].items()}
     own = {name: _identity(name, entry, clock) for name, entry in _state_of(clock, here)["sites"].items()}
-    different = [name for name in dict.fromkeys([*own, *there]) if own.get(name) != there.get(name)]
+    new = {site.name for site, layer in here.items() if isinstance(layer, QuantCall)} - there.keys()
+    different = [name for name in dict.fromkeys([*own, *there]) if name not in new and own.get(name) != there.get(name)]
     if different:
         name = different[0]
         raise UsageError(
@@ -258,6 +309,8 @@ def _check_site(site: Site, entry: dict[str, Any]) -> None:
 def _check_engines(clock: Clock, saved: dict[str, Any], layers: Mapping[Site, QuantLayer]) -> None:
     """Raise where a layer of this clock cannot run on the engine that was saved for it."""
     for site in _of(clock, layers):
+        if site.name not in saved:
+            continue
         entry, layer = saved[site.name], layers[site]
         engines = entry.get("engines", [entry["engine"]])
         for engine, own, recipe in zip(engines, site.engines, site.recipes, strict=True):

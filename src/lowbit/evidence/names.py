@@ -24,16 +24,22 @@ def name_of_source(model: nn.Module) -> Callable[[object], str | None]:
     Layers are known by their sites, not by their names, which another model may share. The clock does not know the
     replicas of `torch.nn.DataParallel`; they are known by the clock and the name that they share with their layer.
     """
-    names = site_names(model)
+    names: dict[object, str | None] = {**site_names(model)}
     replicated = {(site.clock, site.name): name for site, name in names.items() if isinstance(site, Site)}
 
     def name_of(source: object) -> str | None:
-        known = names.get(source)
-        if known is None and isinstance(source, Site) and source not in source.clock.sites:
-            return replicated.get((source.clock, source.name))
-        return known
+        if source not in names and isinstance(source, Site):
+            # A replica, a site of another model, or that of a product in a function which just ran for the first time.
+            is_replica = source not in source.clock.sites
+            found = replicated if is_replica else {(s.clock, s.name): n for s, n in _sites(model)}
+            names[source] = found.get((source.clock, source.name))
+        return names.get(source)
 
     return name_of
+
+
+def _sites(model: nn.Module) -> list[tuple[Site, str]]:
+    return [(site, name) for site, name in site_names(model).items() if isinstance(site, Site)]
 
 
 def layers_of(model: nn.Module) -> dict[tuple[object, str], str]:

@@ -17,6 +17,8 @@ from lowbit.evidence.proof import OperandProof, OutsideRow, Proof, ProofRow
 from lowbit.evidence.records import PRODUCTS
 from lowbit.evidence.watch import Operation, watched_by
 from lowbit.inputs.checks import checked
+from lowbit.nn.calls.call import QuantCall
+from lowbit.nn.calls.caller import callers
 from lowbit.nn.kinds import plain_type
 from lowbit.nn.layers import converted_layers
 from lowbit.nn.site import Site
@@ -124,7 +126,16 @@ class _Collector:
     def missing(self, model: nn.Module, users: Callable[[str], list[OutsideRow]]) -> Iterator[str]:
         """A sentence for each quantiser that should have run but did not; `users` says what multiplied instead."""
         ran, names = set(self.rows), site_names(model)
-        for name, layer in converted_layers(model).items():
+        layers = converted_layers(model)
+        called = {
+            id(p)
+            for layer in layers.values()
+            if isinstance(layer, QuantCall) and names[layer.site] in self.ran
+            for p in layer.multiplied
+        }
+        for name, layer in layers.items():
+            if isinstance(layer, QuantCall) or any(id(p) in called for p in layer.weights(layer)):
+                continue  # a call runs where its module's forward needs it, and may multiply by a layer's weight
             idle = [names[site] for site in layer.sites() if names[site] not in self.ran]
             if not idle:
                 continue
@@ -330,7 +341,7 @@ def verify(model: nn.Module) -> Iterator[Proof]:
     Warns:
         RuntimeWarning: values are so small that the floor of a format's scale decided; see `Proof.notes`.
     """
-    if not converted_layers(model):
+    if not converted_layers(model) and not callers(model):
         raise UsageError("verify: nothing in this model is converted; call lowbit.convert_ first")
     proof, collector, plain = Proof(), _Collector(model), _Outside(model)
     with watched_by(plain, model), watch.observed_by(collector):

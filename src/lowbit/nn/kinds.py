@@ -6,12 +6,23 @@ from torch import Tensor, nn
 
 from lowbit.methods.recipe import Recipe
 from lowbit.nn import NORM_LAYERS, PRODUCT_LAYERS, REFUSED_LAYERS
+from lowbit.nn.calls.caller import Caller
+from lowbit.nn.calls.readers import OPERATORS
 from lowbit.nn.layers import QuantLayer
 
 _TWINS: dict[type[nn.Module], tuple[type[QuantLayer], ...]] = {
     **{plain: (twin,) for plain, twin in PRODUCT_LAYERS.items()},
     **NORM_LAYERS,
 }
+
+# What a report says of a layer that does not multiply.
+WITHOUT_PRODUCT = "has no product"
+
+# Layers of torch without a twin whose forward calls one function that multiplies.
+_CALLED = (nn.Bilinear,)
+
+# How many calls of one operator a rule by a pattern is tried on before any has run.
+_FEW = 10
 
 _NO_PRODUCT: tuple[type[nn.Module], ...] = (
     nn.Embedding,
@@ -35,7 +46,40 @@ def twin_of(layer: nn.Module) -> type[QuantLayer] | None:
 
 def plain_type(layer: nn.Module) -> type[nn.Module]:
     """The class that a converted layer stands for; for any other layer, its own class."""
+    if isinstance(layer, Caller):
+        return layer.lowbit_plain
     return layer.plain if isinstance(layer, QuantLayer) else type(layer)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a conversion watches the forward of a module for products in functions."""
+    return isinstance(module, Caller)
+
+
+def is_called(layer: nn.Module) -> bool:
+    """Whether the products of a layer without a twin of its own are converted where its forward calls them."""
+    near = twin_of(layer)
+    if near is None and _refused(layer) and not isinstance(layer, _CALLED):
+        return False
+    if near is not None and (type(layer) in _TWINS or not near.is_seen_in_calls):
+        return False
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        return False
+    return (near is not None or bool(weights(layer))) and "forward" not in layer.__dict__
+
+
+def in_calls(layer: nn.Module) -> str:
+    """What a report says of a layer whose products are converted where its forward calls them."""
+    near = twin_of(layer)
+    kind = "unknown type" if near is None else f"a subclass of {near.plain.__name__}"
+    return f"{kind}: products in its forward are converted"
+
+
+def possible_calls(module: str) -> Iterator[str]:
+    """Names that calls of a module may have: of each operator, the first few."""
+    for operator in OPERATORS:
+        for number in range(_FEW):
+            yield f"{module}.{operator}.{number}" if module else f"{operator}.{number}"
 
 
 def choose_twin(layer: nn.Module, recipe: Recipe) -> tuple[type[QuantLayer] | None, str, bool]:
@@ -54,7 +98,7 @@ def choose_twin(layer: nn.Module, recipe: Recipe) -> tuple[type[QuantLayer] | No
         hint = "run one forward first" if lazy else "its forward may differ"
         return None, f"a subclass of {near.plain.__name__}, and types match exactly: {hint}", True
     if isinstance(layer, _NO_PRODUCT):
-        return None, "has no product", False
+        return None, WITHOUT_PRODUCT, False
     return None, "unknown type: its products, if any, run as they are", False
 
 

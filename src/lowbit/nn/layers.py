@@ -25,12 +25,15 @@ class QuantLayer(nn.Module):
     Attributes:
         plain: the type of layer that it stands for; each class of converted layers names its own.
         owns_modules: whether the modules inside the plain layer are part of it, since it never calls them.
+        is_seen_in_calls: whether a subclass of the plain type, whose forward is its own, is converted by the functions
+            that it calls.
         remark: what a report says of a converted layer.
         site: the state of its products.
     """
 
     plain: ClassVar[type[nn.Module]]
     owns_modules: ClassVar[bool] = False
+    is_seen_in_calls: ClassVar[bool] = True
     remark: ClassVar[str] = ""
     site: Site
 

@@ -36,6 +36,8 @@ def gru_cell(x_gates: Tensor, h_gates: Tensor, h: Tensor) -> Tensor:
 class _QuantRecurrent(SeveralProducts, nn.RNNBase):
     """What LSTM and GRU share: one direction and any number of layers, without projections or packed sequences."""
 
+    is_seen_in_calls = False  # one function runs the whole sequence
+
     @classmethod
     def refusal(cls, layer: Any, recipe: Recipe) -> str:
         """Two directions and projections are refused."""

@@ -71,6 +71,9 @@ class Clock:
         free: whether no engine was asked for, so that a loaded state brings its own.
 
     Attributes:
+        sites: every site of the conversion.
+        callers: the calls of every module whose forward is watched, see `lowbit.nn.calls`.
+        controller: what sets the bits of sites that are made later; None: nothing.
         loop: what the recipes ask of the training loop.
         has_state: whether `lowbit.load_state_dict` gave this clock its step.
         lacks_state: whether the weights were loaded before the first step, and the state was not.
@@ -85,12 +88,18 @@ class Clock:
         self.seed = seed
         self.free = free
         self.sites: list[Site] = []
+        self.callers: list[Any] = []
+        self.controller: Controller | None = None
         self.loop = Loop()
         self.here = PerThread()
         self.of_parts = False
         self.number = compiler.register(self)
         self.pulse = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.set_step(0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is of the model alone, as that of a site."""
+        return {**self.__dict__, "controller": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is another clock to operators of compiled models."""
@@ -99,7 +108,9 @@ class Clock:
 
     def attach(self, model: nn.Module) -> None:
         """Follow the forwards of the model that was converted."""
-        self.loop = Loop.of(model, [site.recipe for site in self.sites])
+        called = [calls.recipe() for calls in self.callers if calls.owns]
+        recipes = [*(site.recipe for site in self.sites), *(recipe for recipe in called if recipe is not None)]
+        self.loop = Loop.of(model, recipes)
         model.register_forward_pre_hook(self.advance)
         model.register_forward_hook(self.leave, always_call=True)
         model.register_load_state_dict_post_hook(self.weights_loaded)
@@ -133,7 +144,7 @@ class Clock:
             return
         if is_recomputing():
             return
-        if not self.sites:  # every layer was restored by itself
+        if not self.sites and not self.callers:  # every layer was restored by itself
             self.detach(module)
             return
         self.here.inside = self.here.compiled = False
@@ -168,7 +179,7 @@ class Clock:
 
     def next_step(self, *, of_parts: bool = False) -> None:
         """Begin a step; `of_parts` says that it is outside the converted model's forward."""
-        self._check_controlled()
+        self.check_controlled()
         self._check_state()
         self.of_parts, self.recalled = of_parts, None
         # New tensors, not in place: a backward that has not run yet keeps the noise of its own forward.
@@ -189,7 +200,7 @@ class Clock:
                 stacklevel=2,
             )
 
-    def _check_controlled(self) -> None:
+    def check_controlled(self) -> None:
         """Raise if bits should change over the run and nothing changes them, or no longer does."""
         for site in self.sites:
             if site.controller is None and (site.recipe.is_dynamic or site.lost_controller):
@@ -203,7 +214,8 @@ class Clock:
                     "lowbit.PrecisionController.from_recipe(model, total_steps=...), or with a schedule of your own, "
                     "and call its step(loss) after each step"
                 )
-        for controller in {id(site.controller): site.controller for site in self.sites}.values():
+        controllers = [self.controller, *(site.controller for site in self.sites)]
+        for controller in {id(each): each for each in controllers}.values():
             if controller is not None:
                 controller.check_forward()
 
@@ -227,6 +239,9 @@ class Controller(Protocol):
 
     def remove(self) -> None:
         """Release all of them."""
+
+    def take(self, layer: Any) -> None:
+        """Write a converted call too, whose product just ran for the first time."""
 
 
 def is_recomputing() -> bool:

@@ -5,12 +5,14 @@ Notation: t step (the batch counted from 0); forward bits are those of `input` a
 """
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lowbit.conversion.state import clocks
 from lowbit.errors import UsageError, shown
 from lowbit.inputs.checks import check_keys, check_type, check_whole, checked, is_finite, is_whole
 from lowbit.methods.dynamic import Gating
@@ -18,6 +20,7 @@ from lowbit.methods.names import recipes
 from lowbit.methods.recipe import Recipe
 from lowbit.nn.gate import Gates, release
 from lowbit.nn.kinds import is_depthwise
+from lowbit.nn.layers import QuantLayer
 from lowbit.nn.site import Site
 from lowbit.precision.blocks import gated_block, named_blocks
 from lowbit.precision.layers import (
@@ -29,6 +32,7 @@ from lowbit.precision.layers import (
     as_source,
     bits_at,
     checked_sources,
+    controlled_layer,
     controlled_layers,
     quantized_layers,
     recipe_of,
@@ -114,6 +118,8 @@ class PrecisionController:
         if eval_bits not in get_args(get_args(EvalBits)[1]) and not _is_count(eval_bits):
             raise UsageError(f"eval_bits={eval_bits!r}: give a number of bits, 'highest' or 'current'")
         self._eval_bits = eval_bits
+        self._rules = tuple(rules)
+        self._clocks = clocks(model)
         self._layers = controlled_layers(model, self._layerwise or self._forward, self._backward, rules)
         if self._layerwise is not None:
             self._layerwise.begin([layer.name for layer in self._follow_layerwise()])
@@ -125,6 +131,7 @@ class PrecisionController:
         self._targets = () if gates is None else gates.targets
         self._plateau = None if gates is None else gates.rule()
         self.total_steps = self._common_length(total_steps)
+        self._steps_per_epoch = steps_per_epoch
         self._timed = timed_layers(
             [layer.sites for layer in self._layers], total_steps=self.total_steps, steps_per_epoch=steps_per_epoch
         )
@@ -359,7 +366,9 @@ class PrecisionController:
             self.gates.detach()
         for site in self.sites():
             site.follow_recipe()
-        self._layers, self._timed = [], []
+        for clock in self._clocks:
+            clock.controller = None
+        self._layers, self._timed, self._clocks = [], [], []
 
     def __str__(self) -> str:
         """A table of the controlled layers and their bits now."""
@@ -407,7 +416,8 @@ class PrecisionController:
 
     def _identify(self) -> dict[str, str]:
         """What identifies the schedules, layers and gates of a state."""
-        kinds = checked_sources(self._layers, self._eval_bits, needs_bits=not self._timed)
+        needs_bits = not self._timed and not any(clock.callers for clock in self._clocks)
+        kinds = checked_sources(self._layers, self._eval_bits, needs_bits=needs_bits)
         main = {"forward": self._forward, "backward": self._backward}
         return {
             **({} if self._layerwise is None else {"layerwise": repr(self._layerwise)}),
@@ -415,6 +425,7 @@ class PrecisionController:
             "layers": "; ".join(
                 f"{layer.name}: {kinds.get(id(layer.forward), '-')}, {kinds.get(id(layer.backward), '-')}"
                 for layer in self._layers
+                if not layer.called
             ),
             "gates": "none" if self.gates is None else repr((self.gates.blocks, self.gates.gating)),
             **({"phases": self._phases_in_words()} if self._timed else {}),
@@ -422,7 +433,9 @@ class PrecisionController:
 
     def _phases_in_words(self) -> str:
         """When the layers change their formats or skip, as a saved state has it."""
-        return "; ".join(f"{t.sites[0].layer_name}: {t.starts}, {t.skip}, {t.turn}" for t in self._timed)
+        called = {site for layer in self._layers if layer.called for site in layer.sites}
+        timed = [t for t in self._timed if t.sites[0] not in called]
+        return "; ".join(f"{t.sites[0].layer_name}: {t.starts}, {t.skip}, {t.turn}" for t in timed)
 
     def _attach(self, model: nn.Module) -> None:
         release(model)  # of what a copy has left of another controller
@@ -438,6 +451,36 @@ class PrecisionController:
         """Become the controller of its sites."""
         for site in self.sites():
             site.controller, site.lost_controller = self, False
+        for clock in self._clocks:
+            clock.controller = self
+
+    def take(self, layer: QuantLayer) -> None:
+        """Write a product in a function too, which just ran for the first time.
+
+        Raises:
+            UsageError: its formats cannot have the bits that it would get.
+        """
+        name = layer.sites()[0].name
+        if self._layerwise is not None:
+            warnings.warn(
+                f"{name}: this product first ran after the controller was made, and {type(self._layerwise).__name__} "
+                "gives bits to the layers that it began with: it keeps its recipe's bits. Run one forward before you "
+                "make the controller",
+                UserWarning,
+                stacklevel=2,
+            )
+        forward = None if self._layerwise is not None else self._forward
+        _, taken = controlled_layer(name, layer, forward, self._backward, self._rules)
+        checked_sources([taken], self._eval_bits, needs_bits=False)
+        self._layers.append(taken)
+        self._timed += timed_layers(
+            [taken.sites],
+            total_steps=self.total_steps,
+            steps_per_epoch=self._steps_per_epoch,
+            turn=sum(timed.skip is not None for timed in self._timed),
+        )
+        self._take()
+        self.write()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy does not observe the step that its original is in."""

@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lowbit.conversion.rules import Matcher, matches
+from lowbit.conversion.rules import Matcher, matches, may_mean_calls
 from lowbit.errors import UsageError, shown
 from lowbit.inputs.checks import is_whole
 from lowbit.methods.recipe import Recipe
+from lowbit.nn.calls.call import QuantCall
+from lowbit.nn.calls.caller import callers
 from lowbit.nn.layers import QuantLayer, converted_layers
 from lowbit.nn.site import Site
 from lowbit.numerics.formats import check_bits
@@ -41,6 +43,7 @@ class ControlledLayer:
         forward: what its forward bits follow; None: the recipe's own.
         backward: what its backward bits follow; None: what `forward` says, or the recipe's own.
         has_rule: whether a rule decided, so that bits for all layers do not apply here.
+        called: whether it is a product in a function, which is known once it ran.
     """
 
     name: str
@@ -48,6 +51,7 @@ class ControlledLayer:
     forward: Source | None
     backward: Source | None
     has_rule: bool = False
+    called: bool = False
 
     @property
     def own(self) -> tuple[int, ...]:
@@ -129,9 +133,12 @@ def as_source(what: str, given: Any) -> Source | None:
 
 
 def quantized_layers(model: nn.Module) -> list[tuple[str, QuantLayer]]:
-    """The converted layers of a model with their names, in order."""
-    found = list(converted_layers(model).items())
-    if not found:
+    """The converted layers of a model with their names, in order; then products in functions, in that of their runs."""
+    layers = list(converted_layers(model).items())
+    calls = [pair for pair in layers if isinstance(pair[1], QuantCall)]
+    calls.sort(key=lambda pair: pair[1].sites()[0].clock.sites.index(pair[1].sites()[0]))
+    found = [*(pair for pair in layers if not isinstance(pair[1], QuantCall)), *calls]
+    if not found and not callers(model):
         raise UsageError("nothing in this model is converted: call lowbit.convert_(model, recipe) first")
     return found
 
@@ -154,24 +161,42 @@ def controlled_layers(
     """
     planned, used = [], set()
     for name, layer in quantized_layers(model):
-        sites = tuple(layer.sites())
-        if taken := [site for site in sites if site.controller is not None]:
+        if taken := [site for site in layer.sites() if site.controller is not None]:
             raise UsageError(
                 f"{taken[0].name or 'the model'} has a PrecisionController already, and a model can have one: call "
                 "remove() on the first, or give its layers other bits by rules"
             )
-        index = next((i for i, (which, _) in enumerate(rules) if _matches(which, name, layer)), None)
+        index, controlled = controlled_layer(name, layer, forward, backward, rules)
         used.add(index)
-        everywhere = _for_layer(forward, name, layer) if isinstance(forward, Layerwise) else forward
-        own = (everywhere, backward) if index is None else _sources_of_rule(index, rules[index][1])
-        planned.append(
-            ControlledLayer(name=name, sites=sites, forward=own[0], backward=own[1], has_rule=index is not None)
-        )
+        planned.append(controlled)
+    modules = {caller.lowbit_calls.module: caller for caller in callers(model).values()}
     for index, (which, _) in enumerate(rules):
-        if index not in used:
+        if index not in used and not (isinstance(which, str | re.Pattern) and may_mean_calls(which, modules)):
             called = which.pattern if isinstance(which, re.Pattern) else getattr(which, "__name__", which)
             raise UsageError(f"rule {index + 1}, {called!r}, decided no converted layer that an earlier rule did not")
     return planned
+
+
+def controlled_layer(
+    name: str,
+    layer: QuantLayer,
+    forward: Source | Layerwise | None,
+    backward: Source | None,
+    rules: Sequence[LayerRule],
+) -> tuple[int | None, ControlledLayer]:
+    """The number of the first rule that matches a layer, None if none does, and what the layer follows."""
+    index = next((i for i, (which, _) in enumerate(rules) if _matches(which, name, layer)), None)
+    everywhere = _for_layer(forward, name, layer) if isinstance(forward, Layerwise) else forward
+    own = (everywhere, backward) if index is None else _sources_of_rule(index, rules[index][1])
+    sites = tuple(layer.sites())
+    return index, ControlledLayer(
+        name=name,
+        sites=sites,
+        forward=own[0],
+        backward=own[1],
+        has_rule=index is not None,
+        called=isinstance(layer, QuantCall),
+    )
 
 
 def _for_layer(rule: Layerwise, name: str, layer: QuantLayer) -> Source | None:

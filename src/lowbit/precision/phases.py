@@ -41,15 +41,17 @@ class TimedLayer:
 
 
 def timed_layers(
-    layers: Sequence[Sequence[Site]], *, total_steps: int | None, steps_per_epoch: int | None
+    layers: Sequence[Sequence[Site]], *, total_steps: int | None, steps_per_epoch: int | None, turn: int = 0
 ) -> list[TimedLayer]:
     """The layers, given by their sites, whose recipe has phases or skips `grad_weight` in some steps.
+
+    `turn` is the number of the first of these that skips.
 
     Raises:
         UsageError: phases that are not in order, or that begin after the run.
     """
     timed = []
-    turns = 0
+    turns = turn
     for sites in layers:
         recipe = sites[0].recipe
         skip = recipe.skip if sites[0].may_skip else None

@@ -74,6 +74,7 @@ class RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
     """
 
     remark: ClassVar[str] = "range normalisation"
+    is_seen_in_calls: ClassVar[bool] = False
 
     @classmethod
     def is_in(cls, recipe: Recipe) -> bool:

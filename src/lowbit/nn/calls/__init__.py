@@ -1,0 +1,1 @@
+"""Products in functions of a model's modules, found while they run and converted like layers."""
