@@ -59,8 +59,11 @@ def python_of(version: str) -> Path | None:
     candidates = [of_path] if of_path else []
     candidates += sorted(map(str, pyenv.glob(f"versions/{version}.*/bin/python")), reverse=True)
     for candidate in candidates:
-        if not subprocess.run([candidate, "-c", "import ensurepip"], check=False, capture_output=True).returncode:
-            return Path(candidate)
+        # A shim is a script, which needs the PATH that the build without a compiler lacks.
+        asked = [candidate, "-c", "import ensurepip, sys; print(sys.executable)"]
+        done = subprocess.run(asked, check=False, capture_output=True, text=True)
+        if not done.returncode:
+            return Path(done.stdout.strip())
     return None
 
 
