@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # What both environments are made of. A new package folder needs a new editable install: the old one does not know it.
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard src/lowbit/kernels/native/*) $(wildcard src/lowbit/*/__init__.py)
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard src/lowbit/kernels/native/*) $(wildcard src/lowbit/*/__init__.py src/lowbit/*/*/__init__.py)
 # The environment of the newest torch and of other libraries' models; 6 GB.
 ZOO := .venv-zoo
 # The environment of the native module under sanitizers.

@@ -270,13 +270,13 @@ class TestKernels:
 
     @pytest.mark.skipif(native_instruction_sets() is None, reason="no native kernels")
     def test_every_kernel_is_there(self) -> None:
-        """Every native pass over memory is among what is timed: a new one must be added."""
+        """Every native pass over memory is among what is timed: a new one must be added. Products are timed elsewhere."""
         natives = {
             name: each
             for name, each in vars(operators).items()
             if isinstance(each, operators.Native) and name[0] != "_"
         }
-        expected = {name for name in natives if not name.startswith("multiply")}
+        expected = {name for name in natives if not name.startswith(("multiply", "attention"))}
         called: set[str] = set()
         with pytest.MonkeyPatch.context() as patch:
             for name in expected:
