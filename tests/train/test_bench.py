@@ -270,7 +270,7 @@ class TestKernels:
 
     @pytest.mark.skipif(native_instruction_sets() is None, reason="no native kernels")
     def test_every_kernel_is_there(self) -> None:
-        """Every native pass over memory is among what is timed: a new one must be added. Products are timed elsewhere."""
+        """Every native pass over memory is among what is timed: a new one must be added."""
         natives = {
             name: each
             for name, each in vars(operators).items()

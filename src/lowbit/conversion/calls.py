@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lowbit.attention.function import refusal as refusal_of_attention
 from lowbit.conversion.calibration import Table
 from lowbit.conversion.choice import choose_for
 from lowbit.conversion.rules import Matcher, Plan, is_named
@@ -13,6 +14,7 @@ from lowbit.engines.choice import in_words, refusal_of_tensor, refusals
 from lowbit.errors import UsageError
 from lowbit.methods.recipe import Recipe
 from lowbit.nn import kinds
+from lowbit.nn.calls.attention import Attention
 from lowbit.nn.calls.call import Calls
 from lowbit.nn.calls.caller import is_watchable, watch_forwards
 from lowbit.nn.layers import QuantLayer
@@ -59,6 +61,8 @@ class CallPlan:
             raise UsageError(f"{call}: {square[0]}, and only matrices have square blocks. {leave}")
         if self.engine == "reference":
             return ["reference"] * len(recipe.in_phases())
+        if op == Attention():
+            return [self._of_attention(call, phase, leave) for phase in recipe.in_phases()]
         wanted = "int8" if self.engine == "auto" else self.engine
         engines = []
         for phase in recipe.in_phases():
@@ -72,6 +76,14 @@ class CallPlan:
                 raise UsageError(f"{call}: the {wanted} engine cannot run {in_words(refused)}. {leave}")
             engines.append(chosen.engine)
         return engines
+
+    def _of_attention(self, call: str, phase: Recipe, leave: str) -> str:
+        """What runs attention in one phase."""
+        wanted = "int8" if self.engine == "auto" else self.engine
+        why = refusal_of_attention(phase, wanted)
+        if why and self.engine != "auto":
+            raise UsageError(f"{call}: the {wanted} engine cannot run attention: {why}. {leave}")
+        return "reference" if why else wanted
 
     @staticmethod
     def _products(recipe: Recipe) -> dict[str, None]:

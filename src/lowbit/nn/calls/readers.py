@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit.nn.calls import products
+from lowbit.nn.calls import attention, products
 from lowbit.nn.calls.convolutions import convolution, transposed_convolution
 from lowbit.nn.calls.products import Asked
 
@@ -32,7 +32,7 @@ _ALIASES: dict[str, Reader] = {
     "_grouped_mm": products.grouped_mm,
 }
 
-OPERATORS = (*_BY_NAME, "grouped_mm")
+OPERATORS = (*_BY_NAME, "grouped_mm", attention.OPERATOR)
 """The operators in the names of calls."""
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType, FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 from lowbit.functional import autocast_device
+from lowbit.nn.calls import attention
 from lowbit.nn.calls.call import Calls
 from lowbit.nn.calls.products import Asked
 from lowbit.nn.calls.readers import READERS
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ class _Mode(TorchFunctionMode):
         if func in _COMPOSITE:
             with self:
                 return _COMPOSITE[func](*args, **kwargs)
+        if func is attention.FUNCTION and (found := _attended(frame, args, kwargs)) is not None:
+            return found
         reader = READERS.get(func)
         if reader is not None and any(_origin(x) for x in _tensors((*args, *kwargs.values()))):
             asked = _read(reader, args, kwargs)
@@ -127,7 +132,7 @@ class _Mode(TorchFunctionMode):
 _MODE = _Mode()
 
 
-def _read(reader: Callable[..., Asked | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Asked | None:
+def _read(reader: Callable[..., Read | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Read | None:
     """What a call asks for; None if its arguments are others than those of a plain product."""
     try:
         return reader(*args, **kwargs)
@@ -161,6 +166,28 @@ def _computed(asked: Asked, frame: _Frame) -> Tensor | None:
         return None
     layer.multiplied = origin.parameters
     return asked.compute(of_left is not None, layer.site.setting_now)
+
+
+def _attended(frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Attention in the formats that the recipe has for it; None if it stays as it is."""
+    calls = frame.calls
+    if calls.left or not attention.has_formats(calls.recipe()):
+        return None
+    asked = _read(attention.read, args, kwargs)
+    if asked is None or _is_in_another_module():
+        return None
+    q, k, v = asked.query, asked.key, asked.value
+    if not (_is_plain(q) and _is_plain(k) and _is_plain(v)):
+        return None
+    if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(autocast_device(q)):
+        return None  # torch raises its own error
+    number = frame.numbers.get(attention.OPERATOR, 0)
+    frame.numbers[attention.OPERATOR] = number + 1
+    call = f"{attention.OPERATOR}.{number}"
+    layer = calls.layer(call, attention.Attention(), k, training=frame.module.training)
+    if layer is None or not attention.has_formats(layer.site.recipe):
+        return None
+    return asked.compute(layer.site.setting_now)
 
 
 def _is_in_another_module() -> bool:
