@@ -90,12 +90,17 @@ def test_a_converted_layer_takes_a_parametrisation(parametrize: Callable[[nn.Mod
     assert type(model[2]) is nn.Linear
 
 
-def test_a_parametrised_layer_is_refused_by_name() -> None:
-    """Its class is another one, whose forward is not known."""
+def test_a_parametrised_layer_is_converted_by_what_it_calls() -> None:
+    """Its class is another one, whose weight is made of parameters; without calls it is refused by name."""
     model = nn.Sequential(nn.Linear(4, 4), parametrizations.weight_norm(nn.Linear(4, 4)))
 
     with pytest.raises(UsageError, match=r"cannot convert 1 \(ParametrizedLinear\)"):
-        lowbit.convert_(model, "sbm8")
+        lowbit.convert_(model, "sbm8", calls=False)
+    lowbit.convert_(model, "sbm8")
+    with lowbit.verify(model) as proof:
+        model(torch.randn(3, 4)).sum().backward()
+
+    assert {row.layer for row in proof.rows} == {"0", "1.linear.0"}
 
 
 def test_functional_call_takes_other_parameters() -> None:

@@ -187,7 +187,7 @@ class TestValue:
             ({"first": "skip"}, "unknown first 'skip'"),
             ({"last": "leav"}, "Did you mean 'leave'"),
             ({"bias": integer(bits=8, zero="offset", rounding="stochastic")}, "bias rounds to nearest"),
-            ({"bias": integer(bits=8, zero="offset", running=0.5)}, "no running range"),
+            ({"bias": integer(bits=8, zero="offset", running=0.5)}, "keeps no range"),
             ({"bias": integer(bits=8, zero="offset", granularity="row")}, "bias shares one scale"),
             (
                 {"output": Output(input=X, weight=integer(bits=8, zero="offset", running=0.5))},

@@ -64,7 +64,7 @@ def test_an_impossible_table_is_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"weight": integer(bits=8, zero="integer", running=0.9)}, "no running range"),
+        ({"weight": integer(bits=8, zero="integer", running=0.9)}, "keeps no range"),
         ({"gradient": integer(bits=8, zero="symmetric", granularity="row")}, "granularity='row'"),
         ({"lr": integer(bits=8, zero="symmetric")}, "has no scale"),
         ({"states": (("exp_avg", BF16), ("exp_avg", FP32))}, "each state once"),
@@ -79,7 +79,7 @@ def test_formats_that_nothing_stored_can_have_are_refused(fields: dict[str, obje
 def test_states_saved_before_there_were_updates_still_load() -> None:
     """The number that identifies a recipe without update and autocast is that of before, and each changes it."""
     recipe = Recipe.from_name("sbm8")
-    before = repr(recipe).replace(", phases=(), skip=None, update=None, autocast=None)", ")")
+    before = repr(recipe).replace(", phases=(), skip=None, update=None, autocast=None, attention=None)", ")")
     others = recipe.replace(update=Update(weight=BF16)), recipe.replace(autocast=Autocast(dtype="bf16"))
 
     assert "update" not in before
