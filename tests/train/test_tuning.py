@@ -243,7 +243,8 @@ def as_before(out: Path, recipe: Recipe) -> None:
     for group in content["lowbit"]["state"]["groups"]:
         for site in group["sites"].values():
             if site["recipe"] == recipe.name:
-                text = repr(recipe).replace(", update=None)", ")").replace(", phases=(), skip=None", "")
+                text = repr(recipe).replace(", update=None, autocast=None, attention=None)", ")")
+                text = text.replace(", phases=(), skip=None", "")
                 site["formats"] = zlib.crc32(text.encode())
     checkpoint.save(out / "last.ckpt", content, keep=1)
 
