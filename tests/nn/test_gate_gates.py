@@ -159,8 +159,8 @@ def test_removal_gives_the_plain_block_back() -> None:
     controller.remove()
     calls = calls_of(lambda: model.eval()(X))
 
-    assert [type(block) for block in model.blocks] == [Residual] * 3
-    assert classes != [Residual] * 3
+    assert not any(type(block) in classes for block in model.blocks)
+    assert {type(block).__name__ for block in model.blocks} == {"Residual"}
     assert all(isinstance(block, Residual) for block in model.blocks)
     assert {c.bits for c in calls} == {(8, 4)}
     lowbit.restore_(model)

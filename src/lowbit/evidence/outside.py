@@ -80,6 +80,10 @@ LOOKS_LIKE_A_PRODUCT = re.compile(
 # Why operators that look like a product are not one, by patterns of whole names.
 NO_PRODUCTS: tuple[tuple[re.Pattern[str], str], ...] = (
     (
+        re.compile(r"lowbit::attention_(forward|backward)"),
+        "attention in a recipe's formats, whose products the call itself counts and shows",
+    ),
+    (
         re.compile(
             r"aten::_?linalg_(check_errors|_powsum|cholesky_ex|cross|det|eigh?|eigvals|householder_product|inv_ex|ldl_solve|"
             r"ldl_factor_ex|lstsq|lu|lu_factor_ex|lu_solve|matrix_exp|matrix_sqrth|pinv|polar|qr|slogdet|solve_ex|"

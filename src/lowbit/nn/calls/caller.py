@@ -56,8 +56,8 @@ class Caller(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy or a pickle names the plain class, since nobody can import this one."""
         made = super().__reduce_ex__(protocol)
-        if isinstance(made, str) or made[1][:1] != (type(self),):
-            return made
+        if isinstance(made, str) or is_altered(self) or made[1][:1] != (type(self),):
+            return made  # a class over this one, such as that of gated blocks, says itself how it is made again
         return _again, (self.lowbit_plain, *made[1][1:]), *made[2:]
 
 
