@@ -9,7 +9,7 @@ import copy
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowbit.conversion.convert import convert_
 from lowbit.conversion.rules import as_recipe, some
 from lowbit.errors import UsageError, shown
-from lowbit.evidence.timeline import Timeline, timeline
+from lowbit.evidence.timeline import Timeline, tensors_in, timeline
 from lowbit.inputs.checks import checked, is_finite
 from lowbit.machine import here, paired, ratio
 from lowbit.methods.recipe import Recipe
@@ -229,7 +229,7 @@ def mean_square(output: Any) -> Tensor:
     """
     if isinstance(loss := getattr(output, "loss", None), Tensor):
         return loss
-    found = [t for t in _tensors_of(output) if t.is_floating_point() and t.requires_grad]
+    found = [t for t in tensors_in(output) if t.is_floating_point() and t.requires_grad]
     if not found:
         raise UsageError(
             f"advise: the model's output, {shown(output)}, holds no tensor that needs a gradient: give loss=, a "
@@ -464,15 +464,3 @@ def _batch(batch: Any, channels_last: bool) -> tuple[tuple[Any, ...], dict[str, 
     if isinstance(batch, Mapping):
         return (), {name: laid(value) for name, value in batch.items()}
     return tuple(map(laid, batch if isinstance(batch, tuple) else (batch,))), {}
-
-
-def _tensors_of(output: Any) -> Iterator[Tensor]:
-    """The tensors of an output: one, or nested tuples, lists and mappings of them."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for each in output.values():
-            yield from _tensors_of(each)
-    elif isinstance(output, list | tuple):
-        for each in output:
-            yield from _tensors_of(each)

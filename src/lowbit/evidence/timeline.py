@@ -7,7 +7,7 @@ layer (functions called between layers, the loss) is counted for the module that
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,7 +76,7 @@ def _opening(clock: _Clock, found: Timeline, name: str) -> Callable[..., None]:
         clock.read()
         clock.open.append((found.forward, name))
         ends = _closing_backward(clock, found, name)
-        for tensor in _tensors((args, kwargs)):
+        for tensor in filter(_gets_a_gradient, tensors_in((args, kwargs))):
             tensor.register_hook(ends)
 
     return hook
@@ -88,7 +88,7 @@ def _closing(clock: _Clock, found: Timeline, name: str) -> Callable[..., None]:
         if clock.open and clock.open[-1][1] == name:
             clock.open.pop()
         begins = _opening_backward(clock, found, name)
-        for tensor in _tensors(output):
+        for tensor in filter(_gets_a_gradient, tensors_in(output)):
             tensor.register_hook(begins)
         if not clock.open:  # the root returned: what follows is the loss and its backward
             clock.open.append((found.backward, name))
@@ -122,14 +122,17 @@ def _within(name: str, of: str) -> bool:
     return of in ("", name) or name.startswith(of + ".")
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and mappings, also those of a model's output, that get a gradient."""
+def _gets_a_gradient(x: Tensor) -> bool:
+    return x.requires_grad
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and mappings, also those of a model's output."""
     if isinstance(value, Tensor):
-        if value.requires_grad:
-            yield value
-    elif isinstance(value, dict):
+        yield value
+    elif isinstance(value, Mapping):
         for each in value.values():
-            yield from _tensors(each)
+            yield from tensors_in(each)
     elif isinstance(value, list | tuple):
         for each in value:
-            yield from _tensors(each)
+            yield from tensors_in(each)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from lowbit.engines.int8 import missing
 from lowbit.methods.normalization import RangeNorm
 from lowbit.methods.recipe import Recipe
-from lowbit.nn.layers import QuantLayer
 from lowbit.nn.norm.function import Tape, range_batch_norm
 from lowbit.nn.norm.setting import NormSetting
+from lowbit.nn.norm.twin import NormTwin
 from lowbit.nn.site import Clock, Site, is_recomputing
 from lowbit.numerics.formats import Format
 
@@ -66,7 +66,7 @@ class NormSite(Site):
         return y.clone() if y is x else y, mean.clone(), sigma.clone(), backward
 
 
-class RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
+class RangeBatchNormNd(NormTwin):
     """Range BN with the parameters and buffers of batch normalisation.
 
     `running_mean` and `running_var` hold running averages of mu and sigma squared, so that the plain layer that
@@ -74,31 +74,11 @@ class RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
     """
 
     remark: ClassVar[str] = "range normalisation"
-    is_seen_in_calls: ClassVar[bool] = False
 
     @classmethod
     def is_in(cls, recipe: Recipe) -> bool:
         """Whether the recipe replaces normalisations."""
         return isinstance(recipe.normalization, RangeNorm)
-
-    @classmethod
-    def refusal(cls, layer: Any, recipe: Recipe) -> str:  # noqa: ARG003 - always so
-        """It does not refuse anything."""
-        return ""
-
-    @classmethod
-    def operator(cls, layer: Any) -> None:
-        """None: it lacks a product."""
-
-    @classmethod
-    def weights(cls, layer: Any) -> list[Tensor]:  # noqa: ARG003 - always so
-        """An empty list: gamma multiplies each channel separately."""
-        return []
-
-    @classmethod
-    def input_channels(cls, layer: Any) -> int:
-        """C."""
-        return int(layer.num_features)
 
     @classmethod
     def formats(cls, recipe: Recipe) -> dict[str, tuple[Format, ...]]:
@@ -127,11 +107,6 @@ class RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
         self.site = NormSite(name=name, recipe=recipe, clock=clock, input_format=norm.input, bits=bits, engine=engine)
         self.norm = norm
 
-    def undo(self) -> None:
-        """Become the plain layer again."""
-        del self.norm
-        super().undo()
-
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
         """See `range_batch_norm`; in training the running statistics move towards the batch's."""
         return self.normalize(input)
@@ -149,7 +124,8 @@ class RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
             setting = self.site.setting_of_norm(input, self.eps, rectify=rectify)
             y, mean, sigma = range_batch_norm(input, self.weight, self.bias, setting=setting, fixed=fixed)
         if self.training and self.track_running_stats and (torch.compiler.is_compiling() or not is_recomputing()):
-            self._track(mean, sigma)
+            momentum = self.momentum if self.norm.momentum is None else self.norm.momentum
+            self.track(mean, sigma * sigma, momentum)
         return y
 
     def _compiled(self, x: Tensor, fixed: tuple[Tensor, Tensor] | None, rectify: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,18 +149,6 @@ class RangeBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
             needs,
         )
         return y, mu, sigma
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, sigma: Tensor) -> None:
-        """Move the running statistics; momentum None is the cumulative mean, as in the plain layer."""
-        assert self.num_batches_tracked is not None
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        self.num_batches_tracked.add_(1)
-        momentum = self.momentum if self.norm.momentum is None else self.norm.momentum
-        weight = 1.0 / self.num_batches_tracked.to(self.running_mean) if momentum is None else momentum
-        self.running_mean.lerp_(mean.to(self.running_mean), weight)
-        self.running_var.lerp_((sigma * sigma).to(self.running_var), weight)
 
 
 class RangeBatchNorm1d(RangeBatchNormNd, nn.BatchNorm1d):

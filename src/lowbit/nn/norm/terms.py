@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lowbit.functional import autocast_device
 from lowbit.methods.normalization import TERMS, TermNorm
 from lowbit.methods.recipe import Recipe
-from lowbit.nn.layers import QuantLayer
 from lowbit.nn.norm.definition import per_channel
+from lowbit.nn.norm.twin import NormTwin
 from lowbit.nn.site import Clock, Site, is_recomputing
 from lowbit.numerics.formats import FP32, Format
 from lowbit.numerics.quantizer import Quantized, quantize
@@ -153,7 +153,7 @@ class TermSite(Site):
         return norm.table()
 
 
-class TermBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
+class TermBatchNormNd(NormTwin):
     """Batch normalisation in formats, with the parameters and buffers of the plain layer."""
 
     remark: ClassVar[str] = "batch normalisation in formats"
@@ -162,25 +162,6 @@ class TermBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
     def is_in(cls, recipe: Recipe) -> bool:
         """Whether the recipe gives the terms of normalisations formats."""
         return isinstance(recipe.normalization, TermNorm)
-
-    @classmethod
-    def refusal(cls, layer: Any, recipe: Recipe) -> str:  # noqa: ARG003 - always so
-        """It does not refuse anything."""
-        return ""
-
-    @classmethod
-    def operator(cls, layer: Any) -> None:
-        """None: it lacks a product."""
-
-    @classmethod
-    def weights(cls, layer: Any) -> list[Tensor]:  # noqa: ARG003 - always so
-        """An empty list: gamma multiplies each channel separately."""
-        return []
-
-    @classmethod
-    def input_channels(cls, layer: Any) -> int:
-        """C."""
-        return int(layer.num_features)
 
     @classmethod
     def formats(cls, recipe: Recipe) -> dict[str, tuple[Format, ...]]:
@@ -206,11 +187,6 @@ class TermBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
         self.site = TermSite(name=name, recipe=recipe, clock=clock, input_format=first, bits=bits, engine=engine)
         self.norm = norm
 
-    def undo(self) -> None:
-        """Become the plain layer again."""
-        del self.norm
-        super().undo()
-
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the plain layer's argument
         """See `batch_norm_in_terms`; in training the running statistics move towards the batch's."""
         self._check_input_dim(input)
@@ -226,19 +202,8 @@ class TermBatchNormNd(QuantLayer, nn.modules.batchnorm._BatchNorm):
             call = _Call(self.norm, self.site)
             y, mean, variance = batch_norm_in_terms(x, self.weight, self.bias, call, eps, fixed)
         if self.training and self.track_running_stats and not is_recomputing():
-            self._track(mean, variance * (count / (count - 1)))
+            self.track(mean, variance * (count / (count - 1)), self.momentum)
         return y.to(input.dtype)
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
-        """Move the running statistics; momentum None is the cumulative mean, as in the plain layer."""
-        assert self.num_batches_tracked is not None
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        self.num_batches_tracked.add_(1)
-        weight = 1.0 / self.num_batches_tracked.to(self.running_mean) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean), weight)
-        self.running_var.lerp_(variance.to(self.running_var), weight)
 
 
 class TermBatchNorm1d(TermBatchNormNd, nn.BatchNorm1d):
