@@ -12,6 +12,7 @@ from torch import Tensor
 from lowbit import Recipe, UsageError, functional
 from lowbit.engines import choice, int8
 from lowbit.numerics.elements import ELEMENTS, FixedPoint, Flagged, Integer, Minifloat, PowerOfTwo, Sign
+from lowbit.numerics.fallback import Fallback
 from lowbit.numerics.formats import BF16, FP32, Format, integer
 from lowbit.numerics.parts import unlisted
 from lowbit.numerics.quantizer import quantize
@@ -43,6 +44,8 @@ SAMPLES: dict[tuple[str, str], tuple[Any, ...]] = {
     ("FixedPoint", "fraction"): (0, 4, 8, 14),
     ("PowerOfTwo", "bits"): (2, 3, 4, 8),
     ("Flagged", "number"): (2, 8, 16),
+    ("Fallback", "bits"): (2, 4, 8, 9),
+    ("Fallback", "share"): (0.0, 0.25, 0.5),
     ("Scale", "block"): (None, 1, 5, 8, 64),
     ("Scale", "running"): (None, 0.0, 0.9),
     ("Scale", "floor"): (0.0, 1e-8, 0.5),
@@ -67,6 +70,7 @@ PARTS: dict[str, tuple[Any, ...]] = {
         FixedPoint(integer=2, fraction=6),
         PowerOfTwo(bits=4),
         Flagged(number=4),
+        Fallback(bits=8, share=0.25),
     ),
     "range": (MinMax(), SampleMean(fewest=4), Constant(low=-1.0, high=1.0), Delayed()),
     "format": (Float32(), PowerOfTwoScale(), IntegerScale(bits=8)),
@@ -86,6 +90,8 @@ BASES: tuple[Format, ...] = (
         scale=Scale(granularity="block", block=8, format=PowerOfTwoScale(direction="floor")),
         rounding="stochastic",
     ),
+    Format(element=Fallback(bits=8, share=0.5), scale=Scale(granularity="block", block=8)),
+    Format(element=Fallback(bits=4, share=0.25), scale=Scale(granularity="square", block=4)),
     Format(element=Minifloat(exponent=4, mantissa=3, top="nan"), scale=Scale(granularity="row")),
     Format(element=Minifloat(exponent=8, mantissa=7, overflow="infinite"), scale=Scale()),
     Format(element=Minifloat(exponent=5, mantissa=2), scale=Scale(range=Delayed(history=4))),

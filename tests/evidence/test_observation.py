@@ -189,7 +189,17 @@ def test_a_step_is_the_same_under_observation(run: tuple[str, str, dict[str, Ten
 @pytest.mark.skipif(bool(int8.missing("int8") or int8.missing("bf16")), reason="this machine lacks the units")
 def test_the_int8_engine_is_among_what_is_observed() -> None:
     """The recipes that run on 8-bit and 16-bit units are tested there."""
-    assert {"amp-bf16", "bf16", "cpt-int8", "int8", "jetfire", "mxint8", "sbm8", "sparse", "switchback", "ufp4"} <= set(
-        ON_UNITS
-    )
+    assert {
+        "amp-bf16",
+        "bf16",
+        "cpt-int8",
+        "fallback8",
+        "int8",
+        "jetfire",
+        "mxint8",
+        "sbm8",
+        "sparse",
+        "switchback",
+        "ufp4",
+    } <= set(ON_UNITS)
     assert not {"amp-fp16", "fp32", "cpt", "sbm8-cpt", "mxfp4", "nvfp4"} & set(ON_UNITS)

@@ -17,8 +17,8 @@ from lowbit.numerics.rounding import CounterNoise, step_key
 from lowbit.numerics.transforms import Hadamard, Place
 from lowbit.products.setting import Setting
 
-NAMES = ["switchback", "fp8-block", "jetfire", "nvfp4", "ufp4"]
-SQUARE = ["fp8-block", "jetfire", "nvfp4"]
+NAMES = ["switchback", "fp8-block", "jetfire", "nvfp4", "ufp4", "fallback8"]
+SQUARE = ["fp8-block", "jetfire", "nvfp4", "fallback8"]
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -45,6 +45,7 @@ def step(name: str, x: Tensor, w: Tensor, g: Tensor, engine: str = "reference") 
         ("fp8-block", set()),
         ("jetfire", {("grad_input", "grad_output"), ("grad_weight", "grad_output")}),
         ("nvfp4", {("grad_input", "grad_output"), ("grad_weight", "grad_output")}),
+        ("fallback8", {("grad_input", "grad_output"), ("grad_weight", "grad_output")}),
         ("ufp4", {("grad_input", "grad_output"), ("grad_weight", "grad_output")}),
     ],
 )

@@ -11,6 +11,7 @@ from helpers import rounded
 from lowbit.errors import UsageError
 from lowbit.numerics.element import Element
 from lowbit.numerics.elements import ELEMENTS, FixedPoint, Flagged, Integer, Minifloat, PowerOfTwo, Real
+from lowbit.numerics.fallback import Fallback
 from lowbit.numerics.formats import BF16, Format
 from lowbit.numerics.quantizer import quantize
 from lowbit.numerics.scales import PowerOfTwoScale, Scale
@@ -346,3 +347,43 @@ class TestAllElements:
     def test_no_two_elements_have_one_kind(self) -> None:
         """A kind in TOML stands for one class."""
         assert len({cls.kind for cls in ELEMENTS}) == len(ELEMENTS)
+
+
+class TestFallback:
+    """Blocks whose values have two codes."""
+
+    @pytest.mark.parametrize("bits", range(2, 9))
+    def test_every_pair_of_codes_stays(self, bits: int) -> None:
+        """All multiples of the finer step up to ``2n**2`` are on the grid of a block with two codes."""
+        n = 2 ** (bits - 1) - 1
+        high = torch.arange(-2 * n * n, 2 * n * n + 1).float() / (2 * n)
+        low = torch.arange(-n, n + 1).float() / 2
+        x = torch.stack([high, high.new_zeros(len(high))])
+        x[1, : len(low)] = low
+        fmt = Format(element=Fallback(bits=bits, share=0.5), scale=Scale(granularity="block", block=x.shape[1]))
+
+        values = quantize(x, fmt, axis=1).values
+
+        torch.testing.assert_close(values[0], x[0], rtol=1e-6, atol=0)
+        assert torch.equal(values[1], x[1])
+
+    def test_the_largest_blocks_have_two_codes(self) -> None:
+        """Of eight blocks the two largest, and none of four that are as large as each other."""
+        most = torch.tensor([3.0, 8.0, 0.0, 1.0, 9.0, 2.0, 8.0 - 1e-6, 0.5])
+        element = Fallback(bits=8, share=0.25)
+
+        assert element.falls_back(most).nonzero().flatten().tolist() == [1, 4]
+        assert not element.falls_back(torch.tensor([1.0, 7.0, 7.0, 7.0, 7.0])).any()
+        assert not element.falls_back(torch.tensor([5.0, 1.0, 2.0])).any()
+        assert not element.falls_back(torch.tensor([torch.nan, 1.0, 2.0, 3.0])).any()
+
+    @pytest.mark.parametrize(("bits", "share"), [(1, 0.5), (9, 0.5), (8, 0.0), (8, 1.0)])
+    def test_other_widths_and_shares_are_refused(self, bits: int, share: float) -> None:
+        """2 to 8 bits, and a share above 0 and below 1."""
+        with pytest.raises(UsageError, match=r"two codes|another one"):
+            Fallback(bits=bits, share=share)
+
+    def test_it_needs_blocks(self) -> None:
+        """One scale for the tensor is refused, and the message says what goes."""
+        with pytest.raises(UsageError, match="Give granularity 'block' or 'square'"):
+            Format(element=Fallback(bits=8, share=0.5), scale=Scale())

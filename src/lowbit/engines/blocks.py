@@ -6,6 +6,8 @@ Notation: q code, S scale, b block of the summed axis k. ``sum_b S_a S_b sum_{k 
 A Hadamard transform needs no way back. Its matrix is orthogonal, so if both operands are transformed along k, the
 product of the transforms is that of the operands. Where a short last block was filled with zeros, rounding leaves
 values in these places, which are not part of the operands: their product is subtracted.
+
+Where some blocks of an operand have two codes for each number, `lowbit.engines.residuals` adds the second ones.
 """
 
 from dataclasses import dataclass, replace
@@ -13,12 +15,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lowbit.engines import residuals
 from lowbit.engines.base import Pair, Product
 from lowbit.engines.codes import Codes
+from lowbit.engines.residuals import Residual
 from lowbit.kernels import cpu
 from lowbit.kernels.cpu import Rows
 from lowbit.numerics.element import Steps
 from lowbit.numerics.elements import Integer
+from lowbit.numerics.fallback import Fallback
 from lowbit.numerics.formats import Format
 from lowbit.numerics.parts import NUMBERS, NUMBERS_OR_NONE, Listed, unlisted
 from lowbit.numerics.quantizer import Grid, Quantized, encode_transformed
@@ -42,6 +47,15 @@ _BLOCKED: Listed = {
     IntegerScale: {"bits": range(2, 17)},
     NoTransform: {},
     Hadamard: {"size": NUMBERS, "signs": NUMBERS_OR_NONE},
+}
+# Formats in blocks of which some have two codes for each number; one operand of a product may have such a format.
+_TWO_CODES: Listed = {
+    Format: {},
+    Fallback: {"bits": range(2, 9), "share": NUMBERS},
+    Scale: {"granularity": ("block", "square"), "block": range(4, 2**15 + 1, 4), "floor": NUMBERS},
+    MinMax: {},
+    Float32: {},
+    NoTransform: {},
 }
 # What the other operand may be: symmetric codes with scales along what the product keeps.
 _KEPT: Listed = {
@@ -70,6 +84,7 @@ class BlockCodes:
         shape: of the tensor that was encoded.
         rest: float32 ``(kept axis, filled places)``, the values where a transform filled the axis of the sum; None
             where it did not.
+        residual: the second codes of the blocks that have two; None if none may have them.
     """
 
     numbers: Tensor
@@ -77,11 +92,13 @@ class BlockCodes:
     block: tuple[int, int]
     shape: torch.Size
     rest: Tensor | None = None
+    residual: Residual | None = None
 
     def each(self) -> Tensor:
         """The value of each code."""
         tall = self.scale.repeat_interleave(self.block[0], 0)[: self.numbers.shape[0]]
-        return self.numbers * tall.repeat_interleave(self.block[1], 1)[:, : self.numbers.shape[1]]
+        first = self.numbers * tall.repeat_interleave(self.block[1], 1)[:, : self.numbers.shape[1]]
+        return first if self.residual is None else residuals.values(first, self.numbers, self.block, self.residual)
 
     def scales(self, *, along: bool) -> Tensor:
         """Scales of each block of the depth, ``(blocks, width)``; `along` says that a row runs along the depth."""
@@ -98,11 +115,14 @@ def refusal_of_blocks(pair: Pair) -> str:
     for fmt, keeps in zip(pair.formats, pair.kept, strict=True):
         if fmt.has_width and fmt.bits > 8:
             return f"codes of {fmt.bits} bits do not fit 8-bit units"
-        if why := unlisted(fmt, _BLOCKED if fmt.is_blocked else _KEPT):
+        listed = _TWO_CODES if fmt.has_two_codes else _BLOCKED if fmt.is_blocked else _KEPT
+        if why := unlisted(fmt, listed):
             return why
         if not keeps and not fmt.is_blocked:
             return f"scales per {fmt.granularity} lie along what the product sums over"
     a, b = pair.formats
+    if a.has_two_codes and b.has_two_codes:
+        return "both operands have blocks of two codes"
     if a.transform != b.transform:
         return f"its operands have different transforms, {str(a.transform) or 'none'} and {str(b.transform) or 'none'}"
     sizes = {fmt.scale.block for fmt in pair.formats if fmt.scale is not None and fmt.scale.block is not None}
@@ -135,7 +155,10 @@ def encode_blocks(x: Tensor, slot: Slot, key: tuple[int, int] | None) -> BlockCo
         assert found.steps is not None
         q = placed.joined(found.q.nan_to_num(0.0)).to(torch.int8).contiguous()
         scale = found.steps.scale.reshape([-(-n // size) for n, size in zip(q.shape, block, strict=True)])
-    codes = BlockCodes(numbers=q, scale=scale, block=block, shape=x.shape)
+    residual = None
+    if fmt.has_two_codes and q.numel():
+        q, residual = residuals.split(turned, q, scale, block, fmt, float(levels))
+    codes = BlockCodes(numbers=q, scale=scale, block=block, shape=x.shape, residual=residual)
     if q.shape == view.shape:
         return codes
     values, axis, own = codes.each(), sharing.axis, view.shape[sharing.axis]
@@ -145,8 +168,9 @@ def encode_blocks(x: Tensor, slot: Slot, key: tuple[int, int] | None) -> BlockCo
 
 def multiply_blocks(product: Product, a: Codes | BlockCodes, b: Codes | BlockCodes, bias: Tensor | None) -> Tensor:
     """One native call for two matrices of codes, of which one at least is in blocks."""
-    filled = any(isinstance(operand, BlockCodes) and operand.rest is not None for operand in (a, b))
-    out = torch.empty(product.shape, dtype=torch.float32 if filled else product.dtype, device="cpu")
+    blocked = [operand for operand in (a, b) if isinstance(operand, BlockCodes)]
+    unfinished = any(operand.rest is not None or operand.residual is not None for operand in blocked)
+    out = torch.empty(product.shape, dtype=torch.float32 if unfinished else product.dtype, device="cpu")
     sides, block = [], 0
     for operand, along in ((a, product.name != "grad_weight"), (b, product.name == "output")):
         rows, width = operand.numbers.shape if isinstance(operand, BlockCodes) else _matrix(operand.shape)
@@ -171,7 +195,11 @@ def multiply_blocks(product: Product, a: Codes | BlockCodes, b: Codes | BlockCod
         scales=(scales[0], scales[1]),
         bias=None if bias is None else bias.float().contiguous(),
     )
-    rest = [operand.rest for operand in (a, b) if isinstance(operand, BlockCodes) and operand.rest is not None]
+    for i, operand in enumerate((a, b)):
+        if isinstance(operand, BlockCodes) and operand.residual is not None:
+            of, other = sides[i], sides[1 - i]
+            residuals.add(out, operand.residual, of, other, scales[1 - i], block, first=i == 0)
+    rest = [operand.rest for operand in blocked if operand.rest is not None]
     return out if not rest else out.sub_((rest[0] @ rest[1].t()).view(out.shape))
 
 
@@ -188,6 +216,9 @@ def values_of_blocks(operand: BlockCodes, slot: Slot) -> Quantized:
     steps_scale = operand.scale
     for axis in sorted(sharing.dims):
         steps_scale = steps_scale.unsqueeze(axis)
-    high = slot.levels or 0.0
+    high: Tensor | float = slot.levels or 0.0
+    if operand.residual is not None:
+        finer = operand.residual.finer_of(operand.scale).reshape(steps_scale.shape)
+        steps_scale, high = steps_scale / finer, high * finer
     steps = Steps(scale=steps_scale, low=-high, high=high)
     return Quantized(x.reshape(operand.shape), Grid(format=fmt, sharing=sharing, steps=steps))

@@ -85,6 +85,7 @@ class OperandProof(_Compared):
         elements: number of elements in one call.
         clipped: share of values more than half a step outside the grid.
         floored: share of values whose scale is the floor of the format.
+        two_codes: share of blocks that had two codes for each number.
     """
 
     format: str
@@ -93,6 +94,7 @@ class OperandProof(_Compared):
     integer: bool
     clipped: float = 0.0
     floored: float = 0.0
+    two_codes: float = 0.0
     most_bits: int = 0
 
     def saw(self, bits: int) -> None:
@@ -197,7 +199,8 @@ class Proof:
         rows: a row per layer and product.
         outside: products that ran outside converted layers.
         notes: what should be known although it is not a failure, one sentence each.
-        remarks: what changes in the run and how it was in these steps: phases, and products that were skipped.
+        remarks: what changes in the run and how it was in these steps: phases, products that were skipped, and
+            blocks that had two codes.
     """
 
     rows: list[ProofRow] = field(default_factory=list)
@@ -353,6 +356,7 @@ def _values(row: ProofRow) -> dict[str, Any]:
                 "elements": operand.elements,
                 **_figures(operand),
                 "floored": operand.floored,
+                "two_codes": operand.two_codes,
             }
             for name, operand in row.operands.items()
         },

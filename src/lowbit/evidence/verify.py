@@ -85,6 +85,7 @@ class _Collector:
                 proof.format += f" | {operand.applied}"
             proof.clipped += (operand.clipped - proof.clipped) / row.calls
             proof.floored += (operand.floored - proof.floored) / row.calls
+            proof.two_codes += (operand.two_codes - proof.two_codes) / row.calls
             proof.sums.add(operand.exact, operand.quantized)
             off_grid |= not torch.equal(operand.exact, operand.quantized)
             if not bool(operand.exact.isfinite().all()):
@@ -117,11 +118,22 @@ class _Collector:
             self.skipping.append(layer)
 
     def remarks(self) -> Iterator[str]:
-        """A sentence for each phase that ran, and one for the layers that skipped `grad_weight`."""
+        """A sentence for each phase, for layers that skipped `grad_weight`, and for operands that had two codes."""
         for where, layers in self.phases.items():
             yield f"{some(layers)}: {where}."
         if self.skipping:
             yield f"{some(self.skipping)}: grad_weight was skipped as the recipe says, and the weights get no gradient."
+        twice: dict[tuple[str, str], list[float]] = {}
+        for row in self.rows.values():
+            for name, operand in row.operands.items():
+                if operand.two_codes:
+                    twice.setdefault((name, row.product), []).append(operand.two_codes)
+        for (name, product), shares in twice.items():
+            share, most = 100 * sum(shares) / len(shares), 100 * max(shares)
+            yield (
+                f"{name} of {product} had two codes for each number in {share:.1f} % of its blocks, the mean of "
+                f"{len(shares)} layers; at most {most:.1f} %."
+            )
 
     def missing(self, model: nn.Module, users: Callable[[str], list[OutsideRow]]) -> Iterator[str]:
         """A sentence for each quantiser that should have run but did not; `users` says what multiplied instead."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from lowbit.errors import UsageError, check_choice, shown
 from lowbit.inputs.checks import check_fields, is_whole
 from lowbit.numerics.element import Element, Scaled, Step, Steps, Zero, bound
+from lowbit.numerics.fallback import Fallback
 from lowbit.numerics.fixed import FixedPoint, Flagged
 from lowbit.numerics.rounding import round_nearest, round_to, round_to_float
 
@@ -320,4 +321,4 @@ class Sign:
         return "sign"
 
 
-ELEMENTS: tuple[type[Element], ...] = (Real, Integer, Minifloat, FixedPoint, Flagged, PowerOfTwo, Sign)
+ELEMENTS: tuple[type[Element], ...] = (Real, Integer, Minifloat, FixedPoint, Flagged, PowerOfTwo, Sign, Fallback)

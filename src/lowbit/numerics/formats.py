@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
+from torch import Tensor
+
 from lowbit.errors import UsageError, shown, unknown
 from lowbit.inputs.checks import check_fields, is_whole
 from lowbit.numerics.element import Element, Zero
 from lowbit.numerics.elements import ELEMENTS, Integer, Minifloat, Real
+from lowbit.numerics.fallback import Fallback
 from lowbit.numerics.parts import by_kind, check_again, check_part, construct
 from lowbit.numerics.scales import (
     FLOAT32,
@@ -76,6 +79,11 @@ class Format:
             raise UsageError(
                 "range='delayed' with a running range or a transform: a layer remembers largest magnitudes as they are "
                 "before a transform, and evaluation uses what training left. Leave the other one out"
+            )
+        if self.has_two_codes and self.granularity not in ("block", "square"):
+            raise UsageError(
+                f"{self.element} with granularity={self.granularity!r}: two codes go with blocks. Give granularity "
+                "'block' or 'square'"
             )
         per_sample = self.scale is not None and (self.granularity == "sample" or self.scale.range.per_tensor)
         if per_sample and self.transform.along_axis:
@@ -151,6 +159,16 @@ class Format:
     def delay(self) -> Delayed | None:
         """The rule of its range, where a layer remembers what that is made from; else None."""
         return self.scale.range if self.scale is not None and isinstance(self.scale.range, Delayed) else None
+
+    @property
+    def has_two_codes(self) -> bool:
+        """Whether some of what has a scale of its own has two codes for each number."""
+        return isinstance(self.element, Fallback)
+
+    def falls_back(self, most: Tensor) -> Tensor:
+        """Which of these largest magnitudes, each of what has a scale of its own, have two codes: bool."""
+        assert isinstance(self.element, Fallback)
+        return self.element.falls_back(most)
 
     @property
     def forms(self) -> tuple["Format", ...]:

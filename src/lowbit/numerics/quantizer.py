@@ -149,6 +149,14 @@ class Grid:
         t = t if steps.zero is None else t + steps.zero
         return float(((t < steps.low - margin) | (t > steps.high + margin)).float().mean())
 
+    @property
+    def two_codes(self) -> float:
+        """The share of its blocks that have two codes for each number."""
+        high = self.steps.high
+        if not self.format.has_two_codes or not isinstance(high, Tensor) or high.numel() == 0:
+            return 0.0
+        return float((high > high.min()).float().mean())
+
     def floored(self, x: Tensor) -> float:
         """The share of the values of `x` whose scale is the floor, although they are not all alike.
 

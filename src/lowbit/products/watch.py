@@ -51,6 +51,11 @@ class OperandRun:
         return 0.0 if self.grid is None else self.grid.clipped(self.exact)
 
     @property
+    def two_codes(self) -> float:
+        """The share of its blocks that have two codes for each number."""
+        return 0.0 if self.grid is None else self.grid.two_codes
+
+    @property
     def floored(self) -> float:
         """The share of values whose scale is the floor of the format; measured on request."""
         return 0.0 if self.grid is None else self.grid.floored(self.exact)
