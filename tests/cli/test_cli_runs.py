@@ -1,5 +1,7 @@
 """``lowbit train``, ``resume`` and ``range-test``."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from lowbit.cli import main as cli
 
 
 def test_train_prints_the_result_and_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Training succeeds, and ends with accuracy, time, recipe and paths, and nothing else."""
+    """Training ends with accuracy, time, recipe and paths on stdout; stderr has the scores of the epoch alone."""
     out = tmp_path / "run"
 
     code = train(out, "--recipe", "sbm8")
@@ -21,7 +23,29 @@ def test_train_prints_the_result_and_where_it_is(tmp_path: Path, capsys: pytest.
     assert code == 0
     assert words.startswith("result ")
     assert all(part in words for part in ("test accuracy", "seconds per step", "recipe sbm8", "memory of a step"))
-    assert printed.err == ""
+    assert [line.split("  ")[0] for line in printed.err.splitlines()] == ["epoch 1/1"]
+
+
+def test_progress_can_be_switched_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--progress none`` leaves stderr empty, and the three switches together leave out proof and test."""
+    code = train(tmp_path / "run", "--progress", "none", "--proof", "false", "--evaluate", "never")
+
+    printed = capsys.readouterr()
+    assert (code, printed.err) == (0, "")
+    assert "--evaluate never" in printed.out
+    assert "proof.txt" not in printed.out
+
+
+def test_a_piped_run_tells_its_progress_on_stderr(tmp_path: Path) -> None:
+    """In a pipe there are lines without colour or cursor movement, and stdout has the result alone."""
+    command = [sys.executable, "-m", "lowbit", "train", "--model", "mlp", "--data", "digits", "--epochs", "2"]
+    command += ["--threads", "1", "--out", str(tmp_path / "run")]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert done.stdout.startswith("result\n")
+    assert [line[:9] for line in done.stderr.splitlines() if line.startswith("epoch")] == ["epoch 1/2", "epoch 2/2"]
+    assert "\x1b" not in done.stderr
 
 
 def test_range_test_prints_its_choice(capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,9 @@ class Parser(argparse.ArgumentParser):
             type=_reading(hint),
             default=default,
             help=text,
-            metavar=next((_METAVARS[each] for each in _METAVARS if each in (hint, *_members(hint))), "NAME"),
+            metavar="BOOL"
+            if is_switch(hint)
+            else next((_METAVARS[each] for each in _METAVARS if each in (hint, *_members(hint))), "NAME"),
             **({"nargs": "?", "const": True} if is_switch(hint) else {}),
         )
 

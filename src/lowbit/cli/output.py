@@ -3,14 +3,29 @@
 import shutil
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowbit.tables import text_table
 
 if TYPE_CHECKING:  # help must not wait for torch
     from lowbit.train.config import Result
+    from lowbit.train.progress import Progress
 
 _NARROWEST = 20  # columns that a cell of several words keeps
+
+
+def add_progress(group: Any) -> None:
+    """The flag that says how progress is shown."""
+    words = ("auto", "bar", "lines", "none")
+    meaning = "bar, lines every few seconds, or none (auto: a bar on a terminal, else lines); on stderr"
+    group.add_argument("--progress", choices=words, default="auto", metavar="NAME", help=meaning)
+
+
+def progress_of(shown: Any) -> "Progress":
+    """What shows the progress of a command as its flag says."""
+    from lowbit.train import progress
+
+    return progress.progress_of(shown)
 
 
 def show(result: "Result") -> None:
@@ -20,7 +35,10 @@ def show(result: "Result") -> None:
         rows.append(("test accuracy", f"{result.test_accuracy:.2%}"))
     if result.test_bits_per_byte is not None:
         rows.append(("test bits per byte", f"{result.test_bits_per_byte:.4f}"))
-    rows.append(("test loss", f"{result.test_loss:.4f}"))
+    if rows:
+        rows.append(("test loss", f"{result.test_loss:.4f}"))
+    else:
+        rows.append(("test", "none: --evaluate never"))
     seconds = result.seconds_per_step
     rows.append(("seconds per step", "too few to say" if seconds is None else f"{seconds:.4g} (median)"))
     rows.append(("steps", f"{result.steps:,}"))
@@ -33,7 +51,8 @@ def show(result: "Result") -> None:
         rows.append(("memory of a step", f"{mib} at most, its parts in result.json"))
     if result.low is not None:
         rows.append(("range test", f"{result.low} bits, {result.out / 'range-test.txt'}"))
-    rows.append(("what ran", f"{result.out / 'conversion.txt'}, {result.out / 'proof.txt'}"))
+    reports = [path for path in (result.out / "conversion.txt", result.out / "proof.txt") if path.exists()]
+    rows.append(("what ran", ", ".join(map(str, reports))))
     rows.append(("checkpoint", str(result.out / "last.ckpt")))
     rows.append(("logs", f"{result.out / 'csv' / 'metrics.csv'}, {result.out / 'tensorboard'}"))
     write(fitted(("result", ""), rows))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lowbit.cli.output import write
+from lowbit.cli.output import add_progress, progress_of, write
 
 DESCRIPTION = "Find the lowest precision at which a fresh model makes progress, for a cyclic schedule."
 HELP = "find the lowest precision that makes progress"
@@ -18,12 +18,13 @@ def add_arguments(parser: Any) -> None:
     """What the command takes."""
     from lowbit.train.config import RangeTestConfig
 
+    add_progress(parser)
     parser.add_class_arguments(RangeTestConfig, _GROUPS, rest="further settings")
 
 
-def run(**settings: Any) -> None:
+def run(*, progress: str, **settings: Any) -> None:
     """Test, and print every width's gain and the choice."""
     from lowbit.train.config import RangeTestConfig
     from lowbit.train.range_test import range_test
 
-    write(str(range_test(RangeTestConfig(**settings))))
+    write(str(range_test(RangeTestConfig(**settings), progress_of(progress))))

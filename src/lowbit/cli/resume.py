@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lowbit.cli.output import show
+from lowbit.cli.output import add_progress, progress_of, show
 
 DESCRIPTION = "Continue a run from its last checkpoint, bit for bit."
 HELP = "continue a run from its last checkpoint"
@@ -22,11 +22,15 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--keep", type=int, help="from here on: how many checkpoints to keep")
     parser.add_argument("--data-changed", action="store_true", help="go on although the data set has changed")
     parser.add_argument("--drop-damaged", action="store_true", help="go on although lines of the ledger are damaged")
+    add_progress(parser)
 
 
-def run(run: Path, *, data_changed: bool, drop_damaged: bool, **changes: Any) -> None:
+def run(run: Path, *, data_changed: bool, drop_damaged: bool, progress: str, **changes: Any) -> None:
     """Resume, and print the result."""
     from lowbit.train import trainer
 
     given = {name: value for name, value in changes.items() if value is not None}
-    show(trainer.resume(run, given, data_changed=data_changed, drop_damaged=drop_damaged))
+    done = trainer.resume(
+        run, given, data_changed=data_changed, drop_damaged=drop_damaged, progress=progress_of(progress)
+    )
+    show(done)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lowbit.cli.output import show, write
+from lowbit.cli.output import add_progress, progress_of, show, write
 from lowbit.cli.sweep import run_seeds
 from lowbit.errors import UsageError
 
@@ -14,7 +14,7 @@ _GROUPS = {
     "learning rate": ("optimizer", "lr", "weight_decay", "schedule"),
     "bits over time (recipes such as cpt)": ("low", "high", "cycles"),
     "speed": ("threads", "engine", "amp"),
-    "logs": ("logger",),
+    "tests and logs": ("evaluate", "proof", "logger"),
 }
 
 
@@ -27,10 +27,11 @@ def add_arguments(parser: Any) -> None:
     group = parser.add_argument_group("several runs")
     group.add_argument("--seeds", metavar="N,N", help="e.g. 0,1,2: a run for each, OUT/seed0 and so on, and a table")
     group.add_argument("--jobs", type=int, metavar="N", help="with --seeds: runs at the same time (1)")
+    add_progress(parser)
     parser.add_class_arguments(TrainConfig, _GROUPS, rest="further settings, of some recipes or of rare use")
 
 
-def run(*, print_config: bool, seeds: str | None, jobs: int | None, **settings: Any) -> None:
+def run(*, print_config: bool, seeds: str | None, jobs: int | None, progress: str, **settings: Any) -> None:
     """Train, and print the result."""
     from lowbit.train.config import TrainConfig
 
@@ -48,4 +49,4 @@ def run(*, print_config: bool, seeds: str | None, jobs: int | None, **settings: 
         return
     from lowbit.train import trainer
 
-    show(trainer.train(config))
+    show(trainer.train(config, progress=progress_of(progress)))

@@ -186,7 +186,9 @@ def compare(views: Sequence[View], *, baseline: str | None = None, force: bool =
     """
     whole = [view for view in views if view.complete and view.score is not None]
     if not whole:
-        raise UsageError("no complete run to compare: give folders of runs of `lowbit train` that reached their end")
+        raise UsageError(
+            "no complete run to compare: give folders of runs of `lowbit train` that reached their end and were tested"
+        )
     tasks = list(dict.fromkeys(view.task for view in whole))
     if len({view.score_name for view in whole}) > 1:
         raise UsageError(f"runs of {', '.join(tasks)} have scores of different kinds, which have no common table")
@@ -250,8 +252,12 @@ def _notes(given: Sequence[View], whole: Sequence[View], groups: Sequence[Group]
         notes.append("one run has no interval: train it with other seeds")
     if any(group.interval is not None for group in groups):
         notes.append("sd: over seeds. 95 %: interval of the mean by Student's t, for normal scores")
-    if left := len(given) - len(whole):
-        notes.append(f"{left} unfinished run{'s' * (left != 1)} left out")
+    for what, left in (
+        ("unfinished", sum(not view.complete for view in given)),
+        ("untested", sum(view.complete and view.score is None for view in given)),
+    ):
+        if left:
+            notes.append(f"{left} {what} run{'s' * (left != 1)} left out")
     machines = {machine for view in whole for machine in view.machines}
     if len(machines) > 1:
         notes.append(f"seconds are of {len(machines)} machines or numbers of threads: compare them with care")

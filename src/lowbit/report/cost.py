@@ -15,17 +15,16 @@ from lowbit.errors import RunError, UsageError
 from lowbit.evidence import metrics
 from lowbit.evidence.ledger import Ledger
 from lowbit.evidence.metrics import METRICS, Terms
-from lowbit.evidence.records import PLAIN, PRODUCTS, Convention, Product, Total
+from lowbit.evidence.records import PRODUCTS, Convention, Product, Total
 from lowbit.frames import data_frame
 from lowbit.hardware import Accelerator, Estimate, total
 from lowbit.inputs import userfile
 from lowbit.inputs.checks import check_fields, check_type
 from lowbit.report.rows import Row, estimate_values, first_layers, layer_of, row_values
+from lowbit.report.spent import FULL_PRECISION, Spent
 from lowbit.tables import Table, html_of, json_text
 
 CONVENTIONS: tuple[Convention, ...] = ("as-ran", "as-charged")
-FULL_PRECISION = (32, 32)  # bits of the operands that savings are against
-STATIC = (8, 8)
 
 
 @dataclass(frozen=True)
@@ -122,18 +121,9 @@ class Cost:
         ``"static 8 bits"``: the products of converted layers at 8 x 8 bits, those of others as they ran; ``"fp32"``:
         all products at 32 x 32 bits. Empty where nothing ran.
         """
-        totals = self.ledger.totals()
-        plain = sum(ran.bit_operations for ran in totals if ran.product.engine == PLAIN)
-        converted = [ran for ran in totals if ran.product.engine != PLAIN]
-        ran = plain + sum(
-            each.macs * self.gated[each.product.layer] if each.product.layer in self.gated else each.bit_operations
-            for each in converted
-        )
-        others = {
-            "static 8 bits": plain + sum(STATIC[0] * STATIC[1] * each.macs for each in converted),
-            "fp32": sum(FULL_PRECISION[0] * FULL_PRECISION[1] * each.macs for each in totals),
-        }
-        return {name: 100 * (1 - ran / operations) for name, operations in others.items() if operations}
+        spent = Spent()
+        spent.add(self.ledger.totals(), self.gated)
+        return spent.saved()
 
     def notes_on_hardware(self) -> dict[str, list[str]]:
         """What the accelerator assumed for some products, each with its layers."""

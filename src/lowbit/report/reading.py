@@ -261,7 +261,19 @@ def _names(folders: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-_NOT_IN_LABELS = ("model", "data", "recipe", "seed", "out", "changes", "threads", "keep", "checkpoint_every", "logger")
+_NOT_IN_LABELS = (
+    "model",
+    "data",
+    "recipe",
+    "seed",
+    "out",
+    "changes",
+    "threads",
+    "keep",
+    "checkpoint_every",
+    "logger",
+    "proof",
+)
 
 
 def _labelled(views: Sequence[View]) -> list[View]:

@@ -1,4 +1,4 @@
-"""What happens beside a run's steps: times, ledger, logs, bits, checkpoints, the end, and a line on the terminal."""
+"""What happens beside a run's steps: times, ledger, logs, bits, checkpoints, the end, and how far it is."""
 
 import math
 import statistics
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.optim import Optimizer
 
 import lowbit
@@ -16,9 +15,11 @@ from lowbit.evidence.ledger import Ledger
 from lowbit.evidence.memory import StepMemory, UpdateMemory
 from lowbit.inputs import files
 from lowbit.precision.range_test import RangeTestResult
+from lowbit.report.spent import Spent
 from lowbit.train.config import TrainConfig
 from lowbit.train.folder import CHECKPOINT, RANGE_TEST
 from lowbit.train.module import Module, log_row
+from lowbit.train.progress import Progress
 from lowbit.train.stop import Leave, Stop
 
 Evaluated = Callable[[Ledger], None]
@@ -194,72 +195,71 @@ class Checkpoints(Callback):
             raise Leave
 
 
-class Bar(Callback):
-    """One line that moves with the steps of an epoch, and one that stays for each evaluation."""
+class ShowProgress(Callback):
+    """Says how far the run is: its steps, each evaluation, and the scores of each epoch.
 
-    def __init__(self, config: TrainConfig) -> None:
+    Args:
+        config: the settings of the run.
+        ledger: of the run.
+        progress: hears it.
+    """
+
+    def __init__(self, config: TrainConfig, ledger: Ledger, progress: Progress) -> None:
         self.config = config
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[state]}"),
-            expand=True,
-            transient=True,
-        )
-        self.line: TaskID | None = None
+        self.ledger = ledger
+        self.progress = progress
+        self._spent = Spent()
+        self._tested = 0
 
-    def on_train_start(self, *_: object) -> None:
-        """Show the line."""
-        self.progress.start()
-
-    @staticmethod
-    def _precision(module: LightningModule) -> str:
-        """The bits of the next batch, or the gates' cost, and the bit operations of the run so far."""
-        assert isinstance(module, Module)
-        if module.controller is None:
-            return ""
-        so_far = f"  {module.cost['bit_operations'] / max(module.cost['macs'], 1):.1f} bit ops/MAC"
-        if module.gates is not None and module.gates.cost is not None:
-            return f"  cost {module.gates.cost:.2f} % of {module.gates.target:g} %{so_far}"
-        test = module.controller.range_test
-        testing = "  range test" if test is not None and not test.done else ""
-        return (
-            f"  bits {module.controller.forward_bits or '-'}/{module.controller.backward_bits or '-'}{testing}{so_far}"
-        )
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, _: object, batch_idx: int
-    ) -> None:
-        """Move the line on."""
-        if self.line is None:
-            name = f"epoch {trainer.current_epoch + 1}/{self.config.epochs}"
-            self.line = self.progress.add_task(name, total=int(trainer.num_training_batches), state="")
-        loss, accuracy, lr = (float(outputs[name]) for name in ("task_loss", "accuracy", "lr"))
-        state = f"loss {loss:.3f}  accuracy {accuracy:.3f}  lr {lr:.2g}{self._precision(pl_module)}"
-        self.progress.update(self.line, completed=batch_idx + 1, state=state)
-
-    def on_validation_start(self, *_: object) -> None:
-        """Say that the model is tested."""
-        if self.line is not None:
-            self.progress.update(self.line, state="testing")
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the scores of the epoch."""
-        if self.line is not None:
-            self.progress.remove_task(self.line)
-            self.line = None
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, with what was spent before a resume."""
         assert isinstance(pl_module, Module)
-        if pl_module.test:
-            name = f"epoch {trainer.current_epoch + 1}/{self.config.epochs}"
-            scores = [f"{key.replace('_', ' ')} {value:.4f}" for key, value in pl_module.test.items()]
-            self.progress.console.print("  ".join([name, *scores]), highlight=False)
+        self._spent.add(self.ledger.totals())
+        self.progress.begin("training", pl_module.total_steps, trainer.global_step)
 
-    def on_train_end(self, *_: object) -> None:
-        """Take the line away."""
-        self.progress.stop()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: object) -> None:
+        """Move on."""
+        self._spent.add(self.ledger.last_step())
+        self.progress.move(trainer.global_step, lambda: [*self._figures(trainer, outputs), *self._precision(pl_module)])
 
-    def on_exception(self, *_: object) -> None:
-        """Take the line away."""
-        self.progress.stop()
+    def _figures(self, trainer: Trainer, outputs: Any) -> list[str]:
+        loss, accuracy = (float(outputs[name]) for name in ("task_loss", "accuracy"))
+        return [self._epoch(trainer), f"loss {loss:.3f}", f"acc {100 * accuracy:.1f} %"]
+
+    def _epoch(self, trainer: Trainer) -> str:
+        return f"epoch {trainer.current_epoch + 1}/{self.config.epochs}"
+
+    def _precision(self, module: LightningModule) -> list[str]:
+        """The bits of the next batch, or the gates' cost, and the share of the bit operations that is saved so far."""
+        assert isinstance(module, Module)
+        saved = [
+            f"{percent:.0f} % of {name.removeprefix('static ')}"
+            for name, percent in self._spent.saved().items()
+            if percent >= 0.5
+        ]
+        said = [f"saved {', '.join(saved)}"] if saved else []
+        if module.controller is None:
+            return said
+        if module.gates is not None and module.gates.cost is not None:
+            return [f"cost {module.gates.cost:.2f} % of {module.gates.target:g} %", *said]
+        test = module.controller.range_test
+        testing = " range test" if test is not None and not test.done else ""
+        bits = f"bits {module.controller.forward_bits or '-'}/{module.controller.backward_bits or '-'}{testing}"
+        return [bits, *said]
+
+    def on_validation_start(self, trainer: Trainer, _: LightningModule) -> None:
+        """Begin an evaluation."""
+        self._tested = 0
+        self.progress.begin("evaluation", int(sum(trainer.num_val_batches)))
+
+    def on_validation_batch_end(self, *_: object) -> None:
+        """Move on in it."""
+        self._tested += 1
+        self.progress.move(self._tested)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the scores."""
+        assert isinstance(pl_module, Module)
+        self.progress.end()
+        scores = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in pl_module.test.items()]
+        self.progress.say("  ".join([self._epoch(trainer), *scores]))

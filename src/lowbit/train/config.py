@@ -25,6 +25,7 @@ EvalBits = int | Literal["highest", "current"]
 Measure = Literal["accuracy", "loss"]
 OptimizerStates = Literal["fp32", "int8", "dynamic8"]
 Weights = Literal["fp32", "bf16", "int8"]
+Evaluate = Literal["epochs", "end", "never"]
 LoggerName = Literal["tensorboard", "csv", "trackio", "mlflow", "wandb"]
 
 CHANGEABLE = ("lr", "weight_decay", "epochs", "threads", "checkpoint_every", "checkpoint_minutes", "keep")
@@ -81,6 +82,9 @@ class TrainConfig:
             ``fp32``, or as the recipe's update says.
         logger: where the figures go beside ``csv/metrics.csv``: ``tensorboard``, ``mlflow``, ``trackio`` or ``wandb``,
             whose package must be installed, or ``csv``: nowhere else. Default: tensorboard.
+        evaluate: when the model is tested: after each of the ``epochs``, once at the ``end``, or ``never``, which
+            leaves the run without a score. Default: epochs.
+        proof: whether the first step is proven, on a copy, before the run begins. Default: true.
 
     Raises:
         UsageError: a value is out of its range; the message names the setting.
@@ -112,6 +116,8 @@ class TrainConfig:
     optimizer_states: OptimizerStates | None = None
     weights: Weights | None = None
     logger: LoggerName | None = None
+    evaluate: Evaluate | None = None
+    proof: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "data", "recipe"):
@@ -196,9 +202,9 @@ class Result:
     """What a run reached.
 
     Args:
-        test_loss: mean cross entropy over the test set, in nats per prediction.
-        test_accuracy: share of right predictions on the test set; None for text.
-        test_bits_per_byte: mean code length of one byte of the test text; None for other data.
+        test_loss: mean cross entropy over the test set, in nats per prediction; nan if the run was never tested.
+        test_accuracy: share of right predictions on the test set; None for text, and if the run was never tested.
+        test_bits_per_byte: mean code length of one byte of the test text; likewise.
         seconds_per_step: median wall time of one step: forward, backward and update, without data loading,
             checkpoints and evaluation. The first 5 steps after each start, and those before a resume, are not
             counted; None if no step is left.
@@ -303,7 +309,7 @@ def settled(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def may_lack() -> set[str]:
     """The settings that runs of earlier versions may lack; None leaves each open."""
-    return {*tunable(), "optimizer_states", "weights", "logger"}
+    return {*tunable(), "optimizer_states", "weights", "logger", "evaluate", "proof"}
 
 
 def lr_factor(schedule: Schedule, step: int, total: int) -> float:

@@ -2,8 +2,8 @@
 
 import contextlib
 import logging
+import math
 import signal
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +18,11 @@ import lowbit
 from lowbit.train import checkpoint, data
 from lowbit.train.assembly import accelerator
 from lowbit.train.callbacks import (
-    Bar,
     Checkpoints,
     MemoryOfStep,
     MeterSteps,
     NextBits,
+    ShowProgress,
     StepTimer,
     StopAtEnd,
     TrainingRows,
@@ -31,6 +31,7 @@ from lowbit.train.config import TrainConfig
 from lowbit.train.folder import CHECKPOINT
 from lowbit.train.loggers import make_loggers
 from lowbit.train.module import Module
+from lowbit.train.progress import SILENT, Progress
 from lowbit.train.step import NotFiniteError
 from lowbit.train.stop import Leave, Stop
 
@@ -43,6 +44,7 @@ def make_trainer(
     stop: Stop,
     module: Module,
     memory: MemoryOfStep,
+    progress: Progress,
 ) -> Trainer:
     """A Trainer on one device, which keeps the checkpoints and writes the logs of this run."""
     assert config.out is not None
@@ -55,8 +57,8 @@ def make_trainer(
         StopAtEnd(),
         Checkpoints(config, stop),
     ]
-    if sys.stdout.isatty():
-        callbacks.append(Bar(config))
+    if progress is not SILENT:
+        callbacks.append(ShowProgress(config, meter.meter.ledger, progress))
     never_finite = {"state_dict": module.state_dict(), "lowbit": {"state": lowbit.state_dict(module.model)}}
     return Trainer(
         accelerator=accelerator(),
@@ -76,6 +78,8 @@ def make_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        limit_val_batches=0 if config.evaluate == "never" else 1.0,
+        check_val_every_n_epoch=math.ceil(module.total_steps / len(module.loader)) if config.evaluate == "end" else 1,
         inference_mode=False,  # tensors that a layer keeps from the evaluation must serve the next step
     )
 

@@ -1,5 +1,6 @@
 """The precision range test of a model by its name."""
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -12,11 +13,16 @@ from lowbit.precision.range_test import RangeTestResult
 from lowbit.train import data
 from lowbit.train.assembly import build, threads_of
 from lowbit.train.config import RangeTestConfig
+from lowbit.train.progress import SILENT, Progress
 from lowbit.train.step import explain_non_finite, loss_and_accuracy, make_optimizer, step_seed
 
 
-def range_test(config: RangeTestConfig) -> RangeTestResult:
+def range_test(config: RangeTestConfig, progress: Progress = SILENT) -> RangeTestResult:
     """Train a fresh model at rising precision until a width makes progress, see `lowbit.range_test`.
+
+    Args:
+        config: the settings.
+        progress: hears how far it is; the test may end before the last step that it could have.
 
     Raises:
         UsageError: a name is unknown, or the settings do not fit together.
@@ -43,9 +49,13 @@ def range_test(config: RangeTestConfig) -> RangeTestResult:
         loss.backward()
         optimizer.step()
         steps += 1
+        bits = config.low + (steps - 1) // config.steps_per_bit
+        progress.move(steps, lambda: [f"bits {bits}", f"loss {loss.item():.3f}", f"acc {100 * accuracy.item():.1f} %"])
         return accuracy.item() if config.measure == "accuracy" else loss.item()
 
-    with threads_of(settings):
+    widths = config.high - config.low + config.every
+    with threads_of(settings), contextlib.closing(progress):
+        progress.begin("range test", widths * config.steps_per_bit)
         return lowbit.range_test(
             model.train(),
             step,

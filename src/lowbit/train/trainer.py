@@ -9,6 +9,8 @@ epoch, batch), torch is seeded anew before each step, and lowbit counts its own 
 
 import contextlib
 import copy
+import itertools
+import math
 import platform
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,6 +25,7 @@ import lowbit
 from lowbit.errors import RunError, Stopped, UsageError
 from lowbit.evidence.names import layer_names
 from lowbit.inputs import files
+from lowbit.products.watch import observed_by
 from lowbit.train import checkpoint, data
 from lowbit.train.assembly import assemble, fastest_amp, threads_of
 from lowbit.train.callbacks import Evaluated, MemoryOfStep, MeterSteps, StepTimer, ignored
@@ -46,12 +49,13 @@ from lowbit.train.lock import locked, refuse_held
 from lowbit.train.loggers import check_installed
 from lowbit.train.measured import measured
 from lowbit.train.module import Module
+from lowbit.train.progress import SILENT, Progress
 from lowbit.train.resuming import check_fit, newest, result_of_complete, resume_point
 from lowbit.train.step import NotFiniteError, autocast, loss_and_accuracy
 from lowbit.train.stop import Leave, Stop, signals
 
 
-def train(config: TrainConfig, *, evaluated: Evaluated = ignored) -> Result:
+def train(config: TrainConfig, *, evaluated: Evaluated = ignored, progress: Progress = SILENT) -> Result:
     """Run `config` from its first step in a new run folder.
 
     SIGINT, SIGTERM and SIGHUP end the run once the step in progress, and an evaluation in progress, is done and saved;
@@ -60,6 +64,7 @@ def train(config: TrainConfig, *, evaluated: Evaluated = ignored) -> Result:
     Args:
         config: the settings.
         evaluated: hears of each evaluation of the run: it gets the ledger so far.
+        progress: hears how far the run is.
 
     Raises:
         UsageError: a name is unknown, the settings do not fit together, or the run folder is taken.
@@ -69,7 +74,7 @@ def train(config: TrainConfig, *, evaluated: Evaluated = ignored) -> Result:
     config = config.resolved(threads=torch.get_num_threads(), amp=fastest_amp(config))
     check_installed(config)
     out = _checked(config.out)
-    with _ending(out) as stop:
+    with _ending(out) as stop, contextlib.closing(progress):
         refuse_held(out)
         refuse_taken(out)
         with threads_of(config):
@@ -81,7 +86,7 @@ def train(config: TrainConfig, *, evaluated: Evaluated = ignored) -> Result:
                 write_settings(Settings(config=config))
                 stop.saved = 0  # there is a run to resume
                 write_sources(config)
-                return _run(stop, loaded, module, report, None, evaluated)
+                return _run(stop, loaded, module, report, None, evaluated, progress)
 
 
 def resume(
@@ -91,6 +96,7 @@ def resume(
     data_changed: bool = False,
     drop_damaged: bool = False,
     evaluated: Evaluated = ignored,
+    progress: Progress = SILENT,
 ) -> Result:
     """Continue the run in folder `out` from its last good checkpoint; a complete run just gives its result.
 
@@ -104,6 +110,7 @@ def resume(
         data_changed: go on although the data set is not what it was at the checkpoint; ``config.yaml`` says so.
         drop_damaged: go on although lines of the ledger are damaged; the steps in them are missing from it.
         evaluated: as `train`.
+        progress: as `train`.
 
     Raises:
         UsageError: `out` is not a run folder, or a change is impossible.
@@ -112,7 +119,7 @@ def resume(
         Stopped: as `train`.
     """
     out = _checked(out)
-    with _ending(out) as stop:
+    with _ending(out) as stop, contextlib.closing(progress):
         if not (out / CONFIG).is_file():
             raise UsageError(f"{out} is not a run folder: it lacks {CONFIG}. Start a run with `lowbit train`.")
         if not changes:
@@ -131,7 +138,7 @@ def resume(
                 after = settings.changed(config, step=step, data=changed_data)
                 if after != settings:
                     write_settings(after)
-                return _run(stop, loaded, module, report, start, evaluated, drop_damaged=drop_damaged)
+                return _run(stop, loaded, module, report, start, evaluated, progress, drop_damaged=drop_damaged)
 
 
 def trained(out: Path) -> tuple[nn.Module, data.Data]:
@@ -193,6 +200,7 @@ def _run(
     report: lowbit.Report,
     start: dict[str, Any] | None,
     evaluated: Evaluated,
+    progress: Progress,
     *,
     drop_damaged: bool = False,
 ) -> Result:
@@ -204,8 +212,11 @@ def _run(
     began = stop.saved = 0 if start is None else start["global_step"]
     if start is None:
         _write_report(config.out / "conversion.txt", str(report), report)
-        proof = _prove(config, loaded, module)
-        _write_report(config.out / PROOF, f"{proof.summary()}\n\n{proof}", proof)
+        if config.proof is not False:
+            progress.begin("proof of the first step", sum(len(row.engines) for row in report.rows))
+            proof = _prove(config, loaded, module, progress)
+            progress.end()
+            _write_report(config.out / PROOF, f"{proof.summary()}\n\n{proof}", proof)
     if began < module.total_steps:
         (config.out / RESULT).unlink(missing_ok=True)  # of the run before it went on
         with (
@@ -216,7 +227,7 @@ def _run(
             resumed = start is not None
             measuring = MemoryOfStep(meter)
             fit(
-                make_trainer(config, timer, start, MeterSteps(meter, evaluated), stop, module, measuring),
+                make_trainer(config, timer, start, MeterSteps(meter, evaluated), stop, module, measuring, progress),
                 module,
                 loaded,
                 stop,
@@ -225,7 +236,7 @@ def _run(
             memory = measuring.found
     test = None if module.controller is None else module.controller.range_test
     result = Result(
-        test_loss=module.test["test_loss"],
+        test_loss=module.test.get("test_loss", math.nan),
         test_accuracy=module.test.get("test_accuracy"),
         test_bits_per_byte=module.test.get("test_bits_per_byte"),
         seconds_per_step=timer.median(),
@@ -248,14 +259,15 @@ def _run(
     return result
 
 
-def _prove(config: TrainConfig, loaded: data.Data, module: Module) -> lowbit.Proof:
+def _prove(config: TrainConfig, loaded: data.Data, module: Module, progress: Progress) -> lowbit.Proof:
     """What the first step runs, measured on a copy: the run itself is not touched."""
+    products = itertools.count(1)
     before = loaded.train.state_dict()
     x, y = next(iter(loaded.train))
     loaded.train.load_state_dict(before)
     copied, controller = copy.deepcopy((module.model, module.controller))
     copied.train()
-    with lowbit.verify(copied) as proof:
+    with lowbit.verify(copied) as proof, observed_by(lambda _: progress.move(next(products))):
         with autocast(config, x.device.type):
             loss, _ = loss_and_accuracy(copied(x), y)
         loss.backward()

@@ -14,7 +14,7 @@ Tell = Callable[[str], None]
 """Shows a line to whoever waits."""
 
 # How a run is executed and kept, which changes nothing about what it is.
-_FREE = {"threads", "keep", "checkpoint_every", "checkpoint_minutes", "logger"}
+_FREE = {"threads", "keep", "checkpoint_every", "checkpoint_minutes", "logger", "proof"}
 
 
 def run_all(plan: Mapping[Path, TrainConfig], *, jobs: int, tell: Tell = print) -> dict[Path, str]:
@@ -83,11 +83,11 @@ def ending(run: Ended) -> str:
     if run.state != "done":
         return f"{run.state:7}  {run.folder.name}{run.text and f': {run.text}'}"
     result = read_result(run.folder)
-    score = (
-        f"accuracy {100 * result.test_accuracy:.2f} %"
-        if result.test_accuracy is not None
-        else f"{result.test_bits_per_byte:.4f} bits/byte"
-    )
+    score = "not evaluated"
+    if result.test_accuracy is not None:
+        score = f"accuracy {100 * result.test_accuracy:.2f} %"
+    elif result.test_bits_per_byte is not None:
+        score = f"{result.test_bits_per_byte:.4f} bits/byte"
     return f"done     {run.folder.name}  {score}  {run.seconds:.3g} s"
 
 

@@ -115,7 +115,7 @@ class _Search:
             n = len(self._points[run.folder])
             return self._tell(f"pruned   {run.folder.name}  after evaluation {n}: runs that cost no more do better")
         self.study.tell(number, state=state.FAIL)
-        self.reasons.append(run.text or "its score is not a number")
+        self.reasons.append(run.text or "it has no score that is a number")
         return self._tell(ending(run))
 
     def front(self) -> str:
