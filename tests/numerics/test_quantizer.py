@@ -853,6 +853,24 @@ class TestObserved:
         assert grid.clipped(x) == 0
         assert grid.clipped(2 * x) > 0
 
+    @pytest.mark.parametrize(
+        "scale",
+        [PowerOfTwoScale(direction="floor"), PowerOfTwoScale(direction="nearest"), E4M3(), IntegerScale(bits=4)],
+    )
+    @pytest.mark.parametrize(
+        "element", [Minifloat(exponent=2, mantissa=1, top="finite"), Integer(bits=4, zero="symmetric")], ids=str
+    )
+    def test_what_a_rounded_scale_leaves_out_is_not_clipped(self, element: Element, scale: ScaleFormat) -> None:
+        """A third of blocks of one value lies beyond the grid of a scale rounded down, as the format says it must."""
+        x = _randn(3000) * torch.logspace(-3, 3, 3000)
+        scaled = Scale(granularity="block", block=1, format=scale)
+
+        grid = quantize(x, Format(element=element, scale=scaled), axis=0).grid
+
+        assert grid is not None
+        assert grid.clipped(x) == 0
+        assert grid.clipped(3 * x) > 0.1
+
     @pytest.mark.parametrize("zero", ZEROS)
     @pytest.mark.parametrize("layout", [(), (1,), (1, 2, 3), "block"], ids=str)
     def test_the_grid_is_the_one_that_the_values_lie_on(self, zero: Zero, layout: tuple[int, ...] | str) -> None:

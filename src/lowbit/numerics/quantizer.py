@@ -141,10 +141,15 @@ class Grid:
         return replace(self.sharing, view=tuple(y.shape)).cut(y)
 
     def clipped(self, x: Tensor) -> float:
-        """The share of `x`, from which the codes were made, that lies more than half a step outside the grid."""
+        """The share of `x`, from which the codes were made, that lies more than half a step outside the grid.
+
+        What a rounded scale leaves outside by its definition, as those of the Microscaling formats, does not count.
+        """
         if x.numel() == 0:
             return 0.0
         t, steps, margin = self.cut(x), self.steps, self.format.element.margin
+        if (scale := self.format.scale) is not None:
+            margin = max(margin, float(scale.format.reach(steps.high)) - float(steps.high))
         t = (t if steps.offset is None else t - steps.offset) / steps.scale
         t = t if steps.zero is None else t + steps.zero
         return float(((t < steps.low - margin) | (t > steps.high + margin)).float().mean())

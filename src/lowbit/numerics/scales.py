@@ -260,6 +260,9 @@ class ScaleFormat(Protocol):
     def rounded(self, scale: Tensor, span: Tensor, levels: Tensor | float) -> Tensor:
         """The scales of this format for ``scale = span / levels``."""
 
+    def reach(self, levels: Tensor | float) -> Tensor | float:
+        """The largest ``span / scale`` that rounding of the scale alone can lead to."""
+
     def __str__(self) -> str:
         """Its name in reports; empty if it goes without saying."""
 
@@ -273,6 +276,10 @@ class Float32:
     def rounded(self, scale: Tensor, span: Tensor, levels: Tensor | float) -> Tensor:  # noqa: ARG002 - as it is
         """As they are."""
         return scale
+
+    def reach(self, levels: Tensor | float) -> Tensor | float:
+        """See `ScaleFormat`."""
+        return levels
 
     def __str__(self) -> str:
         return ""
@@ -314,6 +321,11 @@ class PowerOfTwoScale:
             found = power_of_two(exponent.clamp(min=-127)).masked_fill(exponent > 127, torch.nan)
         return torch.where(scale.isfinite() & (scale > 0), found, wide).to(scale.dtype)
 
+    def reach(self, levels: Tensor | float) -> Tensor | float:
+        """See `ScaleFormat`."""
+        n = torch.as_tensor(levels, dtype=torch.float64, device="cpu")
+        return {"up": n, "nearest": 2**0.5 * n, "floor": 2 * power_of_two(exponent_of(n))}[self.direction].item()
+
     def __str__(self) -> str:
         how = {"up": "", "floor": " rounded down", "nearest": " rounded to nearest"}[self.direction]
         return f"power-of-two scale{how}"
@@ -333,6 +345,10 @@ class E4M3:
         unit = _unit(scale, 448.0)
         found = round_to_float((scale / unit).double(), 3, -6, None).clamp(2.0**-9, 448.0)
         return torch.where(scale == 0, scale, found.to(scale.dtype) * unit)
+
+    def reach(self, levels: Tensor | float) -> Tensor | float:
+        """See `ScaleFormat`; the smallest numbers lie furthest apart, and a scale of 1.5 of them becomes one."""
+        return levels * 1.5
 
     def __str__(self) -> str:
         return "e4m3 scale"
@@ -360,6 +376,10 @@ class IntegerScale:
         most = 2.0**self.bits - 1
         unit = _unit(scale, most)
         return torch.where(scale == 0, scale, (scale / unit).ceil().clamp(1.0, most) * unit)
+
+    def reach(self, levels: Tensor | float) -> Tensor | float:
+        """See `ScaleFormat`; they are rounded up."""
+        return levels
 
     def __str__(self) -> str:
         return f"{self.bits}-bit scale"
