@@ -192,6 +192,14 @@ class _ReadConfig(argparse.Action):
                 raise UsageError(f"{path}: {name}: {error}") from error
 
 
+def words_of(parser: Parser, action: argparse.Action) -> Sequence[str]:
+    """The words that a flag takes where its annotation names them; none where others are allowed too."""
+    setting = parser.settings.get(action.dest)
+    if setting is not None:
+        return ("true", "false") if is_switch(setting.hint) else choices(setting.hint)
+    return tuple(action.choices or ())
+
+
 def _yaml(path: Path) -> Mapping[str, Any]:
     import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 

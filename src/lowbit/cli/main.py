@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from lowbit.cli.extras import how_to_install
 from lowbit.cli.parser import COMMANDS, overview, parser_of
 from lowbit.errors import RunError, Stopped, UsageError, unknown
 from lowbit.inputs import userfile
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "lowbit":
             raise
-        return _fail(error, f"{error}: this command needs `pip install 'lowbit[train]'`.", 1)
+        return _fail(error, f"{error}: this command needs {how_to_install(error.name or '')}.", 1)
     except Stopped as stop:
         print(f"lowbit: {stop}", file=sys.stderr)
         return 128 + stop.number
@@ -59,8 +60,13 @@ def _command(argv: Sequence[str]) -> int:
     if name == "--version":
         print(f"lowbit {version('lowbit')}")
         return 0
+    if name == "--print-completion":
+        from lowbit.cli import completion
+
+        print(completion.script(rest))
+        return 0
     if name.startswith("-"):
-        raise unknown("flag", name, ("--help", "--version"))
+        raise unknown("flag", name, ("--help", "--version", "--print-completion"))
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
     try:

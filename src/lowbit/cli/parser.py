@@ -66,5 +66,9 @@ def overview() -> str:
     for title, names in {**GROUPS, "more": others}.items():
         if names:
             lines += ["", f"{title}:", *(f"  {name:<12}{COMMANDS[name].HELP}" for name in names)]
-    lines += ["", "`lowbit COMMAND --help` shows its flags, `lowbit --version` the version."]
+    lines += [
+        "",
+        "`lowbit COMMAND --help` shows its flags, `lowbit --version` the version,",
+        "`lowbit --print-completion bash|zsh|tcsh` a script for completion by the shell.",
+    ]
     return "\n".join(lines)
