@@ -274,7 +274,7 @@ class TestRefused:
             r"b \(Mine\): a subclass of MultiheadAttention",
         ),
         "rnn": (lambda: nn.Sequential(nn.Linear(3, 3), nn.RNN(3, 3)), r"1 \(RNN\): only LSTM and GRU"),
-        "lstm cell": (lambda: nn.Sequential(nn.Linear(3, 3), nn.LSTMCell(3, 3)), r"1 \(LSTMCell\)"),
+        "rnn cell": (lambda: nn.Sequential(nn.Linear(3, 3), nn.RNNCell(3, 3)), r"1 \(RNNCell\)"),
         "bilinear": (lambda: nn.Sequential(nn.Linear(3, 3), nn.Bilinear(3, 3, 3)), r"1 \(Bilinear\)"),
         "synchronised norm": (lambda: nn.Sequential(nn.Linear(3, 3), nn.SyncBatchNorm(3)), r"1 \(SyncBatchNorm\)"),
         "lazy norm": (lambda: nn.Sequential(nn.Linear(3, 3), nn.LazyBatchNorm1d()), r"1 \(LazyBatchNorm1d\)"),

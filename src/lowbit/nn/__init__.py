@@ -21,7 +21,7 @@ from lowbit.nn.norm import (
     TermBatchNorm2d,
     TermBatchNorm3d,
 )
-from lowbit.nn.recurrent import QuantGRU, QuantLSTM
+from lowbit.nn.recurrent import QuantGRU, QuantGRUCell, QuantLSTM, QuantLSTMCell
 
 # The twins of layers that have products. A layer is added by its file and a row here.
 PRODUCT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
@@ -36,6 +36,8 @@ PRODUCT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
         QuantConvTranspose3d,
         QuantLSTM,
         QuantGRU,
+        QuantLSTMCell,
+        QuantGRUCell,
         QuantMultiheadAttention,
     )
 }
@@ -51,9 +53,7 @@ NORM_LAYERS: dict[type[nn.Module], tuple[type[QuantLayer], ...]] = {
 REFUSED_LAYERS: dict[type[nn.Module], str] = {
     nn.Bilinear: "its product of three operands has no quantised form here",
     nn.RNN: "only LSTM and GRU have quantised forms",
-    nn.RNNCell: "only LSTM and GRU have quantised forms, cells do not",
-    nn.LSTMCell: "only LSTM and GRU have quantised forms, cells do not",
-    nn.GRUCell: "only LSTM and GRU have quantised forms, cells do not",
+    nn.RNNCell: "of cells, only those of LSTM and GRU have quantised forms",
 }
 
 __all__ = [
@@ -67,7 +67,9 @@ __all__ = [
     "QuantConvTranspose2d",
     "QuantConvTranspose3d",
     "QuantGRU",
+    "QuantGRUCell",
     "QuantLSTM",
+    "QuantLSTMCell",
     "QuantLayer",
     "QuantLinear",
     "QuantMultiheadAttention",
