@@ -1,7 +1,7 @@
-"""Quantised multi-head attention: its four projections in the formats of a recipe.
+"""Quantised multi-head attention: its four projections, and its core where a recipe has formats for attention.
 
-Notation: B samples, L queries, S keys, E embedding, H heads. The products between queries, keys and values, and the
-softmax, stay in full precision; `lowbit.verify` lists them.
+Notation: B samples, L queries, S keys, E embedding, H heads. Elsewhere the products between queries, keys and values
+stay in full precision, and so they do where the caller asks for the attention weights; `lowbit.verify` lists them.
 """
 
 import math
@@ -11,9 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowbit import functional
+from lowbit.methods.recipe import Recipe
 from lowbit.nn.layers import SeveralProducts
+from lowbit.nn.site import Clock, product_site, runs_eagerly
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+# The site of the products between queries, keys and values.
+CORE = "attention"
 
 
 class QuantMultiheadAttention(SeveralProducts, nn.MultiheadAttention):
@@ -40,6 +45,12 @@ class QuantMultiheadAttention(SeveralProducts, nn.MultiheadAttention):
         """The four projections."""
         return list(PROJECTIONS)
 
+    def attach(self, *, name: str, recipe: Recipe, clock: Clock, engine: str) -> None:
+        """A site for each projection, and one for the core if a phase of the recipe has formats for it."""
+        super().attach(name=name, recipe=recipe, clock=clock, engine=engine)
+        if any(phase.attention is not None for phase in recipe.in_phases()):
+            self.site[CORE] = product_site(name=name, part=CORE, recipe=recipe, clock=clock, engine=engine, leads=False)
+
     def forward(
         self,
         query: Tensor,
@@ -63,11 +74,12 @@ class QuantMultiheadAttention(SeveralProducts, nn.MultiheadAttention):
         )
         mask = _merged_mask(attn_mask, key_padding_mask, q, k, self.num_heads)
         k, v, mask = self._with_extra_keys(k, v, mask)
-        heads, shares = attend(
-            *(_split_heads(x, self.num_heads) for x in (q, k, v)),
-            mask=mask,
-            dropout=self.dropout if self.training else 0.0,
-            need_weights=need_weights,
+        q, k, v = (_split_heads(x, self.num_heads) for x in (q, k, v))
+        dropout = self.dropout if self.training else 0.0
+        heads, shares = (
+            (self._attend(q, k, v, mask, dropout), None)
+            if self._has_core() and not need_weights
+            else attend(q, k, v, mask=mask, dropout=dropout, need_weights=need_weights)
         )
         out = self.product("out_proj", heads.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if shares is not None and average_attn_weights:
@@ -75,6 +87,15 @@ class QuantMultiheadAttention(SeveralProducts, nn.MultiheadAttention):
         if not batched:
             return out.squeeze(0), None if shares is None else shares.squeeze(0)
         return out if self.batch_first else out.transpose(0, 1).contiguous(), shares
+
+    def _has_core(self) -> bool:
+        """Whether the recipe of this phase has formats for the core."""
+        return CORE in self.site and self._site(CORE).present.attention is not None
+
+    @runs_eagerly
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        """`attend` in the recipe's formats."""
+        return functional.attention(q, k, v, mask, dropout=dropout, setting=self._site(CORE).setting_now(q))
 
     def _as_batch(self, x: Tensor, batched: bool) -> Tensor:
         """The input as (B, length, E)."""
