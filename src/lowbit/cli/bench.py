@@ -1,5 +1,6 @@
 """``lowbit bench``: time training steps or kernels, or measure which engine to choose."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,7 +55,10 @@ def run(
     threads: int | None,
 ) -> None:
     """Measure, and print each line as it is known."""
+    import torch
+
     from lowbit.train import bench
+    from lowbit.train.busy import Others
 
     given = {"--works": works, "--variants": variants, "--compile": compile, "--device": device}
     of_steps = [flag for flag, value in given.items() if value]
@@ -72,6 +76,7 @@ def run(
     others += [flag for flag, on in (("--kernels", kernels), ("--calibrate", calibrate)) if on]
     if model is not None and others:
         raise UsageError(f"--model is a command of its own, and {', '.join(others)} belong to others: leave them out.")
+    processes = Others()
     with threads_of_torch(threads):
         if model is not None:
             lines = _advise(model, input, 32 if batch_size is None else batch_size, classes, recipes)
@@ -83,7 +88,9 @@ def run(
             names = [*(variants or bench.VARIANTS), *(bench.COMPILED if compile else ())]
             names, rounds = list(dict.fromkeys(names)), 9 if rounds is None else rounds
             lines = bench.steps(works or list(bench.WORKS), names, rounds, device or "cpu")
-        for line in lines:
+        for i, line in enumerate(lines):
+            if i == 0 and threads is None and (advice := processes.advice(torch.get_num_threads())):
+                print(advice, file=sys.stderr)
             print(line, flush=True)
 
 

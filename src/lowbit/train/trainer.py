@@ -28,6 +28,7 @@ from lowbit.inputs import files
 from lowbit.products.watch import observed_by
 from lowbit.train import checkpoint, data
 from lowbit.train.assembly import assemble, fastest_amp, threads_of
+from lowbit.train.busy import Others
 from lowbit.train.callbacks import Evaluated, MemoryOfStep, MeterSteps, StepTimer, ignored
 from lowbit.train.config import Result, TrainConfig
 from lowbit.train.fitting import fit, make_trainer, quiet
@@ -71,6 +72,7 @@ def train(config: TrainConfig, *, evaluated: Evaluated = ignored, progress: Prog
         RunError: the loss or the state is not finite, the disk is full, or another process has the run folder.
         Stopped: a signal came; its text says how to go on. It is a KeyboardInterrupt.
     """
+    others, chosen = Others(), config.threads is None
     config = config.resolved(threads=torch.get_num_threads(), amp=fastest_amp(config))
     check_installed(config)
     out = _checked(config.out)
@@ -86,6 +88,9 @@ def train(config: TrainConfig, *, evaluated: Evaluated = ignored, progress: Prog
                 write_settings(Settings(config=config))
                 stop.saved = 0  # there is a run to resume
                 write_sources(config)
+                assert config.threads is not None
+                if chosen and (advice := others.advice(config.threads)):
+                    progress.say(advice)
                 return _run(stop, loaded, module, report, None, evaluated, progress)
 
 
