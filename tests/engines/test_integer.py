@@ -27,8 +27,11 @@ from lowbit.engines.base import Product
 from lowbit.engines.choice import refusals
 from lowbit.kernels import cpu, operators
 from lowbit.methods.recipe import SLOTS, Recipe
-from lowbit.numerics.formats import BF16, FP32, integer
+from lowbit.numerics.elements import Sign
+from lowbit.numerics.formats import BF16, FP32, Format, integer
 from lowbit.numerics.rounding import CounterNoise, step_key
+from lowbit.numerics.scales import Constant, MeanMagnitude, Scale
+from lowbit.numerics.transforms import Clip
 from lowbit.products import watch
 from lowbit.products.operators import Convolution, Linear
 from lowbit.products.setting import Setting
@@ -46,6 +49,8 @@ AFFINE = integer(bits=8, zero="integer")
 NOISY_AFFINE = integer(bits=8, zero="integer", rounding="stochastic")
 KEPT = integer(bits=8, zero="symmetric", granularity="kept-channel")
 PER_OUTPUT = integer(bits=8, zero="symmetric", granularity="output-channel")
+DOREFA = Recipe.from_name("dorefa")
+SIGN = Format(element=Sign(), scale=Scale(granularity="output-channel", range=MeanMagnitude()))
 PER_SAMPLE = integer(bits=8, zero="symmetric", granularity="sample")
 
 
@@ -75,6 +80,29 @@ RECIPES = {
     ),
     "none beside an offset": recipe_of(
         SYMMETRIC, output__input=OFFSET, grad_input__grad_output=OFFSET, grad_weight__grad_output=OFFSET
+    ),
+    # Its gradient in grad_weight is of samples, which that product sums over.
+    "dorefa": recipe_of(
+        DOREFA.output.input,
+        output__weight=DOREFA.output.weight,
+        grad_input__weight=DOREFA.output.weight,
+        grad_input__grad_output=DOREFA.grad_input.grad_output,
+        grad_weight__grad_output=DOREFA.grad_input.grad_output.replace(granularity="tensor"),
+    ),
+    "signs beside offsets": recipe_of(
+        DOREFA.output.input,
+        output__weight=DOREFA.output.weight.at(1),
+        grad_input__weight=DOREFA.output.weight.at(1),
+        grad_input__grad_output=DOREFA.grad_input.grad_output,
+        grad_weight__grad_output=SYMMETRIC,
+    ),
+    "signs and other ranges": recipe_of(
+        SYMMETRIC,
+        output__weight=SIGN,
+        output__input=AFFINE.replace(range=Constant(low=-1.0, high=0.5), transform=Clip(low=-0.5, high=0.75)),
+        grad_input__weight=SYMMETRIC.replace(range="mean-magnitude", transform="tanh-max"),
+        grad_input__grad_output=OFFSET.replace(range="mean-magnitude", granularity="sample"),
+        grad_weight__grad_output=OFFSET.replace(range="mean-magnitude"),
     ),
     "mixed": recipe_of(BF16, output__input=AFFINE, grad_input__weight=KEPT),
 }

@@ -6,13 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowbit
-from lowbit import PrecisionController, UsageError, VerificationError
+from lowbit import PrecisionController, UsageError, VerificationError, functional
+from lowbit.engines import int8
 from lowbit.methods.recipe import Recipe, from_toml
 from lowbit.numerics.elements import Sign
 from lowbit.numerics.formats import FP32, Format, integer
 from lowbit.numerics.quantizer import quantize
+from lowbit.numerics.rounding import CounterNoise, step_key
 from lowbit.numerics.scales import MeanMagnitude, Scale
 from lowbit.products import watch
+from lowbit.products.setting import Setting
 from lowbit.products.watch import ProductRun
 
 
@@ -209,3 +212,48 @@ def test_a_network_learns(name: str) -> None:
 
     assert [row.recipe for row in report.rows if row.type in ("Conv2d", "Linear")] == [None, name, name, None]
     assert right > 0.9
+
+
+@pytest.mark.skipif(bool(int8.missing("int8")), reason="this machine lacks the units")
+class TestUnits:
+    """The products that run on 8-bit units."""
+
+    @pytest.mark.parametrize("name", ["dorefa", "dorefa:w1a2g6", "dorefa:w1a1g8", "dorefa:w3a8g4"])
+    def test_output_and_grad_input_run_there(self, name: str) -> None:
+        """grad_weight stays on the reference, and gradients are those of the reference, through tanh and clip too."""
+        found = {}
+        for engine in ("auto", "reference"):
+            model = network()
+            lowbit.convert_(model, name, engine=engine, seed=3)
+            with lowbit.verify(model) as proof:
+                x, y = data(16, seed=1)
+                F.cross_entropy(model(x), y).backward()
+            engines = {(row.product, row.engine) for row in proof.rows}
+            found[engine] = [p.grad for p in model.parameters() if p.grad is not None]
+            if engine == "auto":
+                assert engines == {("output", "int8"), ("grad_input", "int8"), ("grad_weight", "reference")}
+
+        for a, b in zip(*found.values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+    @pytest.mark.parametrize("value", [0.0, 0.25, 1e30, 1e-30, torch.nan, torch.inf, -torch.inf])
+    @pytest.mark.parametrize("name", ["dorefa", "dorefa:w1a2g6"])
+    def test_extreme_values_are_where_the_reference_has_them(self, name: str, value: float) -> None:
+        """A number in an input, a weight or a gradient, and whole tensors of it."""
+        generator = torch.Generator().manual_seed(0)
+        x, w, g = (torch.randn(shape, generator=generator) for shape in ((6, 8), (5, 8), (6, 5)))
+        for whole in (False, True):
+            for spoiled in range(3):
+                operands = [t.clone() for t in (x, w, g)]
+                operands[spoiled][slice(None) if whole else (2, 3)] = value
+                results = []
+                for engine in ("int8", "reference"):
+                    a, b = operands[0].clone().requires_grad_(), operands[1].clone().requires_grad_()
+                    noise = CounterNoise(key=step_key(3, torch.tensor(5)), layer="layer")
+                    setting = Setting(recipe=Recipe.from_name(name), noise=noise, engine=engine)
+                    y = functional.linear(a, b, setting=setting)
+                    y.backward(operands[2])
+                    results.append([y.detach(), a.grad, b.grad])
+                for one, two in zip(*results, strict=True):
+                    largest = float(two.nan_to_num(0.0, 0.0, 0.0).abs().max())
+                    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * largest, equal_nan=True)

@@ -108,7 +108,7 @@ def _is_kept(op: Op, product: str, operand: str, fmt: Format, dim: int) -> bool:
     if fmt.granularity == "tensor":
         return True
     if fmt.granularity == "sample":
-        return product != "grad_weight" and dim > 2
+        return product != "grad_weight" and operand != "weight"
     if fmt.granularity in ("block", "square"):
         return False
     groups = 1 if op.geometry is None else op.geometry.groups

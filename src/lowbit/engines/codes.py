@@ -147,23 +147,33 @@ def in_order(x: Tensor, layout: Layout) -> Tensor:
 
 
 def encode_by_torch(x: Tensor, slot: Slot, *, noise: Tensor | None, observed: tuple[Tensor, Tensor] | None) -> Codes:
-    """Codes by `lowbit.numerics.quantizer.encode`, on any device; `noise` has a draw in [0, 1) for each number."""
+    """Codes by `lowbit.numerics.quantizer.encode`, on any device, of `x` as it is after its format's transform.
+
+    `noise` has a draw in [0, 1) for each number.
+    """
     view, fmt = slot.sharing.view, slot.format
     x = x.float()
     noise = None if noise is None else noise.reshape(view)
     seen = None if observed is None else (observed[0].view((1,) * len(view)), observed[1].view((1,) * len(view)))
     codes = encode(x.reshape(view), fmt, dims=slot.sharing.dims, levels=slot.levels, noise=noise, observed=seen)
     assert codes.steps is not None
+    scale, zero, offset = codes.steps.scale.flatten().contiguous(), codes.steps.zero, codes.steps.offset
+    if fmt.zero == "symmetric" and isinstance(zero, Tensor):  # what is 0 has the code of a zero point of its own
+        scale, zero = scale.masked_fill(zero.flatten() > 0, 0.0), None
     q = codes.q.nan_to_num(0.0).to(torch.int8 if fmt.zero == "symmetric" else torch.uint8).reshape(x.shape)
-    scale, offset = codes.steps.scale.flatten().contiguous(), codes.steps.offset
     return Codes(
         numbers=in_order(q, slot.layout),
         scale=scale,
-        zero=_whole(codes.steps.zero),
+        zero=_whole(zero),
         shape=x.shape,
         layout=slot.layout,
         offset=None if offset is None else offset.flatten().contiguous(),
     )
+
+
+def per_row(each: Tensor, rows: int) -> Tensor:
+    """Scales or offsets of a matrix's rows: one in all, or one for each row; samples may have several rows."""
+    return each if each.numel() in (1, rows) else each.repeat_interleave(rows // each.numel())
 
 
 def most_summed(a: Operand, b: Operand) -> int:

@@ -29,19 +29,20 @@ from lowbit.engines.codes import (
     encode_by_torch,
     in_order,
     passes,
+    per_row,
 )
 from lowbit.engines.int8_convolutions import convolution
 from lowbit.engines.offsets import with_offsets
 from lowbit.kernels import cpu, operators
 from lowbit.kernels.cpu import Rows
 from lowbit.numerics.element import Steps
-from lowbit.numerics.elements import Integer
+from lowbit.numerics.elements import Integer, Sign
 from lowbit.numerics.formats import BF16, FP32, Format
-from lowbit.numerics.parts import NUMBERS, NUMBERS_OR_NONE, Listed, unlisted
+from lowbit.numerics.parts import ANYTHING, NUMBERS, NUMBERS_OR_NONE, Listed, unlisted
 from lowbit.numerics.quantizer import Grid, Quantized, native_grid
 from lowbit.numerics.ranges import extremes
-from lowbit.numerics.scales import Float32, MinMax, SampleMean, Scale
-from lowbit.numerics.transforms import NoTransform
+from lowbit.numerics.scales import Constant, Float32, Magnitude, MeanMagnitude, MinMax, SampleMean, Scale
+from lowbit.numerics.transforms import NO_TRANSFORM, Clip, NoTransform, TanhMax
 from lowbit.products.operators import Convolution, Linear, Op
 from lowbit.products.setting import Setting, Slot
 
@@ -49,20 +50,52 @@ Unit = Literal["int8", "bf16"]
 
 _OPERATORS: tuple[type[Op], ...] = (Linear, Convolution)
 
+# What of a format this engine computes in every encoding. Other widths are looked at when they are asked for.
+_ROUNDED = {"rounding": ("nearest", "stochastic"), "widths": ANYTHING}
+_SCALE = {
+    "granularity": ("tensor", "sample", "row", "kept-channel", "output-channel"),
+    "running": NUMBERS_OR_NONE,
+    "running_start": ("first", "zero"),
+    "floor": NUMBERS,
+}
 # The formats that this engine computes in full, with the bits of the moment, beside bf16; any other is refused.
 _TAKEN: Listed = {
-    Format: {"rounding": ("nearest", "stochastic")},
+    Format: _ROUNDED,
     Integer: {"bits": range(1, 9), "zero": ("symmetric", "integer", "offset")},
-    Scale: {
-        "granularity": ("tensor", "sample", "row", "kept-channel", "output-channel"),
-        "running": NUMBERS_OR_NONE,
-        "running_start": ("first", "zero"),
-        "floor": NUMBERS,
-    },
+    Sign: {},
+    Scale: _SCALE,
+    MinMax: {},
+    SampleMean: {"fewest": NUMBERS_OR_NONE},
+    Constant: {"low": NUMBERS, "high": NUMBERS},
+    Magnitude: {},
+    MeanMagnitude: {},
+    Float32: {},
+    NoTransform: {},
+    Clip: {"low": NUMBERS, "high": NUMBERS},
+    TanhMax: {},
+}
+# Of these, those that native passes encode: whose range they measure themselves, and whose range or offset follows from
+# the smallest and the largest value. torch encodes the others.
+_NATIVE: Listed = {
+    Format: _ROUNDED,
+    Integer: {"bits": range(1, 9), "zero": ("symmetric", "integer", "offset")},
+    Scale: _SCALE,
     MinMax: {},
     SampleMean: {"fewest": NUMBERS_OR_NONE},
     Float32: {},
     NoTransform: {},
+}
+_OF_ENDS: Listed = {
+    Format: _ROUNDED,
+    Integer: {"bits": range(1, 9), "zero": ("offset",)},
+    Scale: _SCALE,
+    MinMax: {},
+    Constant: {"low": NUMBERS, "high": NUMBERS},
+    Magnitude: {},
+    Float32: {},
+    NoTransform: {},
+    Clip: {"low": NUMBERS, "high": NUMBERS},
+    TanhMax: {},
 }
 
 
@@ -136,7 +169,7 @@ class Int8:
     def encode(self, x: Tensor, slot: Slot, setting: Setting) -> Operand | BlockCodes:
         """Codes, in one or two passes over memory; values where the format is bf16."""
         fmt, layout, key = slot.format, slot.layout, None
-        if fmt.scale is None or slot.levels is None:
+        if fmt.scale is None:
             # The numbers may be the memory of x itself: saved as a detached x, torch raises its usual error if they are
             # changed in place.
             return Values(numbers=in_order(x.detach(), layout), shape=x.shape, layout=layout)
@@ -151,16 +184,19 @@ class Int8:
             return encode_blocks(x, slot, key)
         observed = setting.input_range if slot.keeps_range else None
         x = x.contiguous() if layout == "matrix" else x
+        if fmt.transform != NO_TRANSFORM and not fmt.clips_in_its_grid:
+            x = fmt.transform.forward(x.float(), slot.sharing.place)
         way = passes(x.shape, x.stride(), layout, slot.sharing, slot.stochastic)
         if way is None and layout != "matrix" and x.dim() in _LAST:
             # One copy costs far less than torch's operators, which take several passes over memory.
             x = x.contiguous(memory_format=_LAST[x.dim()])
             way = passes(x.shape, x.stride(), layout, slot.sharing, slot.stochastic)
-        if way is None:
+        if way is None or not _is_native(fmt):
             noise = None if key is None else cpu.noise(x.numel(), key)
             return encode_by_torch(x.contiguous(), slot, noise=noise, observed=observed)
         if slot.has_offset:
             return _encode_with_offset(x, slot, way, observed, key)
+        assert slot.levels is not None
         numbers, scale, zero = cpu.quantize(
             x,
             way.memory,
@@ -194,6 +230,8 @@ class Int8:
             width = t.shape[-1]
             rows = t.shape.numel() // max(width, 1)
             sides.append(Rows(data=t.numbers, rows=rows, width=width, stride=width, along=runs_along, zero=t.zero))
+        if isinstance(a, Codes) and sides[0].along:
+            a = replace(a, scale=per_row(a.scale, sides[0].rows))
         return _matrix(sides[0], sides[1], (a, b), product.shape, bias, product.dtype)
 
     def values(self, operand: Operand | BlockCodes, slot: Slot) -> Quantized:
@@ -221,13 +259,13 @@ def _encode_with_offset(
     assert levels is not None
     if observed is not None:
         lo, hi = observed
-    elif way.whole:
-        lo, hi = extremes(x, rule=scale_of.range, dims=tuple(range(x.dim())))
     else:
-        lo, hi = cpu.extremes(x, way.memory)
+        ends = cpu.extremes(x, (1, 1, x.numel(), False) if way.whole else way.memory)
+        lo, hi = scale_of.range.of_ends(*ends) or extremes(x, rule=scale_of.range, dims=tuple(range(x.dim())))
     steps = slot.format.element.steps(lo.float().flatten(), hi.float().flatten(), levels, scale_of.step)
     numbers = cpu.encode(x, way.memory, native_grid(steps, key), signed=False, taps=way.taps)
-    return Codes(numbers=numbers, scale=steps.scale, zero=0, shape=x.shape, layout=slot.layout, offset=steps.offset)
+    offset = steps.offset if steps.offset is not None and bool(steps.offset.any()) else None
+    return Codes(numbers=numbers, scale=steps.scale, zero=0, shape=x.shape, layout=slot.layout, offset=offset)
 
 
 def _matrix(
@@ -281,7 +319,8 @@ def refusal_of_codes(pair: Pair, operators: Sequence[type[Op]], listed: Listed, 
             return "a float offset is not an integer code"
         if fmt.zero == "offset" and BF16 in pair.formats:
             return "a float offset beside a bf16 operand has no integer kernel"
-        if fmt.zero == "offset" and fmt.granularity != "tensor" and (i == 0 or pair.name == "grad_weight"):
+        summed = i == 0 or pair.name == "grad_weight"
+        if fmt.zero == "offset" and fmt.granularity not in ("tensor", "sample") and summed:
             return f"float offsets per {fmt.granularity} of anything but a weight have no integer kernel"
         if fmt.zero == "integer" and fmt.granularity != "tensor":
             return f"a zero point per {fmt.granularity} is not one zero point"
@@ -294,15 +333,21 @@ def refusal_of_codes(pair: Pair, operators: Sequence[type[Op]], listed: Listed, 
 
 @lru_cache(maxsize=4096)
 def takes(fmt: Format) -> bool:
-    """Whether this engine computes all of a format once its codes have 8 bits or fewer."""
-    return fmt == BF16 or not unlisted(fmt.with_bits(8) if fmt.has_width else fmt, _TAKEN)
+    """Whether this engine's native passes compute all of a format once its codes have 8 bits or fewer."""
+    return fmt == BF16 or not unlisted(fmt.with_bits(8) if fmt.has_width else fmt, _NATIVE)
+
+
+@lru_cache(maxsize=4096)
+def _is_native(fmt: Format) -> bool:
+    """Whether native passes encode a format with the bits of the moment."""
+    return not unlisted(fmt, _NATIVE) or not unlisted(fmt, _OF_ENDS)
 
 
 def values_of(operand: Operand, slot: Slot) -> Quantized:
     """The real values of codes with their grid; bf16 values have none."""
     if isinstance(operand, Values):
         return Quantized(operand.values())
-    high = slot.levels or 0.0
+    high = float(slot.format.code_range[1]) if slot.levels is None else slot.levels
     low = -high if slot.format.zero == "symmetric" else 0.0
     sharing, offset = slot.sharing, operand.offset
     steps = Steps(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.engines.base import Pair, Product
-from lowbit.engines.codes import Codes, encode_by_torch
+from lowbit.engines.codes import Codes, encode_by_torch, per_row
 from lowbit.engines.int8 import refusal_of_codes, values_of
 from lowbit.numerics.elements import Integer
 from lowbit.numerics.formats import BF16, Format
@@ -82,7 +82,7 @@ class IntMM:
         lhs = first.t() if product.name == "grad_weight" else first
         rhs = second.t() if product.name == "output" else second
         added = None if bias is None else bias.float()
-        zeros, scales = (a.zero, b.zero), (a.scale, b.scale)
+        zeros, scales = (a.zero, b.zero), (per_row(a.scale, lhs.shape[0]), b.scale)
         return multiply_codes(lhs, rhs, zeros, scales, added, product.dtype).view(product.shape)
 
     def values(self, operand: Codes, slot: Slot) -> Quantized:

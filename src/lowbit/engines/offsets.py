@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit.engines.base import Product
-from lowbit.engines.codes import Codes
+from lowbit.engines.codes import Codes, per_row
 from lowbit.kernels import cpu
 
 Multiply = Callable[[Product, Codes, Codes, Tensor | None], Tensor]
@@ -27,7 +27,8 @@ def with_offsets(multiply: Multiply, product: Product, a: Codes, b: Codes, bias:
     Args:
         multiply: gives the product of two operands without offsets.
         product: what it is.
-        a: the first operand; its offset, if it has one, is that of the whole tensor.
+        a: the first operand; its offsets, if it has any, are those of the whole tensor, or in `output` and `grad_input`
+            of its samples.
         b: the second; in `output` and `grad_input` its offsets may be those of the channels that the product keeps.
         bias: added to the result.
     """
@@ -37,12 +38,18 @@ def with_offsets(multiply: Multiply, product: Product, a: Codes, b: Codes, bias:
         y = multiply(product, *plain, bias)
         return y.add_(_of_a_weight(product, a, b)) if y.numel() else y
     if product.op.geometry is None:
-        t = _by(a.offset, _rows_of_a_weight(product, b))
-        if t is not None:
+        one = a.offset is not None and a.offset.numel() == 1
+        if a.offset is not None and one:
+            t = a.offset * _rows_of_a_weight(product, b)
             bias = t if bias is None else bias.float() + t
         y = multiply(product, *plain, bias)
-        if b.offset is not None and y.numel():
-            cpu.add_offsets(y, _row_sums(a, 1, 1), b.offset.expand(y.shape[-1]).contiguous(), y.new_empty(0))
+        if not y.numel():
+            return y
+        if a.offset is not None and not one:
+            each = per_row(a.offset, y.numel() // y.shape[-1]).view(-1, 1)
+            cpu.add_offsets(y, each.contiguous(), _rows_of_a_weight(product, b).contiguous(), y.new_empty(0))
+        if b.offset is not None:
+            cpu.add_offsets(y, _row_sums(a, 1), b.offset.expand(y.shape[-1]).contiguous(), y.new_empty(0))
         return y
     y = multiply(product, *plain, bias)
     return _add_to_a_convolution(y, product, a, b) if y.numel() else y
@@ -60,29 +67,23 @@ def _centred(x: Codes) -> Codes:
     return replace(x, zero=at, offset=(x.offset.double() + at * x.scale.double()).float())
 
 
-def _by(factor: Tensor | None, x: Tensor) -> Tensor | None:
-    """The product; None without a factor."""
-    return None if factor is None else factor * x
-
-
 def _signed(q: Tensor) -> bool:
     return q.dtype == torch.int8
 
 
-def _row_sums(a: Codes, places: int, groups: int) -> Tensor:
+def _row_sums(a: Codes, groups: int) -> Tensor:
     """The sum of a' over the numbers of each row, or over the channels of a group at each place, ``(rows, groups)``.
 
     Args:
-        a: codes (..., width), or (B, *size, C) with so many `places` and `groups`.
-        places: of a sample; 1 for rows.
+        a: codes (..., width), or (B, *size, C).
         groups: of channels.
     """
     width = (a.shape[-1] if a.layout == "matrix" else a.shape[1]) // groups
     q = a.numbers.view(-1, width)
     sums = q.sum(1, dtype=torch.float32) if _signed(q) else cpu.row_sums(q, width)
     sums = sums.sub_(a.zero * width).view(-1, groups)
-    scale = a.scale if a.scale.numel() == 1 else a.scale.repeat_interleave(places).view(-1, 1)
-    return sums.mul_(scale)
+    scale = per_row(a.scale, len(sums))
+    return sums.mul_(scale.view(-1, 1))
 
 
 def _sums_over_samples(x: Codes) -> Tensor:
@@ -132,7 +133,6 @@ def _add_to_a_convolution(y: Tensor, product: Product, a: Codes, w: Codes) -> Te
     assert geometry is not None
     groups, kernel, forward = geometry.groups, w.shape[2:], product.name == "output"
     keeps_first = geometry.transposed != forward
-    places = a.shape[2:].numel()
 
     def convolve(x: Tensor, weight: Tensor, channels: int) -> Tensor:
         """Of numbers that stand for all channels of a group, (B, `channels`, *size)."""
@@ -142,13 +142,17 @@ def _add_to_a_convolution(y: Tensor, product: Product, a: Codes, w: Codes) -> Te
 
     u = y.new_zeros(shape[0] * shape[2:].numel(), groups)
     if w.offset is not None:
-        sums = _row_sums(a, places, groups).view(a.shape[0], *a.shape[2:], groups).movedim(-1, 1)
+        sums = _row_sums(a, groups).view(a.shape[0], *a.shape[2:], groups).movedim(-1, 1)
         reached = convolve(sums, sums.new_ones(groups, 1, *kernel), groups)
         u = reached.movedim(1, -1).reshape(-1, groups)
     t = y.new_empty(0)
     if a.offset is not None:
         ones = y.new_ones(1, groups, *a.shape[2:])
-        t = convolve(ones, _kernel_sums(w, groups, keeps_first), shape[1]).mul_(a.offset).movedim(1, -1).contiguous()
+        reached = convolve(ones, _kernel_sums(w, groups, keeps_first), shape[1])
+        if a.offset.numel() == 1:
+            t = reached.mul_(a.offset).movedim(1, -1).contiguous()
+        else:
+            y.addcmul_(reached, a.offset.view(-1, *[1] * (y.dim() - 1)))
     offset = y.new_zeros(1) if w.offset is None else w.offset
     rows = y.movedim(1, -1)  # a view, whose memory is rows by channels
     cpu.add_offsets(rows, u.contiguous(), offset.expand(shape[1]).contiguous(), t)

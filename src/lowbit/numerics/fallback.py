@@ -76,4 +76,4 @@ class Fallback:
         return bound(round_to(x / steps.scale, noise), steps.low, steps.high)
 
     def __str__(self) -> str:
-        return f"{self.bits}-bit symmetric, two codes for up to {100 * self.share:g} %"
+        return f"{self.bits}-bit symmetric (two codes for up to {100 * self.share:g} %)"

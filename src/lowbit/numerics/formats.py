@@ -22,6 +22,7 @@ from lowbit.numerics.scales import (
     MINMAX,
     RANGE_RULES,
     SCALE_FORMATS,
+    Constant,
     Delayed,
     Granularity,
     RangeRule,
@@ -30,7 +31,7 @@ from lowbit.numerics.scales import (
     Scale,
     ScaleFormat,
 )
-from lowbit.numerics.transforms import NO_TRANSFORM, TRANSFORMS, NoTransform, Transform
+from lowbit.numerics.transforms import NO_TRANSFORM, TRANSFORMS, Clip, NoTransform, Transform
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -169,6 +170,14 @@ class Format:
         """Which of these largest magnitudes, each of what has a scale of its own, have two codes: bool."""
         assert isinstance(self.element, Fallback)
         return self.element.falls_back(most)
+
+    @property
+    def clips_in_its_grid(self) -> bool:
+        """Whether its transform clips just what its grid clips, so that codes are the same without it."""
+        if not isinstance(self.transform, Clip) or self.scale is None or not isinstance(self.scale.range, Constant):
+            return False
+        ends, given = self.scale.range, self.transform
+        return self.zero == "offset" and (ends.low, ends.high) == (given.low, given.high)
 
     @property
     def forms(self) -> tuple["Format", ...]:

@@ -42,7 +42,14 @@ class _NumbersOrNone(_Numbers):
         return value is None or super().__contains__(value)
 
 
-NUMBERS, NUMBERS_OR_NONE = _Numbers(), _NumbersOrNone()
+class _Anything(Container[object]):
+    """Every value."""
+
+    def __contains__(self, value: object) -> bool:
+        return True
+
+
+NUMBERS, NUMBERS_OR_NONE, ANYTHING = _Numbers(), _NumbersOrNone(), _Anything()
 
 # Which formats something executes: the exact classes of their parts, and for each class the fields with their values.
 # Whatever executes formats has its own list, however alike the lists are: with a shared one, all would take what one of

@@ -39,6 +39,12 @@ class RangeRule(Protocol):
             lo and hi with `dims` kept as 1, in the dtype of `x` or float32; nan where a nan is.
         """
 
+    def of_ends(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As `extremes`, from the smallest and the largest value of what shares a scale; None if these do not say it.
+
+        Both are nan where a nan is.
+        """
+
     def samples(self, shape: torch.Size) -> int | None:
         """The number of samples whose extremes are averaged; 1: the extremes of everything; None: neither."""
 
@@ -59,6 +65,10 @@ class MinMax:
     def extremes(self, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """See the class."""
         return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+
+    def of_ends(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """These."""
+        return lo, hi
 
     def samples(self, shape: torch.Size) -> int:  # noqa: ARG002 - whatever the shape
         """1."""
@@ -100,6 +110,10 @@ class SampleMean:
         shape = [1] * x.dim()
         lo, hi = x.flatten(1).amin(1), x.flatten(1).amax(1)
         return mean(lo).reshape(shape), mean(hi).reshape(shape)
+
+    def of_ends(self, lo: Tensor, hi: Tensor) -> None:  # noqa: ARG002 - whatever they are
+        """None: each sample counts."""
+        return
 
     def samples(self, shape: torch.Size) -> int:
         """The length of the first axis if samples have enough values, else 1."""
@@ -144,6 +158,11 @@ class Constant:
         bad = x.new_zeros(finite.shape).masked_fill_(~finite, torch.nan)
         return bad + self.low, bad + self.high
 
+    def of_ends(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """See `extremes`."""
+        bad = torch.zeros_like(lo).masked_fill_(~(lo.isfinite() & hi.isfinite()), torch.nan)
+        return bad + self.low, bad + self.high
+
     def samples(self, shape: torch.Size) -> None:  # noqa: ARG002 - whatever the shape
         """None: it does not look at values."""
         return
@@ -166,6 +185,11 @@ class Magnitude:
     def extremes(self, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """See the class."""
         m = x.abs().amax(dims, keepdim=True)
+        return -m, m
+
+    def of_ends(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        m = torch.maximum(-lo, hi)
         return -m, m
 
     def samples(self, shape: torch.Size) -> None:  # noqa: ARG002 - whatever the shape
@@ -213,6 +237,10 @@ class Delayed:
         m = x.abs().amax(dims, keepdim=True) * 2.0**self.margin
         return -m, m
 
+    def of_ends(self, lo: Tensor, hi: Tensor) -> None:  # noqa: ARG002 - whatever they are
+        """None: other values count too."""
+        return
+
     def samples(self, shape: torch.Size) -> None:  # noqa: ARG002 - whatever the shape
         """None: no extremes are averaged."""
         return
@@ -239,6 +267,10 @@ class MeanMagnitude:
         m = x.abs().mean(dims, keepdim=True, dtype=wide).to(x.dtype) if dims else x.abs()
         m = m.masked_fill(m.isinf(), torch.nan)
         return -m, m
+
+    def of_ends(self, lo: Tensor, hi: Tensor) -> None:  # noqa: ARG002 - whatever they are
+        """None: other values count too."""
+        return
 
     def samples(self, shape: torch.Size) -> None:  # noqa: ARG002 - whatever the shape
         """None: no extremes are averaged."""

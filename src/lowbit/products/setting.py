@@ -195,7 +195,7 @@ def sharing(op: Op, product: str, operand: str, fmt: Format, shape: torch.Size) 
     if fmt.granularity == "tensor" and not turned:
         shared = tuple(range(len(shape)))
     if fmt.granularity == "sample":
-        shared = tuple(range(1, len(shape)))
+        shared = tuple(range(1, len(shape))) or (0,)  # what has one axis is one sample
     if shared is not None:
         return Sharing(view=tuple(shape), dims=shared, axis=len(shape) - 1)
     view = op.view(operand, shape)
