@@ -1,7 +1,6 @@
 """The block-scaled recipes: which format each operand has, and blocks that are cut by hand."""
 
 import math
-import re
 
 import ml_dtypes
 import numpy as np
@@ -11,11 +10,11 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit import Recipe, UsageError, functional
-from lowbit.nn import QuantLayer
 from lowbit.numerics.quantizer import quantize
 from lowbit.numerics.rounding import CounterNoise, step_key
 from lowbit.numerics.transforms import Hadamard, Place
-from lowbit.products.setting import Setting
+from lowbit.products.operators import Convolution
+from lowbit.products.setting import Setting, shares, slot
 
 NAMES = ["switchback", "fp8-block", "jetfire", "nvfp4", "ufp4", "fallback8"]
 SQUARE = ["fp8-block", "jetfire", "nvfp4", "fallback8"]
@@ -162,14 +161,61 @@ def test_signs_need_a_seed_of_32_bits(signs: int) -> None:
         Hadamard(size=16, signs=signs)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_squares_of_a_convolution_are_cut_by_hand(transposed: bool) -> None:
+    """32 channels by 32 places of a sample, row after row, share a scale, and 32 x 32 channels of a tap of a weight."""
+    groups, recipe = 2, Recipe.from_name("jetfire")
+    op = Convolution(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=groups, transposed=transposed)
+    x, w = randn(3, groups * 40, 6, 7, seed=10), randn(groups * 40, 35, 3, 2, seed=11)
+
+    places = {operand: slot(op, recipe, "output", operand, t.shape) for operand, t in (("input", x), ("weight", w))}
+    found = {
+        o: quantize(t, places[o].format, sharing=places[o].sharing).values for o, t in (("input", x), ("weight", w))
+    }
+
+    def rounded(cut: Tensor) -> Tensor:
+        s = cut.abs().max() / 127
+        return (cut / s).round() * s
+
+    for group in range(groups):
+        for start, stop in ((0, 32), (32, 40)):
+            of = slice(group * 40 + start, group * 40 + stop)
+            for sample in range(3):
+                given, got = x[sample, of].flatten(1), found["input"][sample, of].flatten(1)
+                for a, b in zip(given.split(32, 1), got.split(32, 1), strict=True):
+                    assert torch.equal(b, rounded(a))
+            for tap in range(6):
+                given, got = w[of].flatten(2)[..., tap], found["weight"][of].flatten(2)[..., tap]
+                for a, b in zip(given.split(32, 1), got.split(32, 1), strict=True):
+                    assert torch.equal(b, rounded(a))
+
+
 @pytest.mark.parametrize("name", SQUARE)
-def test_square_blocks_of_a_convolution_are_refused_by_name(name: str) -> None:
-    """`convert_` names the layer; without `strict` it leaves the layer and reports it."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 16), nn.Linear(16, 4))
+def test_an_operand_of_a_convolution_is_rounded_once_where_squares_serve_two_products(name: str) -> None:
+    """A weight has the same codes in output and grad_input."""
+    op, recipe = Convolution(stride=(1, 1), padding=(0, 0), dilation=(1, 1)), Recipe.from_name(name)
+    first, second = (slot(op, recipe, p, "weight", torch.Size((64, 48, 3, 3))) for p in ("output", "grad_input"))
 
-    with pytest.raises(UsageError, match="only matrices have square blocks"):
-        lowbit.convert_(model, name)
-    report = lowbit.convert_(model, name, strict=False)
+    assert shares(first, second)
 
-    assert not isinstance(model[0], QuantLayer)
-    assert re.search("square blocks", str(report))
+
+@pytest.mark.parametrize("name", [*NAMES, "mxfp8", "mxfp4", "mxint8"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_convolutions_keep_their_direction(name: str, dims: int) -> None:
+    """Results and gradients of a strided convolution in groups are near full precision, but not in it."""
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    torch.manual_seed(0)
+    layer = kind(12, 24, 3, stride=2, padding=1, groups=2)
+    x = randn(5, 12, *[9] * dims, seed=12).requires_grad_()
+    exact = layer(x)
+    g = randn(*exact.shape, seed=13)
+    wanted = [exact, *torch.autograd.grad(exact, [x, layer.weight], g)]
+    model = nn.Sequential(layer, nn.Identity())
+    recipe = Recipe.from_name(name)
+
+    lowbit.convert_(model, recipe.replace(last="convert"))
+    y = model(x)
+    found = [y, *torch.autograd.grad(y, [x, layer.weight], g)]
+
+    for a, b in zip(found, wanted, strict=True):
+        assert 0.85 < torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) < 0.9999999

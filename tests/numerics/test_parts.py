@@ -317,14 +317,3 @@ class TestRefused:
 
         with pytest.raises(UsageError, match="which gates cannot differentiate"):
             recipe.replace(output=output, grad_weight=grad_weight)
-
-    @pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.ConvTranspose1d(3, 4, 3)], ids=lambda m: type(m).__name__)
-    def test_a_convolution_with_square_blocks_is_refused_when_it_is_converted(self, layer: nn.Module) -> None:
-        """The layer and the operand are named, before anything changed."""
-        model = nn.Sequential(layer, nn.Linear(4, 4))
-
-        with pytest.raises(
-            UsageError, match=r"0 .Conv.*input in output is 8-bit symmetric, blocks of 32 x 32, and only"
-        ):
-            lowbit.convert_(model, recipe_with("jetfire"))
-        assert type(model[1]) is nn.Linear

@@ -56,9 +56,6 @@ class CallPlan:
             UsageError: formats that the operator does not take, or an engine was asked for that cannot run it.
         """
         leave = f"Leave it in full precision with rules=[({call!r}, None)]"
-        square = [f"{o} in {p} is {fmt}" for p, o, fmt in recipe.operands() if fmt.granularity == "square"]
-        if square and op.geometry is not None:
-            raise UsageError(f"{call}: {square[0]}, and only matrices have square blocks. {leave}")
         if self.engine == "reference":
             return ["reference"] * len(recipe.in_phases())
         if op == Attention():

@@ -207,14 +207,6 @@ class _QuantConv(QuantLayer, nn.modules.conv._ConvNd):
     """What the convolutions of 1 to 3 axes share."""
 
     @classmethod
-    def refusal(cls, layer: Any, recipe: Recipe) -> str:
-        """Square blocks are refused: an operand of a convolution is not a matrix."""
-        if why := super().refusal(layer, recipe):
-            return why
-        square = [(p, o, fmt) for p, o, fmt in recipe.operands() if fmt.granularity == "square"]
-        return "".join(f"{o} in {p} is {fmt}, and only matrices have square blocks" for p, o, fmt in square[:1])
-
-    @classmethod
     def operator(cls, layer: Any) -> Op:
         """The convolution; a padding with a name, or not of zeros, counts as a part of the input."""
         named = isinstance(layer.padding, str) or layer.padding_mode != "zeros"

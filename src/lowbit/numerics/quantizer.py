@@ -105,8 +105,13 @@ def sharing_of(fmt: Format, shape: torch.Size, dims: tuple[int, ...] | None = No
     return blocked(fmt, Sharing(view=view, dims=dims, axis=at))
 
 
-def blocked(fmt: Format, sharing: Sharing) -> Sharing:
+def blocked(fmt: Format, sharing: Sharing, square: tuple[int, int] | None = None) -> Sharing:
     """The same with the blocks of a format.
+
+    Args:
+        fmt: the format.
+        sharing: the view and its axis.
+        square: the two axes of the view, in order, that square blocks lie along; None: the last two.
 
     Raises:
         UsageError: square blocks of a tensor that is not a matrix.
@@ -118,7 +123,9 @@ def blocked(fmt: Format, sharing: Sharing) -> Sharing:
         return replace(sharing, dims=(axis + 1,), blocks=((axis, size),))
     if dim < 2:
         raise UsageError(f"{fmt}: a tensor of shape {sharing.view} is not a matrix and has no square blocks")
-    return replace(sharing, dims=(dim - 1, dim + 1), blocks=((dim - 1, size), (dim - 2, size)))
+    first, second = square or (dim - 2, dim - 1)
+    # Once both are cut, a block lies on the axis after each of them.
+    return replace(sharing, dims=(first + 1, second + 2), blocks=((second, size), (first, size)))
 
 
 @dataclass(frozen=True, kw_only=True)

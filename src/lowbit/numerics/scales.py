@@ -437,7 +437,8 @@ class Scale:
             ``"row"``: one row of a linear layer's operand (all axes but the last); a convolution lacks rows and shares
             one scale. ``"kept-channel"``: one channel that the product does not sum over. ``"output-channel"``: one
             output channel of a weight, in every product. ``"block"``: `block` neighbours along the axis that the
-            product sums over. ``"square"``: `block` by `block` numbers of the last two axes of a matrix.
+            product sums over. ``"square"``: `block` by `block` numbers of the last two axes of a matrix, or in a
+            convolution of channels and places of a sample, and of a weight's channels at one tap.
         block: length of a block, only with granularity ``"block"`` and ``"square"``; the last ones may be shorter.
         range: how lo and hi are measured.
         running: weight of the old value in the running range that evaluation uses, in [0, 1); None: evaluation takes

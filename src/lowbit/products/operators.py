@@ -62,6 +62,9 @@ class Op(Protocol):
     def view(self, operand: str, shape: torch.Size) -> tuple[int, ...]:
         """The shape that the axes below count in: it has the same elements in the same order."""
 
+    def squares(self, operand: str, shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, int]]:
+        """A view as `view`, whose axes may be joined further, and its two axes that square blocks lie along."""
+
     def summed(self, product: str, operand: str, dim: int) -> tuple[int, ...]:
         """Of the `dim` axes of the view, those that the product sums over."""
 
@@ -126,6 +129,11 @@ class Linear:
         """Rows (all leading axes) by features; the weight as it is."""
         return tuple(shape) if operand == "weight" else (math.prod(shape[:-1]), shape[-1])
 
+    def squares(self, operand: str, shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, int]]:
+        """The last two axes."""
+        view = self.view(operand, shape)
+        return view, (len(view) - 2, len(view) - 1)
+
     def summed(self, product: str, operand: str, dim: int) -> tuple[int, ...]:  # noqa: ARG002 - always two axes
         """One of the two axes."""
         return {
@@ -189,6 +197,11 @@ class Matmul:
     def view(self, operand: str, shape: torch.Size) -> tuple[int, ...]:  # noqa: ARG002 - all operands alike
         """The shape as it is."""
         return tuple(shape)
+
+    def squares(self, operand: str, shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, int]]:
+        """The last two axes."""
+        view = self.view(operand, shape)
+        return view, (len(view) - 2, len(view) - 1)
 
     def summed(self, product: str, operand: str, dim: int) -> tuple[int, ...]:
         """The last axis or the one before it."""
@@ -311,6 +324,14 @@ class Convolution:
         """Channels split into (group, channel in group); the weight is (group, its first axis, its second, *kernel)."""
         split = 0 if operand == "weight" else 1
         return (*shape[:split], self.groups, shape[split] // self.groups, *shape[split + 1 :])
+
+    def squares(self, operand: str, shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, int]]:
+        """Of a weight, both its channels in a group, at each tap; else channels in a group and places of a sample.
+
+        Places are one axis, row after row.
+        """
+        view = self.view(operand, shape)
+        return (view, (1, 2)) if operand == "weight" else ((*view[:3], math.prod(view[3:])), (2, 3))
 
     def summed(self, product: str, operand: str, dim: int) -> tuple[int, ...]:
         """The channels of one side within a group, and the window; or batch and positions."""

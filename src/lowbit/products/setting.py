@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowbit.errors import UsageError
 from lowbit.methods.operands import SLOTS
 from lowbit.methods.recipe import Recipe
 from lowbit.numerics.formats import Format, check_defined, largest_code
@@ -185,11 +184,7 @@ def slot(
 
 
 def sharing(op: Op, product: str, operand: str, fmt: Format, shape: torch.Size) -> Sharing:
-    """What shares a scale in one operand of one product.
-
-    Raises:
-        UsageError: square blocks of a convolution.
-    """
+    """What shares a scale in one operand of one product."""
     turned = fmt.transform.along_axis
     shared: tuple[int, ...] | None = None
     if fmt.granularity == "tensor" and not turned:
@@ -198,11 +193,13 @@ def sharing(op: Op, product: str, operand: str, fmt: Format, shape: torch.Size) 
         shared = tuple(range(1, len(shape))) or (0,)  # what has one axis is one sample
     if shared is not None:
         return Sharing(view=tuple(shape), dims=shared, axis=len(shape) - 1)
+    if fmt.granularity == "square":
+        view, axes = op.squares(operand, shape)
+        axis = op.summed(product, operand, len(view))[0] if turned else len(view) - 1
+        return blocked(fmt, Sharing(view=view, dims=(), axis=axis), axes)
     view = op.view(operand, shape)
     dim = len(view)
     summed = op.summed(product, operand, dim)
-    if fmt.granularity == "square" and not op.has_rows:
-        raise UsageError(f"{operand} in {product} is {fmt}: only matrices have square blocks, a {op.kind} does not")
     dims = {
         "tensor": tuple(range(dim)),
         "row": (dim - 1,) if op.has_rows else tuple(range(dim)),
