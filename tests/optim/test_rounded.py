@@ -193,3 +193,29 @@ def test_a_recipe_without_an_update_leaves_the_optimizer() -> None:
 
     assert from_recipe(model, optimizer) is optimizer
     assert isinstance(from_recipe(model, optimizer, states="int8"), LowBitOptimizer)
+
+
+class _Function(nn.Module):
+    """A product in a function, by a weight of the module's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 4) to (B, 4)."""
+        return x @ self.weight
+
+
+def test_weights_of_functions_are_rounded_once_the_model_has_run() -> None:
+    """Before a forward they are left, with a warning that names the module; after it they are on the grid."""
+    net = nn.Sequential(nn.Linear(4, 4), _Function())
+    lowbit.convert_(net, "fixed16")
+    with pytest.warns(UserWarning, match=r"'1'.* may multiply in functions and did not run yet"):
+        lowbit.optim.from_recipe(net, torch.optim.SGD(net.parameters(), lr=0.1))
+
+    net(torch.randn(2, 4)).sum().backward()
+    lowbit.optim.from_recipe(net, torch.optim.SGD(net.parameters(), lr=0.1)).step()
+
+    grid = net[1].weight.detach().double() * 2**14
+    assert torch.equal(grid, grid.round())

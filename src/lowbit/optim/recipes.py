@@ -1,13 +1,15 @@
 """The update that a converted model's recipe asks for, applied to an optimiser."""
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import UsageError
+from lowbit.errors import UsageError, shown
 from lowbit.inputs.checks import checked
 from lowbit.methods.update import Update
+from lowbit.nn.calls.caller import callers
 from lowbit.nn.layers import converted_layers, sites_of
 from lowbit.optim.rounded import RoundedSGD
 from lowbit.optim.wrapper import LowBitOptimizer
@@ -54,7 +56,16 @@ def from_recipe(
 
 def _left(model: nn.Module) -> list[Tensor]:
     """The parameters of layers that are not converted and have a matrix or a kernel: they may multiply."""
-    inside = {id(p) for layer in converted_layers(model).values() for p in layer.parameters()}
+    layers = converted_layers(model).values()
+    inside = {id(p) for layer in layers for p in (*layer.parameters(), *layer.weights(layer))}
+    unseen = [name for name, module in callers(model).items() if module.lowbit_calls.is_unknown]
+    if unseen:
+        warnings.warn(
+            f"from_recipe: {shown(unseen)} may multiply in functions and did not run yet, so its weights are left "
+            "as they are: run a forward of the model first",
+            UserWarning,
+            stacklevel=3,
+        )
     found: list[Tensor] = []
     for module in model.modules():
         own = list(module.parameters(recurse=False))

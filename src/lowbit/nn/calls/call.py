@@ -102,6 +102,11 @@ class Calls:
         """The recipe of calls of this module that no rule by a call's name decides."""
         return self.plan.recipe(self.module, self.kind, self.module)
 
+    @property
+    def is_unknown(self) -> bool:
+        """Whether the module has weights of its own that it may multiply by, and has not run."""
+        return self.owns and not self.left and not self.layers and not any(self.seen.values())
+
     def is_settled(self, training: bool) -> bool:
         """Whether a forward has run to its end and no product was found, so that the next one is not watched."""
         return self.seen[training] and not self.layers and not self.needed
