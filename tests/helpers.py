@@ -3,11 +3,16 @@
 import importlib.util
 import json
 import math
-from collections.abc import Iterator
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,6 +24,9 @@ from lowbit.numerics.formats import Format
 from lowbit.numerics.quantizer import quantize
 from lowbit.numerics.scales import Scale
 from lowbit.schedules import Schedule
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["lowbit.train.trainer", "sklearn.datasets", "torch.utils.tensorboard"])
 
 ORACLES = Path(__file__).resolve().parents[2] / "shared" / "oracles"
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -113,3 +121,62 @@ def rounded(x: Tensor, element: Element, noise: Tensor | None = None, scale: Sca
     """Values of an element, on the CPU's plain or native pass as `quantize` chooses."""
     rounding = "nearest" if noise is None else "stochastic"
     return quantize(x, Format(element=element, scale=scale, rounding=rounding), noise=noise).values
+
+
+def in_processes(function: Callable[..., Any], world: int, *arguments: Any, wait: float = 200) -> list[Any]:
+    """What a function of a test module returns in each of several processes, with the variables that torchrun sets.
+
+    They are forked from one that has imported what takes long, so a start takes a moment. The first may be slow.
+
+    Args:
+        function: called with `arguments` in each process.
+        world: the number of processes.
+        arguments: what can be pickled.
+        wait: the most seconds.
+
+    Returns:
+        Results in the order of ranks; a process that was killed gives None.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = [_FORKS.Pipe(duplex=False) for _ in range(world)]
+    started = [
+        _FORKS.Process(target=_one_of, args=(rank, world, port, pipe[1], function, arguments))
+        for rank, pipe in enumerate(pipes)
+    ]
+    for process, (_, end) in zip(started, pipes, strict=True):
+        process.start()
+        end.close()
+    results: list[Any] = []
+    for receiver, _ in pipes:
+        assert receiver.poll(wait), "a process said nothing"
+        try:
+            results.append(pickle.loads(receiver.recv_bytes()))
+        except EOFError:
+            results.append(None)
+    for process in started:
+        process.join()
+    failed = [result for result in results if isinstance(result, _Raised)]
+    assert not failed, failed[0].text
+    return results
+
+
+class _Raised(NamedTuple):
+    """An error in another process."""
+
+    text: str
+
+
+def _one_of(rank: int, world: int, port: int, end: Any, function: Callable[..., Any], arguments: tuple[Any]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
+    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    try:
+        result: Any = function(*arguments)
+    except BaseException:
+        result = _Raised(traceback.format_exc())
+    end.send_bytes(pickle.dumps(result))  # torch would send tensors by files of a process that is gone by then
+    end.close()
+    os._exit(0)  # gloo's threads may outlive their group, and the interpreter's end then aborts now and then

@@ -10,12 +10,11 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_leaves
 
-from lowbit import functional
+from lowbit import functional, ranks
 from lowbit.errors import UsageError
 from lowbit.methods.recipe import Recipe
 from lowbit.nn.loop import Loop
@@ -133,7 +132,7 @@ class Clock:
     def _begin_step(self, step: Tensor) -> None:
         """Go to a step; the rank is asked for at each, since processes may meet after the conversion."""
         self.step = step
-        self.key = step_key(self.seed, step, rank=rank_of_process())
+        self.key = step_key(self.seed, step, rank=ranks.rank())
 
     def advance(self, module: nn.Module, _args: object) -> None:
         """Begin a forward of the converted model; a training forward is a new step, a recomputed one is not."""
@@ -218,11 +217,6 @@ class Clock:
         for controller in {id(each): each for each in controllers}.values():
             if controller is not None:
                 controller.check_forward()
-
-
-def rank_of_process() -> int:
-    """The rank of this process in a distributed run; 0 otherwise."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 class Controller(Protocol):

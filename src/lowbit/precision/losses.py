@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lowbit import ranks
 from lowbit.errors import UsageError
 from lowbit.inputs.checks import check_type
 from lowbit.schedules import Follower
@@ -75,9 +75,4 @@ def _one_number(loss: Tensor | float | None) -> Tensor:
 
 def _mean_over_ranks(value: Tensor) -> float:
     """The mean of one number over all processes of a distributed run, bit for bit the same on each of them."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return float(value)
-    # Numbers are gathered and summed in the order of ranks: a reduction may add in another order on another rank.
-    every = [torch.zeros_like(value) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, value)
-    return float(torch.stack(every).mean())
+    return float(ranks.gathered(value).mean())

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lowbit import ranks
 from lowbit.methods.operands import SLOTS
 from lowbit.nn.site import Site
 from lowbit.precision.layers import ControlledLayer
@@ -116,9 +116,7 @@ def _square(x: Tensor) -> float:
 
 def _over_ranks(values: list[float], device: torch.device) -> list[float]:
     """The sums over all processes of a distributed run, bit for bit the same on each of them."""
-    if not values or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not values:
         return values
     own = torch.tensor(values, dtype=torch.float64, device=device)
-    every = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, own)
-    return [float(total) for total in torch.stack(every).sum(0)]
+    return [float(total) for total in ranks.gathered(own).sum(0)]

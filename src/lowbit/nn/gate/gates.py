@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit import ranks
 from lowbit.errors import UsageError, shown
 from lowbit.inputs.checks import check_keys, is_like
 from lowbit.methods.dynamic import Gating
@@ -175,7 +176,7 @@ class Gates(nn.Module):
 
         ``C = sum over samples, blocks, choices of mask (w a + w g + a g)/32**2 m/mean(m)``, where equal weighting
         leaves m/mean(m) out, and r is `direction` for the cost ``100 C / (3 B n)``. It is a sum over the batch, not
-        a mean.
+        a mean. In a distributed run, B are the samples of all ranks, which all call this, and gradients are averaged.
 
         Raises:
             UsageError: no training forward ran since the last call.
@@ -189,11 +190,13 @@ class Gates(nn.Module):
         masks = torch.stack([self._now.masks[i] for i in range(len(self._blocks))])
         unit = self.sizes.mean() if self._gating.weighting == "macs" else self.sizes.unsqueeze(1)
         total = (masks * (self.costs / unit).to(masks).unsqueeze(1)).sum()
-        self._last_cost = 100 * total.item() / (3 * masks.shape[0] * masks.shape[1])
+        cost = ranks.gathered(total.detach().double()).mean().item()
+        self._last_cost = 100 * cost / (3 * masks.shape[0] * masks.shape[1])
         self._now.masks = {}
         gating = self._gating
         sign = direction(self._last_cost, target=self.target, band=gating.band, inside=gating.inside)
-        penalty: Tensor = sign * gating.strength * total
+        # Data parallel training averages gradients over ranks, and the term is a sum over the samples of all.
+        penalty: Tensor = sign * gating.strength * ranks.world_size() * total
         return penalty
 
     def attach(self, model: nn.Module) -> None:
