@@ -130,7 +130,7 @@ def _fingerprint(recipe: Recipe) -> int:
     """
     # As before recipes had these fields.
     text = repr(recipe)
-    for late in (", attention=None", ", autocast=None", ", update=None"):
+    for late in (", synchronized=False", ", attention=None", ", autocast=None", ", update=None"):
         text = text.replace(f"{late})", ")")
     text = text.replace(", phases=(), skip=None", "")
     if recipe.schedule is not None:

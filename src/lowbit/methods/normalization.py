@@ -29,6 +29,7 @@ class RangeNorm:
             divisor, or one ``"step"`` of the input's grid, the smallest difference of codes.
         epsilon: ``"inside"``: divide by ``sqrt(sigma**2 + eps)`` as BatchNorm does; ``"outside"``: by ``sigma + eps``.
         momentum: weight of the new batch in the running statistics; None keeps the layer's own.
+        synchronized: whether the batch is that of all processes of a distributed run, or of each alone.
     """
 
     kind: ClassVar[str] = "range"
@@ -41,6 +42,7 @@ class RangeNorm:
     narrowest: Narrowest = "step"
     epsilon: EpsilonPlace = "inside"
     momentum: float | None = None
+    synchronized: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -4,8 +4,10 @@ Notation: r running extreme, m weight of its old value.
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from lowbit import ranks
 from lowbit.errors import UsageError, shown
 from lowbit.kernels import cpu
 from lowbit.numerics.formats import Format, check_defined
@@ -48,6 +50,30 @@ def extremes(x: Tensor, *, rule: RangeRule, dims: tuple[int, ...]) -> tuple[Tens
             lo, hi = cpu.extremes(x, (1, samples, x.numel() // samples, False))
             return mean(lo).reshape(shape), mean(hi).reshape(shape)
     return rule.extremes(x, dims)
+
+
+def shared_extremes(x: Tensor, *, rule: RangeRule, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
+    """The lo and hi of a whole tensor of which each process of a group has some samples, on all of them.
+
+    Args:
+        x: float, the samples of this process along the first axis.
+        rule: how they are measured.
+        group: the processes; None: all.
+
+    Returns:
+        What `extremes` gives for the whole tensor, of shape ``(1,) * x.dim()``.
+    """
+    one = (1,) * x.dim()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if rule.samples(torch.Size((2, *x.shape[1:]))) == 2:  # of samples of this size, it takes the mean
+        rows = x.flatten(1)
+        own = torch.stack(
+            [rows.amin(1).double().sum(), rows.amax(1).double().sum(), rows.new_tensor(len(rows)).double()]
+        )
+        lo, hi, count = ranks.gathered(own, group).sum(0)
+        return (lo / count).to(wide).reshape(one), (hi / count).to(wide).reshape(one)
+    every = ranks.gathered(torch.stack(extremes(x, rule=rule, dims=tuple(range(x.dim())))), group)
+    return every[:, 0].amin(0).to(wide).reshape(one), every[:, 1].amax(0).to(wide).reshape(one)
 
 
 def _is_dense(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit.methods.normalization import EpsilonPlace
 from lowbit.nn.norm.setting import NormSetting
-from lowbit.nn.norm.statistics import Statistics, bounded, divisor, range_statistics
+from lowbit.nn.norm.statistics import Statistics, bounded, divisor, range_statistics, shared_statistics
 
 
 class RangeBatchNorm(torch.autograd.Function):
@@ -32,7 +32,11 @@ class RangeBatchNorm(torch.autograd.Function):
         values, norm = hat.values, setting.norm
         stats = None
         if fixed is None:
-            stats = range_statistics(values, constant=norm.constant, chunks=norm.chunks, fewest=norm.fewest_per_chunk)
+            constant, chunks, fewest = norm.constant, norm.chunks, norm.fewest_per_chunk
+            if setting.shared:
+                stats = shared_statistics(values, constant=constant, chunks=chunks, fewest=fewest, group=setting.group)
+            else:
+                stats = range_statistics(values, constant=constant, chunks=chunks, fewest=fewest)
             mean, sigma = stats.mean, stats.sigma
             d = divisor(bounded(stats, hat.grid, norm.narrowest), setting.eps, norm.epsilon)
         else:
@@ -85,6 +89,8 @@ def range_batch_norm_backward(
 
     With ``G = gamma g``, ``dx = (G - mean G) / d``, and the extremes of chunk k further receive plus (largest) and
     minus (smallest) ``-(sum G x_normalised) / d * (dd/dsigma) * (dsigma/dR_k)``. With fixed statistics ``dx = G / d``.
+    If several processes share the batch, means and sums in dx are those of all; the gradients of gamma and beta are
+    those of this process, which data parallel training averages as it does all others.
     """
     axes = (0, *range(2, g.dim()))
     grad_weight = (g * normalized).sum(axes)
@@ -92,14 +98,17 @@ def range_batch_norm_backward(
     gamma = torch.ones_like(d) if weight is None else weight
     if stats is None:
         return g * per_channel(gamma / d, g), grad_weight, grad_bias
-    count = g.numel() // g.shape[1]
-    dx = (g - per_channel(grad_bias / count, g)).mul_(per_channel(gamma / d, g)).contiguous()
+    part = stats.part
+    count = g.numel() // g.shape[1] if part is None else part.count
+    of_all, bias_of_all = (v if part is None else part.total(v) for v in (grad_weight, grad_bias))
+    dx = (g - per_channel(bias_of_all / count, g)).mul_(per_channel(gamma / d, g)).contiguous()
     slope_d = sigma / d if place == "inside" else torch.ones_like(d)
-    grad_sigma = -gamma * grad_weight / d * slope_d
+    grad_sigma = -gamma * of_all / d * slope_d
     share = grad_sigma[:, None] * stats.slope
     flat = dx.view(-1)
-    flat.index_add_(0, _flat_index(stats.argmax, g.shape), share.flatten())
-    flat.index_add_(0, _flat_index(stats.argmin, g.shape), -share.flatten())
+    above, below = (share, -share) if part is None else (share * part.has_max, -share * part.has_min)
+    flat.index_add_(0, _flat_index(stats.argmax, g.shape), above.flatten())
+    flat.index_add_(0, _flat_index(stats.argmin, g.shape), below.flatten())
     return dx, grad_weight, grad_bias
 
 

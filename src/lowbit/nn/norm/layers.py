@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lowbit import ranks
 from lowbit.engines.int8 import missing
 from lowbit.methods.normalization import RangeNorm
 from lowbit.methods.recipe import Recipe
@@ -14,6 +15,7 @@ from lowbit.nn.norm.setting import NormSetting
 from lowbit.nn.norm.twin import NormTwin
 from lowbit.nn.site import Clock, Site, is_recomputing
 from lowbit.numerics.formats import Format
+from lowbit.numerics.ranges import record_range, shared_extremes
 
 
 class NormSite(Site):
@@ -38,8 +40,26 @@ class NormSite(Site):
             layer=self.name,
             engine=self.engine,
             source=self,
+            shared=self.shares(x),
             rectify=rectify,
         )
+
+    def shares(self, x: Tensor) -> bool:
+        """Whether `x` is this process' part of a batch whose statistics are those of all processes."""
+        norm = self.recipe.normalization
+        assert isinstance(norm, RangeNorm)
+        return norm.synchronized and self.training and ranks.is_one_of_several() and not x.is_meta
+
+    def input_range(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As of any site; of a shared batch, the extremes are those of all processes."""
+        scale = self.input_format.scale
+        if scale is None or not self.shares(x) or not x.is_floating_point():
+            return super().input_range(x)
+        values = x.detach().float() if x.dtype == torch.float16 else x.detach()
+        lo, hi = shared_extremes(values, rule=scale.range)
+        if scale.running is not None and not is_recomputing():
+            record_range(self.running_range, lo, hi, momentum=scale.running, start=scale.running_start)
+        return lo, hi
 
     def forward_norm(
         self,
@@ -92,6 +112,8 @@ class RangeBatchNormNd(NormTwin):
         table = cls.formats(recipe)
         if engine != "int8":
             why = "range normalisation runs on the int8 and the reference engine"
+        elif isinstance(recipe.normalization, RangeNorm) and recipe.normalization.synchronized:
+            why = "range normalisation over several processes runs on the reference engine"
         elif not all(f.zero == "integer" and f.bits <= 8 for formats in table.values() for f in formats):
             why = "range normalisation runs on codes of up to 8 bits with an integer zero point"
         else:

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lowbit.methods.normalization import RangeNorm
 from lowbit.numerics.formats import Format, largest_code
 from lowbit.numerics.quantizer import Quantized, quantize
+from lowbit.numerics.ranges import shared_extremes
 from lowbit.numerics.rounding import Noise, field_of
 from lowbit.products import watch
 
@@ -25,6 +27,8 @@ class NormSetting:
         layer: name for reports.
         engine: how it is executed.
         source: the caller, for observers.
+        shared: whether this is a part of a batch that several processes share.
+        group: these processes; None: all.
         rectify: whether the result is that of a ReLU after it: 0 where it would be less.
     """
 
@@ -36,6 +40,8 @@ class NormSetting:
     layer: str = ""
     engine: str = "reference"
     source: object = None
+    shared: bool = False
+    group: dist.ProcessGroup | None = None
     rectify: bool = False
 
     def quantized(self, x: Tensor, operand: str, expected: tuple[str, ...] = ()) -> Quantized:
@@ -48,6 +54,8 @@ class NormSetting:
             noise = field_of(self.noise, "normalization", operand, x)
         levels = largest_code(fmt, self.width(operand)) if fmt.has_width else None
         observed = self.input_range if operand == "input" else None
+        if self.shared and observed is None and fmt.scale is not None:
+            observed = shared_extremes(x, rule=fmt.scale.range, group=self.group)
         hat = quantize(x, fmt, levels=levels, noise=noise, observed=observed)
         if watch.observers:
             self.show(operand, x, hat, "reference", "range_batch_norm", expected)

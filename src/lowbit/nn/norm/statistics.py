@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from lowbit import ranks
 from lowbit.methods.normalization import Constant, EpsilonPlace, Narrowest
 from lowbit.numerics.quantizer import Grid
 
@@ -28,6 +30,7 @@ class Statistics:
         argmax: batch-major index of the first largest value of each chunk, ``(C, K)`` in 0..N-1.
         argmin: the same of the first smallest value.
         slope: d sigma / d R_k, ``(K,)``.
+        part: what this process has of a batch that several share; None: all of it.
     """
 
     mean: Tensor
@@ -35,6 +38,28 @@ class Statistics:
     argmax: Tensor
     argmin: Tensor
     slope: Tensor
+    part: "Part | None" = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process has of a batch that several share, side by side in the order of ranks.
+
+    Args:
+        count: N of the whole batch.
+        has_max: whether the first largest value of each chunk is here, ``(C, K)``.
+        has_min: the same of the first smallest value.
+        group: the processes; None: all.
+    """
+
+    count: int
+    has_max: Tensor
+    has_min: Tensor
+    group: dist.ProcessGroup | None
+
+    def total(self, v: Tensor) -> Tensor:
+        """The sum of a tensor over all processes."""
+        return ranks.gathered(v, self.group).sum(0)
 
 
 def range_statistics(x: Tensor, *, constant: Constant, chunks: int, fewest: int = 2) -> Statistics:
@@ -57,11 +82,7 @@ def range_statistics(x: Tensor, *, constant: Constant, chunks: int, fewest: int 
     channels = x.shape[1]
     rows = x.transpose(0, 1).reshape(channels, -1)
     count = rows.shape[1]
-    if count < 2:
-        raise ValueError(
-            f"Range BN got an input of shape {tuple(x.shape)}: {count} value(s) per channel have no range. Use a "
-            "larger batch, or leave this layer out with a rule"
-        )
+    _check_count(count, x)
     lengths, first = chunk_lengths(count, chunks, fewest)
     number, longer = len(lengths), lengths.count(lengths[-1] + 1)
     short = lengths[-1]
@@ -81,6 +102,51 @@ def range_statistics(x: Tensor, *, constant: Constant, chunks: int, fewest: int 
         argmin=torch.cat([w.indices for w in low], 1) + starts,
         slope=slope,
     )
+
+
+def shared_statistics(
+    x: Tensor, *, constant: Constant, chunks: int, fewest: int, group: dist.ProcessGroup | None
+) -> Statistics:
+    """`range_statistics` of a batch of which each process of a group has some samples, on all of them.
+
+    The indices are those of this process' values, and 0 where the extreme of a chunk is elsewhere.
+    """
+    channels = x.shape[1]
+    rows = x.transpose(0, 1).reshape(channels, -1)
+    counts = ranks.gathered(torch.tensor(rows.shape[1], dtype=torch.int64, device=x.device), group).tolist()
+    rank, count = dist.get_rank(group), sum(counts)
+    _check_count(count, x)
+    before = sum(counts[:rank])
+    lengths, first = chunk_lengths(count, chunks, fewest)
+    extremes = x.new_full((2, channels, len(lengths)), -math.inf)  # the largest of x, and of -x
+    places = torch.zeros(extremes.shape, dtype=torch.int64, device=x.device)
+    for k, (length, start) in enumerate(zip(lengths, first, strict=True)):
+        low, high = max(start - before, 0), min(start + length - before, rows.shape[1])
+        if low < high:
+            for side, part in enumerate((rows[:, low:high], -rows[:, low:high])):
+                found = part.max(1)
+                extremes[side, :, k], places[side, :, k] = found.values, found.indices + low
+    every = ranks.gathered(extremes, group)
+    most = every.amax(0)
+    at = every == most
+    has = at[rank] & ~at[:rank].any(0)  # of equal values, the first one
+    slope = x.new_tensor(slopes(constant, lengths))
+    return Statistics(
+        mean=(ranks.gathered(rows.sum(1, dtype=torch.float64), group).sum(0) / count).to(x.dtype),
+        sigma=(most.sum(0) * slope).sum(1),
+        argmax=places[0].where(has[0], 0),
+        argmin=places[1].where(has[1], 0),
+        slope=slope,
+        part=Part(count=count, has_max=has[0], has_min=has[1], group=group),
+    )
+
+
+def _check_count(count: int, x: Tensor) -> None:
+    if count < 2:
+        raise ValueError(
+            f"Range BN got an input of shape {tuple(x.shape)}: {count} value(s) per channel have no range. Use a "
+            "larger batch, or leave this layer out with a rule"
+        )
 
 
 def chunk_lengths(count: int, chunks: int, fewest: int) -> tuple[list[int], list[int]]:
