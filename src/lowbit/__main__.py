@@ -1,8 +1,21 @@
-"""`python -m lowbit`."""
+"""`python -m lowbit`; torchrun starts it in several processes."""
 
+import os
 import sys
 
 from lowbit.cli.main import main
+from lowbit.cli.output import processes
+
+
+def run() -> None:
+    """Run the command line, and end the process with its exit code."""
+    code = main()
+    if processes() == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # gloo's threads may outlive their group, and the interpreter's end then aborts now and then
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -1,4 +1,4 @@
-"""The two errors that a user sees, the end by a signal, and how messages show a value or an unknown name."""
+"""The errors that a user sees, the end by a signal, and how messages show a value or an unknown name."""
 
 import difflib
 from collections.abc import Iterable
@@ -12,6 +12,10 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """A correct request failed while it ran; the command line exits with 1."""
+
+
+class ElsewhereError(RunError):
+    """Another process of the run failed, and says why itself; the command line exits with 1 and is silent."""
 
 
 class Stopped(KeyboardInterrupt):

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from lowbit.cli.extras import how_to_install
+from lowbit.cli.output import is_first, processes
 from lowbit.cli.parser import COMMANDS, overview, parser_of
-from lowbit.errors import RunError, Stopped, UsageError, unknown
+from lowbit.errors import ElsewhereError, RunError, Stopped, UsageError, unknown
 from lowbit.inputs import userfile
 
 _LONGEST = 2000  # characters of a message
+_SHARED = ("train", "resume")  # the commands that several processes share
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(error, f"{error}: this command needs {how_to_install(error.name or '')}.", 1)
     except Stopped as stop:
-        print(f"lowbit: {stop}", file=sys.stderr)
-        return 128 + stop.number
+        return _fail(stop, str(stop), 128 + stop.number)
     except KeyboardInterrupt as stop:
         print(f"\nlowbit: {stop or 'interrupted'}", file=sys.stderr)
         return 130
@@ -69,6 +70,8 @@ def _command(argv: Sequence[str]) -> int:
         raise unknown("flag", name, ("--help", "--version", "--print-completion"))
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
+    if processes() > 1 and name not in _SHARED:
+        raise UsageError(f"lowbit {name} is one process: of torchrun's, each would do all of it. Start it alone.")
     try:
         settings = parser_of(name).read(rest)
     except SystemExit as stop:  # --help
@@ -77,10 +80,13 @@ def _command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _fail(error: Exception, message: str, code: int) -> int:
-    if os.environ.get("LOWBIT_TRACEBACK") == "1":
+def _fail(error: Exception | Stopped, message: str, code: int) -> int:
+    if os.environ.get("LOWBIT_TRACEBACK") == "1" and isinstance(error, Exception):
         raise error
-    print(f"lowbit: error: {_tidy(message)}", file=sys.stderr)
+    if isinstance(error, ElsewhereError | Stopped) and not is_first():
+        return code
+    kind = "" if isinstance(error, Stopped) else "error: "
+    print(f"lowbit: {kind}{_tidy(message)}", file=sys.stderr)
     return code
 
 

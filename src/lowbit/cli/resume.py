@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lowbit.cli.output import add_progress, progress_of, show
+from lowbit.cli.output import add_progress, is_first, progress_of, show
 
 DESCRIPTION = "Continue a run from its last checkpoint, bit for bit."
 HELP = "continue a run from its last checkpoint"
@@ -33,4 +33,5 @@ def run(run: Path, *, data_changed: bool, drop_damaged: bool, progress: str, **c
     done = trainer.resume(
         run, given, data_changed=data_changed, drop_damaged=drop_damaged, progress=progress_of(progress)
     )
-    show(done)
+    if is_first():
+        show(done)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lowbit.cli.output import add_progress, progress_of, show, write
+from lowbit.cli.output import add_progress, is_first, processes, progress_of, show, write
 from lowbit.cli.sweep import run_seeds
 from lowbit.errors import UsageError
 
@@ -14,6 +14,7 @@ _GROUPS = {
     "learning rate": ("optimizer", "lr", "weight_decay", "schedule"),
     "bits over time (recipes such as cpt)": ("low", "high", "cycles"),
     "speed": ("threads", "engine", "amp"),
+    "several processes, see docs/processes.md": ("strategy", "exchange", "synchronized"),
     "tests and logs": ("evaluate", "proof", "logger"),
 }
 
@@ -45,8 +46,12 @@ def run(*, print_config: bool, seeds: str | None, jobs: int | None, progress: st
         write(yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip("\n"))
         return
     if seeds is not None:
+        if processes() > 1:
+            raise UsageError("--seeds starts processes by itself: give it to one, not to torchrun's")
         run_seeds(config, seeds, 1 if jobs is None else jobs)
         return
     from lowbit.train import trainer
 
-    show(trainer.train(config, progress=progress_of(progress)))
+    result = trainer.train(config, progress=progress_of(progress))
+    if is_first():
+        show(result)

@@ -235,7 +235,7 @@ class History(ABC):
                 key = tuple(led.steps[i].program for led in ledgers)
                 if key not in cache:
                     programs = [(led, led.programs[p]) for led, p in zip(ledgers, key, strict=True)]
-                    cache[key] = whole.intern_program(whole._sum(programs))
+                    cache[key] = whole.intern_program(whole.sum_of(programs))
                 whole.add_step(cache[key], samples=sum(led.steps[i].samples for led in ledgers))
         return whole
 
@@ -247,14 +247,14 @@ class History(ABC):
             programs = [(led, led.programs[e.program]) for led, e in found if e.program is not None]
             scored = next((e for _, e in found if e.score is not None), found[0][1])
             self.add_evaluation(
-                self._sum(programs) if programs else None,
+                self.sum_of(programs) if programs else None,
                 samples=sum(e.samples for _, e in found),
                 name=scored.name,
                 score=scored.score,
                 higher_is_better=scored.higher_is_better,
             )
 
-    def _sum(self, programs: Sequence[tuple["History", Program]]) -> Program:
+    def sum_of(self, programs: Sequence[tuple["History", Program]]) -> Program:
         """One program that runs all of these; its products are added to this ledger."""
         calls: Counter[int] = Counter()
         uncounted: Counter[str] = Counter()

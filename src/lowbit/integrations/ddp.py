@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lowbit import ranks
 from lowbit.errors import UsageError
 from lowbit.evidence.meter import Meter
 from lowbit.inputs.checks import check_keys, check_whole, checked, is_like
@@ -182,6 +183,44 @@ class Int8AllReduce:
 
 
 @checked
+def average_buffers_(model: nn.Module) -> None:
+    """Give every rank what the buffers of all ranks have seen, so that all go on alike; call it after each update.
+
+    It is for ``DistributedDataParallel(..., forward_sync_buffers=False)`` (before torch 2.13 ``broadcast_buffers``) and
+    for FSDP. Running ranges and statistics become means, and the magnitudes of delayed scales the largest. The mean of
+    batch normalisation's running variances lacks the variance between the means of the ranks' batches. By default, DDP
+    begins each forward with the buffers of rank 0 instead.
+
+    Args:
+        model: the same on all ranks.
+    """
+    if not ranks.is_one_of_several():
+        return
+    largest = {id(site.histories) for site in sites_of(model)}
+    buffers = [b for b in model.buffers() if b.is_floating_point() and b.numel()]
+    if not buffers:
+        return
+    every = ranks.gathered(torch.cat([b.detach().double().flatten() for b in buffers]))
+    equal = (every == every[0]).all(0)
+    means, most = every.mean(0).where(~equal, every[0]), every.amax(0)
+    sizes = [b.numel() for b in buffers]
+    with torch.no_grad():
+        for b, mean, highest in zip(buffers, means.split(sizes), most.split(sizes), strict=True):
+            b.copy_((highest if id(b) in largest else mean).view_as(b))
+
+
+def full_exchange_bytes(model: nn.Module, *, sharded: bool) -> int:
+    """The bytes that this process sends in a step that exchanges all gradients as they are, in a ring.
+
+    A ring sends each gradient once to be added up and once as the sum. If parameters are sharded, it is added up, and
+    the parameter sent twice: for the forward, and for the backward.
+    """
+    size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    world = ranks.world_size()
+    return (3 if sharded else 2) * (world - 1) * size // world
+
+
+@checked
 def average_ranges_(model: nn.Module) -> None:
     """Give every rank the mean of all ranks' running input ranges; call it on all ranks, before one saves or evaluates.
 
@@ -199,11 +238,6 @@ def average_ranges_(model: nn.Module) -> None:
     sites = list(sites_of(model))
     if not sites:
         raise UsageError("average_ranges_: nothing in this model is converted; call lowbit.convert_ first")
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
     own = torch.stack([site.running_range.double() for site in sites])
-    every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, own)
-    # Gathered and averaged in the order of ranks, so that all have the same last bit.
-    for site, (low, high, _) in zip(sites, torch.stack(every).mean(0).tolist(), strict=True):
+    for site, (low, high, _) in zip(sites, ranks.gathered(own).mean(0).tolist(), strict=True):
         site.running_range[0], site.running_range[1] = low, high

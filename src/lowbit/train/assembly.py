@@ -1,6 +1,7 @@
 """What the settings of a run say, made: its data, its converted model, its threads."""
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 
 import lowbit
+from lowbit import ranks
 from lowbit.engines.choice import refusals
 from lowbit.engines.int8 import missing
 from lowbit.errors import UsageError
+from lowbit.methods.normalization import RangeNorm
 from lowbit.precision.controller import PrecisionController
 from lowbit.products.operators import Linear
 from lowbit.train import data, models
@@ -59,6 +62,16 @@ def _recipe(config: TrainConfig) -> tuple[lowbit.Recipe, str | None]:
     if config.amp != asked and (asked is not None or config.amp == "fp16"):
         wants = "asks for no autocast and scales no loss" if asked is None else f"asks for {asked} autocast"
         raise UsageError(f"amp={config.amp!r}, and recipe {recipe.name!r} {wants}: leave amp out.")
+    if config.synchronized is not None:
+        if not isinstance(recipe.normalization, RangeNorm):
+            raise UsageError(
+                f"synchronized goes with a recipe of Range BN, and {recipe.name!r} has none: batch normalisation keeps "
+                "the statistics of each process' own samples."
+            )
+        norm = dataclasses.replace(recipe.normalization, synchronized=config.synchronized)
+        recipe = recipe.replace(normalization=norm)
+    if config.strategy == "fsdp" and ranks.is_one_of_several():
+        _check_sharded(config, recipe)
     if recipe.gates is None:
         if config.blocks is not None:
             raise UsageError(f"blocks goes with a recipe that has gates, and {recipe.name!r} has none.")
@@ -76,6 +89,21 @@ def _recipe(config: TrainConfig) -> tuple[lowbit.Recipe, str | None]:
     return recipe, blocks
 
 
+def _check_sharded(config: TrainConfig, recipe: lowbit.Recipe) -> None:
+    """Raise where a part of the weights is not enough."""
+    own = {"optimizer_states": config.optimizer_states, "weights": config.weights}
+    given = [f"{name}={value!r}" for name, value in own.items() if value not in (None, "fp32")]
+    reasons = {
+        f"recipe {recipe.name!r} has gates, whose parameters are outside the model": recipe.gates is not None,
+        f"recipe {recipe.name!r} rounds the weights or the optimizer's states": recipe.update is not None,
+        f"{' and '.join(given)} round them": bool(given),
+        "amp='fp16' scales the loss": config.amp == "fp16",
+    }
+    for reason, there in reasons.items():
+        if there:
+            raise UsageError(f"strategy 'fsdp' shares weights among the processes, and {reason}: use strategy 'ddp'.")
+
+
 def build(config: TrainConfig, model: str) -> tuple[data.Data, nn.Module]:
     """The data and the plain model."""
     loaded = data.load(
@@ -84,6 +112,8 @@ def build(config: TrainConfig, model: str) -> tuple[data.Data, nn.Module]:
         seed=config.seed,
         subset=config.subset,
         context=config.context or 128,
+        rank=ranks.rank(),
+        world=ranks.world_size(),
     )
     if config.context is not None and loaded.task.kind != "text":
         raise UsageError(f"context is a setting of text, and the data set {config.data!r} is not text.")

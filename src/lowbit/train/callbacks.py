@@ -1,6 +1,7 @@
 """What happens beside a run's steps: times, ledger, logs, bits, checkpoints, the end, and how far it is."""
 
 import math
+import signal
 import statistics
 import time
 from collections.abc import Callable
@@ -11,14 +12,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 import lowbit
+from lowbit import ranks
 from lowbit.evidence.ledger import Ledger
 from lowbit.evidence.memory import StepMemory, UpdateMemory
 from lowbit.inputs import files
+from lowbit.integrations.ddp import Int8AllReduce, average_buffers_, full_exchange_bytes
 from lowbit.precision.range_test import RangeTestResult
 from lowbit.report.spent import Spent
 from lowbit.train.config import TrainConfig
 from lowbit.train.folder import CHECKPOINT, RANGE_TEST
+from lowbit.train.merging import MergedLedger
 from lowbit.train.module import Module, log_row
+from lowbit.train.processes import largest, mean
 from lowbit.train.progress import Progress
 from lowbit.train.stop import Leave, Stop
 
@@ -90,34 +95,67 @@ def _all_finite(optimizer: Optimizer) -> bool:
     return all(bool(grad.isfinite().all()) for grad in grads)
 
 
+class Share(Callback):
+    """Makes several processes one run: exchanges gradients as the settings say, and averages what buffers have seen.
+
+    Args:
+        config: the settings.
+        meter: counts the bytes that this process sends for its gradients.
+    """
+
+    def __init__(self, config: TrainConfig, meter: lowbit.Meter) -> None:
+        self.config = config
+        self.meter = meter
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the exchange of gradients in place, with what each rank had not sent."""
+        assert isinstance(pl_module, Module)
+        if self.config.exchange == "int8":
+            assert trainer.strategy.model is not None
+            pl_module.begin_exchange(Int8AllReduce(trainer.strategy.model, meter=self.meter))
+
+    def on_train_batch_end(self, _: Trainer, pl_module: LightningModule, *__: object) -> None:
+        """Give all ranks the same running statistics, before anything is evaluated or saved."""
+        average_buffers_(pl_module)
+        if self.config.exchange != "int8":
+            self.meter.sent(full_exchange_bytes(pl_module, sharded=self.config.strategy == "fsdp"))
+
+
 class MeterSteps(Callback):
     """Ends the ledger's steps and evaluations where those of the run end, and adds up the run's cost from them.
 
     Args:
-        meter: writes the ledger.
+        meter: writes the ledger of this process.
+        ledger: of the run.
         evaluated: gets the ledger after each evaluation.
     """
 
-    def __init__(self, meter: lowbit.Meter, evaluated: Evaluated) -> None:
+    def __init__(self, meter: lowbit.Meter, ledger: MergedLedger, evaluated: Evaluated) -> None:
         self.meter = meter
+        self.ledger = ledger
         self.evaluated = evaluated
 
     def on_train_batch_end(self, _: Trainer, pl_module: LightningModule, *__: object) -> None:
         """End the step in the ledger, and add up its cost."""
         assert isinstance(pl_module, Module)
         self.meter.step()
-        pl_module.add_cost(self.meter.ledger.last_step())
+        self.ledger.step()
+        if self.ledger.whole is not None:
+            pl_module.add_cost(self.ledger.whole.last_step())
 
     def on_validation_end(self, _: Trainer, pl_module: LightningModule) -> None:
         """Write the score into the ledger."""
         assert isinstance(pl_module, Module)
         name = "test_bits_per_byte" if pl_module.text else "test_accuracy"
         self.meter.evaluated(name, pl_module.test[name], higher_is_better=not pl_module.text)
-        self.evaluated(self.meter.ledger)
+        self.ledger.evaluated()
+        if self.ledger.whole is not None:
+            self.evaluated(self.ledger.whole)
 
     def on_save_checkpoint(self, *_: object) -> None:
         """Bring the ledger to the disk."""
-        self.meter.ledger.sync()  # a checkpoint never knows of a step that the ledger lost
+        if self.ledger.whole is not None:
+            self.ledger.whole.sync()  # a checkpoint never knows of a step that the ledger lost
 
 
 class TrainingRows(Callback):
@@ -129,7 +167,7 @@ class TrainingRows(Callback):
         if trainer.global_step % _LOG_EVERY == 0:
             names = {"loss": "task_loss", "accuracy": "accuracy", "lr": "lr"}
             values = {f"train_{name}": float(outputs[key]) for name, key in names.items()}
-            log_row(trainer, values | pl_module.precision())
+            log_row(trainer, mean(values) | pl_module.precision())
 
 
 class NextBits(Callback):
@@ -144,7 +182,8 @@ class NextBits(Callback):
         if pl_module.controller is not None:
             pl_module.controller.step(outputs["task_loss"])
             test = pl_module.controller.range_test
-            if test is not None and test.done and not (self.out / RANGE_TEST).exists():
+            written = ranks.rank() > 0 or (self.out / RANGE_TEST).exists()
+            if test is not None and test.done and not written:
                 files.write_text(self.out / RANGE_TEST, f"{RangeTestResult.of(test)}\n")
 
 
@@ -176,7 +215,8 @@ class Checkpoints(Callback):
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
         """Save where steps, minutes or a signal say so."""
         due = self.every is not None and trainer.global_step % self.every == 0
-        due = due or self.stop.signal is not None or time.monotonic() - self.saved_at >= self.seconds
+        due = due or time.monotonic() - self.saved_at >= self.seconds
+        due = self._agree(due=due) or self.stop.signal is not None
         # The last batch waits for the evaluation: a run resumed from between would never do it.
         if due and not (trainer.is_last_batch or trainer.should_stop):
             self._save(trainer)
@@ -184,7 +224,15 @@ class Checkpoints(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the evaluated epoch."""
         assert isinstance(pl_module, Module)
+        self._agree()
         self._save(trainer, complete=trainer.global_step >= pl_module.total_steps)
+
+    def _agree(self, *, due: bool = False) -> bool:
+        """Whether a checkpoint is due on any rank; a signal to one is a signal to all."""
+        number, found = largest(0 if self.stop.signal is None else self.stop.signal.value, due)
+        if number:
+            self.stop.signal = signal.Signals(int(number))
+        return bool(found)
 
     def _save(self, trainer: Trainer, *, complete: bool = False) -> None:
         for logger in trainer.loggers:

@@ -26,6 +26,8 @@ Measure = Literal["accuracy", "loss"]
 OptimizerStates = Literal["fp32", "int8", "dynamic8"]
 Weights = Literal["fp32", "bf16", "int8"]
 Evaluate = Literal["epochs", "end", "never"]
+Strategy = Literal["ddp", "fsdp"]
+Exchange = Literal["fp32", "int8"]
 LoggerName = Literal["tensorboard", "csv", "trackio", "mlflow", "wandb"]
 
 CHANGEABLE = ("lr", "weight_decay", "epochs", "threads", "checkpoint_every", "checkpoint_minutes", "keep")
@@ -85,6 +87,12 @@ class TrainConfig:
         evaluate: when the model is tested: after each of the ``epochs``, once at the ``end``, or ``never``, which
             leaves the run without a score. Default: epochs.
         proof: whether the first step is proven, on a copy, before the run begins. Default: true.
+        strategy: of several processes, which ``torchrun`` starts: ``ddp``, each has all weights, or ``fsdp``, each has
+            its part (FSDP2). Default: ddp.
+        exchange: of several processes with ``ddp``: how they exchange gradients, ``fp32`` or ``int8``, 8-bit codes with
+            error feedback, see `lowbit.integrations.ddp.Int8AllReduce`. Default: fp32.
+        synchronized: whether Range BN takes its statistics over the samples of all processes. Default: as the recipe
+            says.
 
     Raises:
         UsageError: a value is out of its range; the message names the setting.
@@ -118,6 +126,9 @@ class TrainConfig:
     logger: LoggerName | None = None
     evaluate: Evaluate | None = None
     proof: bool | None = None
+    strategy: Strategy | None = None
+    exchange: Exchange | None = None
+    synchronized: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "data", "recipe"):
@@ -140,6 +151,8 @@ class TrainConfig:
         if self.threads is not None and self.threads > MOST_THREADS:
             raise UsageError(f"threads must be at most {MOST_THREADS}, got {self.threads}.")
         check_fields(self)
+        if self.strategy == "fsdp" and self.exchange == "int8":
+            raise UsageError("exchange='int8' goes with strategy 'ddp': fsdp exchanges gradients by itself.")
 
     def changed(self, changes: Mapping[str, object]) -> Self:
         """The same run with other settings from some step on.
@@ -222,7 +235,9 @@ class Result:
         seed: of the run.
         engines: products of converted layers by the engine that executes them.
         versions: of ``lowbit``, ``torch`` and ``python`` at the end of the run.
-        memory: of one step, measured early in the run's last start; None if it had no step left.
+        memory: of one step of one process, measured early in the run's last start; None if it had no step left, or if
+            processes share the weights (``fsdp``).
+        processes: how many ran the last start.
     """
 
     test_loss: float
@@ -243,6 +258,7 @@ class Result:
     engines: Mapping[str, int] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     memory: StepMemory | None = None
+    processes: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,9 +323,12 @@ def settled(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None or name not in may_lack()}
 
 
+_LATEST = ("evaluate", "proof", "strategy", "exchange", "synchronized")
+
+
 def may_lack() -> set[str]:
     """The settings that runs of earlier versions may lack; None leaves each open."""
-    return {*tunable(), "optimizer_states", "weights", "logger", "evaluate", "proof"}
+    return {*tunable(), "optimizer_states", "weights", "logger", *_LATEST}
 
 
 def lr_factor(schedule: Schedule, step: int, total: int) -> float:

@@ -1,20 +1,27 @@
 """Lightning's Trainer, set up so that a run does what its settings say and nothing else."""
 
 import contextlib
+import inspect
 import logging
 import math
+import os
 import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch.nn.parallel import DistributedDataParallel
 
 import lowbit
+from lowbit import ranks
 from lowbit.train import checkpoint, data
 from lowbit.train.assembly import accelerator
 from lowbit.train.callbacks import (
@@ -22,6 +29,7 @@ from lowbit.train.callbacks import (
     MemoryOfStep,
     MeterSteps,
     NextBits,
+    Share,
     ShowProgress,
     StepTimer,
     StopAtEnd,
@@ -32,6 +40,7 @@ from lowbit.train.folder import CHECKPOINT
 from lowbit.train.loggers import make_loggers
 from lowbit.train.module import Module
 from lowbit.train.progress import SILENT, Progress
+from lowbit.train.sharded import Sharded
 from lowbit.train.step import NotFiniteError
 from lowbit.train.stop import Leave, Stop
 
@@ -46,11 +55,13 @@ def make_trainer(
     memory: MemoryOfStep,
     progress: Progress,
 ) -> Trainer:
-    """A Trainer on one device, which keeps the checkpoints and writes the logs of this run."""
+    """A Trainer on one device a process, which keeps the checkpoints and writes the logs of this run."""
     assert config.out is not None
+    several, is_first = ranks.is_one_of_several(), ranks.rank() == 0
     callbacks = [
+        *([Share(config, meter.meter)] if several else []),
         meter,
-        memory,
+        *([] if several and config.strategy == "fsdp" else [memory]),
         timer,
         TrainingRows(),
         NextBits(config.out),
@@ -58,19 +69,21 @@ def make_trainer(
         Checkpoints(config, stop),
     ]
     if progress is not SILENT:
-        callbacks.append(ShowProgress(config, meter.meter.ledger, progress))
+        assert meter.ledger.whole is not None
+        callbacks.append(ShowProgress(config, meter.ledger.whole, progress))
+    environment: ClusterEnvironment = TorchElasticEnvironment() if several else LightningEnvironment()
     never_finite = {"state_dict": module.state_dict(), "lowbit": {"state": lowbit.state_dict(module.model)}}
     return Trainer(
         accelerator=accelerator(),
-        devices=1,
+        **(_of_several(config) if several else {"devices": 1}),
         max_epochs=config.epochs,
-        logger=make_loggers(config, 0 if start is None else start["global_step"]),
+        logger=make_loggers(config, 0 if start is None else start["global_step"]) if is_first else False,
         log_every_n_steps=1,  # `TrainingRows` logs; a larger value is a warning where an epoch is shorter
         callbacks=callbacks,
-        # One process: Lightning would read a cluster's environment variables and change what the run does.
+        # Lightning would read any cluster's environment variables and change what the run does.
         plugins=[
             _CheckpointIO(start, config.keep, set(checkpoint.not_finite(never_finite))),
-            LightningEnvironment(),
+            environment,
             _precision(config, module),
         ],
         default_root_dir=config.out,
@@ -82,6 +95,21 @@ def make_trainer(
         check_val_every_n_epoch=math.ceil(module.total_steps / len(module.loader)) if config.evaluate == "end" else 1,
         inference_mode=False,  # tensors that a layer keeps from the evaluation must serve the next step
     )
+
+
+def _of_several(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of a Trainer for the processes that ``torchrun`` started."""
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    strategy: Strategy
+    if config.strategy == "fsdp":
+        strategy = Sharded(data_parallel_size=ranks.world_size(), tensor_parallel_size=1)
+    else:
+        # `Share` averages what buffers have seen; the argument has another name before torch 2.13.
+        names = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        without_buffers: dict[str, Any] = {name: False}
+        strategy = DDPStrategy(**without_buffers)
+    return {"devices": local, "num_nodes": ranks.world_size() // local, "strategy": strategy}
 
 
 def _precision(config: TrainConfig, module: Module) -> Precision:

@@ -9,10 +9,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 import lowbit
+from lowbit import ranks
 from lowbit.evidence.records import PLAIN, Total
+from lowbit.integrations.ddp import Int8AllReduce
 from lowbit.precision.controller import PrecisionController
 from lowbit.train import data
 from lowbit.train.config import CHANGEABLE, TrainConfig, lr_factor
+from lowbit.train.processes import collected
 from lowbit.train.step import NotFiniteError, autocast, explain_non_finite, loss_and_accuracy, make_optimizer, step_seed
 
 
@@ -39,18 +42,33 @@ class Module(LightningModule):
         self.gates = None if self.controller is None else self.controller.gates
         self.cost = {"macs": 0, "bit_operations": 0}
         self.sources: dict[str, str] = {}
+        self.exchange: Int8AllReduce | None = None
+        self.is_sharded = False
+        self.unsent: list[dict[str, Any]] = []
+
+    def configure_model(self) -> None:
+        """Give each process its part of the weights where the settings say so."""
+        if self.config.strategy == "fsdp" and ranks.is_one_of_several() and not self.is_sharded:
+            from lowbit.train.sharded import shard_
+
+            assert self.device_mesh is not None
+            shard_(self.model, self.device_mesh["data_parallel"])
+            self.is_sharded = True
 
     def on_train_batch_start(self, *_: object) -> None:
         """Seed torch for the step."""
-        torch.manual_seed(step_seed(self.config.seed, self.global_step))
+        torch.manual_seed(step_seed(self.config.seed, self.global_step, rank=ranks.rank()))
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
         """The loss of a batch, with what the logs and the controller want to know."""
         x, y = batch
         loss, accuracy = loss_and_accuracy(self.model(x), y)
         if not loss.isfinite():
-            with autocast(self.config, x.device.type):
-                cause = explain_non_finite(self.model, x)
+            if self.config.strategy == "fsdp" or self.config.synchronized:
+                cause = "one process alone cannot run the forward again to find out where"
+            else:
+                with autocast(self.config, x.device.type):
+                    cause = explain_non_finite(self.model, x)
             raise NotFiniteError(f"the loss is {loss.item()} at step {self.global_step}: {cause}.")
         lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]  # there is one optimizer
         penalty = 0.0 if self.gates is None else self.gates.penalty()
@@ -75,8 +93,9 @@ class Module(LightningModule):
         for name, (forward, _) in self.controller.bits().items():
             values[f"bits/{name}"] = forward
         if self.gates is not None:
+            histogram = ranks.gathered(self.gates.histogram()).sum(0)
             values |= {"cost_percent": self.gates.cost, "target_percent": self.gates.target}
-            for block, counts in zip(self.gates.blocks, self.gates.histogram().tolist(), strict=True):
+            for block, counts in zip(self.gates.blocks, histogram.tolist(), strict=True):
                 for (forward, backward), count in zip(self.gates.choices, counts, strict=True):
                     values[f"gates/{block}/{forward}-{backward}"] = count / max(sum(counts), 1)
         return {name: float(value) for name, value in values.items() if value is not None}
@@ -93,7 +112,8 @@ class Module(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Turn the sums into the scores, and log them."""
-        loss, accuracy, _ = (self.sums / self.sums[2]).tolist()
+        sums = ranks.gathered(self.sums).sum(0)
+        loss, accuracy, _ = (sums / sums[2]).tolist()
         score = {"test_bits_per_byte": loss / math.log(2)} if self.text else {"test_accuracy": accuracy}
         self.test = {"test_loss": loss, **score}
         log_row(self.trainer, self.test)
@@ -125,12 +145,24 @@ class Module(LightningModule):
             "cost": self.cost,
             "data": self.fingerprint,
             "sources": self.sources,
+            "processes": ranks.world_size(),
+            "unsent": [] if self.exchange is None else collected(self.exchange.state_dict()),
         }
+
+    def begin_exchange(self, exchange: Int8AllReduce) -> None:
+        """Exchange gradients in this way from now on; what the ranks of the checkpoint had not sent comes first.
+
+        With another number of processes that is lost, which is the rounding of one step.
+        """
+        self.exchange = exchange
+        if len(self.unsent) == ranks.world_size():
+            exchange.load_state_dict(self.unsent[ranks.rank()])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back what lowbit kept, and apply settings that have changed."""
         _retune(checkpoint, self.config, self.total_steps)
         lowbit.load_state_dict(self.model, checkpoint["lowbit"]["state"])
+        self.unsent = checkpoint["lowbit"].get("unsent", [])
         # Lightning restores a loader too, but not at the end of an epoch.
         self.loader.load_state_dict(checkpoint["lowbit"]["loader"])
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lowbit import ranks
 from lowbit.errors import RunError, UsageError
 from lowbit.train import checkpoint, data
 from lowbit.train.config import Result, settled
@@ -13,6 +14,7 @@ from lowbit.train.module import Module
 
 # What lowbit keeps in a checkpoint, beside what Lightning does.
 _OWN = {"config", "state", "loader", "test", "controller", "cost", "data", "sources"}
+_LATER = {"processes", "unsent"}  # older checkpoints lack them
 
 
 def resume_point(
@@ -33,7 +35,7 @@ def resume_point(
 
     path, content = newest(settings, tell)
     check_fit(path, content, module)
-    if path.name != CHECKPOINT:
+    if path.name != CHECKPOINT and ranks.rank() == 0:
         print(f"lowbit: going on from {path}, of step {content['global_step']}", file=sys.stderr)
     then, now = content["lowbit"]["data"], module.fingerprint
     changed = [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
@@ -83,7 +85,7 @@ def _load_checkpoint(path: Path, settings: Settings) -> dict[str, Any]:
     """
     content: dict[str, Any] = checkpoint.load(path)
     own = content.get("lowbit")
-    if not isinstance(own, dict) or set(own) != _OWN:
+    if not isinstance(own, dict) or set(own) - _LATER != _OWN:
         raise checkpoint.DamagedError(
             f"{path} has no state of lowbit; expected a checkpoint that `lowbit train` wrote."
         )

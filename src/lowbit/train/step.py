@@ -8,14 +8,17 @@ from lowbit.errors import RunError
 from lowbit.train.config import TrainConfig
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The seed of torch's generator for one step: 63 bits of two rounds of splitmix64.
+def step_seed(seed: int, step: int, *, rank: int = 0) -> int:
+    """The seed of torch's generator for one step of a process: 63 bits of two or three rounds of splitmix64.
+
+    Rank 0 draws what one process does; the others draw something else, since their samples are others.
 
     Adding `step` to `seed` instead would give step 1 of seed 0 and step 0 of seed 1 the same draws.
 
     Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
     """
-    return _mix64(_mix64(seed) ^ step) >> 1
+    mixed = _mix64(_mix64(seed) ^ step)
+    return (_mix64(mixed ^ rank) if rank else mixed) >> 1
 
 
 def _mix64(x: int) -> int:

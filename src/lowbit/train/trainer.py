@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit.errors import RunError, Stopped, UsageError
+from lowbit import ranks
+from lowbit.errors import ElsewhereError, RunError, Stopped, UsageError
 from lowbit.evidence.names import layer_names
 from lowbit.inputs import files
 from lowbit.products.watch import observed_by
@@ -49,7 +50,9 @@ from lowbit.train.folder import (
 from lowbit.train.lock import locked, refuse_held
 from lowbit.train.loggers import check_installed
 from lowbit.train.measured import measured
+from lowbit.train.merging import MergedLedger
 from lowbit.train.module import Module
+from lowbit.train.processes import check_same, exchanged, first, is_of_a_lost_one, met, together
 from lowbit.train.progress import SILENT, Progress
 from lowbit.train.resuming import check_fit, newest, result_of_complete, resume_point
 from lowbit.train.step import NotFiniteError, autocast, loss_and_accuracy
@@ -73,25 +76,38 @@ def train(config: TrainConfig, *, evaluated: Evaluated = ignored, progress: Prog
         Stopped: a signal came; its text says how to go on. It is a KeyboardInterrupt.
     """
     others, chosen = Others(), config.threads is None
-    config = config.resolved(threads=torch.get_num_threads(), amp=fastest_amp(config))
-    check_installed(config)
-    out = _checked(config.out)
-    with _ending(out) as stop, contextlib.closing(progress):
-        refuse_held(out)
-        refuse_taken(out)
-        with threads_of(config):
-            loaded, module, report = assemble(config)
-            out.mkdir(parents=True, exist_ok=True)
-            with locked(out):
+    with met():
+        config = config.resolved(threads=torch.get_num_threads(), amp=fastest_amp(config))
+        check_same(config.to_dict() | {"out": str(config.out)})
+        check_installed(config)
+        if not ranks.is_one_of_several():
+            _refuse_alone(config)
+        out = _checked(config.out)
+        progress = progress if ranks.rank() == 0 else SILENT
+        with _ending(out) as stop, contextlib.closing(progress):
+
+            def free() -> None:
+                refuse_held(out)
+                refuse_taken(out)
+
+            def begin() -> None:
                 refuse_taken(out)
                 files.remove_parts(out)
                 write_settings(Settings(config=config))
-                stop.saved = 0  # there is a run to resume
-                write_sources(config)
-                assert config.threads is not None
-                if chosen and (advice := others.advice(config.threads)):
-                    progress.say(advice)
-                return _run(stop, loaded, module, report, None, evaluated, progress)
+
+            first(free)
+            with threads_of(config):
+                with together():
+                    loaded, module, report = assemble(config)
+                with _held(out):
+                    first(begin)
+                    stop.saved = 0  # there is a run to resume
+                    first(lambda: write_sources(config))
+                    assert config.threads is not None
+                    alone = not ranks.is_one_of_several()
+                    if alone and chosen and (advice := others.advice(config.threads)):
+                        progress.say(advice)
+                    return _run(stop, loaded, module, report, None, evaluated, progress)
 
 
 def resume(
@@ -123,26 +139,38 @@ def resume(
             run, or the data set changed; or as `train`.
         Stopped: as `train`.
     """
-    out = _checked(out)
-    with _ending(out) as stop, contextlib.closing(progress):
-        if not (out / CONFIG).is_file():
-            raise UsageError(f"{out} is not a run folder: it lacks {CONFIG}. Start a run with `lowbit train`.")
+    with met(), _ending(_checked(out)) as stop, contextlib.closing(progress):
+        progress = progress if ranks.rank() == 0 else SILENT
+        with together():
+            if not (out / CONFIG).is_file():
+                raise UsageError(f"{out} is not a run folder: it lacks {CONFIG}. Start a run with `lowbit train`.")
         if not changes:
-            refuse_held(out)
-            if (complete := result_of_complete(out)) is not None:
+            first(lambda: refuse_held(out))
+            if (complete := first(lambda: result_of_complete(out))) is not None:
                 return complete
-        with locked(out):
-            files.remove_parts(out)
-            settings = read_settings(out)
-            config = settings.config.changed(changes or {})
-            check_installed(config)
+        with _held(out):
+            first(lambda: files.remove_parts(out))
+            with together():
+                settings = read_settings(out)
+                config = settings.config.changed(changes or {})
+                check_installed(config)
             with threads_of(config):
-                loaded, module, report = assemble(config)
-                start, changed_data = resume_point(settings, loaded, module, data_changed=data_changed)
+                with together():
+                    loaded, module, report = assemble(config)
+
+                def point(*, here: bool) -> tuple[dict[str, Any] | None, list[str]]:
+                    with together():
+                        return resume_point(settings, loaded, module, data_changed=data_changed) if here else (None, [])
+
+                # Rank 0 sets damaged checkpoints aside before the others look.
+                start, changed_data = point(here=ranks.rank() == 0)
+                if ranks.is_one_of_several():
+                    found = point(here=ranks.rank() > 0)
+                    start, changed_data = (start, changed_data) if ranks.rank() == 0 else found
                 step = 0 if start is None else start["global_step"]
                 after = settings.changed(config, step=step, data=changed_data)
                 if after != settings:
-                    write_settings(after)
+                    first(lambda: write_settings(after))
                 return _run(stop, loaded, module, report, start, evaluated, progress, drop_damaged=drop_damaged)
 
 
@@ -171,6 +199,29 @@ def _checked(out: Path | None) -> Path:
     return out
 
 
+def _refuse_alone(config: TrainConfig) -> None:
+    """Raise where one process is asked for what several do."""
+    given = [name for name in ("strategy", "exchange") if getattr(config, name) is not None]
+    if given:
+        raise UsageError(
+            f"{given[0]} is a setting of several processes, and this is one: start them with "
+            "`torchrun --nproc-per-node 2 -m lowbit train`, or leave it out."
+        )
+
+
+@contextlib.contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Hold the lock of the run folder, on rank 0 for all."""
+    with contextlib.ExitStack() as lock:
+
+        def take() -> None:
+            out.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(locked(out))
+
+        first(take)
+        yield
+
+
 @contextlib.contextmanager
 def _ending(out: Path) -> Iterator[Stop]:
     """Turn what stops a run from outside into this library's errors."""
@@ -186,6 +237,10 @@ def _ending(out: Path) -> Iterator[Stop]:
             raise RunError(
                 f"{error} {kept}: `lowbit resume {out} --lr RATE` goes on from there with another learning rate."
             ) from error
+        except RuntimeError as error:
+            if isinstance(error, RunError) or not is_of_a_lost_one(error):
+                raise
+            raise ElsewhereError(f"another process of the run is gone; {_how_to_go_on(out, stop)}.") from error
         except OSError as error:  # a log on a full disk, an image that is gone
             raise RunError(f"stopped by the system ({error}); {_how_to_go_on(out, stop)}.") from error
         if stop.signal is not None:
@@ -210,34 +265,42 @@ def _run(
     drop_damaged: bool = False,
 ) -> Result:
     """Take the run from the checkpoint `start`, or from step 0 without one, to its end."""
-    config = module.config
-    assert config.out is not None
+    config, out, is_first = module.config, module.config.out, ranks.rank() == 0
+    assert out is not None
     module.sources = sources(config)
     timer, memory = StepTimer(), None
     began = stop.saved = 0 if start is None else start["global_step"]
     if start is None:
-        _write_report(config.out / "conversion.txt", str(report), report)
+        first(lambda: _write_report(out / "conversion.txt", str(report), report))
         if config.proof is not False:
             progress.begin("proof of the first step", sum(len(row.engines) for row in report.rows))
-            proof = _prove(config, loaded, module, progress)
+            with together():
+                proof = _prove(config, loaded, module, progress)
             progress.end()
-            _write_report(config.out / PROOF, f"{proof.summary()}\n\n{proof}", proof)
+            _note_other_ranks(proof)
+            first(lambda: _write_report(out / PROOF, f"{proof.summary()}\n\n{proof}", proof))
     if began < module.total_steps:
-        (config.out / RESULT).unlink(missing_ok=True)  # of the run before it went on
+        whole = None
+        with together():
+            if is_first:
+                (out / RESULT).unlink(missing_ok=True)  # of the run before it went on
+                whole = _open_ledger(config, module.model, start, drop_damaged=drop_damaged)
+        if whole is None or ranks.is_one_of_several():
+            own = lowbit.Ledger(model=config.model, layers=layer_names(module.model), first_step=began)
+        else:
+            own = whole
+        timed = measured(out, steps=lambda: began + len(timer.seconds), seconds_per_step=timer.median)
         with (
             quiet(),
-            measured(config.out, steps=lambda: began + len(timer.seconds), seconds_per_step=timer.median),
-            lowbit.Meter(module.model, _open_ledger(config, module.model, began, drop_damaged=drop_damaged)) as meter,
+            timed if is_first else contextlib.nullcontext(),
+            contextlib.nullcontext() if whole is None else contextlib.closing(whole),
+            lowbit.Meter(module.model, own) as meter,
         ):
             resumed = start is not None
             measuring = MemoryOfStep(meter)
-            fit(
-                make_trainer(config, timer, start, MeterSteps(meter, evaluated), stop, module, measuring, progress),
-                module,
-                loaded,
-                stop,
-                resumed=resumed,
-            )
+            steps = MeterSteps(meter, MergedLedger(own, whole), evaluated)
+            trainer = make_trainer(config, timer, start, steps, stop, module, measuring, progress)
+            fit(trainer, module, loaded, stop, resumed=resumed)
             memory = measuring.found
     test = None if module.controller is None else module.controller.range_test
     result = Result(
@@ -249,7 +312,7 @@ def _run(
         recipe=config.recipe,
         converted=sum(row.converted for row in report.rows),
         layers=len(report.rows),
-        out=config.out,
+        out=out,
         macs=module.cost["macs"],
         bit_operations=module.cost["bit_operations"],
         low=None if test is None else test.chosen,
@@ -259,9 +322,14 @@ def _run(
         engines=dict(Counter(engine for row in report.rows for engine in row.engines.values())),
         versions={"lowbit": version("lowbit"), "torch": torch.__version__, "python": platform.python_version()},
         memory=memory,
+        processes=ranks.world_size(),
     )
-    write_result(result)
-    return result
+
+    def write() -> Result:
+        write_result(result)
+        return result
+
+    return first(write)
 
 
 def _prove(config: TrainConfig, loaded: data.Data, module: Module, progress: Progress) -> lowbit.Proof:
@@ -287,13 +355,36 @@ def _write_report(path: Path, text: str, report: lowbit.Report | lowbit.Proof) -
     files.write_text(path.with_suffix(".json"), f"{report.to_json()}\n")
 
 
-def _open_ledger(config: TrainConfig, model: nn.Module, began: int, *, drop_damaged: bool) -> lowbit.Ledger:
-    """The ledger of the run, without the records that follow the checkpoint of step `began`."""
+def _open_ledger(
+    config: TrainConfig, model: nn.Module, start: dict[str, Any] | None, *, drop_damaged: bool
+) -> lowbit.Ledger:
+    """The ledger of the run, without the records that follow the checkpoint `start`."""
     assert config.out is not None
-    path = config.out / LEDGER
+    path, began = config.out / LEDGER, 0 if start is None else start["global_step"]
     if began and path.exists():
-        return lowbit.Ledger.resume(path, steps=began, drop_damaged=drop_damaged)
-    ledger = lowbit.Ledger.create(path, model=config.model, layers=layer_names(model), first_step=began)
-    if began:
-        ledger.add_note(f"the run had no ledger when it was resumed at step {began}: earlier steps are not in it")
+        ledger = lowbit.Ledger.resume(path, steps=began, drop_damaged=drop_damaged)
+    else:
+        ledger = lowbit.Ledger.create(path, model=config.model, layers=layer_names(model), first_step=began)
+        if began:
+            ledger.add_note(f"the run had no ledger when it was resumed at step {began}: earlier steps are not in it")
+    processes = 1 if start is None else start["lowbit"].get("processes", 1)
+    if ranks.world_size() != processes:
+        ledger.add_note(
+            f"from step {began} on, batches were shared by {ranks.world_size()} processes instead of {processes}"
+        )
     return ledger
+
+
+def _note_other_ranks(proof: lowbit.Proof) -> None:
+    """Say in the proof of rank 0 whether the other ranks ran the same."""
+    if not ranks.is_one_of_several():
+        return
+    every = exchanged({(row.layer, row.product): (row.kernel, row.bits) for row in proof.rows})
+    others = [
+        f"process {rank} differs in {layer} {product}: {', '.join(ran.get((layer, product), ('nothing',)))}"
+        for rank, ran in enumerate(every)
+        for layer, product in sorted(every[0].keys() | ran.keys())
+        if ran.get((layer, product)) != every[0].get((layer, product))
+    ]
+    said = [f"this is what process 0 of {len(every)} ran on its part of the first batch, and the others ran the same"]
+    proof.notes.extend(others or said)

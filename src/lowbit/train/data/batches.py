@@ -18,17 +18,25 @@ class Batches:
     `load_state_dict`, and all those of the next epoch once a batch has been handed out. Only one iterator
     may be in use at a time.
 
+    Of several processes, each reads its part of every batch: side by side, in the order of ranks, these are the batch
+    that one process reads, with the same augmentation. The place in an epoch is that of the whole, so a run goes on
+    with another number of processes.
+
     Args:
         source: where samples are read.
         batch_size: B.
         seed: of the order and the augmentation of a training set, whose short last batch is dropped.
-            ``None`` means a test set: fixed order, no augmentation, the short last batch included.
+            ``None`` means a test set: fixed order, no augmentation, the short last batch included. If that has fewer
+            samples than there are processes, the batch before it takes them.
+        rank: which process this is, from 0.
+        world: the number of processes.
 
     Raises:
-        UsageError: `batch_size` is below 1, or a training set has fewer samples than one batch.
+        UsageError: `batch_size` is below 1 or no multiple of `world`, or a training set has fewer samples than one
+            batch, or a test set fewer than there are processes.
     """
 
-    def __init__(self, source: Source, *, batch_size: int, seed: int | None) -> None:
+    def __init__(self, source: Source, *, batch_size: int, seed: int | None, rank: int = 0, world: int = 1) -> None:
         samples = len(source.samples)
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, given {batch_size}.")
@@ -37,10 +45,21 @@ class Batches:
                 f"the training set has {samples} samples, fewer than one batch of {batch_size}: "
                 f"use a batch_size of at most {samples}, or more samples."
             )
+        if batch_size % world:
+            # Gradients are averaged over processes: parts of different sizes would weigh samples differently.
+            raise UsageError(
+                f"a batch of {batch_size} cannot be split evenly over {world} processes: use a batch_size that is a "
+                f"multiple of {world}, e.g. {-(-batch_size // world) * world}."
+            )
+        if samples < world:
+            raise UsageError(f"the test set has {samples} samples, fewer than the {world} processes: use fewer.")
         self._source = source
+        self._rank, self._world = rank, world
         self._batch_size = batch_size
         self._seed = seed
-        self._length = samples // batch_size if seed is not None else -(-samples // batch_size)
+        # In a test set, samples that are too few for a batch of their own are in the last batch.
+        drops_rest = seed is not None or 0 < samples % batch_size < world
+        self._length = samples // batch_size if drops_rest else -(-samples // batch_size)
         self._epoch = 0
         self._batches = 0
         self._drawn = False  # a batch was handed out since the start or since load_state_dict
@@ -59,8 +78,11 @@ class Batches:
         epoch = self._epoch
         order = self._source.order(self._noise("order", epoch))
         for index in range(self._batches, self._length):
-            samples = order[index * self._batch_size : (index + 1) * self._batch_size]
-            batch = self._source.read(samples, self._noise("batch", epoch, index))
+            last = self._seed is None and index == self._length - 1
+            samples = order[index * self._batch_size : None if last else (index + 1) * self._batch_size]
+            count = len(samples)
+            part = slice(count * self._rank // self._world, count * (self._rank + 1) // self._world)
+            batch = self._source.read(samples, self._noise("batch", epoch, index), part)
             self._batches, self._drawn = index + 1, True
             yield batch
 

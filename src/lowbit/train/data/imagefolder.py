@@ -51,7 +51,7 @@ class ImageFolder(Source):
         """The samples of one epoch, shuffled unless `noise` is ``None``."""
         return shuffled(self.samples, noise)
 
-    def read(self, samples: Tensor, noise: Generator | None) -> tuple[Tensor, Tensor]:
+    def read(self, samples: Tensor, noise: Generator | None, part: slice) -> tuple[Tensor, Tensor]:
         """(B, 3, 224, 224) float32, normalised by ImageNet's mean and std, and labels (B,) int64."""
         paths = [self.paths[sample] for sample in samples.tolist()]
         draws: list[list[float]] | list[None] = [None] * len(paths)
@@ -59,11 +59,11 @@ class ImageFolder(Source):
             draws = torch.rand(len(paths), 5, generator=noise, dtype=torch.float32, device="cpu").tolist()
         # Decoding leaves Python's lock, so threads gain; every draw is made before they start.
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            x = torch.stack(list(pool.map(_decode, paths, draws)))
+            x = torch.stack(list(pool.map(_decode, paths[part], draws[part])))
         x = x.float()
         mean = x.new_tensor([0.485, 0.456, 0.406]).mul(255).view(3, 1, 1)
         std = x.new_tensor([0.229, 0.224, 0.225]).mul(255).view(3, 1, 1)
-        return x.sub_(mean).div_(std), self.labels[samples]
+        return x.sub_(mean).div_(std), self.labels[samples[part]]
 
     def fingerprint(self) -> dict[str, str | int]:
         """Hashes of what the samples are, see `Batches.fingerprint`."""

@@ -34,12 +34,12 @@ class Images(Source):
         """The samples of one epoch, shuffled unless `noise` is ``None``."""
         return shuffled(self.samples, noise)
 
-    def read(self, samples: Tensor, noise: Generator | None) -> tuple[Tensor, Tensor]:
+    def read(self, samples: Tensor, noise: Generator | None, part: slice) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) float32 and labels (B,) int64; augmented with `noise` unless it is ``None``."""
         x = self.images[samples]
         if self.augment and noise is not None:
             x = crop_and_flip(x, noise)
-        return x.float().sub_(self.mean).div_(self.std), self.labels[samples]
+        return x[part].float().sub_(self.mean).div_(self.std), self.labels[samples[part]]
 
     def fingerprint(self) -> dict[str, str | int]:
         """Hashes of what the samples are, see `Batches.fingerprint`."""

@@ -46,6 +46,8 @@ def load(
     subset: int | None = None,
     augment: bool = True,
     context: int = 128,
+    rank: int = 0,
+    world: int = 1,
 ) -> Data:
     """Open a data set by name; only ``fashion-mnist`` may be fetched, and says so on stderr.
 
@@ -68,6 +70,8 @@ def load(
         augment: whether images of the training set are cropped and flipped at random (never ``digits``),
             and whether each epoch of a text draws the offset of its windows.
         context: T, bytes of one window of a text; images do not use it.
+        rank: which of several processes reads, from 0: each reads its part of every batch, see `Batches`.
+        world: the number of processes.
 
     Raises:
         UsageError: the name, the path or an argument does not exist or does not fit the data.
@@ -93,8 +97,8 @@ def load(
     return Data(
         name=name,
         task=task,
-        train=Batches(train, batch_size=batch_size, seed=seed),
-        test=Batches(test, batch_size=batch_size, seed=None),
+        train=Batches(train, batch_size=batch_size, seed=seed, rank=rank, world=world),
+        test=Batches(test, batch_size=batch_size, seed=None, rank=rank, world=world),
     )
 
 

@@ -45,8 +45,11 @@ class Source(ABC):
         """What `read` takes, for the samples of one epoch; shuffled unless `noise` is ``None``."""
 
     @abstractmethod
-    def read(self, samples: Tensor, noise: Generator | None, /) -> tuple[Tensor, Tensor]:
-        """Input and labels of one batch of `order`; augmented with `noise` unless it is ``None``."""
+    def read(self, samples: Tensor, noise: Generator | None, part: slice, /) -> tuple[Tensor, Tensor]:
+        """Input and labels of a part of one batch of `order`; augmented with `noise` unless it is ``None``.
+
+        What is drawn for a sample does not depend on the part that is read.
+        """
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str | int]:

@@ -39,9 +39,10 @@ class Text(Source):
             min(self.context, spare + 1), (), generator=noise, dtype=torch.int64, device="cpu"
         )
 
-    def read(self, starts: Tensor, _noise: Generator | None) -> tuple[Tensor, Tensor]:
+    def read(self, starts: Tensor, _noise: Generator | None, part: slice) -> tuple[Tensor, Tensor]:
         """Bytes (B, T) int64 and the byte after each, (B, T) int64."""
-        windows = self.content[starts[:, None] + torch.arange(self.context + 1, dtype=torch.int64, device="cpu")].long()
+        own = starts[part, None]
+        windows = self.content[own + torch.arange(self.context + 1, dtype=torch.int64, device="cpu")].long()
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
     def fingerprint(self) -> dict[str, str | int]:
