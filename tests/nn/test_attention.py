@@ -179,3 +179,17 @@ def test_restore_gives_the_plain_layer_back() -> None:
 
     assert type(converted) is nn.MultiheadAttention
     assert torch.equal(plain(*inputs)[0], converted(*inputs)[0])
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "int8-attention"])
+@pytest.mark.parametrize(("queries", "samples"), [(0, 3), (4, 0)])
+def test_empty_inputs_have_empty_outputs(recipe: str, queries: int, samples: int) -> None:
+    """No queries, or no samples, give the plain layer's shape, and a backward gives zeros."""
+    plain, converted = _pair(recipe, batch_first=True)
+    q, k = torch.randn(samples, queries, E), torch.randn(samples, S, E)
+
+    out, _ = converted(q, k, k, need_weights=False)
+    out.sum().backward()
+
+    assert out.shape == plain(q, k, k, need_weights=False)[0].shape
+    assert all(p.grad is None or not p.grad.any() for p in converted.parameters())

@@ -126,7 +126,7 @@ class QuantMultiheadAttention(SeveralProducts, nn.MultiheadAttention):
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, length, E) as (B, H, length, E/H)."""
-    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
