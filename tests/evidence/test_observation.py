@@ -53,7 +53,7 @@ class Everything(nn.Module):
         """Image, rows of channels, attention over them, and a head."""
         x = self.blocks(self.stem(x)).flatten(2)
         x = self.rows(x)[0]
-        x = self.plain(x + self.attention(x, x, x)[0])
+        x = self.plain(x + self.attention(x, x, x, need_weights=False)[0])
         y: Tensor = self.head(x.mean(1))
         return y
 

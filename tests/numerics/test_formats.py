@@ -380,7 +380,10 @@ class TestTables:
             ('bits = 8\nzero = "offset"\nformat = "e4m2"', "formats.x: unknown format 'e4m2'. Did you mean 'e4m3'"),
             ('bits = 8\nzero = "offset"\nformat = "integer"', "formats.x: format 'integer' lacks bits"),
             ('bits = 8\nzero = "offset"\nfewest = 8', "formats.x: fewest=8 with range='minmax'"),
-            ('element = "integr"', "formats.x: unknown element 'integr'. Did you mean 'integer'.*Known: fixed-point"),
+            (
+                'element = "integr"',
+                "formats.x: unknown element 'integr'. Did you mean 'integer'.*Known: fallback, fixed-point",
+            ),
             ("element = 8", "formats.x: element=8: give a kind of element, or a table with kind and its fields"),
             ('element = { kind = "minifloat", exponent = 4 }', "formats.x: element 'minifloat' lacks mantissa"),
             (

@@ -85,6 +85,7 @@ _NATIVE: Listed = {
     Float32: {},
     NoTransform: {},
 }
+_MEASURED = (MinMax, SampleMean)
 _OF_ENDS: Listed = {
     Format: _ROUNDED,
     Integer: {"bits": range(1, 9), "zero": ("offset",)},
@@ -191,7 +192,9 @@ class Int8:
             # One copy costs far less than torch's operators, which take several passes over memory.
             x = x.contiguous(memory_format=_LAST[x.dim()])
             way = passes(x.shape, x.stride(), layout, slot.sharing, slot.stochastic)
-        if way is None or not _is_native(fmt):
+        # Most formats are measured and rounded as they are, which costs no look-up.
+        is_plain = type(fmt.element) is Integer and type(fmt.scale.range) in _MEASURED and fmt.transform == NO_TRANSFORM
+        if way is None or not (is_plain or _is_native(fmt)):
             noise = None if key is None else cpu.noise(x.numel(), key)
             return encode_by_torch(x.contiguous(), slot, noise=noise, observed=observed)
         if slot.has_offset:
@@ -230,7 +233,7 @@ class Int8:
             width = t.shape[-1]
             rows = t.shape.numel() // max(width, 1)
             sides.append(Rows(data=t.numbers, rows=rows, width=width, stride=width, along=runs_along, zero=t.zero))
-        if isinstance(a, Codes) and sides[0].along:
+        if isinstance(a, Codes) and sides[0].along and a.scale.numel() not in (1, sides[0].rows):
             a = replace(a, scale=per_row(a.scale, sides[0].rows))
         return _matrix(sides[0], sides[1], (a, b), product.shape, bias, product.dtype)
 

@@ -154,9 +154,11 @@ class Grid:
         """
         if x.numel() == 0:
             return 0.0
-        t, steps, margin = self.cut(x), self.steps, self.format.element.margin
+        t, steps = self.cut(x), self.steps
+        margin: Tensor | float = self.format.element.margin
         if (scale := self.format.scale) is not None:
-            margin = max(margin, float(scale.format.reach(steps.high)) - float(steps.high))
+            beyond = scale.format.reach(steps.high) - steps.high
+            margin = torch.clamp(beyond, min=margin) if isinstance(beyond, Tensor) else max(beyond, margin)
         t = (t if steps.offset is None else t - steps.offset) / steps.scale
         t = t if steps.zero is None else t + steps.zero
         return float(((t < steps.low - margin) | (t > steps.high + margin)).float().mean())

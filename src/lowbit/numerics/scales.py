@@ -355,8 +355,11 @@ class PowerOfTwoScale:
 
     def reach(self, levels: Tensor | float) -> Tensor | float:
         """See `ScaleFormat`."""
-        n = torch.as_tensor(levels, dtype=torch.float64, device="cpu")
-        return {"up": n, "nearest": 2**0.5 * n, "floor": 2 * power_of_two(exponent_of(n))}[self.direction].item()
+        if self.direction == "floor":
+            n = torch.as_tensor(levels, dtype=torch.float64)
+            reach = 2 * power_of_two(exponent_of(n))
+            return reach.to(levels) if isinstance(levels, Tensor) else reach.item()
+        return levels if self.direction == "up" else 2**0.5 * levels
 
     def __str__(self) -> str:
         how = {"up": "", "floor": " rounded down", "nearest": " rounded to nearest"}[self.direction]
