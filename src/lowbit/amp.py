@@ -31,6 +31,10 @@ def autocast(model: nn.Module) -> AbstractContextManager[Any]:
     return nullcontext() if asked is None else torch.autocast(device_of(model), asked.torch_dtype)
 
 
+class ScaleError(RunError):
+    """The scale of the loss fell below its minimum."""
+
+
 class GradScaler(torch.amp.GradScaler):
     """torch's scaler of losses with the settings of a recipe, and an end where the scale becomes too small.
 
@@ -77,12 +81,12 @@ class GradScaler(torch.amp.GradScaler):
         """Set the scale of the next step, see `torch.amp.GradScaler`.
 
         Raises:
-            RunError: it fell below the minimum.
+            ScaleError: it fell below the minimum.
         """
         super().update(new_scale)
         scale = self.get_scale()
         if self.is_enabled() and scale < self.minimum:
-            raise RunError(
+            raise ScaleError(
                 f"the loss scale fell to {scale}, below its minimum of {self.minimum}: {self._why()}. The weights are "
                 "those of the last step with finite gradients. Either the gradients are beyond the range of fp16, so "
                 "lower the learning rate or train in bf16, or they have a nan, which lowbit.tripwire(model) finds"

@@ -123,6 +123,15 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert (used["max_steps"], used["seed"]) == (3, 6)
 
 
+def test_printed_settings_have_every_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--print-config`` with ``--seeds`` prints a document for each run, and trains none."""
+    code = train(tmp_path / "run", "--seeds", "3,5", "--print-config")
+
+    assert code == 0
+    assert [each["seed"] for each in yaml.safe_load_all(capsys.readouterr().out)] == [3, 5]
+    assert not list(tmp_path.iterdir())
+
+
 def test_settings_of_a_run_start_another(tmp_path: Path) -> None:
     """The ``config.yaml`` of a run folder serves as ``--config``."""
     train(tmp_path / "run")

@@ -34,6 +34,16 @@ def test_the_example_is_understood(name: str) -> None:
     assert (program, command) == ("lowbit", name)
 
 
+@pytest.mark.parametrize(
+    ("name", "usage"), [("cost", "cost [RUN]"), ("recipes", "recipes [NAME]"), ("resume", "resume RUN")]
+)
+def test_usage_says_what_may_be_left_out(name: str, usage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What need not be given stands in brackets."""
+    cli.main([name, "--help"])
+
+    assert f"usage: lowbit {usage} [FLAGS]\n" in capsys.readouterr().out
+
+
 def test_every_command_has_a_group() -> None:
     """The overview lists each command once, under what it is for."""
     assert sorted(name for names in GROUPS.values() for name in names) == sorted(COMMANDS)

@@ -15,6 +15,7 @@ import torch
 from runs import STEPS, config, last, same
 from torch import nn
 
+from lowbit import amp
 from lowbit.errors import RunError, UsageError
 from lowbit.evidence.ledger import Ledger
 from lowbit.train import checkpoint, models, trainer
@@ -190,3 +191,35 @@ def test_a_trained_model_comes_back(complete: Path) -> None:
     assert loaded.task.classes == 10
     with pytest.raises(UsageError, match="checkpoint"):
         trainer.trained(complete.parent)
+
+
+@pytest.mark.parametrize("recipe", ["sbm8", "int8"])
+def test_both_reports_name_the_same_engines(recipe: str, tmp_path: Path) -> None:
+    """Conversion and proof of a small ResNet agree on the engine of each product of each layer, norms included."""
+    out = tmp_path / "run"
+    trainer.train(
+        config(out, model="resnet20", recipe=recipe, subset=64, batch_size=32, max_steps=1, epochs=1, evaluate="never")
+    )
+
+    conversion, proof = (json.loads((out / f"{name}.json").read_text()) for name in ("conversion", "proof"))
+    promised = {
+        (row["name"], product): engine for row in conversion["rows"] for product, engine in row["engines"].items()
+    }
+    ran = {(row["layer"], row["product"]): ", ".join(row["engines"]) for row in proof["rows"]}
+    assert ran == {key: promised[key] for key in ran}
+    assert promised.keys() - ran.keys() <= {("stem.0", "grad_input")}  # nothing needs it
+    assert any(layer == "stem.1" for layer, _ in ran) == (recipe == "sbm8")
+
+
+def test_a_scale_that_fell_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the scaled loss ends a run, the message has the step and the command that goes on."""
+
+    def fell(*_: object) -> None:
+        raise amp.ScaleError("the loss scale fell")
+
+    monkeypatch.setattr(amp.GradScaler, "update", fell)
+
+    with pytest.raises(
+        RunError, match=r"scale fell\. The last checkpoint is of step 0: `lowbit resume .*run --lr RATE`"
+    ):
+        trainer.train(config(tmp_path / "run", recipe="amp-fp16"))

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lowbit.cli.fold import folded
 from lowbit.cli.report import run_folders
 from lowbit.errors import UsageError
 
@@ -42,6 +43,6 @@ def run(*, runs: list[Path], baseline: str | None, equal: float | None, force: b
     if asked:
         print({"json": found.to_json, "csv": found.to_csv, "markdown": found.to_markdown}[asked[0]]().rstrip("\n"))
         return
-    print(found)
+    print(folded(str(found)))
     if equal is not None:
-        print(f"\n{equality(views, equal)}")
+        print(folded(f"\n{equality(views, equal)}"))

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lowbit.cli.fold import folded
 from lowbit.cli.shapes import MOST_NUMBERS, task_of
 from lowbit.errors import UsageError
 
@@ -87,8 +88,7 @@ def run(
         print(workload(ledger).rstrip("\n"))
         return
     cost = Cost(ledger, estimated_on, measured, gated)
-    # Tables are as wide as they are: folded by the terminal's width they could not be read or piped.
-    print({"text": cost.__str__, "json": cost.to_json, "csv": cost.to_csv}[format]().rstrip("\n"))
+    print({"text": lambda: folded(str(cost)), "json": cost.to_json, "csv": cost.to_csv}[format]().rstrip("\n"))
 
 
 def _plan(

@@ -241,7 +241,8 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 def _placeholder(action: argparse.Action) -> str:
     name = str(action.metavar or action.dest).upper()
-    return {"?": f"[{name}]", "+": f"{name}..."}.get(str(action.nargs), name)
+    nargs = getattr(action, "save_nargs", action.nargs)  # argparse hides it while it reads flags
+    return {"?": f"[{name}]", "+": f"{name}..."}.get(str(nargs), name)
 
 
 def _plain(text: str) -> str:

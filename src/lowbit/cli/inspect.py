@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from lowbit.cli.fold import folded
 from lowbit.cli.shapes import task_of, whole
 from lowbit.errors import UsageError
 
@@ -77,7 +78,7 @@ def run(
             f"{model} would have {parameters:,} parameters for these sizes, and at most {_MOST_PARAMETERS:,} are "
             "built to be shown: give a smaller --input or fewer --classes."
         )
-    print(lowbit.convert_(models.build(model, task), recipe))
+    print(folded(str(lowbit.convert_(models.build(model, task), recipe))))
 
 
 def _probe(
@@ -129,6 +130,6 @@ def _probe(
         return F.cross_entropy(net(batch[0]).flatten(0, -2), batch[1].flatten())
 
     found = lowbit.probe(network, islice(loaded.train, batches), loss, bits=tried)
-    print(found)
+    print(folded(str(found)))
     if budget is not None:
-        print(f"\n{found.suggest(budget)}")
+        print(folded(f"\n{found.suggest(budget)}"))

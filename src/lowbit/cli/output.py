@@ -2,17 +2,14 @@
 
 import os
 import shutil
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lowbit.tables import text_table
+from lowbit.cli.fold import fold_table
 
 if TYPE_CHECKING:  # help must not wait for torch
     from lowbit.train.config import Result
     from lowbit.train.progress import Progress
-
-_NARROWEST = 20  # columns that a cell of several words keeps
 
 
 def add_progress(group: Any) -> None:
@@ -76,24 +73,7 @@ def fitted(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         header: column titles.
         rows: cells as text, each row as long as the header.
     """
-    columns = list(zip(header, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    least = [max(_NARROWEST, *(len(word) for cell in column for word in cell.split())) for column in columns]
-    room = shutil.get_terminal_size().columns - 2 * (len(columns) - 1)
-    while sum(widths) > room and any(width > low for width, low in zip(widths, least, strict=True)):
-        widest = max(range(len(widths)), key=lambda i: (widths[i] > least[i], widths[i]))
-        widths[widest] -= 1
-    lines = [
-        [
-            textwrap.wrap(cell, width, break_long_words=False, break_on_hyphens=False)
-            for cell, width in zip(row, widths, strict=True)
-        ]
-        for row in rows
-    ]
-    return text_table(
-        header,
-        [[cell[i] if i < len(cell) else "" for cell in row] for row in lines for i in range(max(1, *map(len, row)))],
-    )
+    return fold_table(header, rows, shutil.get_terminal_size().columns)
 
 
 def write(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lowbit.cli.fold import folded
 from lowbit.cli.output import add_progress, progress_of, write
 
 DESCRIPTION = "Find the lowest precision at which a fresh model makes progress, for a cyclic schedule."
@@ -27,4 +28,4 @@ def run(*, progress: str, **settings: Any) -> None:
     from lowbit.train.config import RangeTestConfig
     from lowbit.train.range_test import range_test
 
-    write(str(range_test(RangeTestConfig(**settings), progress_of(progress))))
+    write(folded(str(range_test(RangeTestConfig(**settings), progress_of(progress)))))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lowbit.cli.fold import folded
 from lowbit.cli.output import fitted, write
 
 DESCRIPTION = "List the recipes, or show the number formats of one."
@@ -12,6 +13,11 @@ EXAMPLE = "lowbit recipes sbm8"
 def add_arguments(parser: Any) -> None:
     """What the command takes."""
     parser.add_argument("name", type=str, nargs="?", help="the recipe to show")
+
+
+def say(text: str) -> None:
+    """Write text folded."""
+    write(folded(text))
 
 
 def run(name: str | None) -> None:
@@ -27,27 +33,27 @@ def run(name: str | None) -> None:
         write(fitted(("recipe", "what it does", "source"), rows))
         return
     recipe = Recipe.find(name)
-    write(f"{recipe.name}: {recipe.summary}\nsource: {recipe.source}\n")
+    say(f"{recipe.name}: {recipe.summary}\nsource: {recipe.source}\n")
     operands = ("input", "weight", "grad_output")
     rows = []
     for product in ("output", "grad_input", "grad_weight"):
         formats = [getattr(getattr(recipe, product), operand, None) for operand in operands]
         rows.append([product, *("" if format_ is None else str(format_) for format_ in formats)])
-    write(fitted(("product", *operands), rows) + "\n")
+    say(fitted(("product", *operands), rows) + "\n")
     if recipe.schedule is not None:
         backward = "as forward says" if recipe.schedule.backward is None else recipe.schedule.backward
-        write(f"over the run: forward bits {recipe.schedule.forward}; backward bits {backward}")
+        say(f"over the run: forward bits {recipe.schedule.forward}; backward bits {backward}")
     if recipe.gates is not None:
         choices = ", ".join(f"{a}/{g}" for a, g in recipe.gates.choices)
         targets = ", then ".join(f"{target:g} %" for target in recipe.gates.targets)
-        write(f"gates choose input/gradient bits by block and sample: {choices}; cost {targets} of full precision")
+        say(f"gates choose input/gradient bits by block and sample: {choices}; cost {targets} of full precision")
     if recipe.depthwise is not None:
-        write("depthwise convolutions: forward {} bits, backward {} bits".format(*recipe.depthwise))
+        say("depthwise convolutions: forward {} bits, backward {} bits".format(*recipe.depthwise))
     if recipe.autocast is not None:
-        write(f"training loop: {recipe.autocast}")
+        say(f"training loop: {recipe.autocast}")
     norm = recipe.normalization
-    write(f"bias: {recipe.bias}; first layer: {recipe.first}; last layer: {recipe.last}")
+    say(f"bias: {recipe.bias}; first layer: {recipe.first}; last layer: {recipe.last}")
     if norm is None:
-        write("batch normalisation: kept, in full precision")
+        say("batch normalisation: kept, in full precision")
     else:
-        write(f"batch normalisation: {norm}")
+        say(f"batch normalisation: {norm}")

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowbit.cli.fold import folded
 from lowbit.errors import RunError, UsageError, shown
 
 if TYPE_CHECKING:  # help must not wait for the trainer
@@ -41,6 +42,18 @@ def run_seeds(config: "TrainConfig", seeds: str, jobs: int) -> None:
     from lowbit.train.sweep.grid import run_all
     from lowbit.train.sweep.run import Done
 
+    plan = plan_of(config, seeds)
+    failed = run_all(plan, jobs=jobs, tell=tell)
+    done = Done(folders=[folder for folder in plan if folder not in failed], failed=failed)
+    conclude(done, next(iter(plan)).parent / "report.html", jobs)
+
+
+def plan_of(config: "TrainConfig", seeds: str) -> dict[Path, "TrainConfig"]:
+    """The settings of a run for each of the seeds, a text such as ``0,1,2``, by run folder.
+
+    Raises:
+        UsageError: the text is something else, or has a seed twice.
+    """
     try:
         numbers = [int(each) for each in seeds.split(",")]
     except ValueError as error:
@@ -52,10 +65,7 @@ def run_seeds(config: "TrainConfig", seeds: str, jobs: int) -> None:
         alone = replace(config, seed=0).resolved(threads=1, amp="none").out
         assert alone is not None
         out = alone.with_name(alone.name.removesuffix("-0"))
-    plan = {out / f"seed{seed}": replace(config, seed=seed, out=out / f"seed{seed}") for seed in numbers}
-    failed = run_all(plan, jobs=jobs, tell=tell)
-    done = Done(folders=[folder for folder in plan if folder not in failed], failed=failed)
-    conclude(done, out / "report.html", jobs)
+    return {out / f"seed{seed}": replace(config, seed=seed, out=out / f"seed{seed}") for seed in numbers}
 
 
 def tell(line: str) -> None:
@@ -76,9 +86,9 @@ def conclude(done: "Done", page: Path, jobs: int) -> None:
     views, _ = views_of(done.folders)
     try:
         if done.front is not None:
-            print(f"\n{done.front}")
+            print(folded(f"\n{done.front}"))
         elif views:
-            print(f"\n{compare(views, force=len({view.task for view in views}) > 1)}")
+            print(folded(f"\n{compare(views, force=len({view.task for view in views}) > 1)}"))
             if jobs > 1:
                 print(f"seconds are of {jobs} runs at the same time: they tell less than those of runs alone")
         if views:

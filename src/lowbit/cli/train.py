@@ -3,7 +3,7 @@
 from typing import Any
 
 from lowbit.cli.output import add_progress, is_first, processes, progress_of, show, write
-from lowbit.cli.sweep import run_seeds
+from lowbit.cli.sweep import plan_of, run_seeds
 from lowbit.errors import UsageError
 
 DESCRIPTION = "Train a model in a new run folder."
@@ -43,7 +43,9 @@ def run(*, print_config: bool, seeds: str | None, jobs: int | None, progress: st
     if print_config:
         import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-        write(yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip("\n"))
+        configs = [config] if seeds is None else plan_of(config, seeds).values()
+        texts = [yaml.safe_dump(each.to_dict(), sort_keys=False) for each in configs]
+        write("---\n".join(texts).rstrip("\n"))
         return
     if seeds is not None:
         if processes() > 1:

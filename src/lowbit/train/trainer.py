@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit import ranks
+from lowbit import amp, ranks
 from lowbit.errors import ElsewhereError, RunError, Stopped, UsageError
 from lowbit.evidence.names import layer_names
 from lowbit.inputs import files
@@ -236,6 +236,12 @@ def _ending(out: Path) -> Iterator[Stop]:
             kept = f"The last good state is of step {stop.saved}"
             raise RunError(
                 f"{error} {kept}: `lowbit resume {out} --lr RATE` goes on from there with another learning rate."
+            ) from error
+        except amp.ScaleError as error:
+            assert stop.saved is not None
+            raise RunError(
+                f"{error}. The last checkpoint is of step {stop.saved}: `lowbit resume {out} --lr RATE` goes on from "
+                "there with another learning rate."
             ) from error
         except RuntimeError as error:
             if isinstance(error, RunError) or not is_of_a_lost_one(error):
