@@ -9,12 +9,13 @@ from lowbit.errors import UsageError
 DESCRIPTION = "Train a model in a new run folder."
 HELP = "train a model in a new run folder"
 EXAMPLE = "lowbit train --model resnet20 --data fashion-mnist --recipe sbm8 --epochs 3"
+_PROCESSES = "several processes, see docs/processes.md"
 _GROUPS = {
     "what to train": ("model", "data", "recipe", "epochs", "batch_size", "max_steps", "subset", "seed", "out"),
     "learning rate": ("optimizer", "lr", "weight_decay", "schedule"),
     "bits over time (recipes such as cpt)": ("low", "high", "cycles"),
     "speed": ("threads", "engine", "amp"),
-    "several processes, see docs/processes.md": ("strategy", "exchange", "synchronized"),
+    _PROCESSES: ("strategy", "exchange", "synchronized"),
     "tests and logs": ("evaluate", "proof", "logger"),
 }
 
@@ -30,6 +31,7 @@ def add_arguments(parser: Any) -> None:
     group.add_argument("--jobs", type=int, metavar="N", help="with --seeds: runs at the same time (1)")
     add_progress(parser)
     parser.add_class_arguments(TrainConfig, _GROUPS, rest="further settings, of some recipes or of rare use")
+    parser.rare.add(_PROCESSES)
 
 
 def run(*, print_config: bool, seeds: str | None, jobs: int | None, progress: str, **settings: Any) -> None:
