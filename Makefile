@@ -12,6 +12,9 @@ ASAN := .venv-asan
 # What `make test-wheel` tries, where it is on the machine.
 PYTHONS ?= 3.11 3.12 3.13
 
+# Several processes with a thread each; tests of threads set their number themselves.
+SEVERAL := OMP_NUM_THREADS=1
+
 .PHONY: demo demo-short test test-wheel test-zoo test-newest test-asan docs lint setup clean
 demo: $(READY)  ## train ResNet-18 on Fashion-MNIST in fp32 and int8, time them beside bf16 and sbm8, print one table, write a page
 	$(BIN)/python benchmarks/demo.py
@@ -19,8 +22,8 @@ demo: $(READY)  ## train ResNet-18 on Fashion-MNIST in fp32 and int8, time them 
 demo-short: $(READY)  ## the same on fewer images, 1 to 2 minutes also on busy cores
 	$(BIN)/python benchmarks/demo.py --short
 
-test: $(READY)  ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(READY)  ## the whole test suite, one process a core, 4 at most
+	$(SEVERAL) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-wheel: $(READY)  ## the sdist and its wheels in fresh environments, on each of PYTHONS that is here; 6 GB for a moment
 	$(BIN)/python tests/wheel/check.py --pythons "$(PYTHONS)"
@@ -29,7 +32,7 @@ test-zoo: $(ZOO)/.ready  ## models and trainers of other libraries on the newest
 	HF_HUB_OFFLINE=1 $(ZOO)/bin/python -m pytest tests/zoo tests/integrations $(if $(TABLE),--zoo-table $(TABLE))
 
 test-newest: $(ZOO)/.ready  ## the whole test suite on the newest torch
-	$(ZOO)/bin/python -m pytest
+	$(SEVERAL) $(ZOO)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The sanitizers' libraries come first in the process, and the one that throws exceptions with them.
 SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
