@@ -30,7 +30,8 @@ from lowbit.numerics.scales import (
     SampleMean,
     Scale,
 )
-from lowbit.numerics.transforms import TRANSFORMS, Clip, Hadamard, Normalized
+from lowbit.numerics.transforms import TRANSFORMS, Clip, Hadamard, Normalized, RandomHadamard
+from lowbit.numerics.unbiased import UnbiasedE4M3
 from lowbit.products.setting import Setting
 
 MADE_UP = "made-up"
@@ -54,6 +55,9 @@ SAMPLES: dict[tuple[str, str], tuple[Any, ...]] = {
     ("Constant", "high"): (0.5, 2.0),
     ("Delayed", "history"): (1, 4),
     ("Delayed", "margin"): (0, 2),
+    ("UnbiasedE4M3", "group"): (0, 8, 24),
+    ("UnbiasedE4M3", "stretch"): (0.25, 0.9, 1.0),
+    ("RandomHadamard", "size"): (2, 8, 12),
     ("IntegerScale", "bits"): (2, 8),
     ("Clip", "low"): (-0.5, 0.0),
     ("Clip", "high"): (0.25, 1.0),
@@ -73,8 +77,8 @@ PARTS: dict[str, tuple[Any, ...]] = {
         Fallback(bits=8, share=0.25),
     ),
     "range": (MinMax(), SampleMean(fewest=4), Constant(low=-1.0, high=1.0), Delayed()),
-    "format": (Float32(), PowerOfTwoScale(), IntegerScale(bits=8)),
-    "transform": (Clip(low=-1.0, high=1.0), Hadamard(size=8), Normalized(size=0.5)),
+    "format": (Float32(), PowerOfTwoScale(), UnbiasedE4M3(group=8), IntegerScale(bits=8)),
+    "transform": (Clip(low=-1.0, high=1.0), Hadamard(size=8), RandomHadamard(size=8), Normalized(size=0.5)),
 }
 BASES: tuple[Format, ...] = (
     FP32,
@@ -89,6 +93,11 @@ BASES: tuple[Format, ...] = (
         element=Integer(bits=4, zero="symmetric"),
         scale=Scale(granularity="block", block=8, format=PowerOfTwoScale(direction="floor")),
         rounding="stochastic",
+    ),
+    Format(
+        element=Minifloat(exponent=2, mantissa=1, top="finite"),
+        scale=Scale(granularity="block", block=4, format=UnbiasedE4M3(group=8)),
+        transform=RandomHadamard(size=8),
     ),
     Format(element=Fallback(bits=8, share=0.5), scale=Scale(granularity="block", block=8)),
     Format(element=Fallback(bits=4, share=0.25), scale=Scale(granularity="square", block=4)),

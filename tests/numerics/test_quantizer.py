@@ -759,9 +759,9 @@ class TestDtypes:
         """Missing noise and needless noise are errors."""
         x = _randn(4)
 
-        with pytest.raises(ValueError, match="'stochastic' and noise is missing"):
+        with pytest.raises(ValueError, match="stochastic: noise is missing"):
             encode(x, integer(bits=8, zero=zero, rounding="stochastic"))
-        with pytest.raises(ValueError, match="'nearest' and noise is given"):
+        with pytest.raises(ValueError, match="noise is given, but nothing rounds by it"):
             encode(x, integer(bits=8, zero=zero), noise=torch.zeros(4))
 
 

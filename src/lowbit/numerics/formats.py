@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit.errors import UsageError, shown, unknown
 from lowbit.inputs.checks import check_fields, is_whole
-from lowbit.numerics.element import Element, Zero
+from lowbit.numerics.element import Element, Steps, Zero
 from lowbit.numerics.elements import ELEMENTS, Integer, Minifloat, Real
 from lowbit.numerics.fallback import Fallback
 from lowbit.numerics.parts import by_kind, check_again, check_part, construct
@@ -31,7 +31,8 @@ from lowbit.numerics.scales import (
     Scale,
     ScaleFormat,
 )
-from lowbit.numerics.transforms import NO_TRANSFORM, TRANSFORMS, Clip, NoTransform, Transform
+from lowbit.numerics.transforms import NO_TRANSFORM, TRANSFORMS, Clip, NoTransform, RandomHadamard, Transform
+from lowbit.numerics.unbiased import UnbiasedE4M3
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -69,7 +70,7 @@ class Format:
                 f"{self.element} {'needs a scale' if self.scale is None else 'has no scale'}: "
                 f"{'give one' if self.scale is None else 'leave it out'}"
             )
-        if self.stochastic and isinstance(self.element, Real):
+        if self.rounds_codes_by_noise and isinstance(self.element, Real):
             raise UsageError("values that stay as they are do not round: leave the rounding out")
         if self.running is not None and not isinstance(self.transform, NoTransform):
             raise UsageError(
@@ -80,6 +81,20 @@ class Format:
             raise UsageError(
                 "range='delayed' with a running range or a transform: a layer remembers largest magnitudes as they are "
                 "before a transform, and evaluation uses what training left. Leave the other one out"
+            )
+        block = None if self.scale is None else self.scale.block
+        if self._unbiased is not None and (
+            self.granularity != "block" or block is None or self._unbiased.group % block
+        ):
+            raise UsageError(
+                f"a scale of format {self._unbiased.kind!r} in groups of {self._unbiased.group} with granularity="
+                f"{self.granularity!r}: groups are of whole blocks. Give granularity 'block', and a block that divides "
+                "the group"
+            )
+        if self._unbiased is not None and (self.zero != "symmetric" or self.has_two_codes):
+            raise UsageError(
+                f"a scale of format {self._unbiased.kind!r} with {self.element}: it goes with elements of one code, "
+                "whose zero is 'symmetric'"
             )
         if self.has_two_codes and self.granularity not in ("block", "square"):
             raise UsageError(
@@ -138,8 +153,31 @@ class Format:
 
     @property
     def stochastic(self) -> bool:
-        """Whether rounding needs noise."""
+        """Whether it needs noise: to round codes or scales, or for the signs of its transform."""
+        return self.rounds_codes_by_noise or self._unbiased is not None or isinstance(self.transform, RandomHadamard)
+
+    @property
+    def rounds_codes_by_noise(self) -> bool:
+        """Whether codes round stochastically."""
         return self.rounding == "stochastic"
+
+    @property
+    def _unbiased(self) -> UnbiasedE4M3 | None:
+        found = None if self.scale is None else self.scale.format
+        return found if isinstance(found, UnbiasedE4M3) else None
+
+    def drawn(self, noise: Tensor | None) -> "Format":
+        """The same format, once what is random in its transform is drawn."""
+        if noise is None or not isinstance(self.transform, RandomHadamard):
+            return self
+        return dataclasses.replace(self, transform=self.transform.drawn(noise))
+
+    def settled(self, y: Tensor, q: Tensor, steps: Steps, noise: Tensor | None, dims: tuple[int, ...]) -> Steps:
+        """Where codes `q` of `y` lie in the end, if their scales are made once the codes are known."""
+        if self._unbiased is None or noise is None:
+            return steps
+        scale = self._unbiased.settled(y, q, steps.scale, float(steps.high), noise, dims[0] - 1)
+        return dataclasses.replace(steps, scale=scale)
 
     @property
     def is_blocked(self) -> bool:
@@ -244,7 +282,7 @@ class Format:
             self.element,
             self.scale or "",
             self.transform,
-            "stochastic" if self.stochastic else "",
+            "stochastic" if self.rounds_codes_by_noise else "",
             f"another at {others}" if others else "",
         ]
         return ", ".join(filter(None, map(str, parts)))

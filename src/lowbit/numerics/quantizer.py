@@ -220,7 +220,7 @@ def encode(
     check_defined(fmt)
     _check_tensor(x)
     if fmt.stochastic != (noise is not None):
-        raise ValueError(f"rounding is {fmt.rounding!r} and noise is {'given' if noise is not None else 'missing'}")
+        raise ValueError(f"{fmt}: noise is {'given, but nothing rounds by it' if noise is not None else 'missing'}")
     if noise is not None and (noise.shape != x.shape or not noise.is_floating_point()):
         raise ValueError(f"noise is {noise.dtype} of shape {tuple(noise.shape)}: give floats of shape {tuple(x.shape)}")
     if fmt.scale is None:
@@ -234,7 +234,8 @@ def encode(
         lo, hi = observed or extremes(x, rule=fmt.scale.range, dims=dims)
         most = float(fmt.element.code_range[1]) if levels is None else levels
         steps = fmt.element.steps(lo, hi, most, fmt.scale.step)
-    return Codes(fmt.element.codes(x, steps, noise), steps)
+    q = fmt.element.codes(x, steps, noise if fmt.rounds_codes_by_noise else None)
+    return Codes(q, steps if steps is None else fmt.settled(x, q, steps, noise, dims or ()))
 
 
 def _check_tensor(x: Tensor) -> None:
@@ -293,6 +294,10 @@ def quantize(
             return found
     if isinstance(noise, tuple):
         noise = uniform_noise(torch.tensor(noise, dtype=torch.int64, device="cpu"), sharing.view, x.device)
+    drawn = fmt.drawn(noise)
+    if drawn is not fmt and not drawn.stochastic:
+        noise = None  # it was for the signs of the transform alone
+    fmt = drawn
     original, x = x.shape, x.reshape(sharing.view)
     noise = noise.reshape(sharing.view) if noise is not None and noise.shape == original else noise
     if observed is not None and observed[0].numel() == 1:

@@ -73,6 +73,14 @@ def round_to_float(t: Tensor, mantissa: int, lowest: int, noise: Tensor | None) 
     return round_to(t / step, None if noise is None else noise.to(t)) * step
 
 
+def unit_of(scale: Tensor, most: float) -> Tensor:
+    """The unit of which the largest scale is `most`; 1 if all scales are 0."""
+    if not scale.numel():
+        return scale.new_ones(())
+    unit = scale.amax() / most
+    return torch.where(unit == 0, torch.ones_like(unit), unit)
+
+
 Word = TypeVar("Word", int, Tensor)
 
 

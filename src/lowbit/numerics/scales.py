@@ -13,7 +13,8 @@ from torch import Tensor
 from lowbit.errors import UsageError
 from lowbit.inputs.checks import check_fields
 from lowbit.numerics.parts import LARGEST, SMALLEST, check_interval, check_part
-from lowbit.numerics.rounding import exponent_of, power_of_two, round_to_float
+from lowbit.numerics.rounding import exponent_of, power_of_two, round_to_float, unit_of
+from lowbit.numerics.unbiased import UnbiasedE4M3
 
 Granularity = Literal["tensor", "sample", "row", "kept-channel", "output-channel", "block", "square"]
 RunningStart = Literal["first", "zero"]
@@ -377,7 +378,7 @@ class E4M3:
 
     def rounded(self, scale: Tensor, span: Tensor, levels: Tensor | float) -> Tensor:  # noqa: ARG002 - S says it
         """See the class; scales that round to 0 become the smallest E4M3 number."""
-        unit = _unit(scale, 448.0)
+        unit = unit_of(scale, 448.0)
         found = round_to_float((scale / unit).double(), 3, -6, None).clamp(2.0**-9, 448.0)
         return torch.where(scale == 0, scale, found.to(scale.dtype) * unit)
 
@@ -409,7 +410,7 @@ class IntegerScale:
     def rounded(self, scale: Tensor, span: Tensor, levels: Tensor | float) -> Tensor:  # noqa: ARG002 - S says it
         """See the class."""
         most = 2.0**self.bits - 1
-        unit = _unit(scale, most)
+        unit = unit_of(scale, most)
         return torch.where(scale == 0, scale, (scale / unit).ceil().clamp(1.0, most) * unit)
 
     def reach(self, levels: Tensor | float) -> Tensor | float:
@@ -418,14 +419,6 @@ class IntegerScale:
 
     def __str__(self) -> str:
         return f"{self.bits}-bit scale"
-
-
-def _unit(scale: Tensor, most: float) -> Tensor:
-    """The unit of which the largest scale is `most`; 1 if all scales are 0."""
-    if not scale.numel():
-        return scale.new_ones(())
-    unit = scale.amax() / most
-    return torch.where(unit == 0, torch.ones_like(unit), unit)
 
 
 MINMAX, FLOAT32 = MinMax(), Float32()
@@ -514,4 +507,4 @@ class Scale:
 
 
 RANGE_RULES: tuple[type[RangeRule], ...] = (MinMax, SampleMean, Constant, Magnitude, MeanMagnitude, Delayed)
-SCALE_FORMATS: tuple[type[ScaleFormat], ...] = (Float32, PowerOfTwoScale, E4M3, IntegerScale)
+SCALE_FORMATS: tuple[type[ScaleFormat], ...] = (Float32, PowerOfTwoScale, E4M3, UnbiasedE4M3, IntegerScale)

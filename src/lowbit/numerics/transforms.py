@@ -234,6 +234,44 @@ class Hadamard:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RandomHadamard:
+    """A Hadamard transform whose random signs are drawn anew for each operand of each step, from the noise of rounding.
+
+    Args:
+        size: as for `Hadamard`.
+    """
+
+    kind: ClassVar[str] = "random-hadamard"
+    has_gradient: ClassVar[bool] = False
+    along_axis: ClassVar[bool] = True
+
+    size: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        Hadamard(size=self.size)
+
+    def drawn(self, noise: Tensor) -> Hadamard:
+        """The transform with signs that the last draw says."""
+        return Hadamard(size=self.size, signs=int(2**24 * noise.flatten()[-1]) if noise.numel() else 0)
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - none can be transformed
+        """It raises, as there are no signs."""
+        raise TypeError(f"{self}: its signs are not drawn")
+
+    def back(self, y: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - none can be transformed
+        """It raises, as there are no signs."""
+        raise TypeError(f"{self}: its signs are not drawn")
+
+    def gradient(self, g: Tensor, x: Tensor, place: Place) -> Tensor:  # noqa: ARG002 - there and back
+        """As it is."""
+        return g
+
+    def __str__(self) -> str:
+        return f"Hadamard {self.size} with new signs"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Centred:
     """``y = x - mean(x)``, the mean of what shares a scale; the value has the mean added again, in full precision.
 
@@ -309,4 +347,12 @@ class Normalized:
         return f"normalized to {self.size:g}"
 
 
-TRANSFORMS: tuple[type[Transform], ...] = (NoTransform, TanhMax, Clip, Hadamard, Centred, Normalized)
+TRANSFORMS: tuple[type[Transform], ...] = (
+    NoTransform,
+    TanhMax,
+    Clip,
+    Hadamard,
+    RandomHadamard,
+    Centred,
+    Normalized,
+)
