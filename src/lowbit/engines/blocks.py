@@ -108,14 +108,23 @@ class BlockCodes:
         return scale.repeat_interleave(columns, 1)[:, : self.numbers.shape[1]].contiguous()
 
 
-def refusal_of_blocks(pair: Pair) -> str:
-    """Why two operands, of which one is blocked, are not matrices of codes in blocks, or ``""``."""
+def refusal_of_blocks(
+    pair: Pair, blocked: Listed = _BLOCKED, kept: Listed = _KEPT, two_codes: Listed = _TWO_CODES
+) -> str:
+    """Why two operands, of which one is blocked, are not matrices of codes in blocks, or ``""``.
+
+    Args:
+        pair: the two operands.
+        blocked: an engine's formats in blocks.
+        kept: its formats of an operand beside one in blocks.
+        two_codes: its formats of which some blocks have two codes.
+    """
     if type(pair.op) not in _OPERATORS:
         return f"blocks along what the product sums over have no integer kernel for {pair.op.kind}"
     for fmt, keeps in zip(pair.formats, pair.kept, strict=True):
         if fmt.has_width and fmt.bits > 8:
             return f"codes of {fmt.bits} bits do not fit 8-bit units"
-        listed = _TWO_CODES if fmt.has_two_codes else _BLOCKED if fmt.is_blocked else _KEPT
+        listed = two_codes if fmt.has_two_codes else blocked if fmt.is_blocked else kept
         if why := unlisted(fmt, listed):
             return why
         if not keeps and not fmt.is_blocked:
