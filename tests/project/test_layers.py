@@ -34,7 +34,11 @@ def _part(path: Path) -> str:
 
 # Files that may need more than torch.
 _OPTIONAL_NAMES = ("energy.py", "frames.py", "page.py", "plot.py", "reading.py")
-OPTIONAL = [p for p in FILES if _part(p) in ("train", "cli", "integrations") or p.name in _OPTIONAL_NAMES]
+OPTIONAL = [
+    p
+    for p in FILES
+    if _part(p) in ("train", "cli", "integrations") or p.name in _OPTIONAL_NAMES or p.parent.name == "triton"
+]
 
 
 def _imports(path: Path) -> list[str]:
@@ -157,7 +161,8 @@ def test_importing_the_package_loads_no_optional_part() -> None:
     loaded = set(done.stdout.split())
 
     assert {"torch", "lowbit.conversion.convert"} <= loaded
-    assert loaded & {"lightning", "pytorch_lightning", "rich", "lowbit.train", "lowbit.cli"} == set()
+    optional = {"lightning", "pytorch_lightning", "rich", "lowbit.train", "lowbit.cli", "lowbit.kernels.triton"}
+    assert loaded & optional == set()
 
 
 def test_importing_the_package_alone_is_quick() -> None:

@@ -12,6 +12,7 @@ from lowbit.engines.base import Engine, Pair
 from lowbit.engines.int8 import Int8
 from lowbit.engines.int_mm import IntMM
 from lowbit.engines.reference import Reference
+from lowbit.engines.triton import Triton
 from lowbit.errors import UsageError
 from lowbit.methods.operands import SLOTS
 from lowbit.methods.recipe import Recipe
@@ -22,7 +23,7 @@ from lowbit.products.strides import Strides, contiguous
 
 REFERENCE = Reference()
 
-_ENGINES: tuple[Engine, ...] = (REFERENCE, Int8(), IntMM())
+_ENGINES: tuple[Engine, ...] = (REFERENCE, Int8(), IntMM(), Triton())
 
 ENGINES = tuple(dict.fromkeys(engine.name for engine in _ENGINES))
 """The names of engines that a layer can ask for."""
@@ -33,8 +34,10 @@ Chosen = Mapping[str, Engine]  # by product
 _ALL_ON_REFERENCE: Chosen = dict.fromkeys(PRODUCTS, REFERENCE)
 
 
-def _on(name: str, device: str) -> Engine | None:
-    """The engine of that name for a type of device, or None."""
+def _on(name: str, device: str | None) -> Engine | None:
+    """The engine of that name for a type of device, or None; without a device the first of that name."""
+    if device is None:
+        return next(e for e in _ENGINES if e.name == name)
     fitting = (e for e in _ENGINES if e.name == name and (e.devices is None or device in e.devices))
     return next(fitting, None)
 
@@ -45,7 +48,7 @@ def refusals(
     bits: Sequence[int] | None = None,
     dim: int = 2,
     *,
-    device: str = "cpu",
+    device: str | None = None,
     engine: str = "int8",
 ) -> dict[str, str]:
     """The products of an operator that an engine cannot run, each with the reason.
@@ -55,7 +58,8 @@ def refusals(
         recipe: the formats.
         bits: widths in the order of `SLOTS`; None: the recipe's own.
         dim: axes of its tensors.
-        device: the type of device they lie on.
+        device: the type of device they lie on; None: where layers are converted for that engine, which is the CPU for
+            every engine that has one there.
         engine: its name, one of `ENGINES`.
     """
     found = _on(engine, device)
@@ -77,7 +81,8 @@ def refusal_of_tensor(x: Tensor, engine: str) -> str:
 
     A layer is converted before it moves to another device, so the first engine of a name counts, that of the CPU.
     """
-    found = next(e for e in _ENGINES if e.name == engine)
+    found = _on(engine, None)
+    assert found is not None
     if x.device.type in (found.devices or (x.device.type,)) and x.dtype in (found.dtypes or (x.dtype,)):
         return ""
     dtypes = [str(dtype).removeprefix("torch.") for dtype in found.dtypes or ("every dtype",)]
