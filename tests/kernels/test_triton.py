@@ -96,6 +96,9 @@ def test_the_table_of_the_page_is_what_the_command_writes() -> None:
     found = [proofs.compiled(v, 89) for v in variants.all_variants() if v.kernel is device_codes.ranges]
 
     assert proofs.table(found).splitlines()[-1] in page.splitlines()
+    kernels = {variant.kernel.__name__ for variant in variants.all_variants()}
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", page, re.MULTILINE)
+    assert sorted(rows) == sorted((kernel, str(c / 10)) for kernel in kernels for c in proofs.CAPABILITIES)
 
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
