@@ -15,7 +15,7 @@ lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not in
 from lightning.pytorch import LightningModule, Trainer  # noqa: E402 - skipped without it
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
 
-from lowbit.integrations.lightning import LowbitCallback  # noqa: E402
+from lowbit.integrations.lightning import LowbitCallback, LowbitPrecision  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(num_workers|GPU|log_every_n|isinstance|LeafSpec|not empty|dirpath)")
 
@@ -201,3 +201,57 @@ def test_gates_are_refused_with_the_way_out(tmp_path: Path) -> None:
     """Gates need names of blocks and a place in the optimizer."""
     with pytest.raises(UsageError, match=r"has gates.*in its __init__"):
         fit(tmp_path, LowbitCallback("dfq", engine="reference"))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_run_resumed_with_the_precision_is_the_run_that_was_never_stopped(autocast: bool, tmp_path: Path) -> None:
+    """Killed in its last epoch and resumed in a new trainer: weights, ranges and the step are the same bit for bit."""
+
+    def precision() -> list[LowbitPrecision]:
+        return [LowbitPrecision("sbm8", autocast=autocast, engine="reference")]
+
+    whole = fit(tmp_path / "whole", None, plugins=precision())
+    with pytest.raises(KilledError):
+        fit(tmp_path / "cut", None, KillAt(10), plugins=precision())
+    resumed = fit(tmp_path / "cut", None, plugins=precision(), ckpt_path=str(tmp_path / "cut" / "last.ckpt"))
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+    one, two = (lowbit.state_dict(model)["groups"][0] for model in (whole, resumed))
+    assert one["step"] == two["step"] == 12
+    for name, site in one["sites"].items():
+        assert torch.equal(site["running_range"], two["sites"][name]["running_range"])
+
+
+def test_the_precision_runs_forwards_in_autocast_where_asked(tmp_path: Path) -> None:
+    """Of the same layers, products give bfloat16 with it and float32 without."""
+
+    class Seen(Net):
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            self.dtype_seen = self.net(batch[0]).dtype
+            return super().training_step(batch)
+
+    seen = {}
+    for autocast in (False, True):
+        model, plugin = Seen(), LowbitPrecision("int8", autocast=autocast)
+        trainer = Trainer(
+            max_steps=1,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            plugins=[plugin],
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(model, loader(), loader())
+        assert plugin.report is not None
+        seen[autocast] = model.dtype_seen
+
+    assert seen == {False: torch.float32, True: torch.bfloat16}
+
+
+@pytest.mark.parametrize("recipe", ["cpt", "amp-fp16"])
+def test_the_precision_refuses_what_needs_the_callback(recipe: str) -> None:
+    """Bits that change and losses that are scaled, with the way to have them."""
+    with pytest.raises(UsageError, match="LowbitCallback"):
+        LowbitPrecision(recipe)

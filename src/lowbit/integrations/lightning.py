@@ -1,12 +1,18 @@
-"""Lightning: a callback that converts a LightningModule, sets its bits, and keeps lowbit's state in the checkpoints."""
+"""Lightning: a callback that converts a LightningModule, sets its bits, and keeps lowbit's state in the checkpoints.
 
-from collections.abc import Sequence
+Where a recipe is constant, a precision plugin does the same in the place of Lightning's own precisions.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import Precision
 
 import lowbit
-from lowbit.conversion.rules import RecipeLike, Rule
+from lowbit.conversion.rules import RecipeLike, Rule, as_recipe
 from lowbit.errors import UsageError
 from lowbit.integrations.run_state import RunState
 from lowbit.nn.layers import sites_of
@@ -128,3 +134,80 @@ class LowbitCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of a checkpoint until the controller is made."""
         self._loaded = state_dict
+
+
+class LowbitPrecision(Precision):
+    """A recipe as a precision of Lightning's: ``Trainer(plugins=[LowbitPrecision("int8")])``.
+
+    It converts the LightningModule before its optimizers are made, runs every step in bfloat16 autocast if asked, and
+    keeps lowbit's state in the checkpoints of `fit`. Lightning gives a plugin no state where a checkpoint is only
+    evaluated: for recipes with running ranges evaluate with `LowbitCallback`, which also sets bits that change.
+
+    Args:
+        recipe: as for `lowbit.convert_`, with constant bits.
+        autocast: whether forwards run in bfloat16 autocast; with `amp-bf16` they do anyway.
+        device: the type of device whose autocast it is.
+        rules: as for `lowbit.convert_`; names begin at the LightningModule.
+        strict: as for `lowbit.convert_`.
+        engine: as for `lowbit.convert_`.
+        seed: of all noise.
+
+    Attributes:
+        report: what was converted; None before.
+
+    Raises:
+        UsageError: the bits of the recipe change, or it scales losses.
+    """
+
+    def __init__(
+        self,
+        recipe: RecipeLike,
+        *,
+        autocast: bool = False,
+        device: str = "cpu",
+        rules: Sequence[Rule] = (),
+        strict: bool = True,
+        engine: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        resolved = as_recipe(recipe)
+        own = resolved.autocast
+        if resolved.is_dynamic or (own is not None and own.scaling is not None):
+            raise UsageError(
+                f"LowbitPrecision: the bits of recipe {resolved.name!r} change, or its losses are scaled: use "
+                "Trainer(callbacks=[LowbitCallback(...)]), with Lightning's MixedPrecision for scaled losses"
+            )
+        self.autocast = autocast or own is not None
+        self.precision = "bf16-mixed" if self.autocast else "32-true"
+        self.recipe = recipe
+        self.device = device
+        self.rules = rules
+        self.strict = strict
+        self.engine = engine
+        self.seed = seed
+        self.report: lowbit.Report | None = None
+        self._run: RunState | None = None
+
+    def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Convert the module, once; `fit` after `validate` finds it converted."""
+        if self.report is None:
+            self.report = lowbit.convert_(
+                module, self.recipe, rules=self.rules, strict=self.strict, engine=self.engine, seed=self.seed
+            )
+            self._run = RunState(module)
+        return module
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """Autocast, where it was asked for."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """What lowbit keeps of the run, for the checkpoint."""
+        return {} if self._run is None else self._run.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of a checkpoint."""
+        if self._run is not None:
+            self._run.load_state_dict(state_dict)
