@@ -22,4 +22,4 @@ def test_an_example_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_blocks_are_found() -> None:
     """A section without a block, or a block that is not run, would show here."""
-    assert len(BLOCKS) == PAGE.read_text().count("```python") == 7
+    assert len(BLOCKS) == PAGE.read_text().count("```python") == 8

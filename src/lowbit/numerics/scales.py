@@ -357,8 +357,8 @@ class PowerOfTwoScale:
     def reach(self, levels: Tensor | float) -> Tensor | float:
         """See `ScaleFormat`."""
         if self.direction == "floor":
-            n = torch.as_tensor(levels, dtype=torch.float64)
-            reach = 2 * power_of_two(exponent_of(n))
+            n = levels if isinstance(levels, Tensor) else torch.tensor(levels, dtype=torch.float64, device="cpu")
+            reach = 2 * power_of_two(exponent_of(n.double()))
             return reach.to(levels) if isinstance(levels, Tensor) else reach.item()
         return levels if self.direction == "up" else 2**0.5 * levels
 
