@@ -145,6 +145,17 @@ class TestSteps:
         assert timing._on_gpu(plain) == ""
 
     @needs_units
+    def test_a_recipe_that_int8_cannot_run_is_left_out_beside_others(self) -> None:
+        """A note says why, and the name that times it; the others have their rows."""
+        text = "\n".join(bench.steps(["tiny"], ["fp32", "w4a4g6"], 1))
+
+        assert re.search(
+            r"note: tiny, w4a4g6: left out: .*int8 engine cannot run.*\. Give w4a4g6:auto to time it", text
+        )
+        assert re.search(r"^tiny +fp32 ", text, re.MULTILINE)
+        assert not re.search(r"^tiny +w4a4g6 ", text, re.MULTILINE)
+
+    @needs_units
     def test_a_recipe_that_int8_cannot_run_is_refused(self) -> None:
         """Nothing runs quietly on another engine than the one that is timed."""
         with pytest.raises(UsageError, match="int8 engine cannot run"):

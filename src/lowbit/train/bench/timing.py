@@ -61,7 +61,7 @@ def _on_gpu(step: Step) -> str:
 def _ready(work: str, names: Iterable[str], device: str = "cpu") -> tuple[dict[str, Step], list[str]]:
     """A step of each variant that runs here, and a note for each that does not or is not what it seems."""
     steps: dict[str, Step] = {}
-    notes = []
+    notes, left = [], []
     for name in names:
         try:
             step, note = stepper(work, name, device)
@@ -69,6 +69,13 @@ def _ready(work: str, names: Iterable[str], device: str = "cpu") -> tuple[dict[s
                 step()  # what is compiled fails in its first step
             elif device == "cuda":
                 note = _on_gpu(step)
+        except UsageError as error:
+            if not variant(name).otherwise:
+                raise
+            reason, _, _ = str(error).partition(". Leave")
+            notes.append(f"{work}, {name}: left out: {reason}. Give {variant(name).otherwise} to time it")
+            left.append(error)
+            continue
         except Exception as error:
             if not variant(name).foreign:
                 raise
@@ -78,6 +85,8 @@ def _ready(work: str, names: Iterable[str], device: str = "cpu") -> tuple[dict[s
         steps[name] = step
         if note:
             notes.append(f"{work}, {name}: {note}")
+    if left and not steps:
+        raise left[0]
     return steps, notes
 
 

@@ -23,11 +23,13 @@ class Variant(NamedTuple):
         prepare: changes the plain model, and says in words what a reader must know of it; or raises.
         autocast: whether the forward runs inside bfloat16 autocast.
         foreign: whether it needs what may not be here, a compiler or another library: it is then left out and said.
+        otherwise: the name to ask for where the engine that nobody named cannot run it: it is then left out and said.
     """
 
     prepare: Callable[[nn.Module], str]
     autocast: bool = True
     foreign: bool = False
+    otherwise: str = ""
 
 
 def _as_it_is(_: nn.Module) -> str:
@@ -116,4 +118,5 @@ def variant(name: str) -> Variant:
     asked = lowbit.Recipe.find(recipe).autocast  # raises before anything runs
     if asked is not None and asked.dtype != "bf16":
         raise UsageError(f"variant {name!r}: steps are timed in bf16 autocast, and {recipe} asks for {asked}")
-    return _recipe(recipe, engine or "int8")
+    made = _recipe(recipe, engine or "int8")
+    return made if engine else made._replace(otherwise=f"{recipe}:auto")
