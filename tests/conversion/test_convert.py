@@ -16,8 +16,8 @@ from torch.nn.utils import parametrizations, prune
 
 import lowbit
 from lowbit import Recipe, UsageError, functional
+from lowbit.engines import int8
 from lowbit.evidence.verify import VerificationError
-from lowbit.kernels import native_instruction_sets
 from lowbit.nn import QuantLayer, QuantLinear
 from lowbit.train.models import GPT, LSTM, MobileNetV2, ResNet
 
@@ -1178,7 +1178,7 @@ def test_contiguous_convolutions_are_told() -> None:
         ("int8", torch.channels_last, False),
         ("reference", torch.contiguous_format, False),
     ):
-        if engine == "int8" and "avx512vnni" not in (native_instruction_sets() or []):
+        if engine == "int8" and int8.missing("int8"):
             continue
         converted = copy.deepcopy(model).to(memory_format=memory)
         report = lowbit.convert_(converted, "int8", engine=engine)

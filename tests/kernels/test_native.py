@@ -1,5 +1,6 @@
 """The native passes over memory against their torch twins, bit for bit."""
 
+import copy
 import hashlib
 import itertools
 import math
@@ -13,9 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from helpers import threads
+import lowbit
+from helpers import recipe_of, threads
+from lowbit.engines import int8
 from lowbit.kernels import cpu, native_instruction_sets
 from lowbit.kernels.cpu import Codes, Grid
 from lowbit.kernels.memory import View
@@ -667,6 +670,42 @@ def product_fingerprint() -> tuple[str, str]:
     return (native_instruction_sets() or ["none"])[-1], digest.hexdigest()
 
 
+# With the sizes of their inputs: rows of pictures that are read where they lie or unfolded, with and without gaps.
+CONVOLUTIONS: list[tuple[nn.Module, tuple[int, ...]]] = [
+    (nn.Conv2d(3, 8, 3, padding=1), (3, 24, 40)),
+    (nn.Conv2d(16, 33, 3, padding=1), (16, 12, 20)),
+    (nn.Conv2d(8, 16, 5, stride=2, padding=2), (8, 21, 40)),
+    (nn.Conv2d(32, 16, 3, groups=2), (32, 9, 9)),
+    (nn.Conv2d(5, 7, (3, 2), dilation=2), (5, 8, 8)),
+    (nn.Conv2d(16, 24, 1), (16, 7, 11)),
+    (nn.ConvTranspose2d(8, 8, 4, stride=2, padding=1), (8, 9, 18)),
+    (nn.Conv1d(6, 10, 3), (6, 40)),
+]
+
+
+def layer_fingerprint() -> tuple[str, str]:
+    """The widest instruction set in use, and a hash of outputs and gradients of layers of many kinds."""
+    digest = hashlib.sha256()
+    affine = recipe_of(integer(bits=8, zero="integer"))
+    linear = [nn.Linear(70, 45), (33, 70)]
+    layers: list[Any] = [(recipe, *linear) for recipe in ("int8", "mxint8", affine)]
+    layers += [(recipe, *convolution) for recipe in ("int8", affine) for convolution in CONVOLUTIONS]
+    for (recipe, plain, shape), batch in itertools.product(layers, (1, 5)):
+        layer = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+        for i, p in enumerate(layer.parameters()):
+            p.data.copy_(randn(*p.shape, seed=i))
+        lowbit.convert_(layer, recipe, engine="int8")
+        x = randn(batch, *shape)
+        x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+        x.requires_grad_()
+        y = layer(x)
+        y.backward(randn(*y.shape))
+        for t in (y, x.grad, *(p.grad for p in layer.parameters())):
+            assert t is not None
+            digest.update(t.detach().contiguous().numpy().tobytes())
+    return (native_instruction_sets() or ["none"])[-1], digest.hexdigest()
+
+
 def product_without_units() -> list[str]:
     """What a product of codes says."""
     q = torch.ones(2, 3, dtype=torch.uint8)
@@ -677,27 +716,43 @@ def product_without_units() -> list[str]:
     return []
 
 
-needs_units = pytest.mark.skipif(
-    "avx512vnni" not in (native_instruction_sets() or []), reason="this processor lacks 8-bit units"
-)
+needs_units = pytest.mark.skipif(bool(int8.missing("int8")), reason="this processor lacks 8-bit units")
+
+# What ONEDNN_MAX_CPU_ISA may be, and the widest instruction sets that are then in use.
+LIMITS = {
+    "AVX2": {"avx2"},
+    "AVX2_VNNI": {"avx2", "avxvnni"},
+    "AVX512_CORE": {"avx2", "avx512"},
+    "AVX512_CORE_VNNI": {"avx2", "avx512", "avx512vnni"},
+    "AVX512_CORE_BF16": {"avx2", "avx512", "avx512vnni", "avx512bf16"},
+}
 
 
 @needs_units
-@pytest.mark.parametrize("limit", ["AVX512_CORE_VNNI", "AVX512_CORE_BF16"])
+@pytest.mark.parametrize("limit", LIMITS)
 def test_every_instruction_set_gives_the_same_products_of_codes(limit: str) -> None:
     """A process that may use fewer units makes the same results; both ways round, with and without zero points."""
     sets, hashed = limited(limit, "product_fingerprint")
 
-    assert sets in {"avx512vnni", limit.lower().replace("_core_", "")}
+    assert sets in LIMITS[limit]
     assert hashed == product_fingerprint()[1]
 
 
-@pytest.mark.parametrize("limit", ["SSE41", "AVX512_CORE"])
-def test_a_product_without_its_units_is_refused(limit: str) -> None:
-    """The error names the instruction set that a product needs; nothing else ends the process."""
-    words = limited(limit, "product_without_units")
+@needs_units
+@pytest.mark.parametrize("limit", ["AVX2", "AVX2_VNNI", "AVX512_CORE_VNNI"])
+def test_every_instruction_set_gives_the_same_layers(limit: str) -> None:
+    """Outputs and gradients of linear layers, blocks and convolutions through images or not are the same bits."""
+    sets, hashed = limited(limit, "layer_fingerprint")
 
-    assert "avx512vnni" in " ".join(words)
+    assert sets in LIMITS[limit]
+    assert hashed == layer_fingerprint()[1]
+
+
+def test_a_product_without_its_units_is_refused() -> None:
+    """The error names the instruction sets that have what a product needs; nothing else ends the process."""
+    words = limited("SSE41", "product_without_units")
+
+    assert "avx2 or dotprod" in " ".join(words)
 
 
 # Raises the limit of memory until a product fits; its threads exist before memory is short.

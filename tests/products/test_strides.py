@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 import lowbit
 from helpers import threads
-from lowbit.kernels import native_instruction_sets
+from lowbit.engines import int8
 from lowbit.products.strides import laid_out, of_normalization
 
 Layer = Callable[[], nn.Module]
 
-AVAILABLE = ["reference", "int8"] if "avx512vnni" in (native_instruction_sets() or []) else ["reference"]
+AVAILABLE = ["reference", "int8"] if not int8.missing("int8") else ["reference"]
 MODES = [(True, False), (True, True), (False, False)]  # training, autocast
 
 ENGINES = [

@@ -48,6 +48,9 @@ from lowbit.products.setting import Setting, Slot
 
 Unit = Literal["int8", "bf16"]
 
+# Instruction sets, any of which has the units of a kind.
+_UNITS: dict[Unit, tuple[str, ...]] = {"int8": ("avx2", "dotprod"), "bf16": ("avx512bf16",)}
+
 _OPERATORS: tuple[type[Op], ...] = (Linear, Convolution)
 
 # What of a format this engine computes in every encoding. Other widths are looked at when they are asked for.
@@ -141,9 +144,10 @@ def missing(unit: Unit) -> str:
     sets = operators.instruction_sets()
     if sets is None:
         return "lowbit was installed without its native kernels (no compiler): reinstall with a C++17 compiler"
-    wanted = "avx512vnni" if unit == "int8" else "avx512bf16"
-    if wanted not in sets:
-        return f"this processor, or ONEDNN_MAX_CPU_ISA, offers {', '.join(sets) or 'no vectors'} and not {wanted}"
+    wanted = _UNITS[unit]
+    if not any(name in sets for name in wanted):
+        found = ", ".join(sets) or "no vectors"
+        return f"this processor, or ONEDNN_MAX_CPU_ISA, offers {found} and not {' or '.join(wanted)}"
     return self_test()
 
 

@@ -9,12 +9,10 @@
 namespace lowbit {
 namespace {
 
-struct DotBf16 {
+struct DotBf16 : Avx512Unit {
     using Accumulator = float;
     using Vector = __m512;
-    static void add(Vector& sum, __m512i lhs, __m512i rhs) {
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)lhs, (__m512bh)rhs);
-    }
+    static void add(Vector& sum, Groups lhs, Groups rhs) { sum = _mm512_dpbf16_ps(sum, (__m512bh)lhs, (__m512bh)rhs); }
     static void load(Vector& sum, const float* c) { sum = _mm512_loadu_ps(c); }
     static void save(float* c, Vector sum) { _mm512_storeu_ps(c, sum); }
 };

@@ -109,7 +109,7 @@ void multiply(const Memory& lhs_data, const Place& lhs_place, const Memory& rhs_
     const auto product = codes ? products().codes : products().bf16;
     if (!product)
         throw std::runtime_error(std::string("multiply: this processor lacks ") +
-                                 (codes ? "avx512vnni" : "avx512bf16") + ": multiply on the reference engine");
+                                 (codes ? "avx2 or dotprod" : "avx512bf16") + ": multiply on the reference engine");
     const nb::gil_scoped_release release;
     product(p);
 }
@@ -144,7 +144,8 @@ void multiply_blocks(const Memory& lhs_data, const Place& lhs_place, const Memor
     call.check_disjoint();
     const auto product = products().blocks;
     if (!product)
-        throw std::runtime_error("multiply_blocks: this processor lacks avx512vnni: multiply on the reference engine");
+        throw std::runtime_error(
+            "multiply_blocks: this processor lacks avx2 or dotprod: multiply on the reference engine");
     const nb::gil_scoped_release release;
     product(p, block);
 }

@@ -2,8 +2,8 @@
 //
 //   C = sum over blocks b of  S_lhs(m, b) S_rhs(n, b) sum over k in b of q_lhs(m, k) q_rhs(k, n)
 //
-// Both sides are packed over the whole depth, as layout.h draws them. The lhs is biased by 128 (see operand.h), so the
-// sums of a block begin at minus 128 times those of the rhs. They are exact in int32. Numbers of C stay in registers
+// Both sides are packed over the whole depth, as layout.h draws them. Where the lhs is biased (see operand.h), the sums
+// of a block begin at minus what the bias adds. They are exact in int32. Numbers of C stay in registers
 // over the whole depth, so blocks are added in their order, whatever the number of threads.
 #pragma once
 
@@ -28,12 +28,13 @@ struct BlockPanel {
 };
 
 // `Kernel` multiplies a BlockPanel, its lhs blocked or depth-major.
-template <class Isa, class Kernel>
+template <class Isa, class Kind, class Kernel>
 void multiply_blocks(const Product& p, int64_t block) {
     if (p.m == 0 || p.n == 0) return;
-    const U8S8 lhs_kind(p.lhs, true), rhs_kind(p.rhs, false);
-    const int64_t steps = steps_of<U8S8>(p.k), panel_bytes = steps * kPanelStep, blocks = ceil_div(p.k, block);
-    const int64_t lhs_panels = ceil_div(p.m, kMr), rhs_panels = ceil_div(p.n, kNr), in_block = block / 4;
+    const Kind lhs_kind(p.lhs, true), rhs_kind(p.rhs, false);
+    const int64_t steps = steps_of<Kind>(p.k), panel_bytes = steps * kPanelStep, blocks = ceil_div(p.k, block);
+    const int64_t lhs_panels = ceil_div(p.m, kMr), rhs_panels = ceil_div(p.n, kNr), in_block = block / Kind::in_group;
+    const int64_t groups = ceil_div(p.k, Kind::in_group);
     auto* lhs = workspace<uint8_t>(Slot::packed_lhs, lhs_panels * panel_bytes);
     auto* rhs = workspace<uint8_t>(Slot::packed_rhs, rhs_panels * panel_bytes);
     auto* lhs_scale = workspace<float>(Slot::lhs_sums, lhs_panels * blocks * kMr);
@@ -57,7 +58,7 @@ void multiply_blocks(const Product& p, int64_t block) {
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < rhs_panels; n++) {
             gather(r.column_scale, p.n, n, rhs_scale + n * blocks * kNr);
-            Kernel::begin(rhs + n * panel_bytes, ceil_div(p.k, 4), in_block, begin + n * blocks * kNr);
+            Kernel::begin(rhs + n * panel_bytes, groups, in_block, begin + n * blocks * kNr);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < rhs_panels; n++)
@@ -68,7 +69,7 @@ void multiply_blocks(const Product& p, int64_t block) {
                     const int64_t rows = std::min(kMr, p.m - m * kMr);
                     const BlockPanel panel{lhs + m * panel_bytes,
                                            rhs + n * panel_bytes,
-                                           ceil_div(p.k, 4),
+                                           groups,
                                            in_block,
                                            lhs_scale + m * blocks * kMr,
                                            rhs_scale + n * blocks * kNr,

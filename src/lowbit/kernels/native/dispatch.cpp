@@ -5,8 +5,7 @@
 //   2. neon.cpp, compiled with its flags by a line of CMakeLists.txt: `neon_passes`, made by all_passes.h, and
 //      `neon_products`, made by all_products.h of a struct of micro-kernels and vector operations;
 //   3. dispatch.h: both names; and a row here in each table.
-// AMX is such a file beside AVX-512's. AVX-VNNI would be a third that has micro-kernels of 256 bits. Passes and
-// products of codes give the same bits on every instruction set; `tests/kernels/test_native.py` compares all that a
+// AMX is such a file beside AVX-512's. Passes and products of codes give the same bits on every instruction set; `tests/kernels/test_native.py` compares all that a
 // machine can run.
 
 #include "dispatch.h"
@@ -40,6 +39,8 @@ constexpr Row<Products> kProducts[] = {
     {&Machine::amx, &amx_products},
     {&Machine::bf16, &avx512bf16_products},
     {&Machine::vnni, &avx512vnni_products},
+    {&Machine::avxvnni, &avxvnni_products},
+    {&Machine::avx2, &avx2_products},
 #endif
     {nullptr, &kNone},
 };

@@ -21,12 +21,9 @@ struct ZeroPoints {
     // What row sums of the lhs, and the constant part, add to each sum of a row.
     uint32_t of_row(int32_t lhs_sum) const { return rhs * static_cast<uint32_t>(lhs_sum) - depth * lhs * rhs; }
 };
-inline ZeroPoints zero_points(const Product& p, const U8S8& lhs, const U8S8& rhs) {
-    return {static_cast<uint32_t>(lhs.zero_point), static_cast<uint32_t>(rhs.zero_point), static_cast<uint32_t>(p.k)};
-}
 template <class Kind>
-ZeroPoints zero_points(const Product&, const Kind&, const Kind&) {
-    return {};
+ZeroPoints zero_points(const Product& p, const Kind& lhs, const Kind& rhs) {
+    return {static_cast<uint32_t>(lhs.zero_point), static_cast<uint32_t>(rhs.zero_point), static_cast<uint32_t>(p.k)};
 }
 
 // Sums of one row without what zero points added, as float.

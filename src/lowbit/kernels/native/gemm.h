@@ -21,12 +21,12 @@
 namespace lowbit {
 namespace {
 
-constexpr double kAlone = 1 << 21;     // multiplications for which waking other threads costs more than it gains
-constexpr int64_t kCache = 512 << 10;  // bytes of packed rows that stay in a core's own cache
-constexpr int64_t kKc = 8;             // steps; up to half as many more, so that parts are of like length
+constexpr double kFewProducts = 1 << 21;  // multiplications for which waking other threads costs more than it gains
+constexpr int64_t kCache = 512 << 10;     // bytes of packed rows that stay in a core's own cache
+constexpr int64_t kKc = 8;                // steps; up to half as many more, so that parts are of like length
 
 inline bool worth_threads(const Product& p) {
-    return static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k) > kAlone;
+    return static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k) > kFewProducts;
 }
 
 // The layout of a packed lhs.

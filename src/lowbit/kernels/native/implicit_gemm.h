@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "epilogue.h"
@@ -72,6 +73,7 @@ struct ImplicitGemm {
 template <class Kind>
 std::vector<ImplicitGemm> implicit_gemms(const Product& p) {
     constexpr int64_t size = sizeof(typename Kind::Number);
+    constexpr bool floats = std::is_same_v<typename Kind::Accumulator, float>;
     if (p.lhs.order == Order::depth_major || !p.lhs.window || p.m == 0 || p.n == 0) return {};
     const Window& w = *p.lhs.window;
     if (w.position[1] != 1 || w.size[0] != 1 || w.kernel[0] != 1 || w.padding[0] != 0) return {};
@@ -86,7 +88,7 @@ std::vector<ImplicitGemm> implicit_gemms(const Product& p) {
             ImplicitGemm d{axis_of(w, 1, i), axis_of(w, 2, j), 0, 0, w.position[0], w.transposed};
             d.line = d.w.taps * w.channels;
             d.steps = steps_of<Kind>(d.line);
-            if (size > 1 && d.line * size % kStep) return {};  // 0 times nan is not 0
+            if (floats && d.line * size % kStep) return {};  // 0 times nan is not 0
             // The smallest piece of an image stays in a core's cache.
             if (static_cast<double>(d.h.field()) * static_cast<double>(d.w.pixels()) * static_cast<double>(w.channels) >
                 2 * kCache / size)

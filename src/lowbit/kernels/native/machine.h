@@ -8,7 +8,7 @@ namespace lowbit {
 
 // Instruction sets that may be used: those of the processor, lowered by ONEDNN_MAX_CPU_ISA as torch's own kernels are.
 struct Machine {
-    bool avx2, avx512, vnni, bf16, amx;
+    bool avx2, avxvnni, avx512, vnni, bf16, amx;
 };
 
 // Detected at the first call.

@@ -7,11 +7,16 @@
 //
 //   sum (qa - za)(qb - zb) = sum qa qb - za sum qb - zb sum qa + k za zb
 //
-// Other choices are wrong or slow. A signed lhs read as unsigned is 256 too large wherever it is negative. The older
-// vpmaddubsw adds two products in int16, where 2 * 255 * 127 = 64,770 saturates at 32,767. To take |a| times sign(a) b
-// costs an instruction more and fails at b = -128, whose negative does not fit in a byte. Swapped sides would give the
-// weights the bias and activations none, and the sums over the lhs that a zero point of the rhs needs are not there
-// where rows overlap in an image; those over the rhs are taken once.
+// Other choices are wrong or slow. A signed lhs read as unsigned is 256 too large wherever it is negative. Swapped
+// sides would give the weights the bias and activations none, and the sums over the lhs that a zero point of the rhs
+// needs are not there where rows overlap in an image; those over the rhs are taken once.
+//
+// Units that multiply signed bytes (tdpbssd, sdot) bias the other sign.
+//
+// AVX2 alone has none of these. Its vpmaddubsw adds two products of u8 by s8 in int16, where 2 * 255 * 127 = 64,770
+// saturates at 32,767. To take |a| times sign(a) b fails at b = -128, whose negative does not fit in a byte. Halves of
+// 4 bits do not saturate, but take as many instructions as q - z in 16 bits by vpmaddwd, which sums in 32 bits and
+// needs no zero points. So codes are packed in 16 bits there.
 #pragma once
 
 #include <algorithm>
@@ -54,22 +59,38 @@ struct U8S8 {
     uint32_t group_flip() const { return flip * 0x01010101u; }
 };
 
-// Signed codes without a zero point on both sides, for units that need no bias.
-struct S8S8 {
-    using Number = uint8_t;
-    using Accumulator = int32_t;
-    static constexpr int64_t in_group = 4;
-
-    S8S8(const Side&, bool) {}
-    void convert(const Side&, const void* from, int64_t first, int64_t count, Number* to) const {
-        std::memcpy(to, static_cast<const uint8_t*>(from) + first, count);
-    }
-    Number padding() const { return 0; }
-    bool converts_by_flip(const Side&) const { return true; }
-    uint32_t group_flip() const { return 0; }
+// Signed codes on both sides.
+struct S8S8 : U8S8 {
+    S8S8(const Side& side, bool) : U8S8(side, false) {}
+    // Whether neither side has a zero point.
     static bool fits(const Product& p) {
         const auto plain = [](const Side& side) { return side.type == Type::s8 && side.zero_point == 0; };
         return plain(p.lhs) && plain(p.rhs);
+    }
+};
+
+// q - z in 16 bits.
+struct S16S16 {
+    using Number = uint16_t;
+    using Accumulator = int32_t;
+    static constexpr int64_t in_group = 2;
+    int zero_point = 0;  // of the packed codes
+
+    S16S16(const Side&, bool) {}
+    void convert(const Side& side, const void* from, int64_t first, int64_t count, Number* to) const {
+        if (side.type == Type::u8)
+            widen(static_cast<const uint8_t*>(from) + first, side.zero_point, count, to);
+        else
+            widen(static_cast<const int8_t*>(from) + first, side.zero_point, count, to);
+    }
+    Number padding() const { return 0; }
+    bool converts_by_flip(const Side&) const { return false; }
+    uint32_t group_flip() const { return 0; }
+
+  private:
+    template <class Code>
+    static void widen(const Code* q, int zero, int64_t count, Number* to) {
+        for (int64_t i = 0; i < count; i++) to[i] = static_cast<Number>(q[i] - zero);
     }
 };
 
