@@ -15,7 +15,7 @@ PYTHONS ?= 3.11 3.12 3.13
 # Several processes with a thread each; tests of threads set their number themselves.
 SEVERAL := OMP_NUM_THREADS=1
 
-.PHONY: demo demo-short test test-wheel test-zoo test-newest test-asan docs lint setup clean
+.PHONY: demo demo-short test test-wheel test-zoo test-newest test-asan test-aarch64 test-avxvnni docs lint setup clean
 demo: $(READY)  ## train ResNet-18 on Fashion-MNIST in fp32 and int8, time them beside bf16 and sbm8, print one table, write a page
 	$(BIN)/python benchmarks/demo.py
 
@@ -41,6 +41,12 @@ SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print
 test-asan: $(ASAN)/.ready  ## native tests and random layers under address and undefined-behaviour sanitizers
 	$(SANITIZED) -m pytest tests/kernels/test_doorway.py tests/kernels/test_views.py tests/kernels/test_native.py tests/attention/test_attention_native.py -k 'not lack_of_memory'
 	$(SANITIZED) tests/fuzz_layers.py --cases 1000
+
+test-aarch64:  ## products of codes for AArch64, cross-compiled, under qemu (Debian: g++-aarch64-linux-gnu, qemu-user)
+	tests/native/check.sh aarch64
+
+test-avxvnni:  ## products of codes for AVX-VNNI, by the same instructions of AVX-512
+	tests/native/check.sh avxvnni
 
 # Offline, with warnings as errors. The pages and their code are checked by `make test` too.
 docs: $(VENV)/.docs  ## the documentation site, into site/

@@ -1,12 +1,12 @@
 // The choice among instruction sets: a row each, in a file each.
 //
-// To add one, for example NEON:
+// To add one, for example SVE:
 //   1. machine.h and machine.cpp: its name, and how the processor is asked for it;
-//   2. neon.cpp, compiled with its flags by a line of CMakeLists.txt: `neon_passes`, made by all_passes.h, and
-//      `neon_products`, made by all_products.h of a struct of micro-kernels and vector operations;
+//   2. sve.cpp, compiled with its flags by a line of CMakeLists.txt: `sve_passes`, made by all_passes.h, and
+//      `sve_products`, made by all_products.h of a struct of micro-kernels and vector operations;
 //   3. dispatch.h: both names; and a row here in each table.
-// AMX is such a file beside AVX-512's. Passes and products of codes give the same bits on every instruction set; `tests/kernels/test_native.py` compares all that a
-// machine can run.
+// AMX is such a file beside AVX-512's. Passes and products of codes give the same bits on every instruction set;
+// `tests/kernels/test_native.py` compares all that a machine can run.
 
 #include "dispatch.h"
 
@@ -41,6 +41,10 @@ constexpr Row<Products> kProducts[] = {
     {&Machine::vnni, &avx512vnni_products},
     {&Machine::avxvnni, &avxvnni_products},
     {&Machine::avx2, &avx2_products},
+#endif
+#ifdef LOWBIT_ARM
+    {&Machine::i8mm, &i8mm_products},
+    {&Machine::dotprod, &dotprod_products},
 #endif
     {nullptr, &kNone},
 };

@@ -2,11 +2,17 @@
 
 #include "machine.h"
 
+#if defined(LOWBIT_X86)
+#include <strings.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cstdlib>
-#include <cstring>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#else
+#include <sys/auxv.h>
+#endif
 
 namespace lowbit {
 
@@ -69,6 +75,18 @@ Machine detect() {
     const unsigned bits = features.edx;
     const bool tiles = (bits >> 24 & 1) && (bits >> 25 & 1) && (bits >> 22 & 1);  // amx-tile, amx-int8, amx-bf16
     m.amx = m.bf16 && may(kAmx) && tiles && ask_for_tiles();
+#elif defined(LOWBIT_ARM) && defined(__APPLE__)
+    const auto has = [](const char* feature) {
+        int value = 0;
+        size_t size = sizeof(value);
+        return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value == 1;
+    };
+    m.dotprod = has("hw.optional.arm.FEAT_DotProd");
+    m.i8mm = m.dotprod && has("hw.optional.arm.FEAT_I8MM");
+#elif defined(LOWBIT_ARM)
+    constexpr unsigned long kDotprod = 1ul << 20, kI8mm = 1ul << 13;  // of AT_HWCAP and AT_HWCAP2
+    m.dotprod = (getauxval(AT_HWCAP) & kDotprod) != 0;
+    m.i8mm = m.dotprod && (getauxval(AT_HWCAP2) & kI8mm) != 0;
 #endif
     return m;
 }
@@ -89,6 +107,8 @@ std::vector<std::string> instruction_sets() {
     if (m.vnni) names.emplace_back("avx512vnni");
     if (m.bf16) names.emplace_back("avx512bf16");
     if (m.amx) names.emplace_back("amx");
+    if (m.dotprod) names.emplace_back("dotprod");
+    if (m.i8mm) names.emplace_back("i8mm");
     return names;
 }
 
