@@ -51,8 +51,10 @@ def fold_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int)
         while sum(widths) > room and any(has > low for has, low in zip(widths, least, strict=True)):
             widest = max(range(len(widths)), key=lambda i: (widths[i] > least[i], widths[i]))
             widths[widest] -= 1
-    if sum(widths) > room and len(header) > 2:  # of two, a long path stays beside its name
+    if sum(widths) > room and len(header) > 2:
         return "\n".join(line for row in rows for line in _record(header, row, width))
+    if sum(widths) > room:  # of two, a long path stays beside its name, which is whole
+        widths = [max(map(len, columns[0])), max(words[1], room - max(map(len, columns[0])))]
     # A cell that is wrapped goes on below: the other cells of these lines are empty.
     head, *body = ([_wrapped(cell, size) for cell, size in zip(row, widths, strict=True)] for row in (header, *rows))
     titles, lines = list(_lines(head)), [line for row in body for line in _lines(row)]
