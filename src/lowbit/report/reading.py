@@ -211,7 +211,8 @@ def _settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"{folder} is not a run folder: it lacks config.yaml")
     try:
-        values = yaml.safe_load(files.read(path, limit=1 << 20, hint="It is not of `lowbit train`.").decode())
+        text = files.read(path, limit=1 << 20, hint="It is not of `lowbit train`.").decode()
+        values = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # the same loader in C, where it is
         if not isinstance(values, dict) or not {"model", "data", "recipe"} <= values.keys():
             raise UsageError("it lacks model, data or recipe")
     except (UsageError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
