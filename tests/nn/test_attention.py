@@ -193,3 +193,16 @@ def test_empty_inputs_have_empty_outputs(recipe: str, queries: int, samples: int
 
     assert out.shape == plain(q, k, k, need_weights=False)[0].shape
     assert all(p.grad is None or not p.grad.any() for p in converted.parameters())
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(0, S), (4, 0)])
+@pytest.mark.parametrize("heads", [(), (3 * H,)])
+def test_a_mask_without_places_is_taken(heads: tuple[int, ...], queries: int, keys: int, need_weights: bool) -> None:
+    """A mask for no queries, or no keys, of all heads or of each, gives an output of the layer's shape."""
+    _, converted = _pair("fp32", batch_first=True)
+    q, k = torch.randn(3, queries, E), torch.randn(3, keys, E)
+
+    out, _ = converted(q, k, k, attn_mask=torch.zeros(*heads, queries, keys), need_weights=need_weights)
+
+    assert out.shape == q.shape

@@ -144,7 +144,8 @@ def _merged_mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k:
         allowed = ((length, keys), (batch * heads, length, keys))
         if attn_mask.shape not in allowed:
             raise ValueError(f"attn_mask of shape {tuple(attn_mask.shape)}: expected {allowed[0]} or {allowed[1]}")
-        mask = _additive(attn_mask, q.dtype).reshape(-1, heads if attn_mask.dim() == 3 else 1, length, keys)
+        each = (batch, heads) if attn_mask.dim() == 3 else (1, 1)
+        mask = _additive(attn_mask, q.dtype).reshape(*each, length, keys)
     if padding is not None:
         padding = padding if padding.dim() == 2 else padding.unsqueeze(0)
         if padding.shape != (batch, keys):
