@@ -282,3 +282,33 @@ def test_a_state_of_wrong_shape_is_refused(kind: type[nn.Module]) -> None:
 
     with pytest.raises(ValueError, match=r"\(1, 3, 4\); \(layers, B, H\) is \(1, 2, 4\)"):
         layer(torch.randn(6, 2, 5), (h, h) if kind is nn.LSTM else h)
+
+
+class _LastState(nn.Module):
+    """A cell that a forward runs for each time step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The head of the last state."""
+        h = None
+        for each in x.unbind(1):
+            h = self.cell(each, h)
+        return self.head(h)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_loop_over_a_cell_is_one_step() -> None:
+    """A cell breaks the graph of a compiled model at each time step: its gradients are those of the eager model."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = _LastState()
+        lowbit.convert_(model, "int8", engine="reference")
+        run = torch.compile(model, backend="eager") if compiled else model
+        run(torch.randn(3, 4, 4)).square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

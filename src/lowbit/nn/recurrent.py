@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lowbit import functional
 from lowbit.nn.layers import SeveralProducts
 from lowbit.nn.site import runs_eagerly
 
@@ -60,7 +61,9 @@ class _Steps(SeveralProducts):
     def _multiply(self, kind: str, end: str, x: Tensor) -> Tensor:
         bias = getattr(self, f"bias_{kind}{end}") if self.bias and kind != "hr" else None
         weight = f"weight_{kind}{end}"
-        return self.product(weight, x, getattr(self, weight), bias)
+        # In a compiled model, too, this runs eagerly, and its operators alone would not say that a forward runs.
+        setting = self._site(weight).setting_now(x, compiled=self.training)
+        return functional.linear(x, getattr(self, weight), bias, setting=setting)
 
 
 class _LSTMSteps(_Steps):

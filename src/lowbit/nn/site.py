@@ -405,7 +405,7 @@ class Site(nn.Module):
         """The noise of this use of the layer; a recomputed forward draws what the first one drew.
 
         Args:
-            compiled: whether an operator of a compiled model asks.
+            compiled: whether an operator of a compiled model asks, or a layer that runs eagerly in one.
         """
         self._check_runs()
         if is_recomputing():
