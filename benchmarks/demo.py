@@ -23,6 +23,7 @@ from lowbit import Recipe, machine
 from lowbit.report.page import write_report
 from lowbit.tables import text_table
 from lowbit.train import Result, TrainConfig
+from lowbit.train.progress import progress_of
 from lowbit.train.trainer import PROOF, train
 
 NETWORK = Path(__file__).with_name("demo_net.py")
@@ -141,7 +142,8 @@ def main() -> int:
                     seed=seed,
                     threads=torch.get_num_threads(),
                     out=folder / f"{recipe}-{seed}",
-                )
+                ),
+                progress=progress_of("auto"),
             )
             print(f"{result.steps} steps in {time.perf_counter() - began:.0f} s, proof and evaluation included")
             results[recipe].append(result)
