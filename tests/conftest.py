@@ -32,3 +32,9 @@ def _no_measured_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def _same_global_noise() -> None:
     """Every test begins with the same state of torch's own generator."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_terminal_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is printed is as in a pipe, also where several processes run the tests, which have COLUMNS set."""
+    monkeypatch.delenv("COLUMNS", raising=False)
