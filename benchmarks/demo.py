@@ -20,6 +20,7 @@ from demo_net import ResNet18
 
 import lowbit
 from lowbit import Recipe, machine
+from lowbit.cli.fold import folded
 from lowbit.report.page import write_report
 from lowbit.tables import text_table
 from lowbit.train import Result, TrainConfig
@@ -114,6 +115,11 @@ def closeness(results: dict[str, list[Result]]) -> str:
     )
 
 
+def say(text: object) -> None:
+    """Print, folded to the terminal."""
+    print(folded(str(text)), flush=True)
+
+
 def main() -> int:
     """Train both recipes with each seed, time all in turn, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -124,12 +130,12 @@ def main() -> int:
 
     torch.set_num_threads(args.threads or (1 if args.short else fastest_threads()))
     folder = Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
-    print(machine.here())
-    print(f"ResNet-18, Fashion-MNIST, {subset:,} of 60,000 training images, one epoch, batch {BATCH}")
+    say(machine.here())
+    say(f"ResNet-18, Fashion-MNIST, {subset:,} of 60,000 training images, one epoch, batch {BATCH}")
     results: dict[str, list[Result]] = {recipe: [] for recipe in TIMED}
     for seed in seeds:
         for recipe in TRAINED:
-            print(f"\ntraining in {recipe}, seed {seed} ...", flush=True)
+            say(f"\ntraining in {recipe}, seed {seed} ...")
             began = time.perf_counter()
             result = train(
                 TrainConfig(
@@ -145,24 +151,24 @@ def main() -> int:
                 ),
                 progress=progress_of("auto"),
             )
-            print(f"{result.steps} steps in {time.perf_counter() - began:.0f} s, proof and evaluation included")
+            say(f"{result.steps} steps in {time.perf_counter() - began:.0f} s, proof and evaluation included")
             results[recipe].append(result)
 
     proof = folder / f"int8-{seeds[0]}" / PROOF
-    print("\nWhat one training step in int8 ran, bits as first operand x second:\n")
-    print(proof.read_text().split("\n\n")[0])
-    print(f"\nTest accuracy over all 10,000 test images; seconds per step, medians of {rounds} rounds in turn:\n")
+    say("\nWhat one training step in int8 ran, bits as first operand x second:\n")
+    say(proof.read_text().split("\n\n")[0])
+    say(f"\nTest accuracy over all 10,000 test images; seconds per step, medians of {rounds} rounds in turn:\n")
     seconds = machine.paired({recipe: stepper(recipe) for recipe in TIMED}, rounds)
     header = ["recipe", "accuracy", "by seed", "bits", "s/step", "speed to fp32", "to bf16"]
-    print(text_table(header, [row(recipe, results[recipe], seconds) for recipe in TIMED]))
-    print(f"\n{verdict(seconds)}")
-    print("20 steps say nothing about accuracy: `make demo` trains for 500." if args.short else closeness(results))
+    say(text_table(header, [row(recipe, results[recipe], seconds) for recipe in TIMED]))
+    say(f"\n{verdict(seconds)}")
+    say("20 steps say nothing about accuracy: `make demo` trains for 500." if args.short else closeness(results))
     page = folder / "report.html"
     write_report([result.out for found in results.values() for result in found], page)
-    print(f"Full proof with operators, SQNR and angles: {proof}")
-    print(f"All of it as one page of charts, to open in a browser: {page}")
-    print(f"Curves: {Path(sys.executable).parent / 'tensorboard'} --logdir {folder}")
-    print('\nYour own model, one line before your loop: lowbit.convert_(model, "int8")')
+    say(f"Full proof with operators, SQNR and angles: {proof}")
+    say(f"All of it as one page of charts, to open in a browser: {page}")
+    say(f"Curves: {Path(sys.executable).parent / 'tensorboard'} --logdir {folder}")
+    say('\nYour own model, one line before your loop: lowbit.convert_(model, "int8")')
     return 0
 
 
