@@ -4,13 +4,13 @@ import os
 import sys
 
 from lowbit.cli.main import main
-from lowbit.cli.output import processes
+from lowbit.launch import launched
 
 
 def run() -> None:
     """Run the command line, and end the process with its exit code."""
     code = main()
-    if processes() == 1:
+    if launched() == 1:
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()

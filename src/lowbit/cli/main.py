@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from lowbit.cli.extras import how_to_install
-from lowbit.cli.output import is_first, processes
 from lowbit.cli.parser import COMMANDS, overview, parser_of
 from lowbit.errors import ElsewhereError, RunError, Stopped, UsageError, unknown
 from lowbit.inputs import userfile
+from lowbit.launch import is_first, launched
 
 _LONGEST = 2000  # characters of a message
 _SHARED = ("train", "resume")  # the commands that several processes share
@@ -70,7 +70,7 @@ def _command(argv: Sequence[str]) -> int:
         raise unknown("flag", name, ("--help", "--version", "--print-completion"))
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
-    if processes() > 1 and name not in _SHARED:
+    if launched() > 1 and name not in _SHARED:
         raise UsageError(f"lowbit {name} is one process: of torchrun's, each would do all of it. Start it alone.")
     try:
         settings = parser_of(name).read(rest)

@@ -1,6 +1,5 @@
 """What the commands print: text, tables that fit the terminal, and the result of a run."""
 
-import os
 import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,16 +23,6 @@ def progress_of(shown: Any) -> "Progress":
     from lowbit.train import progress
 
     return progress.progress_of(shown)
-
-
-def processes() -> int:
-    """How many processes ``torchrun`` started this command in; 1 outside of it."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-
-
-def is_first() -> bool:
-    """Whether this process speaks for all of them."""
-    return processes() == 1 or os.environ.get("RANK") == "0"
 
 
 def show(result: "Result") -> None:

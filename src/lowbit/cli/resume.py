@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from lowbit.cli.output import add_progress, is_first, progress_of, show
+from lowbit.cli.output import add_progress, progress_of, show
+from lowbit.launch import is_first
 
 DESCRIPTION = "Continue a run from its last checkpoint, bit for bit."
 HELP = "continue a run from its last checkpoint"

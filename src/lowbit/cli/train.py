@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from lowbit.cli.output import add_progress, is_first, processes, progress_of, show, write
+from lowbit.cli.output import add_progress, progress_of, show, write
 from lowbit.cli.sweep import plan_of, run_seeds
 from lowbit.errors import UsageError
+from lowbit.launch import is_first, launched
 
 DESCRIPTION = "Train a model in a new run folder."
 HELP = "train a model in a new run folder"
@@ -50,7 +51,7 @@ def run(*, print_config: bool, seeds: str | None, jobs: int | None, progress: st
         write("---\n".join(texts).rstrip("\n"))
         return
     if seeds is not None:
-        if processes() > 1:
+        if launched() > 1:
             raise UsageError("--seeds starts processes by itself: give it to one, not to torchrun's")
         run_seeds(config, seeds, 1 if jobs is None else jobs)
         return

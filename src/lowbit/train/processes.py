@@ -13,13 +13,9 @@ import torch.distributed as dist
 
 from lowbit import ranks
 from lowbit.errors import ElsewhereError, UsageError, shown
+from lowbit.launch import launched
 
 T = TypeVar("T")
-
-
-def launched() -> int:
-    """How many processes ``torchrun`` started; 1 outside of it."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if dist.is_available() and dist.is_torchelastic_launched() else 1
 
 
 @contextmanager
